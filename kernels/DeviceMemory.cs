@@ -1,0 +1,65 @@
+namespace Rollout.Kernels;
+
+/// <summary>Memory that a backend owns. Only the backend that made it may read or write it.</summary>
+public abstract class DeviceMemory : IDisposable
+{
+    /// <summary>Bytes held on the device.</summary>
+    public abstract long Bytes { get; }
+
+    public abstract void Dispose();
+}
+
+/// <summary>fp32 activations [rows, columns], row-major as seen by the engine.</summary>
+public abstract class Tensor(int rows, int columns) : DeviceMemory
+{
+    /// <summary>Capacity in rows; a step uses the first few.</summary>
+    public int Rows { get; } = rows;
+
+    public int Columns { get; } = columns;
+
+    /// <summary>Copies the first <paramref name="rows"/> rows to the host (a test's and a debugger's window, not the hot path).</summary>
+    public abstract void Read(int rows, Span<float> destination);
+
+    /// <summary>Copies rows from the host, starting at row 0.</summary>
+    public abstract void Write(int rows, ReadOnlySpan<float> source);
+}
+
+/// <summary>
+/// A weight [outputs, inputs] in the layout the backend likes best: a linear layer's matrix (y = x·Wᵀ), an embedding table
+/// (outputs = vocabulary), or, with outputs = 1, a vector such as a norm scale or a bias. Matrices are stored as bfloat16, vectors as fp32.
+/// </summary>
+public abstract class Weight(int outputs, int inputs) : DeviceMemory
+{
+    public int Outputs { get; } = outputs;
+
+    public int Inputs { get; } = inputs;
+
+    /// <summary>A vector is kept in fp32 because it is small and adding bf16 rounding to it would buy nothing.</summary>
+    public bool IsVector => Outputs == 1;
+}
+
+/// <summary>Paged keys and values of all layers: [layers, blocks, kvHeads, BlockTokens, headDim], inner layout up to the backend.</summary>
+public abstract class KvCache(int layers, int blocks, int kvHeads, int headDim) : DeviceMemory
+{
+    /// <summary>
+    /// Tokens in one block. Also the chunk in which attention walks over the context, from position 0: the order of every reduction
+    /// then depends on the position alone.
+    /// </summary>
+    public const int BlockTokens = 16;
+
+    public int Layers { get; } = layers;
+
+    public int Blocks { get; } = blocks;
+
+    public int KvHeads { get; } = kvHeads;
+
+    public int HeadDim { get; } = headDim;
+}
+
+/// <summary>cos and sin of position x frequency, [positions, headDim / 2].</summary>
+public abstract class RopeTable(int positions, int headDim) : DeviceMemory
+{
+    public int Positions { get; } = positions;
+
+    public int HeadDim { get; } = headDim;
+}

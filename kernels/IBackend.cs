@@ -1,0 +1,88 @@
+namespace Rollout.Kernels;
+
+/// <summary>
+/// The arithmetic of one transformer step on one device: a vocabulary of operations, called in order by one thread.
+/// <para>
+/// What every backend promises, and the abstract test suite checks:
+/// results are within a stated tolerance of a float64 reference; <b>a row's result is bit-identical whatever other rows the step
+/// holds</b> (every reduction runs in an order fixed by the row alone: ascending input index in a matmul, blocks of
+/// <see cref="KvCache.BlockTokens"/> tokens from position 0 in attention); the same inputs give the same bits twice; nothing managed is
+/// allocated per call once memory has been taken; wrong shapes are refused with an <see cref="ArgumentException"/> naming the parameter.
+/// </para>
+/// <para>Notation: rows = tokens of the step, hidden, heads = query heads, kvHeads, headDim, vocab. All activations are fp32.</para>
+/// </summary>
+public interface IBackend : IDisposable
+{
+    /// <summary>Device and code path, for people: "cpu avx512, 2 threads".</summary>
+    string Name { get; }
+
+    // ---- Memory: taken at start, never in a step.
+
+    Tensor AllocateTensor(int rows, int columns);
+
+    Weight AllocateWeight(int outputs, int inputs);
+
+    KvCache AllocateKvCache(int layers, int blocks, int kvHeads, int headDim);
+
+    /// <summary>
+    /// Tabulates cos and sin of (float)position * inverseFrequencies[i], the product rounded to fp32 as PyTorch models do it.
+    /// <paramref name="scale"/> multiplies both (rope attention factor, 1 for most models).
+    /// </summary>
+    RopeTable AllocateRopeTable(ReadOnlySpan<float> inverseFrequencies, int positions, float scale);
+
+    /// <summary>
+    /// Stores elements of a checkpoint tensor: <paramref name="source"/> holds whole elements, row-major over [outputs, inputs], the first
+    /// of them being element <paramref name="element"/> (= output * inputs + input) of <paramref name="destination"/>. Rounds to nearest
+    /// even. May be called from any thread, also while a step runs on other weights, and concurrently for disjoint elements.
+    /// </summary>
+    void WriteWeight(Weight destination, long element, ReadOnlySpan<byte> source, DType type);
+
+    /// <summary>Reads elements back as fp32 (exact: storage is never wider). Same addressing as <see cref="WriteWeight"/>.</summary>
+    void ReadWeight(Weight source, long element, Span<float> destination);
+
+    // ---- One step.
+
+    /// <summary>Uploads the step's indices. Every later call of the step refers to them.</summary>
+    void BeginStep(StepLayout step);
+
+    /// <summary>output[row] = table[TokenIds[row]].</summary>
+    void Embed(Weight table, Tensor output);
+
+    /// <summary>output[row] = input[row] / sqrt(mean(input[row]²) + epsilon) * scale, for the first <paramref name="rows"/> rows.</summary>
+    void RmsNorm(Tensor input, Weight scale, float epsilon, Tensor output, int rows);
+
+    /// <summary>output[row, o] = sum_i input[row, i] * weight[o, i] (+ bias[o]), one chain of fused multiply-adds over ascending i.</summary>
+    void MatMul(Tensor input, Weight weight, Weight? bias, Tensor output, int rows);
+
+    /// <summary>residual[row, o] += the same sum as <see cref="MatMul"/>.</summary>
+    void MatMulAdd(Tensor input, Weight weight, Weight? bias, Tensor residual, int rows);
+
+    /// <summary>
+    /// Takes qkv rows [heads*headDim | kvHeads*headDim | kvHeads*headDim]; applies, where given, an RMS norm over each query and key head;
+    /// rotates queries (in place) and keys by the row's position (halves paired: i with i + headDim/2); stores keys and values into the
+    /// row's slot of <paramref name="cache"/>.
+    /// </summary>
+    void RopeStoreKv(Tensor qkv, int heads, Weight? queryNorm, Weight? keyNorm, float epsilon, RopeTable rope, KvCache cache, int layer);
+
+    /// <summary>
+    /// Causal attention of every row's queries (the first heads*headDim columns of <paramref name="qkv"/>) over positions 0..Positions[row]
+    /// of its sequence's blocks, scores scaled by <paramref name="scale"/>, softmax in fp32. output: [rows, heads*headDim].
+    /// </summary>
+    void Attend(Tensor qkv, int heads, float scale, KvCache cache, int layer, Tensor output);
+
+    /// <summary>output[row, i] = silu(gateUp[row, i]) * gateUp[row, width + i]; gateUp is [rows, 2*width].</summary>
+    void GatedSilu(Tensor gateUp, Tensor output, int rows);
+
+    /// <summary>output[k] = input[OutputRows[first + k]] for k in [0, count).</summary>
+    void GatherRows(Tensor input, int first, int count, Tensor output);
+
+    /// <summary>
+    /// Answers every <see cref="SampleQuery"/> of the step whose OutputIndex lies in [first, first + count), logits[k] being the logits of
+    /// output row first + k, [count, vocab]. Writes <see cref="StepLayout.Results"/> and the alternatives. Logits may be overwritten.
+    /// How a token is chosen, and what the log-probabilities mean, is defined in protos/rollout/v1/DEFINITIONS.md.
+    /// </summary>
+    void Sample(Tensor logits, int first, int count);
+
+    /// <summary>Copies whole blocks (all layers, keys and values) inside a cache; used when samples of a group part ways.</summary>
+    void CopyBlock(KvCache cache, int from, int to);
+}
