@@ -1,0 +1,77 @@
+namespace Rollout.Engine;
+
+/// <summary>What an operator may set. Everything else is derived and shown in <see cref="EngineStatus"/>.</summary>
+public sealed record EngineOptions
+{
+    /// <summary>Longest sample, prompt included, in tokens. 0: the model's own limit.</summary>
+    public int MaxContext { get; init; }
+
+    /// <summary>Most samples in one step.</summary>
+    public int MaxSequences { get; init; } = 256;
+
+    /// <summary>Most tokens in one step: the chunk in which prompts are prefilled.</summary>
+    public int MaxBatchTokens { get; init; } = 512;
+
+    /// <summary>Bytes for keys and values. 0: what MaxSequences samples of full length need, at most a quarter of the machine's memory.</summary>
+    public long KvCacheBytes { get; init; }
+
+    /// <summary>Samples that may wait for a seat before requests are refused with "no room".</summary>
+    public int MaxWaiting { get; init; } = 65_536;
+}
+
+public enum EngineState
+{
+    Running,
+    Pausing,
+    Paused,
+    Faulted,
+}
+
+public enum PauseMode
+{
+    /// <summary>End all groups, returning their partial tokens.</summary>
+    Abort,
+
+    /// <summary>Let groups that have begun end first; those that have not wait.</summary>
+    Wait,
+
+    /// <summary>Freeze between two steps.</summary>
+    Keep,
+}
+
+/// <summary>A snapshot taken by the loop between two steps; reading one never waits for the device.</summary>
+public sealed record EngineStatus
+{
+    public EngineState State { get; init; }
+
+    public string Reason { get; init; } = "";
+
+    public ulong Version { get; init; }
+
+    /// <summary>Samples with a seat in the batch.</summary>
+    public int Running { get; init; }
+
+    /// <summary>Samples without one.</summary>
+    public int Waiting { get; init; }
+
+    public int KvBlocksTotal { get; init; }
+
+    /// <summary>Held by samples.</summary>
+    public int KvBlocksUsed { get; init; }
+
+    /// <summary>Free to take, still holding a reusable prefix.</summary>
+    public int KvBlocksCached { get; init; }
+
+    public long Steps { get; init; }
+
+    public long GeneratedTokens { get; init; }
+
+    public long PrefilledTokens { get; init; }
+
+    public long PrefixHitTokens { get; init; }
+
+    public long Preemptions { get; init; }
+
+    /// <summary>Who is staging an update, or null.</summary>
+    public string? UpdateOwner { get; init; }
+}

@@ -1,0 +1,95 @@
+using System.Runtime.CompilerServices;
+
+namespace Rollout.Engine;
+
+/// <summary>
+/// One prompt and its samples in flight. The loop writes, one reader reads: a sample's arrays are valid up to its
+/// <see cref="Sequence.Published"/> count, which is written last.
+/// </summary>
+public sealed class Group
+{
+    private readonly Signal _signal = new();
+    private readonly TaskCompletionSource _completed = new(TaskCreationOptions.RunContinuationsAsynchronously);
+    private int _unfinished;
+
+    internal Group(GroupRequest request, Sequence[] samples, int promptTop)
+    {
+        Request = request;
+        Samples = samples;
+        _unfinished = samples.Length;
+        if (request.PromptLogProbs)
+        {
+            PromptLogProbs = new float[request.Prompt.Length - 1];
+            PromptTopIds = new int[request.Prompt.Length * promptTop];
+            PromptTopLogProbs = new float[request.Prompt.Length * promptTop];
+        }
+    }
+
+    public GroupRequest Request { get; }
+
+    public IReadOnlyList<Sequence> Samples { get; }
+
+    /// <summary>Model log-probability of prompt tokens 1..; valid once a sample has published or ended.</summary>
+    public float[] PromptLogProbs { get; } = [];
+
+    /// <summary>[prompt length, PromptTop]: alternatives for the token after prompt position p, most probable first.</summary>
+    public int[] PromptTopIds { get; } = [];
+
+    public float[] PromptTopLogProbs { get; } = [];
+
+    /// <summary>Prompt tokens of the first sample whose keys and values came from the prefix cache.</summary>
+    public int CachedPromptTokens { get; internal set; }
+
+    /// <summary>Weights version under which the prompt was computed last.</summary>
+    public ulong PromptVersion { get; internal set; }
+
+    /// <summary>Completes when every sample has ended. Never faults: how a sample ended is in its <see cref="Sequence.FinishReason"/>.</summary>
+    public Task Completed => _completed.Task;
+
+    /// <summary>True once the samples of the group have been sampled from the leader's prompt (or gone their own way).</summary>
+    internal bool Forked { get; set; }
+
+    /// <summary>
+    /// What is new since the last call, until every sample has ended: with StreamTokens after every step, otherwise as samples end.
+    /// One reader at a time.
+    /// </summary>
+    public async IAsyncEnumerable<SampleChunk> ReadAsync([EnumeratorCancellation] CancellationToken cancellation = default)
+    {
+        using CancellationTokenRegistration wake = cancellation.UnsafeRegister(static group => ((Group)group!)._signal.Raise(), this);
+        int[] read = new int[Samples.Count];
+        bool[] ended = new bool[Samples.Count];
+        int open = Samples.Count;
+        while (open > 0)
+        {
+            await _signal.WaitAsync().ConfigureAwait(false);
+            cancellation.ThrowIfCancellationRequested();
+            for (int i = 0; i < Samples.Count; i++)
+            {
+                if (ended[i]) continue;
+                Sequence sample = Samples[i];
+                FinishReason reason = sample.FinishReason; // before the count: a finished sample's count is final
+                int published = sample.Published;
+                if (reason == FinishReason.None && (!Request.StreamTokens || published == read[i])) continue;
+                yield return new SampleChunk(sample, read[i], published, reason);
+                read[i] = published;
+                if (reason == FinishReason.None) continue;
+                ended[i] = true;
+                open--;
+            }
+        }
+    }
+
+    /// <summary>Called by the loop after it has published.</summary>
+    internal void Raise() => _signal.Raise();
+
+    /// <summary>Called by the loop, once a sample. True when it was the last.</summary>
+    internal bool SampleEnded()
+    {
+        if (--_unfinished > 0) return false;
+        _completed.TrySetResult();
+        return true;
+    }
+}
+
+/// <summary>Tokens [Start, End) of a sample, with the reason if these are its last.</summary>
+public readonly record struct SampleChunk(Sequence Sample, int Start, int End, FinishReason FinishReason);
