@@ -49,6 +49,9 @@ public sealed class Scheduler
 
     public int Waiting => _waiting.Count + _unforked;
 
+    /// <summary>Sequences with a seat, oldest first.</summary>
+    internal IReadOnlyList<Sequence> RunningSequences => _running;
+
     internal bool IsEmpty => _running.Count == 0 && _waiting.Count == 0;
 
     /// <summary>Whether a group that had a seat has samples left.</summary>
