@@ -38,7 +38,7 @@ internal static class ModelLoader
         }
     }
 
-    private static Tokenizer? Tokenizer(ModelSource source) => null;
+    private static Tokenizer? Tokenizer(ModelSource source) => source.Tokenizer is null ? null : new ByteTokenizer();
 
     // Not Progress<T>: that posts to the thread pool, and a late report would draw over what comes next.
     private sealed class BarProgress(ProgressTask bar) : IProgress<double>
