@@ -12,7 +12,7 @@ public sealed class Group
 {
     private readonly Signal _signal = new();
     private readonly TaskCompletionSource _completed = new(TaskCreationOptions.RunContinuationsAsynchronously);
-    private int _unfinished;
+    private int _ended;
 
     internal Group(GroupRequest request, Sequence[] samples, IReadOnlyList<int> endTokens)
     {
@@ -23,7 +23,6 @@ public sealed class Group
         Salt = request.CacheSalt.Length == 0 ? 0 : XxHash128.HashToUInt128(Encoding.UTF8.GetBytes(request.CacheSalt));
         foreach (Sequence sample in samples) sample.Group = this;
         Samples = samples;
-        _unfinished = samples.Length;
         if (request.PromptLogProbs)
         {
             PromptLogProbs = new float[request.Prompt.Length - 1];
@@ -110,13 +109,11 @@ public sealed class Group
     /// <summary>Called by the loop after it has published.</summary>
     internal void Raise() => _signal.Raise();
 
-    /// <summary>Called by the loop, once a sample. True when it was the last.</summary>
-    internal bool SampleEnded()
-    {
-        if (--_unfinished > 0) return false;
-        _completed.TrySetResult();
-        return true;
-    }
+    /// <summary>Called by the loop, once a sample. Returns how many have ended.</summary>
+    internal int CountEnded() => ++_ended;
+
+    /// <summary>Called by the loop after the last sample's end is published.</summary>
+    internal void Complete() => _completed.TrySetResult();
 }
 
 /// <summary>Tokens [Start, End) of a sample, with the reason if these are its last.</summary>

@@ -405,9 +405,13 @@ public sealed class Scheduler
 
     private void Finish(Sequence sequence, FinishReason reason, string error)
     {
+        Group group = sequence.Group;
         DropKv(sequence);
+        // The engine forgets the group before anyone can see its end: whoever sees it may use its id again.
+        bool last = group.CountEnded() == group.Samples.Count;
+        if (last) _groupEnded(group);
         sequence.Finish(reason, error);
-        if (sequence.Group.SampleEnded()) _groupEnded(sequence.Group);
+        if (last) group.Complete();
     }
 
     private string NotFinite => $"the logits under weights version {Version} are not finite: was a broken update committed?";
