@@ -1,5 +1,6 @@
 using System.Net.Sockets;
 using Grpc.Core;
+using Grpc.Health.V1;
 using Grpc.Net.Client;
 using Rollout.Server.Commands;
 using Rollout.V1;
@@ -18,7 +19,10 @@ public sealed class ShutdownTests
         using AsyncServerStreamingCall<GenerateReply> call = server.Rollout.Generate(request, deadline: Calls.Deadline());
         using AsyncDuplexStreamingCall<GenerateRequest, GenerateReply> batch = server.Rollout.GenerateBatch(deadline: Calls.Deadline());
         using AsyncDuplexStreamingCall<UpdateRequest, UpdateReply> idle = server.Weights.Update(deadline: Calls.Deadline());
+        using AsyncServerStreamingCall<HealthCheckResponse> watch = server.Health.Watch(new HealthCheckRequest(), deadline: Calls.Deadline());
         Assert.True(await call.ResponseStream.MoveNext(default));
+        Assert.True(await watch.ResponseStream.MoveNext(default));
+        Assert.Equal(HealthCheckResponse.Types.ServingStatus.Serving, watch.ResponseStream.Current.Status);
         await batch.RequestStream.WriteAsync(request);
         Assert.True(await batch.ResponseStream.MoveNext(default));
 
@@ -26,10 +30,16 @@ public sealed class ShutdownTests
         List<SampleChunk> samples = Calls.Join([call.ResponseStream.Current, .. await call.ResponseStream.ReadAllAsync().ToListAsync()]);
         Assert.Equal(8, samples.Count(sample => sample.FinishReason == FinishReason.Abort && sample.Ids.Count > 0));
 
+        Assert.True(await watch.ResponseStream.MoveNext(default));
+        Assert.Equal(HealthCheckResponse.Types.ServingStatus.NotServing, watch.ResponseStream.Current.Status);
+        Assert.False(await watch.ResponseStream.MoveNext(default));
+
         // The batch's client never closed its side, and the updater never began: neither may hold up the end.
         List<SampleChunk> batched = Calls.Join([batch.ResponseStream.Current, .. await batch.ResponseStream.ReadAllAsync().ToListAsync()]);
         Assert.Equal(8, batched.Count(sample => sample.FinishReason == FinishReason.Abort));
+        long leaving = Environment.TickCount64;
         Assert.Equal(0, await server.ExitAsync());
+        Assert.True(Environment.TickCount64 - leaving < 9000, "the end waited for clients until the server's patience was over");
         Assert.False(File.Exists(server.SocketPath));
         Assert.Contains("[4] Stopped", server.Log, StringComparison.Ordinal);
     }

@@ -1,7 +1,6 @@
 using System.Diagnostics;
 using System.Net;
 using System.Text.Json;
-using Grpc.HealthCheck;
 using Microsoft.AspNetCore.Hosting.Server;
 using Microsoft.AspNetCore.Hosting.Server.Features;
 using Microsoft.AspNetCore.Server.Kestrel.Core;
@@ -27,22 +26,19 @@ internal static class ServerApp
         EngineHost host = new();
         await using WebApplication app = Build(options, host);
         ILogger logger = app.Services.GetRequiredService<ILoggerFactory>().CreateLogger("Rollout.Server");
-        HealthMonitor health = app.Services.GetRequiredService<HealthMonitor>();
         app.Lifetime.ApplicationStopping.Register(() =>
         {
             Log.Stopping(logger);
             host.Stop();
-            health.Refresh();
         });
 
         if (options.Socket is not null && SocketFile.RemoveStale(options.Socket)) Log.StaleSocketRemoved(logger, options.Socket);
         try
         {
-            health.Refresh();
             await StartAsync(app);
             try
             {
-                await LoadAsync(options, app, host, health, logger);
+                await LoadAsync(options, app, host, logger);
                 await app.WaitForShutdownAsync();
             }
             finally
@@ -103,9 +99,7 @@ internal static class ServerApp
         });
 
         builder.Services.AddSingleton(host);
-        builder.Services.AddSingleton<HealthServiceImpl>();
-        builder.Services.AddSingleton<HealthMonitor>();
-        builder.Services.AddHostedService(services => services.GetRequiredService<HealthMonitor>());
+        builder.Services.AddHostedService<FaultMonitor>();
         builder.Services.AddGrpc(grpc =>
         {
             grpc.MaxReceiveMessageSize = MaxChunkBytes + (1 << 20);
@@ -118,7 +112,7 @@ internal static class ServerApp
         app.MapGrpcService<RolloutGrpcService>();
         app.MapGrpcService<WeightsGrpcService>();
         app.MapGrpcService<ControlGrpcService>();
-        app.MapGrpcService<HealthServiceImpl>();
+        app.MapGrpcService<HealthGrpcService>();
         app.MapGrpcReflectionService();
         return app;
     }
@@ -135,7 +129,7 @@ internal static class ServerApp
         }
     }
 
-    private static async Task LoadAsync(ServeOptions options, WebApplication app, EngineHost host, HealthMonitor health, ILogger logger)
+    private static async Task LoadAsync(ServeOptions options, WebApplication app, EngineHost host, ILogger logger)
     {
         string[] addresses = Addresses(app);
         Log.Listening(logger, string.Join(", ", addresses), options.Model.Folder);
@@ -149,7 +143,6 @@ internal static class ServerApp
 
         RolloutEngine engine = await loading;
         host.Publish(engine);
-        health.Refresh();
         ulong version = engine.Status.Version;
         Log.Ready(logger, engine.ModelName, version, engine.Backend.Name, Stopwatch.GetElapsedTime(started).TotalSeconds);
         await WriteReadyAsync(engine, version, addresses);

@@ -37,7 +37,7 @@ internal sealed class BatchCall(Func<GenerateRequest, GroupCall> start, IServerS
                 if (ending.IsCancellationRequested) continue; // the groups are being ended; let them go
                 try
                 {
-                    await responses.WriteAsync(reply, ending.Token);
+                    await responses.WriteAsync(reply, cancellation);
                 }
                 catch (Exception e)
                 {

@@ -25,6 +25,8 @@ internal sealed class UpdateTransaction(
     /// <summary>How long the engine may take for a swap that was ordered in time. It happens between two steps.</summary>
     private static readonly TimeSpan s_swapWithin = TimeSpan.FromSeconds(60);
 
+    private static readonly TimeSpan s_lastReplyWithin = TimeSpan.FromSeconds(5);
+
     private const uint DefaultDeadline = 600_000;
 
     /// <summary>Progress is reported about this often, so that replies stay few however small the chunks are.</summary>
@@ -68,12 +70,12 @@ internal sealed class UpdateTransaction(
             Rejected rejected = new();
             foreach (Engine.Problem problem in e.Problems)
                 rejected.Problems.Add(new V1.Problem { Field = problem.Field, Message = problem.Message });
-            await EndAsync(new UpdateReply { Rejected = rejected }, client);
+            await EndAsync(new UpdateReply { Rejected = rejected });
         }
         catch (UpdateFailedException e)
         {
             Log.UpdateFailed(logger, _owner, e.Message);
-            await EndAsync(new UpdateReply { Failed = new UpdateFailed { Reason = e.Message } }, client);
+            await EndAsync(new UpdateReply { Failed = new UpdateFailed { Reason = e.Message } });
         }
         catch (Exception e) when (client.IsCancellationRequested || e is IOException)
         {
@@ -82,7 +84,7 @@ internal sealed class UpdateTransaction(
         }
         catch (Exception) when (linked.IsCancellationRequested)
         {
-            await AbortAsync(deadline.IsCancellationRequested ? late : "the server is stopping", client);
+            await AbortAsync(deadline.IsCancellationRequested ? late : "the server is stopping");
         }
     }
 
@@ -94,7 +96,7 @@ internal sealed class UpdateTransaction(
         WeightUpdate update = _update!;
         if (!await requests.MoveNext(cancellation))
         {
-            await AbortAsync("the client closed its side before commit", cancellation);
+            await AbortAsync("the client closed its side before commit");
             return false;
         }
 
@@ -117,7 +119,7 @@ internal sealed class UpdateTransaction(
                 return false;
 
             case UpdateRequest.StepOneofCase.Abort:
-                await AbortAsync(request.Abort.Reason.Length > 0 ? request.Abort.Reason : "the client said so", cancellation);
+                await AbortAsync(request.Abort.Reason.Length > 0 ? request.Abort.Reason : "the client said so");
                 return false;
 
             default:
@@ -157,7 +159,7 @@ internal sealed class UpdateTransaction(
         };
         Log.UpdateCommitted(logger, result.Version, result.TransferSeconds, result.SwapSeconds, result.StallSeconds);
         Committed committed = new() { Version = result.Version, Digest = ByteString.CopyFrom(result.Digest), Timings = timings };
-        await EndAsync(new UpdateReply { Committed = committed }, CancellationToken.None);
+        await EndAsync(new UpdateReply { Committed = committed });
     }
 
     private async Task ReportAsync(CancellationToken cancellation)
@@ -168,20 +170,30 @@ internal sealed class UpdateTransaction(
         await ReplyAsync(new UpdateReply { Progress = new Progress { PayloadBytes = (ulong)received } }, cancellation);
     }
 
-    private Task AbortAsync(string reason, CancellationToken cancellation)
+    private Task AbortAsync(string reason)
     {
         Log.UpdateAborted(logger, _owner, reason);
-        return EndAsync(new UpdateReply { Aborted = new Aborted { Reason = reason } }, cancellation);
+        return EndAsync(new UpdateReply { Aborted = new Aborted { Reason = reason } });
     }
 
     /// <summary>The last reply. The seat is free before the client can see it, so that its next update finds it so.</summary>
-    private Task EndAsync(UpdateReply reply, CancellationToken cancellation)
+    private async Task EndAsync(UpdateReply reply)
     {
         Dispose();
-        return ReplyAsync(reply, cancellation);
+        try
+        {
+            await replies.WriteAsync(reply, CancellationToken.None).WaitAsync(s_lastReplyWithin);
+        }
+        catch (Exception e) when (e is TimeoutException or InvalidOperationException)
+        {
+            // The client has stopped reading; the status is all that may still reach it.
+            throw new RpcException(new Status(StatusCode.Aborted, reply.ToString()));
+        }
     }
 
-    private Task ReplyAsync(UpdateReply reply, CancellationToken cancellation) => replies.WriteAsync(reply, cancellation);
+    // The wait is cancelled, not the write: a cancelled write resets the stream, and the client would never learn why.
+    private Task ReplyAsync(UpdateReply reply, CancellationToken cancellation)
+        => replies.WriteAsync(reply, CancellationToken.None).WaitAsync(cancellation);
 
     private static string Name(UpdateRequest request)
         => request.StepCase == UpdateRequest.StepOneofCase.None ? "a message this server does not know" : request.StepCase.ToString().ToLowerInvariant();
