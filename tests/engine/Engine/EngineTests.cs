@@ -10,17 +10,6 @@ public sealed class EngineTests
     private static CancellationToken Cancelled => TestContext.Current.CancellationToken;
 
     [Fact]
-    public async Task An_id_may_be_used_again_as_soon_as_its_group_has_ended()
-    {
-        await using RolloutEngine engine = TestModels.Load("qwen3");
-        for (int i = 0; i < 2000; i++)
-        {
-            Group group = engine.Submit(s_request with { MaxTokens = 1 });
-            while (group.Samples[0].FinishReason == FinishReason.None) Thread.SpinWait(1); // the tightest reader there is
-        }
-    }
-
-    [Fact]
     public async Task An_id_in_flight_is_refused()
     {
         await using RolloutEngine engine = TestModels.Load("qwen3");

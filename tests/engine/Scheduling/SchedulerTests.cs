@@ -28,7 +28,13 @@ public sealed class SchedulerTests
     {
         KvBlocks blocks = new(load.Blocks);
         List<Group> ended = [];
-        Scheduler scheduler = new(blocks, load.Seats, load.BatchTokens, ended.Add);
+        Scheduler scheduler = new(blocks, load.Seats, load.BatchTokens, group =>
+        {
+            // Whoever sees the end may use the id again: the engine must have forgotten the group by then.
+            Assert.Single(group.Samples, sample => sample.FinishReason == FinishReason.None);
+            Assert.False(group.Completed.IsCompleted);
+            ended.Add(group);
+        });
         StepLayout step = new(load.BatchTokens, load.Seats, 8, load.BatchTokens + load.Seats, 1, 1);
         FakeDevice device = new(load.Blocks);
         List<Group> submitted = [];
