@@ -81,8 +81,11 @@ public sealed class ShutdownTests
         StatusReply status = await new ControlService.ControlServiceClient(channel).StatusAsync(new StatusRequest(), deadline: Calls.Deadline());
         Assert.Equal("qwen3", status.Model);
 
-        Cli.Result second = await Cli.RunAsync("serve", "--model", Golden.Folder("qwen3"), "--listen", $"127.0.0.1:{tcp.Port}");
+        using TemporaryFolder folder = new();
+        Cli.Result second = await Cli.RunAsync(
+            "serve", "--model", Golden.Folder("qwen3"), "--socket", folder["s"], "--listen", $"127.0.0.1:{tcp.Port}");
         Assert.Equal(1, second.ExitCode);
+        Assert.False(File.Exists(folder["s"]));
         Assert.Contains("in use", second.Errors, StringComparison.Ordinal);
     }
 

@@ -31,10 +31,15 @@ internal sealed class EngineHost
 
     public void Publish(RolloutEngine engine) => _engine = engine;
 
-    /// <summary>Closes admissions, then ends what is in flight: every stream delivers its partial tokens and completes.</summary>
-    public void Stop()
+    /// <summary>
+    /// Closes admissions, then ends what is in flight: every stream delivers its partial tokens and completes. Says whether there was any.
+    /// </summary>
+    public bool Stop()
     {
         _stopping.Cancel();
-        _engine?.AbortAsync((IReadOnlyCollection<string>?)null);
+        if (_engine is not { } engine) return false;
+        EngineStatus status = engine.Status;
+        engine.AbortAsync((IReadOnlyCollection<string>?)null);
+        return status.Running + status.Waiting > 0 || status.UpdateOwner is not null;
     }
 }

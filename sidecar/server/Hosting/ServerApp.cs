@@ -18,39 +18,44 @@ internal static class ServerApp
     private const int MaxChunkBytes = 64 << 20;
 
     private static readonly TimeSpan s_drainWithin = TimeSpan.FromSeconds(10);
+    private static readonly TimeSpan s_lastRepliesWithin = TimeSpan.FromMilliseconds(500);
     private static readonly TimeSpan s_engineStopsWithin = TimeSpan.FromSeconds(5);
 
     /// <summary>Returns the process's exit code after SIGTERM or SIGINT, or throws what a person should read.</summary>
     public static async Task<int> RunAsync(ServeOptions options)
     {
-        EngineHost host = new();
-        await using WebApplication app = Build(options, host);
-        ILogger logger = app.Services.GetRequiredService<ILoggerFactory>().CreateLogger("Rollout.Server");
-        app.Lifetime.ApplicationStopping.Register(() =>
-        {
-            Log.Stopping(logger);
-            host.Stop();
-        });
-
-        if (options.Socket is not null && SocketFile.RemoveStale(options.Socket)) Log.StaleSocketRemoved(logger, options.Socket);
         try
         {
-            await StartAsync(app);
-            try
-            {
-                await LoadAsync(options, app, host, logger);
-                await app.WaitForShutdownAsync();
-            }
-            finally
-            {
-                host.Stop();
-                await app.StopAsync();
-            }
+            await ServeAsync(options);
+            return ExitCode.Ok;
         }
         finally
         {
             // Kestrel removes it when all goes well; a socket file must not outlive its server in any case.
-            if (options.Socket is not null) File.Delete(options.Socket);
+            if (options.Socket is not null) SocketFile.RemoveStale(options.Socket);
+        }
+    }
+
+    private static async Task ServeAsync(ServeOptions options)
+    {
+        EngineHost host = new();
+        await using WebApplication app = Build(options, host);
+        ILogger logger = app.Services.GetRequiredService<ILoggerFactory>().CreateLogger("Rollout.Server");
+        if (options.Socket is not null && SocketFile.RemoveStale(options.Socket)) Log.StaleSocketRemoved(logger, options.Socket);
+        await StartAsync(app);
+        try
+        {
+            await LoadAsync(options, app, host, logger);
+            await StoppingAsync(app);
+            Log.Stopping(logger);
+
+            // A client's HTTP stack throws away what it has not read yet when the connection closes.
+            if (host.Stop()) await Task.Delay(s_lastRepliesWithin);
+        }
+        finally
+        {
+            host.Stop();
+            await app.StopAsync();
         }
 
         if (host.Loaded is { } engine)
@@ -61,7 +66,6 @@ internal static class ServerApp
         }
 
         Log.Stopped(logger);
-        return ExitCode.Ok;
     }
 
     private static WebApplication Build(ServeOptions options, EngineHost host)
@@ -137,9 +141,7 @@ internal static class ServerApp
 
         long started = Stopwatch.GetTimestamp();
         Task<RolloutEngine> loading = ModelLoader.LoadAsync(options.Model, options.Engine);
-        CancellationToken stopping = app.Lifetime.ApplicationStopping;
-        Task stopped = Task.Delay(Timeout.Infinite, stopping);
-        if (await Task.WhenAny(loading, stopped) == stopped) return; // the process ends under the load; nothing depends on it yet
+        if (await Task.WhenAny(loading, StoppingAsync(app)) != loading) return; // the process ends under the load; nothing depends on it yet
 
         RolloutEngine engine = await loading;
         host.Publish(engine);
@@ -147,6 +149,10 @@ internal static class ServerApp
         Log.Ready(logger, engine.ModelName, version, engine.Backend.Name, Stopwatch.GetElapsedTime(started).TotalSeconds);
         await WriteReadyAsync(engine, version, addresses);
     }
+
+    /// <summary>Completes at SIGTERM or SIGINT.</summary>
+    private static async Task StoppingAsync(WebApplication app)
+        => await Task.Delay(Timeout.Infinite, app.Lifetime.ApplicationStopping).ConfigureAwait(ConfigureAwaitOptions.SuppressThrowing);
 
     /// <summary>The one line on standard output: a parent waits for it. `ready` and a JSON object.</summary>
     private static async Task WriteReadyAsync(RolloutEngine engine, ulong version, string[] addresses)

@@ -2,9 +2,9 @@ using Grpc.Core;
 using Rollout.Engine;
 using Rollout.Server.Hosting;
 using Rollout.V1;
-using Problem = Rollout.Engine.Problem;
 using EngineState = Rollout.V1.EngineState;
 using PauseMode = Rollout.V1.PauseMode;
+using Problem = Rollout.Engine.Problem;
 
 namespace Rollout.Server.Services;
 
