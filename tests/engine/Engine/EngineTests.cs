@@ -168,6 +168,10 @@ public sealed class EngineTests
 
         public static string Text(int id) => $"<{id}>";
 
+        public override int VocabSize => 320;
+
+        public override IReadOnlyDictionary<string, int> SpecialTokens => new Dictionary<string, int>();
+
         public override int[] Encode(string text, bool addSpecialTokens) => throw new NotSupportedException();
 
         public override string Decode(ReadOnlySpan<int> ids) => throw new NotSupportedException();
