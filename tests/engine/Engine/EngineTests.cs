@@ -174,8 +174,6 @@ public sealed class EngineTests
 
         public override int[] Encode(string text, bool addSpecialTokens) => throw new NotSupportedException();
 
-        public override string Decode(ReadOnlySpan<int> ids) => throw new NotSupportedException();
-
         public override ReadOnlySpan<byte> TokenBytes(int id) => _bytes[id];
     }
 }
