@@ -3,8 +3,8 @@ using System.Diagnostics;
 namespace Rollout.Client;
 
 /// <summary>
-/// A process that does not outlive this one: killed when this process exits and, where setpriv is installed (util-linux), also by the
-/// kernel when this process is killed.
+/// A process that does not outlive this one: killed when this process exits and, where setpriv is installed (util-linux), also ended by
+/// the kernel when a signal ends this process.
 /// </summary>
 internal sealed class ChildProcess : IDisposable
 {

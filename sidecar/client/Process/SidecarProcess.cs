@@ -11,7 +11,7 @@ namespace Rollout.Client;
 /// await using SidecarProcess sidecar = await SidecarProcess.StartAsync(new() { Program = "rollout.dll", ModelFolder = folder });
 /// await using RolloutClient client = sidecar.Connect();
 /// </code>
-/// Where this process is killed with SIGKILL the sidecar ends too if setpriv (util-linux) is installed, else it stays.
+/// Where a signal ends this process the sidecar ends too if setpriv (util-linux) is installed, else it stays.
 /// </remarks>
 public sealed class SidecarProcess : IAsyncDisposable
 {

@@ -1,5 +1,6 @@
 using System.Collections.Concurrent;
 using System.Globalization;
+using System.Runtime.InteropServices;
 using System.Security.Cryptography;
 using System.Text.RegularExpressions;
 
@@ -22,11 +23,15 @@ internal sealed partial class SharedMemoryFile : IDisposable
     // Keeps the shared lock that .NET takes on every open file: how another process knows that the owner lives.
     private readonly FileStream _file;
 
-    static SharedMemoryFile() => AppDomain.CurrentDomain.ProcessExit += static (_, _) =>
-    {
-        foreach (string path in s_live.Keys)
-            TryDelete(path);
-    };
+    // Since .NET 10 a signal ends the process without ProcessExit. What the signal does stays what it is without us; a program that
+    // handles it and goes on pushing gets a new file.
+    private static readonly PosixSignalRegistration[] s_signals =
+    [
+        .. ((PosixSignal[])[PosixSignal.SIGTERM, PosixSignal.SIGINT, PosixSignal.SIGHUP, PosixSignal.SIGQUIT])
+            .Select(signal => PosixSignalRegistration.Create(signal, static _ => RemoveLive())),
+    ];
+
+    static SharedMemoryFile() => AppDomain.CurrentDomain.ProcessExit += static (_, _) => RemoveLive();
 
     private SharedMemoryFile(string path, FileStream file, long capacity)
     {
@@ -39,6 +44,9 @@ internal sealed partial class SharedMemoryFile : IDisposable
 
     /// <summary>Bytes.</summary>
     public long Capacity { get; }
+
+    /// <summary>Whether another process can still open it.</summary>
+    public bool Exists => File.Exists(Path);
 
     /// <exception cref="IOException">There is no room for it.</exception>
     public static SharedMemoryFile Create(long capacity, string folder = DefaultFolder)
@@ -93,11 +101,29 @@ internal sealed partial class SharedMemoryFile : IDisposable
         {
             Match name = FileName().Match(System.IO.Path.GetFileName(path));
             if (name.Success && int.TryParse(name.Groups[1].Value, CultureInfo.InvariantCulture, out int pid)
-                && !Directory.Exists($"/proc/{pid}") && TryLock(path) && TryDelete(path))
+                && !Lives(pid) && TryLock(path) && TryDelete(path))
                 removed++;
         }
 
         return removed;
+    }
+
+    // One that nobody has waited for yet is as dead as one that is gone: in containers that may last.
+    private static bool Lives(int pid)
+    {
+        try
+        {
+            string stat = File.ReadAllText($"/proc/{pid}/stat");
+            return stat[stat.LastIndexOf(')')..] is not [_, _, 'Z' or 'X', ..];
+        }
+        catch (Exception e) when (e is DirectoryNotFoundException or FileNotFoundException)
+        {
+            return false;
+        }
+        catch (Exception e) when (e is IOException or UnauthorizedAccessException or ArgumentOutOfRangeException)
+        {
+            return Directory.Exists($"/proc/{pid}");
+        }
     }
 
     // A process of another container may share /dev/shm but not our process ids: its lock tells that it lives.
@@ -112,6 +138,12 @@ internal sealed partial class SharedMemoryFile : IDisposable
         {
             return false;
         }
+    }
+
+    private static void RemoveLive()
+    {
+        foreach (string path in s_live.Keys)
+            TryDelete(path);
     }
 
     private static void Forget(string path)

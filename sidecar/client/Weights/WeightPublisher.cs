@@ -107,7 +107,7 @@ public sealed class WeightPublisher : IAsyncDisposable
 
     private SharedMemoryFile SharedMemory(long bytes)
     {
-        if (_file is null || _file.Capacity < bytes)
+        if (_file is null || _file.Capacity < bytes || !_file.Exists)
         {
             // First give back the old one: there may not be room for both.
             _file?.Dispose();

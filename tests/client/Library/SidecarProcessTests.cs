@@ -62,11 +62,22 @@ public sealed class SidecarProcessTests : IDisposable
     public async Task Cancelling_the_start_ends_it()
     {
         using var cancel = new CancellationTokenSource();
-        string program = Script("echo loading; exec sleep 100");
-        int pid = 0;
+        string program = Script("echo $$; exec sleep 100");
+        string pid = "";
         await Assert.ThrowsAnyAsync<OperationCanceledException>(() => SidecarProcess.StartAsync(
-            new SidecarOptions { Program = program, ModelFolder = "x", OnLine = _ => cancel.Cancel() }, cancel.Token));
-        Assert.Equal(0, pid);
+            new SidecarOptions
+            {
+                Program = program,
+                ModelFolder = "x",
+                OnLine = line =>
+                {
+                    pid = line;
+                    cancel.Cancel();
+                },
+            },
+            cancel.Token));
+        Assert.NotEqual("", pid);
+        Assert.False(Directory.Exists($"/proc/{pid}"));
     }
 
     [Fact]
