@@ -24,7 +24,7 @@ internal sealed class RolloutAddress
 
     public EndPoint EndPoint { get; }
 
-    /// <exception cref="ArgumentException">The address is none of <c>unix:/path</c>, <c>unix:///path</c> and <c>http://host:port</c>.</exception>
+    /// <exception cref="ArgumentException">It is none of <c>unix:/path</c>, <c>unix:///path</c> and <c>http://host:port</c>.</exception>
     public static RolloutAddress Parse(string address)
     {
         ArgumentException.ThrowIfNullOrWhiteSpace(address);

@@ -15,7 +15,7 @@ public sealed partial class RolloutClient
         GenerateBatchAsync(requests.ToAsyncEnumerable(), onRefused, timeout, cancellationToken);
 
     /// <summary>Many groups on one call. Yields each sample when it ends, whichever group it belongs to.</summary>
-    /// <param name="requests">Read and sent while samples come back, so it may go on as long as the caller likes and depend on them.</param>
+    /// <param name="requests">Read and sent while samples come back, so it may go on as long as wanted and depend on them.</param>
     /// <param name="onRefused">
     /// Called for each group that is refused, as it happens; then nothing is thrown for it. It may be called on another thread than the
     /// one that reads the samples, but never by two at once.
@@ -139,7 +139,7 @@ public sealed partial class RolloutClient
             if (added)
                 return message;
             // The sidecar would refuse it too, but its answer could not be told from one about the first group.
-            Refuse(RolloutException.From(StatusCode.AlreadyExists, "a group of this batch with the same id is in flight", request.RequestId));
+            Refuse(RolloutException.From(StatusCode.AlreadyExists, "a group with the same id is in flight", request.RequestId));
             return null;
         }
 

@@ -44,7 +44,7 @@ public sealed partial class RolloutClient
 
     /// <summary>Returns once no step runs any more.</summary>
     /// <param name="owner">Named to whoever asks why nothing moves.</param>
-    /// <param name="lease">The pause ends by itself after this long, so that a dead owner leaves nothing stuck; pausing again renews it.</param>
+    /// <param name="lease">The pause ends by itself after this long, so a dead owner leaves nothing stuck; pausing again renews it.</param>
     /// <param name="timeout">Null: the lease, at least <see cref="DefaultControlTimeout"/>.</param>
     public async Task<PauseResult> PauseAsync(
         PauseMode mode, string owner, TimeSpan lease, TimeSpan? timeout = null, CancellationToken cancellationToken = default)

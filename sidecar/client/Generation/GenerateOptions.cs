@@ -1,6 +1,6 @@
 namespace Rollout.Client;
 
-/// <summary>How the samples of one group are drawn and when they end. The defaults draw one sample from the model's own distribution.</summary>
+/// <summary>How the samples of one group are drawn and when they end. By default one, from the model's own distribution.</summary>
 public sealed record GenerateOptions
 {
     internal static readonly GenerateOptions Default = new();
@@ -8,7 +8,7 @@ public sealed record GenerateOptions
     /// <summary>Samples to draw.</summary>
     public int N { get; init; } = 1;
 
-    /// <summary>Seed of the group; sample i draws with (seed, i). Null: the sidecar picks one, <see cref="Sample.Seed"/> says which.</summary>
+    /// <summary>Seed of the group; sample i draws with (seed, i). Null: <see cref="Sample.Seed"/> says which was picked.</summary>
     public ulong? Seed { get; init; }
 
     /// <summary>Most tokens of a sample. Null: up to the model's context length.</summary>

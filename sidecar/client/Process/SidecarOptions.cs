@@ -24,6 +24,6 @@ public sealed record SidecarOptions
     /// <summary>How long the sidecar may take to end by itself before it is killed.</summary>
     public TimeSpan StopTimeout { get; init; } = TimeSpan.FromSeconds(10);
 
-    /// <summary>Gets every line the sidecar prints, on a thread of the pool. Null: dropped, but for the last ones, which errors show.</summary>
+    /// <summary>Gets every line the sidecar prints, on a thread of the pool. Null: only errors show the last ones.</summary>
     public Action<string>? OnLine { get; init; }
 }

@@ -8,7 +8,7 @@ namespace Rollout.Client;
 /// </summary>
 internal sealed class PayloadWriter(PayloadLayout layout, IReadOnlyList<TensorSource> tensors, bool hash)
 {
-    /// <summary>Bytes moved at a time: a multiple of every element size that stays in a core's cache and within gRPC's default message.</summary>
+    /// <summary>Bytes moved at a time: whole elements, small enough for a core's cache and for gRPC's default message.</summary>
     public const int Piece = 1 << 20;
 
     private readonly byte[] _digests = new byte[tensors.Count * WeightDigest.Length];

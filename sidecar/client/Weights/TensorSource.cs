@@ -33,7 +33,7 @@ public sealed class TensorSource
 
     public long Bytes { get; }
 
-    /// <param name="bytes">Row-major, little-endian; read at each push, so a trainer may keep updating them in place between pushes.</param>
+    /// <param name="bytes">Row-major, little-endian; read at each push, so a trainer may update them in place between pushes.</param>
     /// <exception cref="ArgumentException">The shape asks for another number of bytes.</exception>
     public static TensorSource FromMemory(string name, TensorDType dtype, IReadOnlyList<long> shape, ReadOnlyMemory<byte> bytes)
     {

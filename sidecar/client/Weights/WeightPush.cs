@@ -240,7 +240,7 @@ internal sealed class WeightPush(
             ? $"it took longer than its timeout of {options.Timeout.TotalSeconds:0.###} s"
             : $"{cause.StatusCode}, {cause.Status.Detail}";
         string served = outcome == UpdateOutcome.NotCommitted
-            ? $"the old weights, version {BaseVersion}, are still served"
+            ? $"nothing has replaced version {BaseVersion}"
             : $"the sidecar did not say within {ResolveWithin.TotalSeconds:0.###} s whether version {NewVersion} is served";
         return new WeightUpdateFailedException($"the update to version {NewVersion} broke off: {what}; {served}", outcome, cause)
         {

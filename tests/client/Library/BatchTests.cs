@@ -45,7 +45,8 @@ public sealed class BatchTests : IAsyncLifetime
     public async Task With_a_callback_nothing_is_thrown()
     {
         List<RolloutException> refused = [];
-        List<Sample> samples = await _client.GenerateBatchAsync([Request("bad"), Request("a")], refused.Add, cancellationToken: Token).ToListAsync(Token);
+        RolloutRequest[] requests = [Request("bad"), Request("a")];
+        List<Sample> samples = await _client.GenerateBatchAsync(requests, refused.Add, cancellationToken: Token).ToListAsync(Token);
         Assert.Equal(2, samples.Count);
         Assert.Equal("bad", Assert.Single(refused).RequestId);
     }

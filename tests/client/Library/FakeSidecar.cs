@@ -9,7 +9,7 @@ using Microsoft.Extensions.Logging;
 
 namespace Rollout.Client.Tests;
 
-/// <summary>A gRPC server on a Unix socket whose answers a test writes: for what the client does with them, not for what they mean.</summary>
+/// <summary>A gRPC server on a Unix socket whose answers a test writes: for what the client does with them.</summary>
 internal sealed class FakeSidecar : IAsyncDisposable
 {
     private WebApplication? _app;

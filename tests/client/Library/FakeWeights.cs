@@ -98,7 +98,8 @@ internal sealed class FakeWeights
 
             case V1.UpdateRequest.StepOneofCase.Chunk:
                 request.Chunk.Data.Span.CopyTo(_payload.AsSpan((int)request.Chunk.Offset));
-                return ++Chunks >= FailAfterChunks ? Failed("out of luck") : Progress((int)request.Chunk.Offset + request.Chunk.Data.Length);
+                int end = (int)request.Chunk.Offset + request.Chunk.Data.Length;
+                return ++Chunks >= FailAfterChunks ? Failed("out of luck") : Progress(end);
 
             case V1.UpdateRequest.StepOneofCase.SharedMemory:
                 SharedMemoryPath = request.SharedMemory.Path;

@@ -71,7 +71,8 @@ public sealed class GenerateTests : IAsyncLifetime
     {
         _fake.Generate = (_, _, _) => throw new RpcException(new Status(code, "n: must be at least 1; top_p: is NaN"));
         var request = new RolloutRequest(s_prompt) { RequestId = "mine" };
-        var error = await Assert.ThrowsAnyAsync<RolloutException>(async () => await _client.GenerateAsync(request, null, Token).CountAsync(Token));
+        var error = await Assert.ThrowsAnyAsync<RolloutException>(async () =>
+            await _client.GenerateAsync(request, null, Token).CountAsync(Token));
         Assert.IsType(type, error);
         Assert.Equal(("mine", code), (error.RequestId, error.StatusCode));
         Assert.Contains("n: must be at least 1; top_p: is NaN", error.Message);

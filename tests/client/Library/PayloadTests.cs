@@ -32,8 +32,8 @@ public sealed class PayloadTests
     [Fact]
     public void Every_name_given_twice_is_listed()
     {
-        var error = Assert.Throws<ArgumentException>(() => PayloadLayout.Of(
-            [Zeros("a", TensorDType.F32, 1), Zeros("b", TensorDType.F32, 1), Zeros("b", TensorDType.F32, 1), Zeros("a", TensorDType.F32, 1)]));
+        TensorSource[] tensors = [.. "abba".Select(name => Zeros($"{name}", TensorDType.F32, 1))];
+        var error = Assert.Throws<ArgumentException>(() => PayloadLayout.Of(tensors));
         Assert.Contains("a, b", error.Message);
         Assert.Throws<ArgumentException>(() => PayloadLayout.Of([]));
     }
@@ -62,7 +62,8 @@ public sealed class PayloadTests
     public void Stream_and_shared_memory_carry_the_same_payload()
     {
         string folder = Directory.CreateTempSubdirectory("payload-").FullName;
-        Gen<int> size = Gen.OneOf(Gen.Int[0, 300], Gen.Int[PayloadWriter.Piece / 2 - 200, PayloadWriter.Piece / 2 + 200], Gen.Int[0, 1_500_000]);
+        const int PieceElements = PayloadWriter.Piece / 2;
+        Gen<int> size = Gen.OneOf(Gen.Int[0, 300], Gen.Int[PieceElements - 200, PieceElements + 200], Gen.Int[0, 1_500_000]);
         size.Array[1, 6].Sample(
             sizes =>
             {

@@ -84,7 +84,8 @@ public sealed class SidecarProcessTests : IDisposable
     public async Task A_program_that_is_not_there_is_named()
     {
         var options = new SidecarOptions { Program = "/no/such/rollout", ModelFolder = "x" };
-        Assert.Contains("/no/such/rollout", (await Assert.ThrowsAsync<SidecarException>(() => SidecarProcess.StartAsync(options, Token))).Message);
+        var error = await Assert.ThrowsAsync<SidecarException>(() => SidecarProcess.StartAsync(options, Token));
+        Assert.Contains("/no/such/rollout", error.Message);
     }
 
     [Fact]

@@ -37,7 +37,7 @@ public sealed class WeightPublisherTests : IAsyncLifetime
         _fake.Weights.Version = 7;
         byte[][] contents = [Bytes(3_000_000, 1), Bytes(30, 2), Bytes(1 << 20, 3)];
         var options = new PushOptions { Transport = transport, Policy = UpdatePolicy.Keep, Owner = "me" };
-        PushResult result = await _publisher.PushAsync(Tensors(contents), options: options, cancellationToken: Token);
+        PushResult result = await PushAsync(Tensors(contents), options: options);
 
         for (int i = 0; i < contents.Length; i++)
             Assert.True(contents[i].AsSpan().SequenceEqual(_fake.Weights.Tensors[$"t{i}"]));
@@ -55,17 +55,17 @@ public sealed class WeightPublisherTests : IAsyncLifetime
     [Fact]
     public async Task Versions_count_up_and_the_shared_memory_is_kept_until_it_is_too_small()
     {
-        await _publisher.PushAsync(Tensors(Bytes(1000, 1)), cancellationToken: Token);
+        await PushAsync(Tensors(Bytes(1000, 1)));
         string first = _fake.Weights.SharedMemoryPath!;
-        Assert.Equal(2UL, (await _publisher.PushAsync(Tensors(Bytes(1000, 2)), cancellationToken: Token)).Version);
+        Assert.Equal(2UL, (await PushAsync(Tensors(Bytes(1000, 2)))).Version);
         Assert.Equal(first, _fake.Weights.SharedMemoryPath);
-        Assert.Equal(9UL, (await _publisher.PushAsync(Tensors(Bytes(9000, 2)), newVersion: 9, cancellationToken: Token)).Version);
+        Assert.Equal(9UL, (await PushAsync(Tensors(Bytes(9000, 2)), newVersion: 9)).Version);
         Assert.NotEqual(first, _fake.Weights.SharedMemoryPath);
         Assert.False(File.Exists(first));
 
         // As when a signal that the trainer survives has removed it.
         File.Delete(_fake.Weights.SharedMemoryPath!);
-        await _publisher.PushAsync(Tensors(Bytes(9000, 3)), cancellationToken: Token);
+        await PushAsync(Tensors(Bytes(9000, 3)));
         Assert.Equal(Bytes(9000, 3), _fake.Weights.Tensors["t0"]);
     }
 
@@ -78,7 +78,7 @@ public sealed class WeightPublisherTests : IAsyncLifetime
             new V1.Problem { Field = "manifest", Message = "lm_head.weight is missing" },
         ];
         var error = await Assert.ThrowsAsync<WeightUpdateRejectedException>(() =>
-            _publisher.PushAsync([new TensorSource("t", TensorDType.F32, [1], (_, _) => Assert.Fail("asked for bytes"))], cancellationToken: Token));
+            PushAsync([new TensorSource("t", TensorDType.F32, [1], (_, _) => Assert.Fail("asked for bytes"))]));
         Assert.Equal(
             [new UpdateProblem("manifest[0].shape", "expected [4, 2]"), new UpdateProblem("manifest", "lm_head.weight is missing")],
             error.Problems);
@@ -88,12 +88,12 @@ public sealed class WeightPublisherTests : IAsyncLifetime
     [Fact]
     public async Task Another_trainers_push_is_found_out_and_a_retry_goes_on_from_it()
     {
-        await _publisher.PushAsync(Tensors(Bytes(10, 1)), options: s_inline, cancellationToken: Token);
+        await PushAsync(Tensors(Bytes(10, 1)), options: s_inline);
         _fake.Weights.Version = 40;
-        await Assert.ThrowsAsync<WeightUpdateRejectedException>(() => _publisher.PushAsync(Tensors(Bytes(10, 1)), options: s_inline, cancellationToken: Token));
-        Assert.Equal(41UL, (await _publisher.PushAsync(Tensors(Bytes(10, 1)), options: s_inline, cancellationToken: Token)).Version);
+        await Assert.ThrowsAsync<WeightUpdateRejectedException>(() => PushAsync(Tensors(Bytes(10, 1)), options: s_inline));
+        Assert.Equal(41UL, (await PushAsync(Tensors(Bytes(10, 1)), options: s_inline)).Version);
         await Assert.ThrowsAsync<WeightUpdateRejectedException>(() =>
-            _publisher.PushAsync(Tensors(Bytes(10, 1)), options: s_inline with { BaseVersion = 40 }, cancellationToken: Token));
+            PushAsync(Tensors(Bytes(10, 1)), options: s_inline with { BaseVersion = 40 }));
     }
 
     [Theory, MemberData(nameof(Transports))]
@@ -101,12 +101,12 @@ public sealed class WeightPublisherTests : IAsyncLifetime
     {
         _fake.Weights.LieAboutDigest = true;
         var error = await Assert.ThrowsAsync<WeightDigestException>(() =>
-            _publisher.PushAsync(Tensors(Bytes(10, 1)), options: new PushOptions { Transport = transport }, cancellationToken: Token));
+            PushAsync(Tensors(Bytes(10, 1)), options: new PushOptions { Transport = transport }));
         Assert.Equal((UpdateOutcome.Committed, 1UL), (error.Outcome, error.Version));
         Assert.NotEqual(error.Sent, error.Received);
 
         PushOptions unverified = new() { Transport = transport, VerifyDigest = false };
-        PushResult result = await _publisher.PushAsync(Tensors(Bytes(10, 1)), options: unverified, cancellationToken: Token);
+        PushResult result = await PushAsync(Tensors(Bytes(10, 1)), options: unverified);
         Assert.Equal(error.Received, result.Digest);
     }
 
@@ -137,15 +137,15 @@ public sealed class WeightPublisherTests : IAsyncLifetime
     [Fact]
     public async Task A_source_that_throws_aborts_the_update_and_is_what_is_thrown()
     {
-        TensorSource[] tensors = [new TensorSource("t", TensorDType.F32, [1], (_, _) => throw new NotSupportedException("a quantised tensor"))];
+        TensorSource[] tensors = [new TensorSource("t", TensorDType.F32, [1], (_, _) => throw new NotSupportedException("quantised"))];
         foreach (PushOptions options in (PushOptions[])[s_inline, new()])
         {
-            var error = await Assert.ThrowsAsync<NotSupportedException>(() => _publisher.PushAsync(tensors, options: options, cancellationToken: Token));
-            Assert.Equal("a quantised tensor", error.Message);
-            Assert.Equal("a quantised tensor", _fake.Weights.AbortReason);
+            var error = await Assert.ThrowsAsync<NotSupportedException>(() => PushAsync(tensors, options: options));
+            Assert.Equal("quantised", error.Message);
+            Assert.Equal("quantised", _fake.Weights.AbortReason);
         }
 
-        Assert.Equal(1UL, (await _publisher.PushAsync(Tensors(Bytes(10, 1)), cancellationToken: Token)).Version);
+        Assert.Equal(1UL, (await PushAsync(Tensors(Bytes(10, 1)))).Version);
     }
 
     [Theory, MemberData(nameof(Transports))]
@@ -161,7 +161,7 @@ public sealed class WeightPublisherTests : IAsyncLifetime
             _publisher.PushAsync(tensors, options: new PushOptions { Transport = transport }, cancellationToken: cancel.Token));
         Assert.NotNull(_fake.Weights.Begin);
         Assert.Equal(0UL, _fake.Weights.Version);
-        Assert.Equal(1UL, (await _publisher.PushAsync(Tensors(Bytes(10, 1)), cancellationToken: Token)).Version);
+        Assert.Equal(1UL, (await PushAsync(Tensors(Bytes(10, 1)))).Version);
     }
 
     [Fact]
@@ -178,7 +178,7 @@ public sealed class WeightPublisherTests : IAsyncLifetime
     {
         _fake.Weights.BreakAtCommit = context => throw new RpcException(new Status(StatusCode.Unavailable, "gone"));
         _fake.Weights.CommitBeforeBreaking = true;
-        PushResult result = await _publisher.PushAsync(Tensors(Bytes(10, 1), Bytes(20, 2)), cancellationToken: Token);
+        PushResult result = await PushAsync(Tensors(Bytes(10, 1), Bytes(20, 2)));
         Assert.Equal((1UL, true), (result.Version, result.ConfirmedByStatus));
         Assert.Matches("^[0-9a-f]{32}$", result.Digest);
     }
@@ -201,7 +201,7 @@ public sealed class WeightPublisherTests : IAsyncLifetime
             _fake.Weights.Tensors["t0"] = Bytes(10, 99);
             throw new RpcException(new Status(StatusCode.Unavailable, "gone"));
         };
-        await Assert.ThrowsAsync<WeightDigestException>(() => _publisher.PushAsync(Tensors(Bytes(10, 1)), cancellationToken: Token));
+        await Assert.ThrowsAsync<WeightDigestException>(() => PushAsync(Tensors(Bytes(10, 1))));
     }
 
     [Fact]
@@ -231,11 +231,14 @@ public sealed class WeightPublisherTests : IAsyncLifetime
     public async Task A_sidecar_that_is_not_there_is_unavailable()
     {
         await _fake.DieAsync();
-        await Assert.ThrowsAsync<RolloutUnavailableException>(() => _publisher.PushAsync(Tensors(Bytes(10, 1)), cancellationToken: Token));
+        await Assert.ThrowsAsync<RolloutUnavailableException>(() => PushAsync(Tensors(Bytes(10, 1))));
     }
 
+    private Task<PushResult> PushAsync(IReadOnlyList<TensorSource> tensors, ulong? newVersion = null, PushOptions? options = null) =>
+        _publisher.PushAsync(tensors, newVersion, options, Token);
+
     private async Task<WeightUpdateFailedException> FailsAsync(IReadOnlyList<TensorSource> tensors, PushOptions? options = null) =>
-        await Assert.ThrowsAsync<WeightUpdateFailedException>(() => _publisher.PushAsync(tensors, options: options, cancellationToken: Token));
+        await Assert.ThrowsAsync<WeightUpdateFailedException>(() => PushAsync(tensors, options: options));
 
     private static TensorSource[] Tensors(params byte[][] contents) =>
         [.. contents.Select((bytes, i) => TensorSource.FromMemory($"t{i}", TensorDType.BF16, [bytes.Length / 2], bytes))];
