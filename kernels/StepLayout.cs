@@ -64,11 +64,47 @@ public sealed class StepLayout
     /// <summary>Their model log-probabilities.</summary>
     public float[] AlternativeLogProbs { get; }
 
+    /// <summary>Entries of the two arrays above in use.</summary>
+    public int AlternativesCount { get; set; }
+
     /// <summary>Biased token ids of all queries, ascending within a query.</summary>
-    public int[] BiasIds { get; }
+    public int[] BiasIds { get; private set; }
 
     /// <summary>Added to the logits before temperature; negative infinity forbids a token.</summary>
-    public float[] BiasValues { get; }
+    public float[] BiasValues { get; private set; }
+
+    /// <summary>Entries of the two bias arrays in use.</summary>
+    public int BiasCount { get; private set; }
+
+    /// <summary>Empties the step.</summary>
+    public void Clear()
+    {
+        SequenceCount = 0;
+        OutputCount = 0;
+        QueryCount = 0;
+        AlternativesCount = 0;
+        BiasCount = 0;
+    }
+
+    /// <summary>Appends biases of one query and returns where they start. The arrays grow when a step needs more than any before it.</summary>
+    public int AddBiases(ReadOnlySpan<int> ids, ReadOnlySpan<float> values)
+    {
+        int start = BiasCount;
+        if (start + ids.Length > BiasIds.Length)
+        {
+            int length = Math.Max(start + ids.Length, 2 * BiasIds.Length);
+            int[] grownIds = new int[length];
+            float[] grownValues = new float[length];
+            BiasIds.CopyTo(grownIds, 0);
+            BiasValues.CopyTo(grownValues, 0);
+            (BiasIds, BiasValues) = (grownIds, grownValues);
+        }
+
+        ids.CopyTo(BiasIds.AsSpan(start));
+        values.CopyTo(BiasValues.AsSpan(start));
+        BiasCount += ids.Length;
+        return start;
+    }
 }
 
 /// <summary>One question to a row of logits: sample a token, or give the log-probability of one.</summary>
@@ -113,6 +149,7 @@ public struct SampleQuery
 /// <summary>The answer to a <see cref="SampleQuery"/>. Natural logarithms.</summary>
 public struct SampleResult
 {
+    /// <summary>-1 when the row's logits hold a NaN or +infinity: there is no distribution to sample from.</summary>
     public int Token;
 
     /// <summary>Log-probability under the model: temperature 1, unmodified logits.</summary>

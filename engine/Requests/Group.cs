@@ -1,4 +1,6 @@
+using System.IO.Hashing;
 using System.Runtime.CompilerServices;
+using System.Text;
 
 namespace Rollout.Engine;
 
@@ -10,18 +12,22 @@ public sealed class Group
 {
     private readonly Signal _signal = new();
     private readonly TaskCompletionSource _completed = new(TaskCreationOptions.RunContinuationsAsynchronously);
-    private int _unfinished;
+    private int _ended;
 
-    internal Group(GroupRequest request, Sequence[] samples, int promptTop)
+    internal Group(GroupRequest request, Sequence[] samples, IReadOnlyList<int> endTokens)
     {
         Request = request;
+        EndTokens = [.. endTokens];
+        Bias = LogitBias.Of(request.LogitBias, []);
+        BiasBeforeMinTokens = request.MinTokens == 0 ? Bias : LogitBias.Of(request.LogitBias, endTokens);
+        Salt = request.CacheSalt.Length == 0 ? 0 : XxHash128.HashToUInt128(Encoding.UTF8.GetBytes(request.CacheSalt));
+        foreach (Sequence sample in samples) sample.Group = this;
         Samples = samples;
-        _unfinished = samples.Length;
         if (request.PromptLogProbs)
         {
             PromptLogProbs = new float[request.Prompt.Length - 1];
-            PromptTopIds = new int[request.Prompt.Length * promptTop];
-            PromptTopLogProbs = new float[request.Prompt.Length * promptTop];
+            PromptTopIds = new int[request.Prompt.Length * request.PromptTop];
+            PromptTopLogProbs = new float[request.Prompt.Length * request.PromptTop];
         }
     }
 
@@ -45,6 +51,27 @@ public sealed class Group
 
     /// <summary>Completes when every sample has ended. Never faults: how a sample ended is in its <see cref="Sequence.FinishReason"/>.</summary>
     public Task Completed => _completed.Task;
+
+    // ---- For the loop.
+
+    /// <summary>Tokens that end a sample.</summary>
+    internal int[] EndTokens { get; }
+
+    internal LogitBias Bias { get; }
+
+    internal LogitBias BiasBeforeMinTokens { get; }
+
+    /// <summary>Seeds the hash chain of its blocks.</summary>
+    internal UInt128 Salt { get; }
+
+    /// <summary>True once a sample has had a seat.</summary>
+    internal bool Begun { get; set; }
+
+    /// <summary>The sample that is computing the prompt, if one is.</summary>
+    internal Sequence? PromptRunner { get; set; }
+
+    /// <summary>Set while a step's results are taken in, to raise the group once.</summary>
+    internal bool HasNews { get; set; }
 
     /// <summary>True once the samples of the group have been sampled from the leader's prompt (or gone their own way).</summary>
     internal bool Forked { get; set; }
@@ -82,13 +109,11 @@ public sealed class Group
     /// <summary>Called by the loop after it has published.</summary>
     internal void Raise() => _signal.Raise();
 
-    /// <summary>Called by the loop, once a sample. True when it was the last.</summary>
-    internal bool SampleEnded()
-    {
-        if (--_unfinished > 0) return false;
-        _completed.TrySetResult();
-        return true;
-    }
+    /// <summary>Called by the loop, once a sample. Returns how many have ended.</summary>
+    internal int CountEnded() => ++_ended;
+
+    /// <summary>Called by the loop after the last sample's end is published.</summary>
+    internal void Complete() => _completed.TrySetResult();
 }
 
 /// <summary>Tokens [Start, End) of a sample, with the reason if these are its last.</summary>

@@ -1,4 +1,5 @@
 using System.Runtime.CompilerServices;
+using Rollout.Kernels;
 
 namespace Rollout.Engine;
 
@@ -13,10 +14,17 @@ namespace Rollout.Engine;
 /// </summary>
 public sealed class Sequence
 {
-    private readonly int[] _tokens;
-    private readonly float[] _logProbs;
-    private readonly float[] _samplingLogProbs;
-    private readonly ulong[] _versions;
+    // Rooms for this many sampled tokens are taken at once; longer samples move to larger arrays. A reader that holds the old ones finds
+    // in them everything that was published when it took them.
+    private const int FirstCapacity = 4096;
+
+    private int[] _tokens;
+    private float[] _logProbs;
+    private float[] _samplingLogProbs;
+    private ulong[] _versions;
+    private int[] _topIds;
+    private float[] _topLogProbs;
+    private int _capacity;
     private int _published;
     private int _finishReason;
 
@@ -26,14 +34,15 @@ public sealed class Sequence
         PromptLength = prompt.Length;
         MaxTokens = maxTokens;
         TopLogProbs = topLogProbs;
-        _tokens = new int[prompt.Length + maxTokens];
+        _capacity = Math.Min(maxTokens, FirstCapacity);
+        _tokens = new int[prompt.Length + _capacity];
         prompt.CopyTo(_tokens, 0);
-        _logProbs = new float[maxTokens];
-        _samplingLogProbs = new float[maxTokens];
-        _versions = new ulong[maxTokens];
-        TopIds = new int[maxTokens * topLogProbs];
-        TopLogProbValues = new float[maxTokens * topLogProbs];
-        BlockTable = new int[KvBlocks.CountFor(_tokens.Length)];
+        _logProbs = new float[_capacity];
+        _samplingLogProbs = new float[_capacity];
+        _versions = new ulong[_capacity];
+        _topIds = new int[_capacity * topLogProbs];
+        _topLogProbs = new float[_capacity * topLogProbs];
+        BlockTable = new int[KvBlocks.CountFor(prompt.Length + maxTokens)];
         Total = prompt.Length;
     }
 
@@ -65,16 +74,18 @@ public sealed class Sequence
     /// <summary>Alternatives reported a token.</summary>
     public int TopLogProbs { get; }
 
-    /// <summary>[MaxTokens, TopLogProbs].</summary>
-    public int[] TopIds { get; }
+    /// <summary>Alternatives of tokens [start, end), [tokens, TopLogProbs], most probable first.</summary>
+    public ReadOnlySpan<int> TopIds(int start, int end) => _topIds.AsSpan(start * TopLogProbs, (end - start) * TopLogProbs);
 
-    public float[] TopLogProbValues { get; }
+    /// <summary>Their model log-probabilities.</summary>
+    public ReadOnlySpan<float> TopLogProbValues(int start, int end)
+        => _topLogProbs.AsSpan(start * TopLogProbs, (end - start) * TopLogProbs);
 
     /// <summary>Oldest version among those that made this sample's keys and values.</summary>
     public ulong OldestKvVersion { get; internal set; }
 
-    /// <summary>Sampled tokens whose text comes before a stop string that ended the sample; null when none did.</summary>
-    public string? MatchedStop { get; internal set; }
+    /// <summary>The stop string that ended the sample, or null.</summary>
+    public string? MatchedStop => StopStrings?.Matched;
 
     // ---- For the loop.
 
@@ -82,14 +93,14 @@ public sealed class Sequence
 
     internal int MaxTokens { get; }
 
+    /// <summary>Watches the sampled text; null when no stop strings were given.</summary>
+    internal StopStringMatcher? StopStrings { get; init; }
+
     /// <summary>Tokens known: prompt and sampled.</summary>
     internal int Total { get; private set; }
 
     /// <summary>Tokens whose keys and values lie in the blocks.</summary>
     internal int Computed { get; set; }
-
-    /// <summary>Rows of this sequence in the step being run.</summary>
-    internal int Scheduled { get; set; }
 
     internal int Sampled => Total - PromptLength;
 
@@ -107,13 +118,20 @@ public sealed class Sequence
     /// <summary>False once its keys and values come from more than one version: such blocks are never shared.</summary>
     internal bool SingleVersionKv { get; set; } = true;
 
-    internal void Append(int token, float logProb, float samplingLogProb, ulong version)
+    /// <param name="result">The token drawn and its log-probabilities.</param>
+    /// <param name="topIds">Its alternatives.</param>
+    /// <param name="topLogProbs">Theirs.</param>
+    /// <param name="version">Of the weights that drew it.</param>
+    internal void Append(in SampleResult result, ReadOnlySpan<int> topIds, ReadOnlySpan<float> topLogProbs, ulong version)
     {
         int at = Sampled;
-        _tokens[Total] = token;
-        _logProbs[at] = logProb;
-        _samplingLogProbs[at] = samplingLogProb;
+        if (at == _capacity) Grow();
+        _tokens[Total] = result.Token;
+        _logProbs[at] = result.LogProb;
+        _samplingLogProbs[at] = result.SamplingLogProb;
         _versions[at] = version;
+        topIds.CopyTo(_topIds.AsSpan(at * TopLogProbs));
+        topLogProbs.CopyTo(_topLogProbs.AsSpan(at * TopLogProbs));
         Total++;
     }
 
@@ -126,5 +144,16 @@ public sealed class Sequence
         Error = error;
         Publish();
         Volatile.Write(ref _finishReason, (int)reason);
+    }
+
+    private void Grow()
+    {
+        _capacity = Math.Min(MaxTokens, 2 * _capacity);
+        Array.Resize(ref _tokens, PromptLength + _capacity);
+        Array.Resize(ref _logProbs, _capacity);
+        Array.Resize(ref _samplingLogProbs, _capacity);
+        Array.Resize(ref _versions, _capacity);
+        Array.Resize(ref _topIds, _capacity * TopLogProbs);
+        Array.Resize(ref _topLogProbs, _capacity * TopLogProbs);
     }
 }

@@ -13,7 +13,7 @@ public enum UpdatePolicy
 }
 
 /// <summary>One tensor of an update: a Hugging Face name, the type and full shape of the bytes sent, and where in the payload they stand.</summary>
-public readonly record struct ManifestTensor(string Name, DType Type, long[] Shape, long Offset)
+public readonly record struct ManifestTensor(string Name, DType Type, IReadOnlyList<long> Shape, long Offset)
 {
     public long Elements => Shape.Aggregate(1L, (product, dimension) => product * dimension);
 

@@ -1,0 +1,52 @@
+namespace Rollout.Engine;
+
+/// <summary>
+/// A model on disk that cannot be used: a file that does not parse, a checkpoint that does not fit its config, a feature that is not
+/// supported. Carries every problem found, so that a user mends a file once.
+/// </summary>
+public sealed class InvalidModelException : Exception
+{
+    // A hostile header can hold millions of problems; a message must stay readable in a log.
+    private const int ProblemsInMessage = 50;
+
+    public InvalidModelException(string path, IReadOnlyList<string> problems, Exception? inner = null)
+        : base(Describe(path, problems), inner)
+    {
+        Path = path;
+        Problems = problems;
+    }
+
+    public InvalidModelException(string path, string problem, Exception? inner = null)
+        : this(path, [problem], inner)
+    {
+    }
+
+    /// <summary>The file or folder that is at fault.</summary>
+    public string Path { get; }
+
+    /// <summary>Every problem found, each a sentence that names the field or tensor.</summary>
+    public IReadOnlyList<string> Problems { get; }
+
+    internal static void ThrowIfAny(string path, List<string> problems)
+    {
+        if (problems.Count > 0)
+            throw new InvalidModelException(path, problems);
+    }
+
+    /// <summary>A name from a file as it may stand in a message: quoted, without control characters, not too long.</summary>
+    internal static string Quote(string name)
+    {
+        const int Most = 200;
+        var text = string.Concat(name.Take(Most).Select(c => char.IsControl(c) ? '\uFFFD' : c));
+        return name.Length > Most ? $"'{text}...'" : $"'{text}'";
+    }
+
+    private static string Describe(string path, IReadOnlyList<string> problems)
+    {
+        if (problems.Count == 1)
+            return $"{path}: {problems[0]}";
+        var lines = problems.Take(ProblemsInMessage).Select(problem => "\n  " + problem);
+        var rest = problems.Count > ProblemsInMessage ? $"\n  and {problems.Count - ProblemsInMessage} more" : "";
+        return $"{path}: {problems.Count} problems{string.Concat(lines)}{rest}";
+    }
+}

@@ -1,0 +1,358 @@
+using System.Buffers.Binary;
+using System.Text;
+using System.Text.Json;
+using System.Text.Unicode;
+using Microsoft.Win32.SafeHandles;
+
+namespace Rollout.Engine;
+
+/// <summary>
+/// A safetensors file, open for reading: 8 bytes of header length, a JSON header, then the tensors without a gap. The header is checked
+/// whole before anything is believed, as the format's reference implementation does.
+/// <para>
+/// Bytes are read through the file handle and not mapped: were the file truncated while in use, a mapping would end the process with
+/// SIGBUS where a read merely comes up short.
+/// </para>
+/// </summary>
+public sealed class SafetensorsFile : IDisposable
+{
+    /// <summary>The reference implementation's limit on the header.</summary>
+    internal const int MostHeaderBytes = 100_000_000;
+
+    // Far above any real file; they bound the memory that a hostile header can take.
+    private const int MostDimensions = 16;
+    private const int MostProblems = 1000;
+    private const int LengthBytes = 8;
+
+    private readonly SafeFileHandle _handle;
+
+    private SafetensorsFile(string path, SafeFileHandle handle, Header header)
+    {
+        Path = path;
+        _handle = handle;
+        Tensors = header.Tensors;
+        Metadata = header.Metadata;
+    }
+
+    public string Path { get; }
+
+    /// <summary>Tensors by name.</summary>
+    public IReadOnlyDictionary<string, TensorInfo> Tensors { get; }
+
+    /// <summary>The header's free text, usually just format = pt.</summary>
+    public IReadOnlyDictionary<string, string> Metadata { get; }
+
+    /// <summary>Opens a file and checks its header.</summary>
+    /// <exception cref="InvalidModelException">The file cannot be opened or is not valid safetensors; lists every problem.</exception>
+    public static SafetensorsFile Open(string path)
+    {
+        SafeFileHandle? handle = null;
+        try
+        {
+            handle = File.OpenHandle(path);
+            var file = new SafetensorsFile(path, handle, ReadHeader(path, handle));
+            handle = null;
+            return file;
+        }
+        catch (Exception e) when (e is IOException or UnauthorizedAccessException or NotSupportedException)
+        {
+            throw new InvalidModelException(path, $"cannot be read: {e.Message}", e);
+        }
+        finally
+        {
+            handle?.Dispose();
+        }
+    }
+
+    /// <summary>Reads bytes of a tensor. May be called from several threads at once.</summary>
+    /// <param name="tensor">A tensor of this file, of a type that weights can have.</param>
+    /// <param name="byteOffset">First byte, counted from the tensor's first.</param>
+    /// <param name="destination">Filled whole; must end within the tensor.</param>
+    /// <exception cref="InvalidModelException">The element type is not supported, or the file has become shorter.</exception>
+    public void Read(TensorInfo tensor, long byteOffset, Span<byte> destination)
+    {
+        ArgumentNullException.ThrowIfNull(tensor);
+        ArgumentOutOfRangeException.ThrowIfNegative(byteOffset);
+        ArgumentOutOfRangeException.ThrowIfGreaterThan(byteOffset, tensor.Bytes - destination.Length);
+        if (tensor.DType is null)
+        {
+            throw new InvalidModelException(Path,
+                $"tensor {InvalidModelException.Quote(tensor.Name)} has dtype {tensor.DTypeName}; weights must be BF16, F16 or F32");
+        }
+        if (ReadFully(_handle, tensor.Offset + byteOffset, destination) < destination.Length)
+        {
+            throw new InvalidModelException(Path,
+                $"the file has become shorter: tensor {InvalidModelException.Quote(tensor.Name)} is cut off");
+        }
+    }
+
+    public void Dispose() => _handle.Dispose();
+
+    private static Header ReadHeader(string path, SafeFileHandle handle)
+    {
+        var fileBytes = RandomAccess.GetLength(handle);
+        var prefix = (stackalloc byte[LengthBytes]);
+        if (ReadFully(handle, 0, prefix) < LengthBytes)
+            throw new InvalidModelException(path, $"the file has {fileBytes} bytes, too few for a safetensors header");
+        var length = BinaryPrimitives.ReadUInt64LittleEndian(prefix);
+        if (length > MostHeaderBytes)
+            throw new InvalidModelException(path, $"the header claims {length} bytes; the format allows {MostHeaderBytes}");
+        if (length > (ulong)(fileBytes - LengthBytes))
+            throw new InvalidModelException(path, $"the header claims {length} bytes, the file has {fileBytes}: truncated?");
+
+        var json = new byte[length];
+        if (ReadFully(handle, LengthBytes, json) < json.Length)
+            throw new InvalidModelException(path, "the file was truncated while being read");
+        return ParseHeader(path, json, LengthBytes + json.Length, fileBytes);
+    }
+
+    private static int ReadFully(SafeFileHandle handle, long offset, Span<byte> destination)
+    {
+        var done = 0;
+        while (done < destination.Length)
+        {
+            var read = RandomAccess.Read(handle, destination[done..], offset + done);
+            if (read == 0)
+                break;
+            done += read;
+        }
+        return done;
+    }
+
+    /// <summary>Parses and checks a header; <paramref name="dataStart"/> is where the tensors begin in a file of fileBytes.</summary>
+    private static Header ParseHeader(string path, ReadOnlySpan<byte> json, long dataStart, long fileBytes)
+    {
+        if (!Utf8.IsValid(json))
+            throw new InvalidModelException(path, "the header is not valid UTF-8");
+        var header = new Header(path);
+        try
+        {
+            var reader = new Utf8JsonReader(json);
+            header.Parse(ref reader, dataStart);
+        }
+        catch (JsonException e)
+        {
+            header.Problems.Add($"the header is not valid JSON: {e.Message}");
+        }
+        catch (InvalidOperationException e)
+        {
+            // What the reader throws for an escaped half of a surrogate pair.
+            header.Problems.Add($"the header holds a string that is not valid Unicode: {e.Message}");
+        }
+
+        // Offsets say nothing when some entries could not be read.
+        if (header.Problems.Count == 0)
+            header.CheckLayout(dataStart, fileBytes);
+        InvalidModelException.ThrowIfAny(path, header.Problems);
+        return header;
+    }
+
+    /// <summary>Bits of one element; 0 for a type that this reader does not know.</summary>
+    private static int BitsOf(string dtype) => dtype switch
+    {
+        "F4" => 4,
+        "F6_E2M3" or "F6_E3M2" => 6,
+        "BOOL" or "U8" or "I8" or "F8_E4M3" or "F8_E5M2" or "F8_E8M0" or "F8_E4M3FNUZ" or "F8_E5M2FNUZ" => 8,
+        "I16" or "U16" or "F16" or "BF16" => 16,
+        "I32" or "U32" or "F32" => 32,
+        "I64" or "U64" or "F64" or "C64" => 64,
+        _ => 0,
+    };
+
+    private sealed class Header(string path)
+    {
+        public Dictionary<string, TensorInfo> Tensors { get; } = [];
+
+        public Dictionary<string, string> Metadata { get; } = [];
+
+        public List<string> Problems { get; } = [];
+
+        public void Parse(ref Utf8JsonReader reader, long dataStart)
+        {
+            if (!reader.Read() || reader.TokenType != JsonTokenType.StartObject)
+            {
+                Report("the header is not a JSON object");
+                return;
+            }
+            var hasMetadata = false;
+            while (reader.Read() && reader.TokenType == JsonTokenType.PropertyName)
+            {
+                var name = reader.GetString()!;
+                reader.Read();
+                if (name != "__metadata__")
+                    ParseTensor(ref reader, name, dataStart);
+                else if (hasMetadata)
+                    Report("__metadata__ stands twice in the header");
+                else
+                    ParseMetadata(ref reader);
+                hasMetadata |= name == "__metadata__";
+            }
+            // Padding is spaces, which the reader skips; anything else after the object throws.
+            reader.Read();
+        }
+
+        /// <summary>Tensors must tile the rest of the file: no gap, no overlap, nothing left over.</summary>
+        public void CheckLayout(long dataStart, long fileBytes)
+        {
+            var end = dataStart;
+            var previous = "";
+            foreach (var tensor in Tensors.Values.OrderBy(t => t.Offset).ThenBy(t => t.Bytes))
+            {
+                var name = InvalidModelException.Quote(tensor.Name);
+                if (tensor.Offset < end)
+                    Report($"tensor {name} overlaps {previous}");
+                else if (tensor.Offset > end)
+                    Report($"{tensor.Offset - end} bytes before tensor {name} belong to no tensor");
+                if (tensor.Offset + tensor.Bytes > fileBytes)
+                    Report($"tensor {name} ends at byte {tensor.Offset + tensor.Bytes}, the file at {fileBytes}: truncated?");
+                end = Math.Max(end, tensor.Offset + tensor.Bytes);
+                previous = name;
+            }
+            if (end < fileBytes)
+                Report($"the last {fileBytes - end} bytes of the file belong to no tensor");
+        }
+
+        private void ParseMetadata(ref Utf8JsonReader reader)
+        {
+            if (reader.TokenType != JsonTokenType.StartObject)
+            {
+                Report("__metadata__ must be an object of strings");
+                reader.Skip();
+                return;
+            }
+            while (reader.Read() && reader.TokenType == JsonTokenType.PropertyName)
+            {
+                var key = reader.GetString()!;
+                reader.Read();
+                if (reader.TokenType != JsonTokenType.String)
+                {
+                    Report($"__metadata__ {InvalidModelException.Quote(key)} must be a string");
+                    reader.Skip();
+                }
+                else if (!Metadata.TryAdd(key, reader.GetString()!))
+                {
+                    Report($"__metadata__ {InvalidModelException.Quote(key)} stands twice");
+                }
+            }
+        }
+
+        private void ParseTensor(ref Utf8JsonReader reader, string name, long dataStart)
+        {
+            var quoted = InvalidModelException.Quote(name);
+            var before = Problems.Count;
+            if (reader.TokenType != JsonTokenType.StartObject)
+            {
+                Report($"tensor {quoted} must be an object with dtype, shape and data_offsets");
+                reader.Skip();
+                return;
+            }
+            string? dtype = null;
+            long[]? shape = null, offsets = null;
+            while (reader.Read() && reader.TokenType == JsonTokenType.PropertyName)
+            {
+                var key = reader.GetString()!;
+                reader.Read();
+                var twice = false;
+                switch (key)
+                {
+                    case "dtype":
+                        twice = dtype is not null;
+                        if (reader.TokenType == JsonTokenType.String)
+                            dtype = reader.GetString();
+                        else
+                            Report($"dtype of tensor {quoted} must be a string");
+                        break;
+                    case "shape":
+                        twice = shape is not null;
+                        shape = ParseNumbers(ref reader, $"shape of tensor {quoted}", MostDimensions);
+                        break;
+                    case "data_offsets":
+                        twice = offsets is not null;
+                        offsets = ParseNumbers(ref reader, $"data_offsets of tensor {quoted}", 2);
+                        break;
+                    default:
+                        Report($"tensor {quoted} has an unknown field {InvalidModelException.Quote(key)}");
+                        break;
+                }
+                reader.Skip();
+                if (twice)
+                    Report($"{key} of tensor {quoted} stands twice");
+            }
+            if (Problems.Count > before)
+                return;
+            if (dtype is null || shape is null || offsets is not [var begin, var end])
+            {
+                Report($"tensor {quoted} must have dtype, shape and two data_offsets");
+                return;
+            }
+
+            if (begin > end)
+                Report($"data_offsets of tensor {quoted} end before they begin: [{begin}, {end}]");
+            else if (end > long.MaxValue - dataStart)
+                Report($"data_offsets of tensor {quoted} are out of range: [{begin}, {end}]");
+            else if (CountElements(shape) is not { } elements)
+                Report($"shape [{string.Join(", ", shape)}] of tensor {quoted} is too large");
+            else if (BitsOf(dtype) is var bits && bits != 0 && (Int128)elements * bits != (Int128)(end - begin) * 8)
+                Report($"tensor {quoted} has {end - begin} bytes, not those of [{string.Join(", ", shape)}] {dtype}");
+            else if (!Tensors.TryAdd(name, new TensorInfo(name, dtype, shape, dataStart + begin, end - begin)))
+                Report($"tensor {quoted} stands twice in the header");
+        }
+
+        /// <summary>Reads [n, n, ...] with n from 0 to long.MaxValue; leaves the reader on the end of the value.</summary>
+        private long[]? ParseNumbers(ref Utf8JsonReader reader, string what, int most)
+        {
+            if (reader.TokenType != JsonTokenType.StartArray)
+            {
+                Report($"{what} must be an array of non-negative integers");
+                return null;
+            }
+            var numbers = new List<long>(4);
+            var valid = true;
+            while (reader.Read() && reader.TokenType != JsonTokenType.EndArray)
+            {
+                if (reader.TokenType == JsonTokenType.Number && reader.TryGetInt64(out var number) && number >= 0)
+                {
+                    if (numbers.Count <= most)
+                        numbers.Add(number);
+                }
+                else
+                {
+                    valid = false;
+                    reader.Skip();
+                }
+            }
+            if (!valid)
+                Report($"{what} must be an array of non-negative integers");
+            else if (numbers.Count > most)
+                Report($"{what} has more than {most} entries");
+            else
+                return [.. numbers];
+            return null;
+        }
+
+        /// <summary>The product of the dimensions, or null when it is no 64-bit number.</summary>
+        private static long? CountElements(long[] shape)
+        {
+            if (shape.Contains(0))
+                return 0;
+            UInt128 product = 1;
+            foreach (var length in shape)
+            {
+                product *= (ulong)length;
+                if (product > long.MaxValue)
+                    return null;
+            }
+            return (long)product;
+        }
+
+        private void Report(string problem)
+        {
+            Problems.Add(problem);
+            if (Problems.Count == MostProblems)
+            {
+                Problems.Add("the rest was not checked");
+                throw new InvalidModelException(path, Problems);
+            }
+        }
+    }
+}

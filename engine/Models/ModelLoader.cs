@@ -1,0 +1,71 @@
+using System.Buffers;
+using System.IO.Hashing;
+using Rollout.Kernels;
+
+namespace Rollout.Engine;
+
+/// <summary>Fills a weight set from a Hugging Face folder: all cores read, hash and pack, tensor by tensor.</summary>
+internal static class ModelLoader
+{
+    private const int FileChunk = 1024 * 1024;
+
+    /// <summary>Every tensor of the checkpoint by name, as <see cref="RolloutEngine.Describe"/> lists it.</summary>
+    /// <exception cref="InvalidModelException">Tensors are missing, have another shape or a type that is not served.</exception>
+    public static IReadOnlyList<DescribedWeight> Load(
+        Checkpoint checkpoint, LoadPlan plan, IBackend backend, WeightSet weights, IProgress<double>? progress)
+    {
+        List<(LoadEntry Entry, CheckpointTensor Source)> work = Match(checkpoint, plan);
+        long total = work.Sum(item => item.Source.Info.Bytes);
+        long done = 0;
+        DescribedWeight[] described = new DescribedWeight[work.Count];
+        Parallel.For(0, work.Count, new ParallelOptions { MaxDegreeOfParallelism = Environment.ProcessorCount }, i =>
+        {
+            (LoadEntry entry, CheckpointTensor source) = work[i];
+            DType type = source.Info.DType!.Value;
+            XxHash128 hash = new();
+            byte[] buffer = ArrayPool<byte>.Shared.Rent(FileChunk);
+            for (long at = 0; at < source.Info.Bytes; at += FileChunk)
+            {
+                Span<byte> chunk = buffer.AsSpan(0, (int)Math.Min(FileChunk, source.Info.Bytes - at));
+                source.Read(at, chunk);
+                hash.Append(chunk);
+                backend.WriteWeight(weights[entry.Slot], entry.FirstElement + at / type.Size(), chunk, type);
+                progress?.Report((double)Interlocked.Add(ref done, chunk.Length) / total);
+            }
+
+            ArrayPool<byte>.Shared.Return(buffer);
+            described[i] = new DescribedWeight(entry.Source, type, entry.Shape, hash.GetCurrentHash());
+        });
+        return described;
+    }
+
+    private static List<(LoadEntry, CheckpointTensor)> Match(Checkpoint checkpoint, LoadPlan plan)
+    {
+        List<string> problems = [];
+        List<(LoadEntry, CheckpointTensor)> work = [];
+        foreach (LoadEntry entry in plan.Entries)
+        {
+            if (entry.Tied) continue;
+            if (!checkpoint.Tensors.TryGetValue(entry.Source, out CheckpointTensor? source))
+                problems.Add($"tensor '{entry.Source}' is missing");
+            else if (!source.Info.Shape.SequenceEqual(entry.Shape))
+                problems.Add($"tensor '{entry.Source}' has shape [{string.Join(", ", source.Info.Shape)}], config.json says [{string.Join(", ", entry.Shape)}]");
+            else if (source.Info.DType is null)
+                problems.Add($"tensor '{entry.Source}' is {source.Info.DTypeName}; BF16, F16 and F32 are served");
+            else
+                work.Add((entry, source));
+        }
+
+        problems.AddRange(checkpoint.Tensors.Keys.Where(name => !plan.TryFind(name, out _)).Order()
+            .Select(name => $"tensor '{name}' has no place in the model"));
+        if (problems.Count > 0) throw new InvalidModelException(checkpoint.Folder, problems);
+        return work;
+    }
+}
+
+/// <summary>A tensor as it was last loaded or pushed.</summary>
+/// <param name="Name">Hugging Face name.</param>
+/// <param name="Type">Of the bytes that came; matrices are stored as bfloat16.</param>
+/// <param name="Shape">Full shape.</param>
+/// <param name="Digest">XxHash128 of the bytes that came, 16 bytes.</param>
+public sealed record DescribedWeight(string Name, DType Type, IReadOnlyList<long> Shape, byte[] Digest);

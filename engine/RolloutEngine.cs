@@ -1,0 +1,387 @@
+using System.Collections.Concurrent;
+using System.Diagnostics;
+using Rollout.Kernels;
+
+namespace Rollout.Engine;
+
+/// <summary>
+/// The engine: one thread owns sequences, KV blocks, weights and the device. Everybody else hands it commands through an inbox, which it
+/// empties between two steps, and reads samples from their group.
+/// <code>
+///   callers --commands--> [ inbox ] --> loop: apply commands -> Next -> Forward -> Sample -> Complete --> groups --> readers
+/// </code>
+/// </summary>
+public sealed class RolloutEngine : IAsyncDisposable
+{
+    private const string Stopped = "the engine was stopped";
+
+    private readonly EngineOptions _options;
+    private readonly LoadPlan _plan;
+    private readonly RequestValidator _validator;
+    private readonly Transformer _transformer;
+    private readonly KvCache _kv;
+    private readonly KvBlocks _blocks;
+    private readonly Scheduler _scheduler;
+    private readonly StepLayout _step;
+    private readonly Pause _pause = new();
+
+    private readonly ConcurrentQueue<Action> _inbox = new();
+    private readonly SemaphoreSlim _wake = new(0);
+    private readonly ConcurrentDictionary<string, Group> _groups = new();
+    private readonly Thread _thread;
+    private int _unfinishedSamples;
+    private long _steps;
+    private volatile bool _stopping;
+    private volatile string? _fault;
+
+    private WeightSet _weights;
+    private WeightSet? _spare;
+    private IReadOnlyList<DescribedWeight> _described;
+    private ulong _version;
+    private WeightUpdate? _update;
+    private readonly Lock _updateSeat = new();
+
+    private RolloutEngine(string name, ModelSpec model, LoadPlan plan, Tokenizer? tokenizer, IBackend backend, EngineOptions options,
+        WeightSet weights, IReadOnlyList<DescribedWeight> described)
+    {
+        ModelName = name;
+        Model = model;
+        Tokenizer = tokenizer;
+        Backend = backend;
+        _options = options;
+        _plan = plan;
+        _weights = weights;
+        _described = described;
+
+        ArgumentOutOfRangeException.ThrowIfNegative(options.MaxContext);
+        ArgumentOutOfRangeException.ThrowIfLessThan(options.MaxSequences, 1);
+        ArgumentOutOfRangeException.ThrowIfLessThan(options.MaxBatchTokens, 1);
+        ArgumentOutOfRangeException.ThrowIfNegative(options.KvCacheBytes);
+        int context = options.MaxContext == 0 ? model.MaxPositions : Math.Min(options.MaxContext, model.MaxPositions);
+        int blocks = KvBlockCount(model, options, context);
+        MaxContext = Math.Min(context, blocks * KvCache.BlockTokens);
+        _validator = new RequestValidator(model.VocabSize, MaxContext, tokenizer is not null);
+        _kv = backend.AllocateKvCache(model.Layers, blocks, model.KvHeads, model.HeadDim);
+        _transformer = new Transformer(model, backend, options.MaxBatchTokens, MaxContext);
+        _blocks = new KvBlocks(blocks);
+        _scheduler = new Scheduler(_blocks, options.MaxSequences, options.MaxBatchTokens, GroupEnded);
+        int queries = options.MaxBatchTokens + options.MaxSequences;
+        _step = new StepLayout(options.MaxBatchTokens, options.MaxSequences, KvBlocks.CountFor(MaxContext), queries,
+            queries * Math.Min(RequestValidator.MaxTop, model.VocabSize), maxBiases: 1024);
+        _thread = new Thread(Loop) { Name = "rollout loop", IsBackground = true };
+        _thread.Start();
+    }
+
+    public string ModelName { get; }
+
+    public ModelSpec Model { get; }
+
+    public Tokenizer? Tokenizer { get; }
+
+    public IBackend Backend { get; }
+
+    /// <summary>Longest sample, prompt included: the model's limit, the operator's, or what the KV cache holds.</summary>
+    public int MaxContext { get; }
+
+    /// <summary>Weights version being served. 0 is the checkpoint as loaded.</summary>
+    public ulong Version => Volatile.Read(ref _version);
+
+    /// <summary>Never waits for the loop or the device.</summary>
+    public EngineStatus Status => new()
+    {
+        State = _fault is null ? _pause.State : EngineState.Faulted,
+        Reason = _fault ?? _pause.Owner,
+        Version = Version,
+        Running = _scheduler.Running,
+        Waiting = _scheduler.Waiting,
+        KvBlocksTotal = _blocks.Total,
+        KvBlocksUsed = _blocks.Used,
+        KvBlocksCached = _blocks.Cached,
+        Steps = Volatile.Read(ref _steps),
+        GeneratedTokens = _scheduler.GeneratedTokens,
+        PrefilledTokens = _scheduler.PrefilledTokens,
+        PrefixHitTokens = _scheduler.PrefixHitTokens,
+        Preemptions = _scheduler.Preemptions,
+        UpdateOwner = Volatile.Read(ref _update)?.Manifest.Owner,
+    };
+
+    /// <summary>Loads a Hugging Face folder and starts the loop. The engine owns <paramref name="backend"/> from then on.</summary>
+    /// <param name="modelFolder">config.json, *.safetensors and, for text, tokenizer.json.</param>
+    /// <param name="backend">The device.</param>
+    /// <param name="options">Limits.</param>
+    /// <param name="tokenizer">Used instead of the folder's.</param>
+    /// <param name="progress">Fraction of the weights loaded.</param>
+    /// <exception cref="InvalidModelException">The folder cannot be served; lists every problem.</exception>
+    public static RolloutEngine Load(string modelFolder, IBackend backend, EngineOptions options, Tokenizer? tokenizer = null,
+        IProgress<double>? progress = null)
+    {
+        ModelSpec model = ModelSpec.Load(modelFolder);
+        using Checkpoint checkpoint = Checkpoint.Open(modelFolder);
+        LoadPlan plan = LoadPlan.Compile(model);
+        WeightSet weights = WeightSet.Allocate(backend, plan, model.Layers);
+        IReadOnlyList<DescribedWeight> described = ModelLoader.Load(checkpoint, plan, backend, weights, progress);
+        string name = Path.GetFileName(Path.TrimEndingDirectorySeparator(Path.GetFullPath(modelFolder)));
+        return new RolloutEngine(name, model, plan, tokenizer, backend, options, weights, described);
+    }
+
+    // ---- The loop.
+
+    private void Loop()
+    {
+        try
+        {
+            while (!_stopping)
+            {
+                ApplyCommands();
+                if (_pause.Stops(_scheduler) || !_scheduler.Next(_step, admitNew: !_pause.HoldsNewGroups))
+                {
+                    if (_scheduler.IsEmpty) _blocks.CheckInvariant(idle: true);
+                    _wake.Wait(_pause.UntilLeaseEnds());
+                    continue;
+                }
+
+                _transformer.Forward(_step, _weights, _kv);
+                foreach (BlockCopy copy in _scheduler.Copies) Backend.CopyBlock(_kv, copy.From, copy.To);
+                _transformer.Sample(_step, _weights);
+                _scheduler.Complete(_step);
+                Volatile.Write(ref _steps, _steps + 1);
+            }
+        }
+        catch (Exception e)
+        {
+            Fault(e);
+        }
+
+        EndAll(Stopped);
+    }
+
+    private void ApplyCommands()
+    {
+        while (_inbox.TryDequeue(out Action? command)) command();
+    }
+
+    /// <summary>Serves nothing any more, but goes on answering: callers learn why instead of waiting.</summary>
+    private void Fault(Exception e)
+    {
+        _fault = $"{e.GetType().Name}: {e.Message}";
+        EndAll(_fault);
+        while (!_stopping)
+        {
+            ApplyCommands();
+            _wake.Wait();
+        }
+    }
+
+    private void EndAll(string error)
+    {
+        ApplyCommands();
+        foreach (Group group in _groups.Values) _scheduler.End(group, FinishReason.Error, error);
+    }
+
+    private void GroupEnded(Group group)
+    {
+        _groups.TryRemove(group.Request.Id, out _);
+        Interlocked.Add(ref _unfinishedSamples, -group.Samples.Count);
+    }
+
+    // ---- Commands, from any thread.
+
+    /// <summary>Checks the request and queues it. Its samples come through the group.</summary>
+    /// <exception cref="InvalidRequestException">Lists everything wrong with it.</exception>
+    /// <exception cref="NoRoomException">Too many samples wait already.</exception>
+    /// <exception cref="EngineFaultedException">The engine serves nothing any more.</exception>
+    public Group Submit(GroupRequest request)
+    {
+        ThrowIfDown();
+        List<Problem> problems = [.. _validator.Validate(request)];
+        if (_groups.ContainsKey(request.Id)) problems.Add(new("request_id", $"'{request.Id}' is in flight already"));
+        if (problems.Count > 0) throw new InvalidRequestException(problems);
+
+        int limit = _options.MaxSequences + _options.MaxWaiting;
+        if (Interlocked.Add(ref _unfinishedSamples, request.N) > limit)
+        {
+            Interlocked.Add(ref _unfinishedSamples, -request.N);
+            throw new NoRoomException($"{limit} samples are in flight already; {request.N} more do not fit");
+        }
+
+        int maxTokens = request.MaxTokens ?? MaxContext - request.Prompt.Length;
+        Sequence[] samples = new Sequence[request.N];
+        for (int i = 0; i < samples.Length; i++)
+        {
+            samples[i] = new Sequence(i, request.Prompt, maxTokens, request.TopLogProbs)
+            {
+                StopStrings = request.StopStrings.Count == 0 ? null : new StopStringMatcher(request.StopStrings, Tokenizer!),
+            };
+        }
+
+        Group group = new(request, samples, [.. request.StopTokenIds, .. request.IgnoreEos ? [] : Model.EosTokenIds]);
+        if (!_groups.TryAdd(request.Id, group))
+        {
+            Interlocked.Add(ref _unfinishedSamples, -request.N);
+            throw new InvalidRequestException([new("request_id", $"'{request.Id}' is in flight already")]);
+        }
+
+        Post(() =>
+        {
+            if (_fault is not null || _stopping) _scheduler.End(group, FinishReason.Error, _fault ?? Stopped);
+            else _scheduler.Submit(group);
+        });
+        return group;
+    }
+
+    /// <summary>Ends a group; its samples keep what they have. Returns how many samples were still going.</summary>
+    public Task<int> AbortAsync(Group group) => OnLoop(() => _scheduler.End(group, FinishReason.Abort));
+
+    /// <summary>Ends groups by id, or all of them.</summary>
+    public Task<AbortCounts> AbortAsync(IReadOnlyCollection<string>? ids) => OnLoop(() =>
+    {
+        List<string> unknown = [];
+        int groups = 0;
+        int samples = 0;
+        foreach (string id in ids ?? [.. _groups.Keys])
+        {
+            if (!_groups.TryGetValue(id, out Group? group))
+            {
+                unknown.Add(id);
+                continue;
+            }
+
+            samples += _scheduler.End(group, FinishReason.Abort);
+            groups++;
+        }
+
+        return new AbortCounts(groups, samples, unknown);
+    });
+
+    /// <summary>Completes once the pause is in force. A pause is a lease: it ends by itself, and pausing again renews it.</summary>
+    public async Task<PauseResult> PauseAsync(PauseMode mode, string owner, TimeSpan lease, CancellationToken cancellation = default)
+    {
+        (Task inForce, int aborted) = await OnLoop(() =>
+        {
+            ThrowIfDown();
+            int samples = 0;
+            if (mode == PauseMode.Abort)
+                foreach (Group group in _groups.Values) samples += _scheduler.End(group, FinishReason.Abort);
+            return (_pause.Begin(mode, owner, lease), samples);
+        }).ConfigureAwait(false);
+        await inForce.WaitAsync(cancellation).ConfigureAwait(false);
+        return new PauseResult(Status.State, aborted);
+    }
+
+    /// <summary>Ends a pause, if there is one.</summary>
+    public Task<EngineState> ResumeAsync() => OnLoop(() =>
+    {
+        ThrowIfDown();
+        _pause.End();
+        return Status.State;
+    });
+
+    // ---- Weights.
+
+    /// <summary>The tensors being served, as they last came.</summary>
+    public (ulong Version, IReadOnlyList<DescribedWeight> Weights) Describe()
+    {
+        lock (_updateSeat) return (_version, _described);
+    }
+
+    /// <summary>Checks the manifest and gives the caller the one seat for updates, with staging memory for all weights.</summary>
+    /// <exception cref="UpdateRejectedException">The manifest does not fit; lists every problem.</exception>
+    /// <exception cref="EngineStateException">Another update holds the seat; the message names its owner.</exception>
+    public WeightUpdate BeginUpdate(UpdateManifest manifest)
+    {
+        ThrowIfDown();
+        lock (_updateSeat)
+        {
+            if (_update is { } other)
+                throw new EngineStateException(Status.State, $"'{other.Manifest.Owner}' is updating the weights to version {other.Manifest.NewVersion}");
+            IReadOnlyList<Problem> problems = UpdatePreflight.Check(manifest, _plan, _version);
+            if (problems.Count > 0) throw new UpdateRejectedException(problems);
+            _spare ??= WeightSet.Allocate(Backend, _plan, Model.Layers);
+            return _update = new WeightUpdate(this, manifest, _plan, Backend, _spare);
+        }
+    }
+
+    /// <summary>The commit: between two steps, one reference is exchanged. Returns the seconds the loop spent on it.</summary>
+    internal Task<double> SwapAsync(WeightUpdate update, WeightSet staging, IReadOnlyDictionary<string, byte[]> digests) => OnLoop(() =>
+    {
+        ThrowIfDown();
+        long started = Stopwatch.GetTimestamp();
+        lock (_updateSeat)
+        {
+            if (_update != update) throw new UpdateFailedException("the update was aborted before its commit");
+            (_spare, _weights) = (_weights, staging);
+            _described = [.. update.Manifest.Tensors.Select(tensor => new DescribedWeight(tensor.Name, tensor.Type, tensor.Shape, digests[tensor.Name]))];
+            Volatile.Write(ref _version, update.Manifest.NewVersion);
+            _update = null;
+        }
+
+        _scheduler.WeightsChanged(update.Manifest.NewVersion, update.Manifest.Policy);
+        return Stopwatch.GetElapsedTime(started).TotalSeconds;
+    });
+
+    internal void EndUpdate(WeightUpdate update)
+    {
+        lock (_updateSeat)
+        {
+            if (_update == update) _update = null;
+        }
+    }
+
+    /// <summary>Ends all groups, stops the loop and frees the device's memory.</summary>
+    public async ValueTask DisposeAsync()
+    {
+        if (_stopping) return;
+        _stopping = true;
+        _wake.Release();
+        await Task.Run(_thread.Join).ConfigureAwait(false);
+        ApplyCommands(); // whoever asked after the loop's last look
+        _transformer.Dispose();
+        _kv.Dispose();
+        _weights.Dispose();
+        _spare?.Dispose();
+        Backend.Dispose();
+    }
+
+    private static int KvBlockCount(ModelSpec model, EngineOptions options, int context)
+    {
+        long blockBytes = 2L * model.Layers * model.KvHeads * model.HeadDim * KvCache.BlockTokens * sizeof(float);
+        long bytes = options.KvCacheBytes > 0 ? options.KvCacheBytes : GC.GetGCMemoryInfo().TotalAvailableMemoryBytes / 4;
+        long wanted = (long)options.MaxSequences * KvBlocks.CountFor(context);
+        long affordable = Math.Max(1, bytes / blockBytes);
+        return (int)Math.Min(affordable, options.KvCacheBytes > 0 ? int.MaxValue / KvCache.BlockTokens : wanted);
+    }
+
+    private void Post(Action command)
+    {
+        _inbox.Enqueue(command);
+        _wake.Release();
+    }
+
+    private Task<T> OnLoop<T>(Func<T> command)
+    {
+        TaskCompletionSource<T> done = new(TaskCreationOptions.RunContinuationsAsynchronously);
+        Post(() =>
+        {
+            try
+            {
+                done.SetResult(command());
+            }
+            catch (Exception e)
+            {
+                done.SetException(e);
+            }
+        });
+        return done.Task;
+    }
+
+    private void ThrowIfDown()
+    {
+        if (_fault is { } fault) throw new EngineFaultedException(fault);
+        ObjectDisposedException.ThrowIf(_stopping, this);
+    }
+}
+
+/// <summary>What an abort ended, and the ids that were not in flight.</summary>
+public sealed record AbortCounts(int Groups, int Samples, IReadOnlyList<string> Unknown);
+
+public sealed record PauseResult(EngineState State, int AbortedSamples);

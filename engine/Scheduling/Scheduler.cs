@@ -1,0 +1,424 @@
+using Rollout.Kernels;
+
+namespace Rollout.Engine;
+
+/// <summary>
+/// Decides which tokens the next step computes. There is no prefill and no decode: a sequence has computed and total tokens, and a step
+/// closes the gap, oldest sequence first, within a budget of tokens. Chunked prefill, prefix hits, preemption (drop the keys and
+/// values, recompute later) and new weights under RECOMPUTE are all that one rule.
+/// <code>
+///   Submit -> [ waiting ] -- a seat, and blocks for all it has --> [ running ] --> ended
+///                 ^                                                    |
+///                 +------- unseated: youngest first, computed = 0 -----+
+/// </code>
+/// These decisions change when a token comes, never which: see DEFINITIONS.md. Not thread-safe: the engine's loop owns it.
+/// </summary>
+public sealed class Scheduler
+{
+    private readonly KvBlocks _blocks;
+    private readonly int _maxSequences;
+    private readonly int _maxBatchTokens;
+    private readonly Action<Group> _groupEnded;
+    private readonly List<Sequence> _running;            // oldest first
+    private readonly LinkedList<Sequence> _waiting = []; // next first
+    private int _unforked;                               // samples whose leader is still computing the prompt for them
+    private readonly Sequence[] _inStep;                 // of sequence s of the step
+    private readonly Question[] _questions;              // of query q of the step
+    private readonly List<BlockCopy> _copies;
+
+    /// <param name="blocks">The pool.</param>
+    /// <param name="maxSequences">Seats.</param>
+    /// <param name="maxBatchTokens">Tokens of a step.</param>
+    /// <param name="groupEnded">Called on the loop when a group's last sample has ended.</param>
+    internal Scheduler(KvBlocks blocks, int maxSequences, int maxBatchTokens, Action<Group> groupEnded)
+    {
+        _blocks = blocks;
+        _maxSequences = maxSequences;
+        _maxBatchTokens = maxBatchTokens;
+        _groupEnded = groupEnded;
+        _running = new List<Sequence>(maxSequences);
+        _inStep = new Sequence[maxSequences];
+        _questions = new Question[maxBatchTokens + maxSequences];
+        _copies = new List<BlockCopy>(maxSequences);
+    }
+
+    /// <summary>Version of the weights the next step runs on.</summary>
+    public ulong Version { get; private set; }
+
+    public int Running => _running.Count;
+
+    public int Waiting => _waiting.Count + _unforked;
+
+    /// <summary>Sequences with a seat, oldest first.</summary>
+    internal IReadOnlyList<Sequence> RunningSequences => _running;
+
+    internal bool IsEmpty => _running.Count == 0 && _waiting.Count == 0;
+
+    /// <summary>Whether a group that had a seat has samples left.</summary>
+    internal bool HasBegun => _running.Count > 0 || _waiting.Any(sequence => sequence.Group.Begun);
+
+    public long GeneratedTokens { get; private set; }
+
+    public long PrefilledTokens { get; private set; }
+
+    public long PrefixHitTokens { get; private set; }
+
+    public long Preemptions { get; private set; }
+
+    /// <summary>To be done between the step's forward pass and its end: samples that part from their leader take its last, partial block.</summary>
+    internal List<BlockCopy> Copies => _copies;
+
+    /// <summary>Queues a group. Its first sample, the leader, computes the prompt for all of them.</summary>
+    internal void Submit(Group group)
+    {
+        _waiting.AddLast(group.Samples[0]);
+        _unforked += group.Samples.Count - 1;
+        group.Forked = group.Samples.Count == 1;
+    }
+
+    /// <summary>Fills <paramref name="step"/> with the next tokens to compute. False when there is nothing to do.</summary>
+    /// <param name="step">Filled.</param>
+    /// <param name="admitNew">Whether groups that have not begun may begin.</param>
+    internal bool Next(StepLayout step, bool admitNew)
+    {
+        step.Clear();
+        _copies.Clear();
+        int budget = _maxBatchTokens;
+
+        for (int i = 0; i < _running.Count && budget > 0; i++)
+        {
+            Sequence sequence = _running[i];
+            int tokens = Math.Min(sequence.Total - sequence.Computed, budget);
+            if (!MakeRoom(sequence, sequence.Computed + tokens)) break;
+            AddRows(step, sequence, tokens);
+            budget -= tokens;
+        }
+
+        LinkedListNode<Sequence>? next;
+        for (LinkedListNode<Sequence>? node = _waiting.First; node is not null; node = next)
+        {
+            next = node.Next;
+            if (budget == 0 || _running.Count == _maxSequences) break;
+            Sequence sequence = node.Value;
+            if (!MayBegin(sequence, admitNew)) continue;
+            if (!TrySeat(sequence)) break; // no overtaking: whoever is next gets the next free blocks
+            _waiting.Remove(node);
+            int tokens = Math.Min(sequence.Total - sequence.Computed, budget);
+            AddRows(step, sequence, tokens);
+            budget -= tokens;
+        }
+
+        for (int s = 0; s < step.SequenceCount; s++) AddQueries(step, s);
+        return step.SequenceCount > 0;
+    }
+
+    /// <summary>Takes in what the step computed and sampled, ends samples, and raises each group that has something new, once.</summary>
+    internal void Complete(StepLayout step)
+    {
+        for (int s = 0; s < step.SequenceCount; s++)
+        {
+            Sequence sequence = _inStep[s];
+            int rows = step.RowStart[s + 1] - step.RowStart[s];
+            PrefilledTokens += Math.Clamp(sequence.PromptLength - sequence.Computed, 0, rows);
+            sequence.Computed += rows;
+            _blocks.CacheFullBlocks(sequence, Version, sequence.Group.Salt);
+            if (sequence.Group.PromptRunner == sequence && sequence.Computed >= sequence.PromptLength) sequence.Group.PromptRunner = null;
+        }
+
+        for (int q = 0; q < step.QueryCount; q++)
+        {
+            Question question = _questions[q];
+            if (question.PromptPosition >= 0) TakePromptLogProb(step, q, question.Sequence, question.PromptPosition);
+            else TakeSample(step, q, question.Sequence);
+        }
+
+        for (int q = 0; q < step.QueryCount; q++)
+        {
+            Group group = _questions[q].Sequence.Group;
+            if (!group.HasNews) continue;
+            group.HasNews = false;
+            group.Raise();
+        }
+    }
+
+    /// <summary>Ends all samples of a group that have not ended. Returns how many that were.</summary>
+    internal int End(Group group, FinishReason reason, string error = "")
+    {
+        if (!group.Forked)
+        {
+            group.Forked = true;
+            _unforked -= group.Samples.Count - 1;
+        }
+
+        int ended = 0;
+        foreach (Sequence sequence in group.Samples)
+        {
+            if (sequence.FinishReason != FinishReason.None) continue;
+            if (!_running.Remove(sequence)) _waiting.Remove(sequence);
+            Finish(sequence, reason, error);
+            ended++;
+        }
+
+        group.HasNews = false;
+        group.Raise();
+        return ended;
+    }
+
+    /// <summary>New weights are in force from the next step on.</summary>
+    internal void WeightsChanged(ulong version, UpdatePolicy policy)
+    {
+        Version = version;
+        for (int i = _running.Count - 1; i >= 0; i--)
+        {
+            Sequence sequence = _running[i];
+            // Log-probabilities of a prompt are those of one version, whatever the policy.
+            bool scoring = sequence.Group.Request.PromptLogProbs && sequence.Sampled == 0;
+            if (policy == UpdatePolicy.Recompute || scoring) Unseat(i);
+            else sequence.SingleVersionKv = false;
+        }
+    }
+
+    /// <summary>Blocks for the first <paramref name="tokens"/> tokens, at the cost of younger sequences. False when it had to yield itself.</summary>
+    private bool MakeRoom(Sequence sequence, int tokens)
+    {
+        while (!_blocks.TryGrow(sequence, tokens))
+        {
+            Sequence youngest = _running[^1];
+            Unseat(_running.Count - 1);
+            Preemptions++;
+            if (youngest == sequence) return false;
+        }
+
+        return true;
+    }
+
+    /// <summary>Back to the front of the queue, without keys and values.</summary>
+    private void Unseat(int index)
+    {
+        Sequence sequence = _running[index];
+        _running.RemoveAt(index);
+        DropKv(sequence);
+        _waiting.AddFirst(sequence);
+    }
+
+    private void DropKv(Sequence sequence)
+    {
+        _blocks.Release(sequence);
+        sequence.Computed = 0;
+        sequence.SingleVersionKv = true;
+        if (sequence.Group.PromptRunner == sequence) sequence.Group.PromptRunner = null;
+    }
+
+    private static bool MayBegin(Sequence sequence, bool admitNew)
+    {
+        Group group = sequence.Group;
+        // One sample computes the group's prompt, the others wait for its blocks.
+        return (admitNew || group.Begun) && group.PromptRunner is null;
+    }
+
+    /// <summary>A seat needs blocks for everything the sequence has so far, so that it does not evict itself half-way.</summary>
+    private bool TrySeat(Sequence sequence)
+    {
+        Group group = sequence.Group;
+        // Prompt log-probabilities need the prompt's rows computed, not found.
+        bool scoring = group.Request.PromptLogProbs && sequence.Index == 0 && sequence.Sampled == 0;
+        int found = scoring ? 0 : _blocks.AttachPrefix(sequence, Version, group.Salt);
+        if (!_blocks.TryGrow(sequence, sequence.Total))
+        {
+            DropKv(sequence);
+            return false;
+        }
+
+        _running.Add(sequence);
+        sequence.Computed = found;
+        sequence.OldestKvVersion = Version;
+        PrefixHitTokens += found;
+        if (!group.Begun) group.CachedPromptTokens = found;
+        group.Begun = true;
+        if (found < KvBlocks.FullTokens(sequence.PromptLength - 1)) group.PromptRunner = sequence;
+        return true;
+    }
+
+    private void AddRows(StepLayout step, Sequence sequence, int tokens)
+    {
+        int s = step.SequenceCount++;
+        int row = step.RowStart[s];
+        int position = sequence.Computed;
+        _inStep[s] = sequence;
+        step.RowStart[s + 1] = row + tokens;
+        sequence.AllTokens.Slice(position, tokens).CopyTo(step.TokenIds.AsSpan(row));
+        for (int i = 0; i < tokens; i++) step.Positions[row + i] = position + i;
+        sequence.BlockTable.AsSpan(0, sequence.BlockCount).CopyTo(step.BlockTables.AsSpan(s * step.MaxBlocks));
+    }
+
+    /// <summary>What is asked of the logits of sequence s: its prompt's log-probabilities, and its next token once the gap is closed.</summary>
+    private void AddQueries(StepLayout step, int s)
+    {
+        Sequence sequence = _inStep[s];
+        int first = step.RowStart[s];
+        int end = step.RowStart[s + 1];
+        if (sequence.Group.Request.PromptLogProbs && sequence.Index == 0 && sequence.Sampled == 0)
+        {
+            for (int row = first; row < end; row++) AskPromptLogProb(step, sequence, row, sequence.Computed + row - first);
+        }
+
+        if (sequence.Computed + end - first < sequence.Total || sequence.MaxTokens == 0) return;
+        AskSample(step, sequence, end - 1);
+        if (!sequence.Group.Forked) Fork(step, sequence, end - 1);
+    }
+
+    /// <summary>
+    /// The leader's prompt is complete with this step: its siblings sample their first token from the same logits and share its blocks.
+    /// Those that find no seat or no block wait like anyone else, and will find the prefix that the leader leaves.
+    /// </summary>
+    private void Fork(StepLayout step, Sequence leader, int row)
+    {
+        Group group = leader.Group;
+        group.Forked = true;
+        _unforked -= group.Samples.Count - 1;
+        int seated = 1;
+        while (seated < group.Samples.Count && _running.Count < _maxSequences)
+        {
+            Sequence sibling = group.Samples[seated];
+            if (!_blocks.TryFork(leader, sibling, leader.Total, out BlockCopy copy)) break;
+            if (copy.From >= 0) _copies.Add(copy);
+            sibling.Computed = leader.Total;
+            sibling.OldestKvVersion = leader.OldestKvVersion;
+            sibling.SingleVersionKv = leader.SingleVersionKv;
+            _running.Add(sibling);
+            AskSample(step, sibling, row);
+            seated++;
+        }
+
+        for (int i = group.Samples.Count - 1; i >= seated; i--) _waiting.AddFirst(group.Samples[i]);
+    }
+
+    private void AskPromptLogProb(StepLayout step, Sequence sequence, int row, int position)
+    {
+        // After the last prompt token there is no token to score, only alternatives to list.
+        bool last = position == sequence.PromptLength - 1;
+        int top = sequence.Group.Request.PromptTop;
+        _questions[step.QueryCount] = new Question(sequence, position);
+        step.Queries[step.QueryCount++] = new SampleQuery
+        {
+            OutputIndex = OutputIndexOf(step, row),
+            Target = last ? 0 : sequence.AllTokens[position + 1],
+            Temperature = 1,
+            TopP = 1,
+            AlternativesStart = step.AlternativesCount,
+            AlternativesCount = top,
+        };
+        step.AlternativesCount += top;
+    }
+
+    private void AskSample(StepLayout step, Sequence sequence, int row)
+    {
+        Group group = sequence.Group;
+        GroupRequest request = group.Request;
+        LogitBias bias = sequence.Sampled < request.MinTokens ? group.BiasBeforeMinTokens : group.Bias;
+        _questions[step.QueryCount] = new Question(sequence, -1);
+        step.Queries[step.QueryCount++] = new SampleQuery
+        {
+            OutputIndex = OutputIndexOf(step, row),
+            Target = -1,
+            Temperature = request.Temperature,
+            TopK = request.TopK,
+            TopP = request.TopP,
+            MinP = request.MinP,
+            Seed = request.Seed,
+            SampleIndex = (uint)sequence.Index,
+            Position = sequence.Total,
+            BiasStart = step.AddBiases(bias.Ids, bias.Values),
+            BiasCount = bias.Ids.Length,
+            AlternativesStart = step.AlternativesCount,
+            AlternativesCount = request.TopLogProbs,
+        };
+        step.AlternativesCount += request.TopLogProbs;
+    }
+
+    private static int OutputIndexOf(StepLayout step, int row)
+    {
+        if (step.OutputCount == 0 || step.OutputRows[step.OutputCount - 1] != row) step.OutputRows[step.OutputCount++] = row;
+        return step.OutputCount - 1;
+    }
+
+    private void TakePromptLogProb(StepLayout step, int q, Sequence sequence, int position)
+    {
+        if (sequence.FinishReason != FinishReason.None) return; // an earlier position of this step failed
+        Group group = sequence.Group;
+        if (step.Results[q].Token < 0)
+        {
+            Leave(sequence, FinishReason.Error, NotFinite);
+            return;
+        }
+
+        int top = group.Request.PromptTop;
+        int from = step.Queries[q].AlternativesStart;
+        step.AlternativeIds.AsSpan(from, top).CopyTo(group.PromptTopIds.AsSpan(position * top));
+        step.AlternativeLogProbs.AsSpan(from, top).CopyTo(group.PromptTopLogProbs.AsSpan(position * top));
+        bool last = position == sequence.PromptLength - 1;
+        if (!last) group.PromptLogProbs[position] = step.Results[q].LogProb;
+        else group.PromptVersion = Version;
+        if (last && sequence.MaxTokens == 0) Leave(sequence, FinishReason.Length);
+    }
+
+    private void TakeSample(StepLayout step, int q, Sequence sequence)
+    {
+        if (sequence.FinishReason != FinishReason.None) return;
+        SampleResult result = step.Results[q];
+        if (result.Token < 0)
+        {
+            Leave(sequence, FinishReason.Error, NotFinite);
+            return;
+        }
+
+        int from = step.Queries[q].AlternativesStart;
+        int top = sequence.TopLogProbs;
+        sequence.Append(result, step.AlternativeIds.AsSpan(from, top), step.AlternativeLogProbs.AsSpan(from, top), Version);
+        GeneratedTokens++;
+
+        FinishReason reason = EndOf(sequence, result.Token);
+        if (reason != FinishReason.None)
+        {
+            Leave(sequence, reason);
+            return;
+        }
+
+        sequence.Publish();
+        sequence.Group.HasNews |= sequence.Group.Request.StreamTokens;
+    }
+
+    private static FinishReason EndOf(Sequence sequence, int token)
+    {
+        Group group = sequence.Group;
+        bool matched = sequence.StopStrings?.Append(token) ?? false;
+        if (sequence.Sampled >= group.Request.MinTokens && (matched || group.EndTokens.AsSpan().Contains(token))) return FinishReason.Stop;
+        return sequence.Sampled == sequence.MaxTokens ? FinishReason.Length : FinishReason.None;
+    }
+
+    private void Leave(Sequence sequence, FinishReason reason, string error = "")
+    {
+        _running.Remove(sequence);
+        sequence.Group.HasNews = true;
+        Finish(sequence, reason, error);
+    }
+
+    private void Finish(Sequence sequence, FinishReason reason, string error)
+    {
+        Group group = sequence.Group;
+        DropKv(sequence);
+        // The engine forgets the group before anyone can see its end: whoever sees it may use its id again.
+        bool last = group.CountEnded() == group.Samples.Count;
+        if (last) _groupEnded(group);
+        sequence.Finish(reason, error);
+        if (last) group.Complete();
+    }
+
+    private string NotFinite => $"the logits under weights version {Version} are not finite: was a broken update committed?";
+
+    /// <summary>What query q of the step is for: the log-probability at a prompt position, or (-1) the sequence's next token.</summary>
+    private readonly record struct Question(Sequence Sequence, int PromptPosition);
+}
+
+/// <summary>Copy KV block From to block To; From is -1 where nothing is to be copied.</summary>
+internal readonly record struct BlockCopy(int From, int To);

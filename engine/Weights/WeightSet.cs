@@ -1,0 +1,105 @@
+using Rollout.Kernels;
+
+namespace Rollout.Engine;
+
+/// <summary>
+/// All weights of a model on the device, in the fused form the transformer uses. An engine has one set in service and, while an update
+/// is staged, a spare; a commit exchanges the two references between steps.
+/// </summary>
+public sealed class WeightSet : IDisposable
+{
+    private readonly Dictionary<WeightSlot, Weight> _weights = [];
+
+    private WeightSet(int layers) => Layers = new LayerWeights[layers];
+
+    public Weight Embedding { get; private set; } = null!;
+
+    /// <summary>The embedding itself where the model ties the two.</summary>
+    public Weight Head { get; private set; } = null!;
+
+    public Weight FinalNorm { get; private set; } = null!;
+
+    public LayerWeights[] Layers { get; }
+
+    public long Bytes => _weights.Values.Sum(weight => weight.Bytes);
+
+    public Weight this[WeightSlot slot] => _weights[slot];
+
+    /// <summary>Takes the memory; the contents come later.</summary>
+    public static WeightSet Allocate(IBackend backend, LoadPlan plan, int layers)
+    {
+        WeightSet set = new(layers);
+        try
+        {
+            foreach (WeightShape shape in plan.Weights) set._weights.Add(shape.Slot, backend.AllocateWeight(shape.Outputs, shape.Inputs));
+        }
+        catch
+        {
+            set.Dispose();
+            throw;
+        }
+
+        set.Embedding = set.At(-1, WeightKind.Embedding)!;
+        set.FinalNorm = set.At(-1, WeightKind.FinalNorm)!;
+        set.Head = set.At(-1, WeightKind.Head) ?? set.Embedding;
+        for (int layer = 0; layer < layers; layer++)
+        {
+            set.Layers[layer] = new LayerWeights
+            {
+                InputNorm = set.At(layer, WeightKind.InputNorm)!,
+                Qkv = set.At(layer, WeightKind.Qkv)!,
+                QkvBias = set.At(layer, WeightKind.QkvBias),
+                QueryNorm = set.At(layer, WeightKind.QueryNorm),
+                KeyNorm = set.At(layer, WeightKind.KeyNorm),
+                AttentionOutput = set.At(layer, WeightKind.AttentionOutput)!,
+                AttentionOutputBias = set.At(layer, WeightKind.AttentionOutputBias),
+                PostAttentionNorm = set.At(layer, WeightKind.PostAttentionNorm)!,
+                GateUp = set.At(layer, WeightKind.GateUp)!,
+                GateUpBias = set.At(layer, WeightKind.GateUpBias),
+                Down = set.At(layer, WeightKind.Down)!,
+                DownBias = set.At(layer, WeightKind.DownBias),
+            };
+        }
+
+        return set;
+    }
+
+    public void Dispose()
+    {
+        foreach (Weight weight in _weights.Values) weight.Dispose();
+    }
+
+    private Weight? At(int layer, WeightKind kind) => _weights.GetValueOrDefault(new WeightSlot(layer, kind));
+}
+
+/// <summary>One block of the transformer. What a family does not have is null.</summary>
+public sealed record LayerWeights
+{
+    public required Weight InputNorm { get; init; }
+
+    /// <summary>[heads*headDim + 2*kvHeads*headDim, hidden], rows in the order q, k, v.</summary>
+    public required Weight Qkv { get; init; }
+
+    public Weight? QkvBias { get; init; }
+
+    public Weight? QueryNorm { get; init; }
+
+    public Weight? KeyNorm { get; init; }
+
+    /// <summary>[hidden, heads*headDim].</summary>
+    public required Weight AttentionOutput { get; init; }
+
+    public Weight? AttentionOutputBias { get; init; }
+
+    public required Weight PostAttentionNorm { get; init; }
+
+    /// <summary>[2*intermediate, hidden], gate before up.</summary>
+    public required Weight GateUp { get; init; }
+
+    public Weight? GateUpBias { get; init; }
+
+    /// <summary>[hidden, intermediate].</summary>
+    public required Weight Down { get; init; }
+
+    public Weight? DownBias { get; init; }
+}

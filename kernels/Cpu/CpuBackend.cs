@@ -1,0 +1,556 @@
+using System.Runtime.CompilerServices;
+using System.Runtime.Intrinsics;
+
+namespace Rollout.Kernels;
+
+/// <summary>
+/// The operations on the CPU: bfloat16 weights in panels, fp32 everywhere else. The same inputs give the same bits with any number of
+/// threads, any vector width, and on any CPU, since every kernel fixes its order of operations and brings its own exponential and logarithm.
+/// </summary>
+public sealed unsafe class CpuBackend : IBackend
+{
+    /// <summary>Elements below which waking the other threads costs more than it gives.</summary>
+    private const long SmallWork = 8192;
+
+    private readonly Workers _workers;
+    private readonly PackRowsJob _pack = new();
+    private readonly MatMulJob _matMul;
+    private readonly NormJob _norm;
+    private readonly GatedSiluJob _gatedSilu;
+    private readonly RopeJob _rope;
+    private readonly AttentionJob _attention;
+    private readonly SampleJob _sample;
+    private readonly EmbedJob _embed = new();
+    private readonly AttentionTiles _tiles = new();
+    private NativeBuffer _packed = new(1 << 20);
+    private StepLayout? _step;
+    private int[] _rowSequence = [];
+    private int _tiledFor;
+    private bool _disposed;
+
+    /// <param name="threads">Threads, the calling one included; 0 takes all cores.</param>
+    /// <param name="vectorBits">512, 256 or 128 forces a code path, 0 takes the widest that the machine runs well.</param>
+    public CpuBackend(int threads = 0, int vectorBits = 0)
+    {
+        ArgumentOutOfRangeException.ThrowIfNegative(threads);
+        if (threads == 0)
+            threads = Environment.ProcessorCount;
+        if (vectorBits == 0)
+            vectorBits = Vector512.IsHardwareAccelerated ? 512 : Vector256.IsHardwareAccelerated ? 256 : 128;
+
+        switch (vectorBits)
+        {
+            case 512:
+                _matMul = new MatMulJob<Wide512>();
+                (_norm, _gatedSilu, _rope, _attention, _sample) = Lanes<Lanes512>();
+                break;
+            case 256:
+                _matMul = new MatMulJob<Wide256>();
+                (_norm, _gatedSilu, _rope, _attention, _sample) = Lanes<Lanes256>();
+                break;
+            case 128:
+                _matMul = new MatMulJob<Wide128>();
+                (_norm, _gatedSilu, _rope, _attention, _sample) = Lanes<Lanes128>();
+                break;
+            default:
+                throw new ArgumentOutOfRangeException(nameof(vectorBits), vectorBits, "512, 256, 128, or 0 for the widest.");
+        }
+
+        _workers = new Workers(threads);
+        Name = $"cpu {vectorBits}-bit vectors, {threads} {(threads == 1 ? "thread" : "threads")}";
+
+        static (NormJob Norm, GatedSiluJob GatedSilu, RopeJob Rope, AttentionJob Attention, SampleJob Sample) Lanes<TLanes>()
+            where TLanes : unmanaged, ILanes<TLanes> =>
+            (new NormJob<TLanes>(), new GatedSiluJob<TLanes>(), new RopeJob<TLanes>(), new AttentionJob<TLanes>(), new SampleJob<TLanes>());
+    }
+
+    public string Name { get; }
+
+    /// <summary>Whether the machine has vectors this wide; narrower ones are then part of them. 128 bits always run.</summary>
+    public static bool IsAccelerated(int vectorBits) => vectorBits switch
+    {
+        512 => Vector512.IsHardwareAccelerated,
+        256 => Vector256.IsHardwareAccelerated,
+        _ => true,
+    };
+
+    public void Dispose()
+    {
+        if (_disposed)
+            return;
+        _disposed = true;
+        _workers.Dispose();
+        _attention.Dispose();
+        _sample.Dispose();
+        _packed.Dispose();
+    }
+
+    // ---- Memory.
+
+    public Tensor AllocateTensor(int rows, int columns)
+    {
+        ThrowIfDisposed();
+        ArgumentOutOfRangeException.ThrowIfLessThan(rows, 1);
+        ArgumentOutOfRangeException.ThrowIfLessThan(columns, 1);
+
+        // A matmul's input is at most this large: room to pack it is taken now, not in a step.
+        long bytes = (long)rows * columns * sizeof(float);
+        if (bytes > _packed.Bytes)
+        {
+            _packed.Dispose();
+            _packed = new NativeBuffer(bytes);
+        }
+
+        return new CpuTensor(this, rows, columns);
+    }
+
+    public Weight AllocateWeight(int outputs, int inputs)
+    {
+        ThrowIfDisposed();
+        ArgumentOutOfRangeException.ThrowIfLessThan(outputs, 1);
+        ArgumentOutOfRangeException.ThrowIfLessThan(inputs, 1);
+        return new CpuWeight(this, outputs, inputs);
+    }
+
+    public KvCache AllocateKvCache(int layers, int blocks, int kvHeads, int headDim)
+    {
+        ThrowIfDisposed();
+        ArgumentOutOfRangeException.ThrowIfLessThan(layers, 1);
+        ArgumentOutOfRangeException.ThrowIfLessThan(blocks, 1);
+        ArgumentOutOfRangeException.ThrowIfLessThan(kvHeads, 1);
+        ArgumentOutOfRangeException.ThrowIfLessThan(headDim, 2);
+        ArgumentOutOfRangeException.ThrowIfGreaterThan(headDim, AttentionJob.HeadStride - 16);
+        if (headDim % 2 != 0)
+            throw new ArgumentException("Rotation pairs the halves of a head, so its dimension is even.", nameof(headDim));
+        _attention.Reserve(_workers.Count, AttentionJob.TileQueries);
+        return new CpuKvCache(this, layers, blocks, kvHeads, headDim);
+    }
+
+    public RopeTable AllocateRopeTable(ReadOnlySpan<float> inverseFrequencies, int positions, float scale)
+    {
+        ThrowIfDisposed();
+        if (inverseFrequencies.IsEmpty)
+            throw new ArgumentException("No frequencies.", nameof(inverseFrequencies));
+        ArgumentOutOfRangeException.ThrowIfLessThan(positions, 1);
+        return new CpuRopeTable(this, inverseFrequencies, positions, scale);
+    }
+
+    public void WriteWeight(Weight destination, long element, ReadOnlySpan<byte> source, DType type)
+    {
+        CpuWeight weight = Own(destination);
+        if (type is not (DType.BFloat16 or DType.Float16 or DType.Float32))
+            throw new ArgumentOutOfRangeException(nameof(type));
+        if (source.Length % type.Size() != 0)
+            throw new ArgumentException($"{source.Length} bytes are no whole number of {type} elements.", nameof(source));
+        long count = source.Length / type.Size();
+        CheckElements(weight, element, count, nameof(source));
+        fixed (byte* bytes = source)
+        {
+            if (!weight.IsVector)
+            {
+                PanelLayout.Write(weight.Panels, weight.Outputs, weight.Inputs, element, bytes, count, type);
+                return;
+            }
+
+            for (int i = 0; i < count; i++)
+            {
+                weight.Vector[element + i] = type switch
+                {
+                    DType.BFloat16 => PanelLayout.ToSingle(Unsafe.ReadUnaligned<ushort>(bytes + (2L * i))),
+                    DType.Float16 => (float)Unsafe.ReadUnaligned<Half>(bytes + (2L * i)),
+                    _ => Unsafe.ReadUnaligned<float>(bytes + (4L * i)),
+                };
+            }
+        }
+    }
+
+    public void ReadWeight(Weight source, long element, Span<float> destination)
+    {
+        CpuWeight weight = Own(source);
+        CheckElements(weight, element, destination.Length, nameof(destination));
+        if (weight.IsVector)
+            new ReadOnlySpan<float>(weight.Vector + element, destination.Length).CopyTo(destination);
+        else
+            PanelLayout.Read(weight.Panels, weight.Inputs, element, destination);
+    }
+
+    // ---- One step.
+
+    public void BeginStep(StepLayout step)
+    {
+        ThrowIfDisposed();
+        ArgumentNullException.ThrowIfNull(step);
+        _step = null;
+        if (_rowSequence.Length < step.TokenIds.Length)
+            _rowSequence = new int[step.TokenIds.Length];
+
+        if (step.SequenceCount < 0 || step.SequenceCount >= step.RowStart.Length || step.RowStart[0] != 0)
+            throw new ArgumentException($"{step.SequenceCount} sequences, first row {step.RowStart[0]}.", nameof(step));
+        for (int s = 0; s < step.SequenceCount; s++)
+        {
+            int start = step.RowStart[s], end = step.RowStart[s + 1];
+            if (end < start || end > step.TokenIds.Length)
+                throw new ArgumentException($"Sequence {s} has rows {start} to {end}.", nameof(step));
+            for (int row = start; row < end; row++)
+            {
+                int position = step.Positions[row];
+                if (position < 0 || position / KvCache.BlockTokens >= step.MaxBlocks || (row > start && position <= step.Positions[row - 1]))
+                    throw new ArgumentException($"Row {row} has position {position}: out of range or not ascending.", nameof(step));
+                _rowSequence[row] = s;
+            }
+        }
+
+        int rows = step.RowCount;
+        if (step.OutputCount < 0 || step.OutputCount > step.OutputRows.Length)
+            throw new ArgumentException($"{step.OutputCount} output rows.", nameof(step));
+        for (int o = 0; o < step.OutputCount; o++)
+        {
+            if ((uint)step.OutputRows[o] >= (uint)rows)
+                throw new ArgumentException($"Output row {o} is row {step.OutputRows[o]} of {rows}.", nameof(step));
+        }
+
+        if (step.QueryCount < 0 || step.QueryCount > step.Queries.Length)
+            throw new ArgumentException($"{step.QueryCount} queries.", nameof(step));
+        _step = step;
+        _tiledFor = 0;
+    }
+
+    public void Embed(Weight table, Tensor output)
+    {
+        StepLayout step = Step();
+        CpuWeight weight = OwnMatrix(table);
+        CpuTensor tensor = Own(output, step.RowCount, weight.Inputs);
+        for (int row = 0; row < step.RowCount; row++)
+        {
+            if ((uint)step.TokenIds[row] >= (uint)weight.Outputs)
+                throw new ArgumentException($"Row {row} has token {step.TokenIds[row]} of {weight.Outputs}.", nameof(table));
+        }
+
+        _embed.Step = step;
+        _embed.Table = weight;
+        _embed.Output = tensor;
+        _workers.Run(_embed, step.RowCount, (long)step.RowCount * weight.Inputs > SmallWork);
+    }
+
+    public void RmsNorm(Tensor input, Weight scale, float epsilon, Tensor output, int rows)
+    {
+        ThrowIfDisposed();
+        CpuTensor source = Own(input, rows);
+        CpuTensor destination = Own(output, rows, source.Columns);
+        _norm.Input = source.Data;
+        _norm.InputStride = source.Stride;
+        _norm.Scale = OwnVector(scale, source.Columns);
+        _norm.Epsilon = epsilon;
+        _norm.Output = destination.Data;
+        _norm.OutputStride = destination.Stride;
+        _norm.Columns = source.Columns;
+        _workers.Run(_norm, rows, (long)rows * source.Columns > SmallWork);
+    }
+
+    public void MatMul(Tensor input, Weight weight, Weight? bias, Tensor output, int rows)
+    {
+        CpuWeight matrix = OwnMatrix(weight);
+        Multiply(Own(input, rows, matrix.Inputs), matrix, bias, Own(output, rows, matrix.Outputs), rows, add: false);
+    }
+
+    public void MatMulAdd(Tensor input, Weight weight, Weight? bias, Tensor residual, int rows)
+    {
+        CpuWeight matrix = OwnMatrix(weight);
+        Multiply(Own(input, rows, matrix.Inputs), matrix, bias, Own(residual, rows, matrix.Outputs), rows, add: true);
+    }
+
+    public void RopeStoreKv(Tensor qkv, int heads, Weight? queryNorm, Weight? keyNorm, float epsilon, RopeTable rope, KvCache cache, int layer)
+    {
+        StepLayout step = Step();
+        CpuKvCache keysValues = Own(cache);
+        CheckHeads(heads, keysValues);
+        CheckLayer(layer, keysValues);
+        CpuTensor tensor = Own(qkv, step.RowCount, (heads + (2 * keysValues.KvHeads)) * keysValues.HeadDim);
+        CpuRopeTable table = Own(rope);
+        if (table.HeadDim != keysValues.HeadDim)
+            throw new ArgumentException($"For heads of {table.HeadDim}, the cache has {keysValues.HeadDim}.", nameof(rope));
+        for (int row = 0; row < step.RowCount; row++)
+        {
+            int position = step.Positions[row];
+            if (position >= table.Positions)
+                throw new ArgumentException($"Row {row} is at position {position} of {table.Positions}.", nameof(rope));
+            CheckBlock(step, row, position / KvCache.BlockTokens, keysValues);
+        }
+
+        _rope.Qkv = tensor.Data;
+        _rope.Stride = tensor.Stride;
+        _rope.Heads = heads;
+        _rope.QueryNorm = queryNorm == null ? null : OwnVector(queryNorm, keysValues.HeadDim);
+        _rope.KeyNorm = keyNorm == null ? null : OwnVector(keyNorm, keysValues.HeadDim);
+        _rope.Epsilon = epsilon;
+        _rope.Rope = table;
+        _rope.Cache = keysValues;
+        _rope.Layer = layer;
+        _rope.Step = step;
+        _rope.RowSequence = _rowSequence;
+        _workers.Run(_rope, step.RowCount, (long)step.RowCount * tensor.Columns > SmallWork);
+    }
+
+    public void Attend(Tensor qkv, int heads, float scale, KvCache cache, int layer, Tensor output)
+    {
+        StepLayout step = Step();
+        CpuKvCache keysValues = Own(cache);
+        CheckHeads(heads, keysValues);
+        CheckLayer(layer, keysValues);
+        CpuTensor queries = Own(qkv, step.RowCount);
+        if (queries.Columns < heads * keysValues.HeadDim)
+            throw new ArgumentException($"{queries.Columns} columns, needed at least {heads * keysValues.HeadDim}.", nameof(qkv));
+        CpuTensor destination = Own(output, step.RowCount, heads * keysValues.HeadDim);
+        for (int s = 0; s < step.SequenceCount; s++)
+        {
+            int last = step.RowStart[s + 1] - 1;
+            if (last < step.RowStart[s])
+                continue;
+            for (int block = 0; block <= step.Positions[last] / KvCache.BlockTokens; block++)
+                CheckBlock(step, last, block, keysValues);
+        }
+
+        int group = heads / keysValues.KvHeads;
+        if (_tiledFor != group)
+        {
+            _tiles.Build(step, _rowSequence, Math.Max(1, AttentionJob.TileQueries / group));
+            _tiledFor = group;
+        }
+
+        _attention.Reserve(_workers.Count, group);
+        _attention.Qkv = queries.Data;
+        _attention.Stride = queries.Stride;
+        _attention.Group = group;
+        _attention.Scale = scale;
+        _attention.Cache = keysValues;
+        _attention.Layer = layer;
+        _attention.Output = destination.Data;
+        _attention.OutputStride = destination.Stride;
+        _attention.Step = step;
+        _attention.RowSequence = _rowSequence;
+        _attention.Tiles = _tiles;
+        _workers.Run(_attention, _attention.Units);
+    }
+
+    public void GatedSilu(Tensor gateUp, Tensor output, int rows)
+    {
+        ThrowIfDisposed();
+        CpuTensor destination = Own(output, rows);
+        CpuTensor source = Own(gateUp, rows, 2 * destination.Columns);
+        _gatedSilu.Input = source.Data;
+        _gatedSilu.InputStride = source.Stride;
+        _gatedSilu.Output = destination.Data;
+        _gatedSilu.OutputStride = destination.Stride;
+        _gatedSilu.Width = destination.Columns;
+        _workers.Run(_gatedSilu, rows, (long)rows * source.Columns > SmallWork);
+    }
+
+    public void GatherRows(Tensor input, int first, int count, Tensor output)
+    {
+        StepLayout step = Step();
+        CheckOutputs(step, first, count);
+        CpuTensor source = Own(input, step.RowCount);
+        CpuTensor destination = Own(output, count, source.Columns, nameof(output));
+        for (int k = 0; k < count; k++)
+        {
+            new ReadOnlySpan<float>(source.Row(step.OutputRows[first + k]), source.Columns)
+                .CopyTo(new Span<float>(destination.Row(k), source.Columns));
+        }
+    }
+
+    public void Sample(Tensor logits, int first, int count)
+    {
+        StepLayout step = Step();
+        CheckOutputs(step, first, count);
+        CpuTensor source = Own(logits, count);
+        int begin = 0;
+        while (begin < step.QueryCount && step.Queries[begin].OutputIndex < first)
+            begin++;
+        int end = begin;
+        for (; end < step.QueryCount && step.Queries[end].OutputIndex < first + count; end++)
+            CheckQuery(step, end, first, source.Columns);
+
+        _sample.Reserve(_workers.Count, source.Columns);
+        _sample.Logits = source.Data;
+        _sample.Stride = source.Stride;
+        _sample.Vocabulary = source.Columns;
+        _sample.Step = step;
+        _sample.FirstOutput = first;
+        _sample.FirstQuery = begin;
+        _workers.Run(_sample, end - begin);
+    }
+
+    public void CopyBlock(KvCache cache, int from, int to)
+    {
+        ThrowIfDisposed();
+        CpuKvCache keysValues = Own(cache);
+        if ((uint)from >= (uint)cache.Blocks)
+            throw new ArgumentOutOfRangeException(nameof(from), from, $"The cache has {cache.Blocks} blocks.");
+        if ((uint)to >= (uint)cache.Blocks)
+            throw new ArgumentOutOfRangeException(nameof(to), to, $"The cache has {cache.Blocks} blocks.");
+        long bytes = (long)cache.KvHeads * keysValues.TileFloats * sizeof(float);
+        for (int layer = 0; layer < cache.Layers; layer++)
+            Buffer.MemoryCopy(keysValues.Keys(layer, from, 0), keysValues.Keys(layer, to, 0), bytes, bytes);
+    }
+
+    // ---- Checks: memory is ours and alive, shapes fit. Names are those of the caller's parameters.
+
+    private void Multiply(CpuTensor input, CpuWeight weight, Weight? bias, CpuTensor output, int rows, bool add)
+    {
+        ThrowIfDisposed();
+        if (ReferenceEquals(input, output))
+            throw new ArgumentException("Input and output are the same tensor.", nameof(input));
+        float* biasVector = bias == null ? null : OwnVector(bias, weight.Outputs);
+        if (rows == 0)
+            return;
+
+        float* packed = input.Data;
+        if (rows > 1)
+        {
+            packed = _packed.Floats;
+            _pack.Input = input.Data;
+            _pack.Stride = input.Stride;
+            _pack.Inputs = weight.Inputs;
+            _pack.Tiles = new RowTiles(rows, _matMul.TileRows);
+            _pack.Packed = packed;
+            _workers.Run(_pack, _pack.Tiles.Count * _pack.Chunks, (long)rows * weight.Inputs > SmallWork);
+        }
+
+        _matMul.Input = packed;
+        _matMul.Inputs = weight.Inputs;
+        _matMul.Rows = rows;
+        _matMul.Panels = weight.Panels;
+        _matMul.Output = output.Data;
+        _matMul.Stride = output.Stride;
+        _matMul.Bias = biasVector;
+        _matMul.Add = add;
+        _workers.Run(_matMul, PanelLayout.Count(weight.Outputs), (long)weight.Outputs * weight.Inputs > SmallWork);
+    }
+
+    private void ThrowIfDisposed() => ObjectDisposedException.ThrowIf(_disposed, this);
+
+    private StepLayout Step()
+    {
+        ThrowIfDisposed();
+        return _step ?? throw new InvalidOperationException($"{nameof(BeginStep)} comes first.");
+    }
+
+    private static ArgumentException Foreign(string? name) => new("Memory of another backend, or disposed.", name);
+
+    private CpuTensor Own(Tensor tensor, int rows, int columns = 0, [CallerArgumentExpression(nameof(tensor))] string? name = null)
+    {
+        ArgumentNullException.ThrowIfNull(tensor, name);
+        if (tensor is not CpuTensor own || own.Owner != this || own.IsDisposed)
+            throw Foreign(name);
+        if (rows < 0 || rows > own.Rows)
+            throw new ArgumentOutOfRangeException(name, rows, $"The tensor has {own.Rows} rows.");
+        if (columns != 0 && columns != own.Columns)
+            throw new ArgumentException($"{own.Columns} columns, needed {columns}.", name);
+        return own;
+    }
+
+    private CpuWeight Own(Weight weight, [CallerArgumentExpression(nameof(weight))] string? name = null)
+    {
+        ThrowIfDisposed();
+        ArgumentNullException.ThrowIfNull(weight, name);
+        return weight is CpuWeight own && own.Owner == this && !own.IsDisposed ? own : throw Foreign(name);
+    }
+
+    private CpuWeight OwnMatrix(Weight weight, [CallerArgumentExpression(nameof(weight))] string? name = null)
+    {
+        CpuWeight own = Own(weight, name);
+        return own.IsVector ? throw new ArgumentException("A vector, needed a matrix.", name) : own;
+    }
+
+    private float* OwnVector(Weight weight, int length, [CallerArgumentExpression(nameof(weight))] string? name = null)
+    {
+        CpuWeight own = Own(weight, name);
+        if (!own.IsVector || own.Inputs != length)
+            throw new ArgumentException($"[{own.Outputs}, {own.Inputs}], needed a vector of {length}.", name);
+        return own.Vector;
+    }
+
+    private CpuKvCache Own(KvCache cache, [CallerArgumentExpression(nameof(cache))] string? name = null)
+    {
+        ArgumentNullException.ThrowIfNull(cache, name);
+        return cache is CpuKvCache own && own.Owner == this && !own.IsDisposed ? own : throw Foreign(name);
+    }
+
+    private CpuRopeTable Own(RopeTable rope, [CallerArgumentExpression(nameof(rope))] string? name = null)
+    {
+        ArgumentNullException.ThrowIfNull(rope, name);
+        return rope is CpuRopeTable own && own.Owner == this && !own.IsDisposed ? own : throw Foreign(name);
+    }
+
+    private static void CheckElements(CpuWeight weight, long element, long count, string name)
+    {
+        long total = (long)weight.Outputs * weight.Inputs;
+        if (element < 0 || element > total)
+            throw new ArgumentOutOfRangeException(nameof(element), element, $"The weight has {total} elements.");
+        if (count > total - element)
+            throw new ArgumentException($"{count} elements from element {element} on, the weight has {total}.", name);
+    }
+
+    private static void CheckHeads(int heads, CpuKvCache cache)
+    {
+        if (heads < 1 || heads % cache.KvHeads != 0)
+            throw new ArgumentOutOfRangeException(nameof(heads), heads, $"Needed a multiple of the cache's {cache.KvHeads} heads.");
+    }
+
+    private static void CheckLayer(int layer, CpuKvCache cache)
+    {
+        if ((uint)layer >= (uint)cache.Layers)
+            throw new ArgumentOutOfRangeException(nameof(layer), layer, $"The cache has {cache.Layers} layers.");
+    }
+
+    private void CheckBlock(StepLayout step, int row, int index, CpuKvCache cache)
+    {
+        int block = step.BlockTables[(_rowSequence[row] * step.MaxBlocks) + index];
+        if ((uint)block >= (uint)cache.Blocks)
+            throw new ArgumentException($"Row {row} needs block {block} of {cache.Blocks}.", nameof(cache));
+    }
+
+    private static void CheckOutputs(StepLayout step, int first, int count)
+    {
+        if (first < 0 || first > step.OutputCount)
+            throw new ArgumentOutOfRangeException(nameof(first), first, $"The step has {step.OutputCount} output rows.");
+        if (count < 0 || count > step.OutputCount - first)
+            throw new ArgumentOutOfRangeException(nameof(count), count, $"The step has {step.OutputCount} output rows.");
+    }
+
+    private static void CheckQuery(StepLayout step, int q, int first, int vocabulary)
+    {
+        ref readonly SampleQuery query = ref step.Queries[q];
+        string? problem =
+            query.OutputIndex < first ? "output indices do not ascend"
+            : query.Target >= vocabulary ? $"target {query.Target} of {vocabulary}"
+            : !(query.Temperature >= 0f) ? $"temperature {query.Temperature}"
+            : float.IsNaN(query.TopP) ? "top-p is not a number"
+            : !(query.MinP <= 1f) ? $"min-p {query.MinP}"
+            : query.BiasCount < 0 || query.BiasStart < 0 || query.BiasStart > step.BiasIds.Length - query.BiasCount ? "biases out of range"
+            : query.AlternativesCount < 0 || query.AlternativesCount > vocabulary ? $"{query.AlternativesCount} alternatives"
+            : query.AlternativesCount > 0
+                && (query.AlternativesStart < 0 || query.AlternativesStart > step.AlternativeIds.Length - query.AlternativesCount)
+                ? "alternatives out of range"
+            : null;
+        for (int i = 0; problem == null && i < query.BiasCount; i++)
+        {
+            if ((uint)step.BiasIds[query.BiasStart + i] >= (uint)vocabulary)
+                problem = $"bias for token {step.BiasIds[query.BiasStart + i]} of {vocabulary}";
+        }
+
+        if (problem != null)
+            throw new ArgumentException($"Query {q}: {problem}.", "step");
+    }
+
+    /// <summary>output[row] = table[TokenIds[row]]. Units: rows.</summary>
+    private sealed class EmbedJob : Job
+    {
+        public StepLayout Step = null!;
+        public CpuWeight Table = null!;
+        public CpuTensor Output = null!;
+
+        public override void Execute(int unit, int worker) =>
+            PanelLayout.ReadRow(Table.Panels, Table.Inputs, Step.TokenIds[unit], Output.Row(unit));
+    }
+}

@@ -1,0 +1,77 @@
+using System.Runtime.CompilerServices;
+
+namespace Rollout.Kernels;
+
+/// <summary>
+/// Rotary position embedding (Su et al. 2021, halves paired) of queries in place and of keys on their way into the cache, after an optional
+/// RMS norm of every head; values are copied. Units: rows. Keys land transposed, [headDim][16 tokens].
+/// </summary>
+internal abstract unsafe class RopeJob : Job
+{
+    public float* Qkv;
+    public int Stride;
+    public int Heads;
+    public float* QueryNorm;
+    public float* KeyNorm;
+    public float Epsilon;
+    public CpuRopeTable Rope = null!;
+    public CpuKvCache Cache = null!;
+    public int Layer;
+    public StepLayout Step = null!;
+    public int[] RowSequence = [];
+}
+
+internal sealed unsafe class RopeJob<TLanes> : RopeJob
+    where TLanes : unmanaged, ILanes<TLanes>
+{
+    public override void Execute(int unit, int worker)
+    {
+        int position = Step.Positions[unit];
+        int block = Step.BlockTables[(RowSequence[unit] * Step.MaxBlocks) + (position / KvCache.BlockTokens)];
+        int slot = position % KvCache.BlockTokens;
+        int headDim = Cache.HeadDim;
+        float* cos = Rope.Cos(position), sin = Rope.Sin(position);
+
+        float* head = Qkv + ((long)unit * Stride);
+        for (int h = 0; h < Heads; h++, head += headDim)
+            NormAndRotate(head, QueryNorm, Epsilon, cos, sin, headDim);
+
+        for (int h = 0; h < Cache.KvHeads; h++, head += headDim)
+        {
+            NormAndRotate(head, KeyNorm, Epsilon, cos, sin, headDim);
+            float* keys = Cache.Keys(Layer, block, h) + slot;
+            for (int d = 0; d < headDim; d++)
+                keys[d * KvCache.BlockTokens] = head[d];
+        }
+
+        for (int h = 0; h < Cache.KvHeads; h++, head += headDim)
+        {
+            float* values = Cache.Values(Layer, block, h) + (slot * Cache.ValueStride);
+            new ReadOnlySpan<float>(head, headDim).CopyTo(new Span<float>(values, headDim));
+        }
+    }
+
+    [MethodImpl(MethodImplOptions.AggressiveOptimization)]
+    private static void NormAndRotate(float* head, float* norm, float epsilon, float* cos, float* sin, int headDim)
+    {
+        if (norm != null)
+            Norm.Row<TLanes>(head, norm, epsilon, head, headDim);
+
+        int half = headDim / 2;
+        float* other = head + half;
+        int i = 0;
+        for (; i + LaneMemory.Count <= half; i += LaneMemory.Count)
+        {
+            TLanes x = TLanes.Load(head + i), y = TLanes.Load(other + i), c = TLanes.Load(cos + i), s = TLanes.Load(sin + i);
+            TLanes.Store(head + i, TLanes.Fma(x, c, TLanes.Create(0f) - (y * s)));
+            TLanes.Store(other + i, TLanes.Fma(y, c, x * s));
+        }
+
+        for (; i < half; i++)
+        {
+            float x = head[i], y = other[i];
+            head[i] = MathF.FusedMultiplyAdd(x, cos[i], 0f - (y * sin[i]));
+            other[i] = MathF.FusedMultiplyAdd(y, cos[i], x * sin[i]);
+        }
+    }
+}

@@ -1,0 +1,503 @@
+using System.Runtime.CompilerServices;
+
+namespace Rollout.Kernels;
+
+/// <summary>
+/// Answers sample queries as protos/rollout/v1/DEFINITIONS.md defines them. Units: queries; a query is one thread's work from start to end.
+/// <para>
+/// Sums of exponentials run in fixed chunks of <see cref="Chunk"/> tokens, each in 16 lanes relative to the chunk's own maximum, merged in
+/// ascending order. Truncation never sorts the vocabulary: the border is bracketed by bisection over the ordered bit patterns of fp32, and
+/// only the tokens left in the bracket are sorted.
+/// </para>
+/// </summary>
+internal abstract unsafe class SampleJob : Job, IDisposable
+{
+    public const int Chunk = 4096;
+
+    public float* Logits;
+    public int Stride;
+    public int Vocabulary;
+    public StepLayout Step = null!;
+    public int FirstOutput;
+    public int FirstQuery;
+
+    private NativeBuffer? _scratch;
+    private int _capacity;
+    private int _workers;
+
+    /// <summary>Takes each worker's scratch; native, and only when a larger vocabulary than ever before appears.</summary>
+    public void Reserve(int workers, int vocabulary)
+    {
+        int capacity = (vocabulary + 63) / 64 * 64;
+        if (capacity <= _capacity && workers <= _workers)
+            return;
+        _scratch?.Dispose();
+        _capacity = capacity;
+        _workers = workers;
+        _scratch = new NativeBuffer((long)workers * capacity * 16);
+    }
+
+    public void Dispose() => _scratch?.Dispose();
+
+    /// <summary>Processed logits, padded to a multiple of 64 with negative infinity.</summary>
+    protected float* Processed(int worker) => _scratch!.Floats + ((long)worker * _capacity * 4);
+
+    protected float* Masses(int worker) => Processed(worker) + _capacity;
+
+    protected ulong* Candidates(int worker) => (ulong*)(Processed(worker) + (2L * _capacity));
+}
+
+internal sealed unsafe class SampleJob<TLanes> : SampleJob
+    where TLanes : unmanaged, ILanes<TLanes>
+{
+    /// <summary>Larger than -log(-log(1 - 2^-24)).</summary>
+    private const float LargestNoise = 16.7f;
+
+    /// <summary>Candidates that are sorted rather than bisected further.</summary>
+    private const int FewEnough = 512;
+
+    /// <summary>Greedy below this: the smallest normal number; dividing by less would overflow.</summary>
+    private const float SmallestTemperature = 1.17549435e-38f;
+
+    public override void Execute(int unit, int worker)
+    {
+        int q = FirstQuery + unit;
+        ref readonly SampleQuery query = ref Step.Queries[q];
+        ref SampleResult result = ref Step.Results[q];
+        int row = query.OutputIndex;
+        float* logits = Logits + ((long)(row - FirstOutput) * Stride);
+
+        if (!LogSum(logits, Vocabulary, out float max, out float logSum))
+            throw new NumericalException(row, "a logit is not a number or is positive infinity");
+
+        if (float.IsNegativeInfinity(max))
+            throw new NumericalException(row, "every logit is negative infinity");
+
+        if (query.AlternativesCount > 0)
+            Alternatives(query, logits, max, logSum, Candidates(worker));
+
+        if (query.Target >= 0)
+        {
+            result.Token = query.Target;
+            result.LogProb = logits[query.Target] - max - logSum;
+            result.SamplingLogProb = result.LogProb;
+            return;
+        }
+
+        int token = Draw(query, logits, max, logSum, worker, out float samplingLogProb);
+        if (token < 0)
+            throw new NumericalException(row, "every token is forbidden");
+        result.Token = token;
+        result.LogProb = logits[token] - max - logSum;
+        result.SamplingLogProb = samplingLogProb;
+    }
+
+    private int Draw(in SampleQuery query, float* logits, float max, float logSum, int worker, out float samplingLogProb)
+    {
+        samplingLogProb = 0f;
+        float* x = logits;
+        float* processed = Processed(worker);
+        if (query.BiasCount > 0)
+        {
+            Copy(logits, processed, Vocabulary);
+            for (int i = query.BiasStart; i < query.BiasStart + query.BiasCount; i++)
+                processed[Step.BiasIds[i]] += Step.BiasValues[i];
+            x = processed;
+            max = Largest(x, Vocabulary);
+        }
+
+        // A temperature so small that the quotient overflows is the limit it stands for.
+        if (query.Temperature < SmallestTemperature || !float.IsFinite(max / query.Temperature))
+            return float.IsNegativeInfinity(max) ? -1 : IndexOf(x, Vocabulary, max);
+
+        if (query.Temperature != 1f)
+        {
+            Divide(x, query.Temperature, processed, Vocabulary);
+            x = processed;
+        }
+
+        bool truncated = (query.TopK > 0 && query.TopK < Vocabulary) || query.TopP < 1f || query.MinP > 0f;
+        if (truncated && x == logits)
+        {
+            Copy(logits, processed, Vocabulary);
+            x = processed;
+        }
+
+        if (x != logits && !LogSum(x, Vocabulary, out max, out logSum))
+            return -1;
+        if (truncated)
+        {
+            Truncate(query, x, Vocabulary, max, Masses(worker), Candidates(worker));
+            LogSum(x, Vocabulary, out _, out logSum);
+        }
+
+        int token = ArgMaxWithNoise(x, Vocabulary, query);
+        samplingLogProb = token < 0 ? 0f : x[token] - max - logSum;
+        return token;
+    }
+
+    // ---- Passes over a row. n elements; the last few lanes of a row that is not a multiple of 16 are negative infinity.
+
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    private static TLanes Load(float* x, int i, int n) =>
+        i + LaneMemory.Count <= n ? TLanes.Load(x + i) : LaneMemory.LoadPartial<TLanes>(x + i, n - i, float.NegativeInfinity);
+
+    /// <summary>max and log(sum(exp(x - max))). False where an element is not a number or positive infinity.</summary>
+    [MethodImpl(MethodImplOptions.AggressiveOptimization)]
+    private static bool LogSum(float* x, int n, out float max, out float logSum)
+    {
+        max = float.NegativeInfinity;
+        float total = 0f;
+        TLanes fine = TLanes.CreateBits(uint.MaxValue);
+        for (int start = 0; start < n; start += Chunk)
+        {
+            int end = Math.Min(n, start + Chunk);
+            TLanes largest = TLanes.Create(float.NegativeInfinity);
+            for (int i = start; i < end; i += LaneMemory.Count)
+            {
+                TLanes v = Load(x, i, n);
+                largest = TLanes.Max(largest, v);
+                fine = TLanes.And(fine, TLanes.Less(v, TLanes.Create(float.PositiveInfinity)));
+            }
+
+            if (TLanes.Any(TLanes.Not(fine)))
+            {
+                logSum = float.NaN;
+                return false;
+            }
+
+            float chunkMax = TLanes.Largest(largest);
+            if (float.IsNegativeInfinity(chunkMax))
+                continue;
+
+            TLanes top = TLanes.Create(chunkMax);
+            TLanes sums = TLanes.Create(0f);
+            for (int i = start; i < end; i += LaneMemory.Count)
+                sums += VectorMath.Exp(Load(x, i, n) - top);
+            float sum = TLanes.Sum(sums);
+            if (chunkMax > max)
+            {
+                total = MathF.FusedMultiplyAdd(total, VectorMath.Exp(max - chunkMax), sum);
+                max = chunkMax;
+            }
+            else
+            {
+                total = MathF.FusedMultiplyAdd(sum, VectorMath.Exp(chunkMax - max), total);
+            }
+        }
+
+        logSum = VectorMath.Log(total);
+        return true;
+    }
+
+    private static void Copy(float* source, float* destination, int n) =>
+        new ReadOnlySpan<float>(source, n).CopyTo(new Span<float>(destination, n));
+
+    [MethodImpl(MethodImplOptions.AggressiveOptimization)]
+    private static float Largest(float* x, int n)
+    {
+        TLanes largest = TLanes.Create(float.NegativeInfinity);
+        for (int i = 0; i < n; i += LaneMemory.Count)
+            largest = TLanes.Max(largest, Load(x, i, n));
+        return TLanes.Largest(largest);
+    }
+
+    /// <summary>The lowest index of a value.</summary>
+    [MethodImpl(MethodImplOptions.AggressiveOptimization)]
+    private static int IndexOf(float* x, int n, float value)
+    {
+        TLanes wanted = TLanes.Create(value);
+        for (int i = 0; i < n; i += LaneMemory.Count)
+        {
+            if (!TLanes.Any(TLanes.GreaterOrEqual(Load(x, i, n), wanted)))
+                continue;
+            for (int j = i; j < n; j++)
+            {
+                if (x[j] == value)
+                    return j;
+            }
+        }
+
+        return -1;
+    }
+
+    [MethodImpl(MethodImplOptions.AggressiveOptimization)]
+    private static void Divide(float* x, float temperature, float* output, int n)
+    {
+        TLanes divisor = TLanes.Create(temperature);
+        int i = 0;
+        for (; i + LaneMemory.Count <= n; i += LaneMemory.Count)
+            TLanes.Store(output + i, TLanes.Load(x + i) / divisor);
+        for (; i < n; i++)
+            output[i] = x[i] / temperature;
+    }
+
+    // ---- Truncation: each rule leaves negative infinity where it removed a token.
+
+    private static void Truncate(in SampleQuery query, float* x, int n, float max, float* masses, ulong* candidates)
+    {
+        if (query.TopK > 0 && query.TopK < n)
+            KeepAbove(x, n, FindBorder(x, null, n, max, query.TopK, candidates));
+        if (query.TopP < 1f)
+        {
+            double total = Exponentials(x, n, max, masses);
+            KeepAbove(x, n, FindBorder(x, masses, n, max, query.TopP * total, candidates));
+        }
+
+        if (query.MinP > 0f)
+            KeepLikely(x, n, max, query.MinP);
+    }
+
+    /// <summary>The last token kept: those after it in descending order of x, equals by ascending id, are removed.</summary>
+    private readonly record struct Border(float Value, int LastId);
+
+    /// <summary>
+    /// The token at which the mass (or, without masses, the number) of the tokens down to it first reaches <paramref name="target"/>.
+    /// </summary>
+    private static Border FindBorder(float* x, float* masses, int n, float max, double target, ulong* candidates)
+    {
+        // Invariant: tokens at or above high have less than the target, tokens at or above low reach it.
+        int high = Ordered(max) + 1;
+        double massAbove = 0;
+        int countAbove = 0, count, low;
+        for (float step = 1f; ; step *= 2f)
+        {
+            float bound = step < 1e30f ? max - step : float.NegativeInfinity;
+            low = Ordered(bound);
+            double mass = MassFrom(x, masses, n, bound, out count);
+            if (mass >= target || float.IsNegativeInfinity(bound))
+                break;
+            (high, massAbove, countAbove) = (low, mass, count);
+        }
+
+        while (count - countAbove > FewEnough && (long)high - low > 1)
+        {
+            int middle = (int)(((long)low + high) >> 1);
+            double mass = MassFrom(x, masses, n, Unordered(middle), out int countFrom);
+            if (mass >= target)
+                (low, count) = (middle, countFrom);
+            else
+                (high, massAbove, countAbove) = (middle, mass, countFrom);
+        }
+
+        int found = Gather(x, n, Unordered(low), Unordered(high), candidates);
+        new Span<ulong>(candidates, found).Sort();
+        double reached = massAbove;
+        for (int i = 0; i < found; i++)
+        {
+            int id = (int)(uint)candidates[i];
+            reached += masses == null ? 1.0 : masses[id];
+
+            // Rounding may leave the target a hair beyond the last candidate.
+            if (reached >= target || i == found - 1)
+                return new Border(x[id], id);
+        }
+
+        return new Border(max, int.MaxValue);
+    }
+
+    /// <summary>Bit patterns of fp32 as integers in the numbers' order; its own inverse.</summary>
+    private static int Ordered(float value)
+    {
+        int bits = BitConverter.SingleToInt32Bits(value);
+        return bits >= 0 ? bits : bits ^ int.MaxValue;
+    }
+
+    private static float Unordered(int key) => BitConverter.Int32BitsToSingle(key >= 0 ? key : key ^ int.MaxValue);
+
+    /// <summary>Sorts descending by value, then ascending by id; +0 and -0 are equal.</summary>
+    private static ulong SortKey(float value, int id) => ((ulong)~((uint)Ordered(value + 0f) ^ 0x80000000u) << 32) | (uint)id;
+
+    [MethodImpl(MethodImplOptions.AggressiveOptimization)]
+    private static double MassFrom(float* x, float* masses, int n, float bound, out int count)
+    {
+        TLanes least = TLanes.Create(bound), zero = TLanes.Create(0f), one = TLanes.Create(1f);
+        TLanes counts = zero, sums = zero;
+        int i = 0;
+        for (; i + LaneMemory.Count <= n; i += LaneMemory.Count)
+        {
+            TLanes kept = TLanes.GreaterOrEqual(TLanes.Load(x + i), least);
+            counts += TLanes.And(kept, one);
+            if (masses != null)
+                sums += TLanes.And(kept, TLanes.Load(masses + i));
+        }
+
+        double mass = TLanes.Sum(sums);
+        count = (int)TLanes.Sum(counts);
+        for (; i < n; i++)
+        {
+            if (x[i] >= bound)
+            {
+                count++;
+                mass += masses == null ? 0f : masses[i];
+            }
+        }
+
+        return masses == null ? count : mass;
+    }
+
+    /// <summary>Sort keys of the elements in [low, high).</summary>
+    [MethodImpl(MethodImplOptions.AggressiveOptimization)]
+    private static int Gather(float* x, int n, float low, float high, ulong* candidates)
+    {
+        TLanes least = TLanes.Create(low);
+        int found = 0;
+        for (int i = 0; i < n; i += LaneMemory.Count)
+        {
+            if (!TLanes.Any(TLanes.GreaterOrEqual(Load(x, i, n), least)))
+                continue;
+            int end = Math.Min(n, i + LaneMemory.Count);
+            for (int j = i; j < end; j++)
+            {
+                // Not a number as the upper bound, one above infinity, bounds nothing.
+                if (x[j] >= low && !(x[j] >= high))
+                    candidates[found++] = SortKey(x[j], j);
+            }
+        }
+
+        return found;
+    }
+
+    /// <summary>exp(x - max) into masses, and their sum.</summary>
+    [MethodImpl(MethodImplOptions.AggressiveOptimization)]
+    private static double Exponentials(float* x, int n, float max, float* masses)
+    {
+        TLanes top = TLanes.Create(max);
+        int i = 0;
+        TLanes sums = TLanes.Create(0f);
+        for (; i + LaneMemory.Count <= n; i += LaneMemory.Count)
+        {
+            TLanes mass = VectorMath.Exp(TLanes.Load(x + i) - top);
+            TLanes.Store(masses + i, mass);
+            sums += mass;
+        }
+
+        double total = TLanes.Sum(sums);
+        for (; i < n; i++)
+        {
+            masses[i] = VectorMath.Exp(x[i] - max);
+            total += masses[i];
+        }
+
+        return total;
+    }
+
+    [MethodImpl(MethodImplOptions.AggressiveOptimization)]
+    private static void KeepAbove(float* x, int n, Border border)
+    {
+        TLanes value = TLanes.Create(border.Value), none = TLanes.Create(float.NegativeInfinity);
+        int i = 0;
+        for (; i + LaneMemory.Count <= n; i += LaneMemory.Count)
+        {
+            TLanes v = TLanes.Load(x + i);
+            TLanes.Store(x + i, TLanes.Select(TLanes.Less(v, value), none, v));
+        }
+
+        for (; i < n; i++)
+            x[i] = x[i] < border.Value ? float.NegativeInfinity : x[i];
+
+        // Equals beyond the last one kept are rare: find them by vectors, remove them one by one.
+        for (i = Math.Max(0, (border.LastId == int.MaxValue ? n : border.LastId + 1) & -LaneMemory.Count); i < n; i += LaneMemory.Count)
+        {
+            TLanes v = Load(x, i, n);
+            if (!TLanes.Any(TLanes.And(TLanes.GreaterOrEqual(v, value), TLanes.GreaterOrEqual(value, v))))
+                continue;
+            int end = Math.Min(n, i + LaneMemory.Count);
+            for (int j = i; j < end; j++)
+            {
+                if (j > border.LastId && x[j] == border.Value)
+                    x[j] = float.NegativeInfinity;
+            }
+        }
+    }
+
+    [MethodImpl(MethodImplOptions.AggressiveOptimization)]
+    private static void KeepLikely(float* x, int n, float max, float share)
+    {
+        TLanes top = TLanes.Create(max), least = TLanes.Create(share), none = TLanes.Create(float.NegativeInfinity);
+        int i = 0;
+        for (; i + LaneMemory.Count <= n; i += LaneMemory.Count)
+        {
+            TLanes v = TLanes.Load(x + i);
+            TLanes.Store(x + i, TLanes.Select(TLanes.Less(VectorMath.Exp(v - top), least), none, v));
+        }
+
+        for (; i < n; i++)
+            x[i] = VectorMath.Exp(x[i] - max) < share ? float.NegativeInfinity : x[i];
+    }
+
+    // ---- Drawing.
+
+    /// <summary>
+    /// arg-max of x + Gumbel noise, the lowest id among equals, -1 where all are negative infinity. Tokens are met in ascending order, 64 at a
+    /// time; where even the largest noise of the 64 could not lift the largest x of the 64 above the best so far, their logarithms are
+    /// not taken. Rounded addition being monotone, that changes no result.
+    /// </summary>
+    [MethodImpl(MethodImplOptions.AggressiveOptimization)]
+    private static int ArgMaxWithNoise(float* x, int n, in SampleQuery query)
+    {
+        // Covers the last bits by which the logarithm may fail to be monotone.
+        const float Margin = 1e-4f;
+
+        uint key0 = (uint)query.Seed, key1 = (uint)(query.Seed >> 32);
+        float* noise = stackalloc float[64];
+        uint* index = stackalloc uint[LaneMemory.Count];
+        for (uint j = 0; j < LaneMemory.Count; j++)
+            index[j] = j;
+
+        float best = float.NegativeInfinity;
+        int token = -1;
+        for (int start = 0; start < n; start += 64)
+        {
+            int end = Math.Min(n, start + 64);
+            TLanes largest = Load(x, start, n);
+            for (int i = start + LaneMemory.Count; i < end; i += LaneMemory.Count)
+                largest = TLanes.Max(largest, Load(x, i, n));
+            float top = TLanes.Largest(largest);
+            if (float.IsNegativeInfinity(top) || top + LargestNoise < best)
+                continue;
+
+            TLanes r0 = TLanes.AddBits(TLanes.Load((float*)index), TLanes.CreateBits((uint)start / 4));
+            TLanes r1 = TLanes.CreateBits((uint)query.Position), r2 = TLanes.CreateBits(query.SampleIndex), r3 = TLanes.CreateBits(0);
+            Philox.Generate(ref r0, ref r1, ref r2, ref r3, key0, key1);
+
+            // Without their lowest 9 bits the words are fp32 integers, larger as the words are larger.
+            TLanes words = TLanes.Max(
+                TLanes.Max(TLanes.ToSingle(TLanes.ShiftRight(r0, 9)), TLanes.ToSingle(TLanes.ShiftRight(r1, 9))),
+                TLanes.Max(TLanes.ToSingle(TLanes.ShiftRight(r2, 9)), TLanes.ToSingle(TLanes.ShiftRight(r3, 9))));
+            if (top + (VectorMath.Gumbel((uint)TLanes.Largest(words) << 9) + Margin) < best)
+                continue;
+
+            TLanes.Store(noise, VectorMath.Gumbel(r0));
+            TLanes.Store(noise + 16, VectorMath.Gumbel(r1));
+            TLanes.Store(noise + 32, VectorMath.Gumbel(r2));
+            TLanes.Store(noise + 48, VectorMath.Gumbel(r3));
+            for (int i = start; i < end; i++)
+            {
+                int v = i - start;
+                float value = x[i] + noise[((v & 3) * 16) + (v >> 2)];
+                if (value > best)
+                    (best, token) = (value, i);
+            }
+        }
+
+        return token;
+    }
+
+    /// <summary>The most probable tokens under the model, equals by ascending id.</summary>
+    private void Alternatives(in SampleQuery query, float* logits, float max, float logSum, ulong* candidates)
+    {
+        int wanted = query.AlternativesCount;
+        float least = wanted < Vocabulary
+            ? FindBorder(logits, null, Vocabulary, max, wanted, candidates).Value
+            : float.NegativeInfinity;
+        int found = Gather(logits, Vocabulary, least, float.NaN, candidates);
+        new Span<ulong>(candidates, found).Sort();
+        for (int i = 0; i < wanted; i++)
+        {
+            int id = (int)(uint)candidates[i];
+            Step.AlternativeIds[query.AlternativesStart + i] = id;
+            Step.AlternativeLogProbs[query.AlternativesStart + i] = logits[id] - max - logSum;
+        }
+    }
+}

@@ -1,0 +1,260 @@
+using System.Runtime.CompilerServices;
+using System.Runtime.Intrinsics;
+using System.Runtime.Intrinsics.X86;
+
+namespace Rollout.Kernels;
+
+/// <summary>
+/// bfloat16 matrices [outputs, inputs] in panels of 32 outputs. Panel p holds, for each input k, one cache line: the weights of outputs
+/// 32p .. 32p + 31. Element 2j of the line is output j and element 2j + 1 output 16 + j, so that a 32-bit lane shifted left by 16 is the
+/// fp32 value of output j, and the same lane with its low half cleared that of output 16 + j: two operations, no shuffle, and 16
+/// consecutive outputs in each vector. The last panel is padded with zero outputs.
+/// </summary>
+internal static unsafe class PanelLayout
+{
+    public const int Width = 32;
+
+    /// <summary>Inputs per pass when packing: 32 rows of one cache line each.</summary>
+    private const int Block = 32;
+
+    public static int RoundUp(int columns) => (columns + Width - 1) / Width * Width;
+
+    public static int Count(int outputs) => (outputs + Width - 1) / Width;
+
+    public static long Bytes(int outputs, int inputs) => (long)Count(outputs) * inputs * Width * sizeof(ushort);
+
+    /// <summary>Where output <paramref name="o"/> of 32 lies in its line.</summary>
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static int Slot(int o) => ((o & 15) << 1) | ((o >> 4) & 1);
+
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static ushort* Line(ushort* panels, int inputs, int output, int input) =>
+        panels + ((((long)(output / Width) * inputs) + input) * Width);
+
+    /// <summary>
+    /// Packs <paramref name="count"/> elements that start at element <paramref name="element"/> of the row-major matrix. Elements are
+    /// written 16 bits at a time, or 32 whole rows at a time, so writers of disjoint elements never touch each other's.
+    /// </summary>
+    public static void Write(ushort* panels, int outputs, int inputs, long element, byte* source, long count, DType type)
+    {
+        int size = type.Size();
+        while (count > 0)
+        {
+            int output = (int)(element / inputs);
+            int input = (int)(element % inputs);
+            long taken;
+            if (input == 0 && output % Width == 0 && count >= (long)Width * inputs)
+            {
+                WritePanel(Line(panels, inputs, output, 0), inputs, source, type);
+                taken = (long)Width * inputs;
+            }
+            else if (input == 0 && count >= inputs)
+            {
+                int rows = (int)Math.Min(Math.Min(Width - (output % Width), outputs - output), count / inputs);
+                WriteRows(panels, inputs, output, rows, 0, inputs, source, type);
+                taken = (long)rows * inputs;
+            }
+            else
+            {
+                int length = (int)Math.Min(inputs - input, count);
+                WriteRows(panels, inputs, output, 1, input, length, source, type);
+                taken = length;
+            }
+
+            element += taken;
+            count -= taken;
+            source += taken * size;
+        }
+    }
+
+    public static void Read(ushort* panels, int inputs, long element, Span<float> destination)
+    {
+        int output = (int)(element / inputs);
+        int input = (int)(element % inputs);
+        for (int i = 0; i < destination.Length; i++)
+        {
+            destination[i] = ToSingle(Line(panels, inputs, output, input)[Slot(output % Width)]);
+            if (++input == inputs)
+            {
+                input = 0;
+                output++;
+            }
+        }
+    }
+
+    /// <summary>One output's weights as fp32, [inputs].</summary>
+    [MethodImpl(MethodImplOptions.AggressiveOptimization)]
+    public static void ReadRow(ushort* panels, int inputs, int output, float* destination)
+    {
+        ushort* p = Line(panels, inputs, output, 0) + Slot(output % Width);
+        for (int k = 0; k < inputs; k++)
+            destination[k] = ToSingle(p[(long)k * Width]);
+    }
+
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static float ToSingle(ushort bits) => BitConverter.UInt32BitsToSingle((uint)bits << 16);
+
+    /// <summary>Rounds to nearest, ties to even; not-a-number stays one.</summary>
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static ushort ToBFloat16(float value)
+    {
+        uint bits = BitConverter.SingleToUInt32Bits(value);
+        uint rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+        return (ushort)((bits & 0x7FFFFFFF) > 0x7F800000 ? (bits >> 16) | 0x40 : rounded);
+    }
+
+    [MethodImpl(MethodImplOptions.AggressiveOptimization)]
+    public static void Convert(byte* source, ushort* destination, int count, DType type)
+    {
+        switch (type)
+        {
+            case DType.BFloat16:
+                Unsafe.CopyBlockUnaligned(destination, source, (uint)count * 2);
+                break;
+            case DType.Float16:
+                for (int i = 0; i < count; i++)
+                    destination[i] = ToBFloat16((float)Unsafe.ReadUnaligned<Half>(source + (2 * i)));
+                break;
+            default:
+                int k = 0;
+                if (Vector256.IsHardwareAccelerated)
+                {
+                    for (; k + 8 <= count; k += 8)
+                    {
+                        Vector256<uint> bits = Vector256.Load((uint*)(source + (4 * k)));
+                        Vector256<uint> rounded = (bits + Vector256.Create(0x7FFFu) + ((bits >>> 16) & Vector256<uint>.One)) >>> 16;
+                        Vector256<uint> nan = Vector256.GreaterThan(
+                            (bits & Vector256.Create(0x7FFFFFFFu)).AsInt32(), Vector256.Create(0x7F800000)).AsUInt32();
+                        Vector256<uint> quiet = (bits >>> 16) | Vector256.Create(0x40u);
+                        rounded = Vector256.ConditionalSelect(nan, quiet, rounded);
+                        Vector128.Narrow(rounded.GetLower(), rounded.GetUpper()).Store(destination + k);
+                    }
+                }
+
+                for (; k < count; k++)
+                    destination[k] = ToBFloat16(Unsafe.ReadUnaligned<float>(source + (4 * k)));
+                break;
+        }
+    }
+
+    /// <summary>Some rows of one panel: a few hundred inputs at a time, so that the panel's lines stay in the first-level cache.</summary>
+    [MethodImpl(MethodImplOptions.AggressiveOptimization)]
+    private static void WriteRows(
+        ushort* panels, int inputs, int output, int rows, int input, int length, byte* source, DType type)
+    {
+        const int Chunk = 256;
+        int size = type.Size();
+        ushort* converted = stackalloc ushort[Chunk];
+        for (int start = 0; start < length; start += Chunk)
+        {
+            int count = Math.Min(Chunk, length - start);
+            for (int r = 0; r < rows; r++)
+            {
+                Convert(source + ((((long)r * inputs) + start) * size), converted, count, type);
+                ushort* line = Line(panels, inputs, output + r, input + start) + Slot((output + r) % Width);
+                for (int k = 0; k < count; k++)
+                    line[k * Width] = converted[k];
+            }
+        }
+    }
+
+    /// <summary>32 whole rows into one panel.</summary>
+    [MethodImpl(MethodImplOptions.AggressiveOptimization)]
+    private static void WritePanel(ushort* panel, int inputs, byte* source, DType type)
+    {
+        int size = type.Size();
+        ushort* staged = stackalloc ushort[Width * Block];
+        for (int k = 0; k < inputs; k += Block)
+        {
+            int count = Math.Min(Block, inputs - k);
+            ushort* rows;
+            long stride;
+            if (type == DType.BFloat16 && count == Block)
+            {
+                rows = (ushort*)source + k;
+                stride = inputs;
+            }
+            else
+            {
+                for (int r = 0; r < Width; r++)
+                    Convert(source + ((((long)r * inputs) + k) * size), staged + (r * Block), count, type);
+                rows = staged;
+                stride = Block;
+            }
+
+            uint* lines = (uint*)(panel + ((long)k * Width));
+            if (Avx512F.IsSupported && count == Block)
+            {
+                Transpose16(rows, stride, lines);
+                Transpose16(rows + 16, stride, lines + (16 * 16));
+            }
+            else
+            {
+                for (int j = 0; j < 16; j++)
+                {
+                    ushort* low = rows + (j * stride);
+                    ushort* high = rows + ((j + 16) * stride);
+                    for (int i = 0; i < count; i++)
+                        lines[(i * 16) + j] = low[i] | ((uint)high[i] << 16);
+                }
+            }
+        }
+    }
+
+    /// <summary>
+    /// 32 rows of 16 inputs to 16 lines: rows j and 16 + j are zipped into 32-bit lanes, then a 16 x 16 transpose of those lanes.
+    /// </summary>
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    private static void Transpose16(ushort* rows, long stride, uint* lines)
+    {
+        // Four rows at a time: within 128-bit parts a 4 x 4 transpose, leaving part q of column c = inputs 4q + c of rows j .. j + 3.
+        Transpose4(rows, stride, 0, out var a0, out var a1, out var a2, out var a3);
+        Transpose4(rows, stride, 4, out var b0, out var b1, out var b2, out var b3);
+        Transpose4(rows, stride, 8, out var c0, out var c1, out var c2, out var c3);
+        Transpose4(rows, stride, 12, out var d0, out var d1, out var d2, out var d3);
+        Spread(a0, b0, c0, d0, lines);
+        Spread(a1, b1, c1, d1, lines + 16);
+        Spread(a2, b2, c2, d2, lines + 32);
+        Spread(a3, b3, c3, d3, lines + 48);
+    }
+
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    private static Vector512<uint> Zip(ushort* rows, long stride, int j)
+    {
+        Vector512<uint> low = Avx512F.ConvertToVector512UInt32(Vector256.Load(rows + (j * stride)));
+        Vector512<uint> high = Avx512F.ConvertToVector512UInt32(Vector256.Load(rows + ((j + 16) * stride)));
+        return low | (high << 16);
+    }
+
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    private static void Transpose4(
+        ushort* rows,
+        long stride,
+        int j,
+        out Vector512<uint> t0,
+        out Vector512<uint> t1,
+        out Vector512<uint> t2,
+        out Vector512<uint> t3)
+    {
+        Vector512<uint> r0 = Zip(rows, stride, j), r1 = Zip(rows, stride, j + 1);
+        Vector512<uint> r2 = Zip(rows, stride, j + 2), r3 = Zip(rows, stride, j + 3);
+        Vector512<ulong> x0 = Avx512F.UnpackLow(r0, r1).AsUInt64(), x1 = Avx512F.UnpackHigh(r0, r1).AsUInt64();
+        Vector512<ulong> x2 = Avx512F.UnpackLow(r2, r3).AsUInt64(), x3 = Avx512F.UnpackHigh(r2, r3).AsUInt64();
+        t0 = Avx512F.UnpackLow(x0, x2).AsUInt32();
+        t1 = Avx512F.UnpackHigh(x0, x2).AsUInt32();
+        t2 = Avx512F.UnpackLow(x1, x3).AsUInt32();
+        t3 = Avx512F.UnpackHigh(x1, x3).AsUInt32();
+    }
+
+    /// <summary>Part q of a, b, c, d makes line 4q (from <paramref name="lines"/>).</summary>
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    private static void Spread(Vector512<uint> a, Vector512<uint> b, Vector512<uint> c, Vector512<uint> d, uint* lines)
+    {
+        Vector512<uint> ab02 = Avx512F.Shuffle4x128(a, b, 0b10_00_10_00), ab13 = Avx512F.Shuffle4x128(a, b, 0b11_01_11_01);
+        Vector512<uint> cd02 = Avx512F.Shuffle4x128(c, d, 0b10_00_10_00), cd13 = Avx512F.Shuffle4x128(c, d, 0b11_01_11_01);
+        Avx512F.Shuffle4x128(ab02, cd02, 0b10_00_10_00).Store(lines);
+        Avx512F.Shuffle4x128(ab13, cd13, 0b10_00_10_00).Store(lines + (4 * 16));
+        Avx512F.Shuffle4x128(ab02, cd02, 0b11_01_11_01).Store(lines + (8 * 16));
+        Avx512F.Shuffle4x128(ab13, cd13, 0b11_01_11_01).Store(lines + (12 * 16));
+    }
+}

@@ -1,0 +1,231 @@
+using System.IO.Hashing;
+using Rollout.Kernels;
+using Xunit;
+
+namespace Rollout.Engine.Tests;
+
+/// <summary>A weight update is a transaction: all of the new weights between two steps, or nothing.</summary>
+public sealed class WeightUpdateTests
+{
+    private static readonly GroupRequest s_request = new()
+    {
+        Id = "probe", Prompt = [.. Enumerable.Range(3, 40)], N = 3, MaxTokens = 200, Seed = 9, IgnoreEos = true, StreamTokens = true,
+    };
+
+    private static CancellationToken Cancelled => TestContext.Current.CancellationToken;
+
+    [Theory]
+    [InlineData("llama3", 1)] // tied head, chunks that split elements
+    [InlineData("qwen2", 1000)] // biases
+    [InlineData("qwen3", 1 << 20)]
+    public async Task After_a_commit_the_engine_is_one_that_loaded_the_new_weights(string family, int chunk)
+    {
+        using Payload payload = Payload.Of(family);
+        await using RolloutEngine fresh = RolloutEngine.Load(payload.Folder, new CpuBackend(1), new EngineOptions());
+        await using RolloutEngine engine = TestModels.Load(family);
+        string old = (await engine.RunAsync(s_request))[0].Bits();
+        using (WeightUpdate update = engine.BeginUpdate(payload.Manifest(0, 1)))
+        {
+            for (int at = 0; at < payload.Bytes.Length; at += chunk)
+                update.Write(at, payload.Bytes.AsSpan(at, Math.Min(chunk, payload.Bytes.Length - at)));
+            CommitResult result = await update.CommitAsync(payload.Digest);
+            Assert.Equal(payload.Digest, result.Digest);
+        }
+
+        Sequence sample = (await engine.RunAsync(s_request))[0];
+        Assert.NotEqual(old, sample.Bits());
+        Assert.Equal((await fresh.RunAsync(s_request))[0].Bits(), sample.Bits());
+        Assert.All(sample.Versions(0, 200).ToArray(), version => Assert.Equal(1ul, version));
+        Assert.Equal(fresh.Describe().Weights.Select(w => (w.Name, Convert.ToHexString(w.Digest))).Order(),
+            engine.Describe().Weights.Select(w => (w.Name, Convert.ToHexString(w.Digest))).Order());
+    }
+
+    [Fact]
+    public async Task Under_recompute_the_rest_of_a_sample_is_a_fresh_run_of_the_new_model_on_the_prefix()
+    {
+        using Payload payload = Payload.Of("qwen3");
+        await using RolloutEngine fresh = RolloutEngine.Load(payload.Folder, new CpuBackend(1), new EngineOptions());
+        Group group = await UpdateInFlightAsync(payload, UpdatePolicy.Recompute);
+        foreach (Sequence sample in group.Samples)
+        {
+            int swap = SwapAt(sample);
+            Assert.Equal(1ul, sample.OldestKvVersion);
+            // Sample i of a group of the same seed draws with the same noise at the same positions.
+            GroupRequest rest = s_request with { Prompt = [.. s_request.Prompt, .. sample.Tokens(0, swap)], MaxTokens = 200 - swap };
+            Sequence expected = (await fresh.RunAsync(rest))[sample.Index];
+            Assert.Equal(expected.Tokens(0, 200 - swap).ToArray(), sample.Tokens(swap, 200).ToArray());
+            Assert.Equal(expected.LogProbs(0, 200 - swap).ToArray(), sample.LogProbs(swap, 200).ToArray());
+        }
+    }
+
+    [Fact]
+    public async Task Under_keep_a_sample_goes_on_with_the_keys_and_values_it_has_and_says_so()
+    {
+        using Payload payload = Payload.Of("qwen3");
+        await using RolloutEngine old = TestModels.Load("qwen3");
+        await using RolloutEngine fresh = RolloutEngine.Load(payload.Folder, new CpuBackend(1), new EngineOptions());
+        Group group = await UpdateInFlightAsync(payload, UpdatePolicy.Keep);
+        IReadOnlyList<Sequence> before = await old.RunAsync(s_request);
+        foreach (Sequence sample in group.Samples)
+        {
+            int swap = SwapAt(sample);
+            Assert.Equal(0ul, sample.OldestKvVersion);
+            Assert.Equal(before[sample.Index].Tokens(0, swap).ToArray(), sample.Tokens(0, swap).ToArray());
+            GroupRequest rest = s_request with { Prompt = [.. s_request.Prompt, .. sample.Tokens(0, swap)], MaxTokens = 200 - swap };
+            float[] recomputed = (await fresh.RunAsync(rest))[sample.Index].LogProbs(0, 1).ToArray();
+            Assert.NotEqual(recomputed[0], sample.LogProbs(swap, swap + 1)[0]); // it did not recompute
+        }
+    }
+
+    [Fact]
+    public async Task Every_difference_from_the_model_is_listed_before_a_byte_moves()
+    {
+        using Payload payload = Payload.Of("qwen2");
+        await using RolloutEngine engine = TestModels.Load("qwen2");
+        List<ManifestTensor> tensors = [.. payload.Manifest(0, 1).Tensors];
+        ManifestTensor first = tensors[0];
+        tensors[1] = tensors[1] with { Shape = [3, 5] };
+        tensors[2] = tensors[2] with { Name = "model.layers.9.mystery" };
+        tensors.RemoveAt(3);
+        tensors.Add(first with { Offset = payload.Bytes.Length });
+        UpdateManifest manifest = new() { Tensors = tensors, PayloadBytes = payload.Bytes.Length, BaseVersion = 7, NewVersion = 0 };
+        UpdateRejectedException e = Assert.Throws<UpdateRejectedException>(() => engine.BeginUpdate(manifest));
+        string all = string.Join('\n', e.Problems);
+        foreach (string part in (string[])["base_version", "new_version", "[3, 5]", "mystery", "missing", "named twice", "past the payload"])
+            Assert.Contains(part, all, StringComparison.Ordinal);
+        Assert.Null(engine.Status.UpdateOwner);
+    }
+
+    [Fact]
+    public async Task A_second_updater_is_told_who_holds_the_seat()
+    {
+        using Payload payload = Payload.Of("qwen3");
+        await using RolloutEngine engine = TestModels.Load("qwen3");
+        using (engine.BeginUpdate(payload.Manifest(0, 1) with { Owner = "trainer A" }))
+        {
+            EngineStateException e = Assert.Throws<EngineStateException>(() => engine.BeginUpdate(payload.Manifest(0, 2)));
+            Assert.Contains("trainer A", e.Message, StringComparison.Ordinal);
+        }
+
+        engine.BeginUpdate(payload.Manifest(0, 2)).Dispose();
+    }
+
+    [Fact]
+    public async Task What_fails_leaves_the_old_weights()
+    {
+        using Payload payload = Payload.Of("qwen3");
+        await using RolloutEngine engine = TestModels.Load("qwen3");
+        string old = (await engine.RunAsync(s_request))[0].Bits();
+        byte[] bytes = payload.Bytes;
+
+        async Task Fails(string reason, Func<WeightUpdate, Task> act)
+        {
+            using WeightUpdate update = engine.BeginUpdate(payload.Manifest(0, 1));
+            UpdateFailedException e = await Assert.ThrowsAsync<UpdateFailedException>(() => act(update));
+            Assert.Contains(reason, e.Message, StringComparison.Ordinal);
+            await Assert.ThrowsAsync<UpdateFailedException>(() => update.CommitAsync(default)); // it cannot be talked round
+        }
+
+        await Fails("have come", update => update.CommitAsync(default));
+        await Fails("digest", update =>
+        {
+            byte[] flipped = [.. bytes];
+            flipped[bytes.Length / 2] ^= 1;
+            update.Write(0, flipped);
+            return update.CommitAsync(payload.Digest);
+        });
+        await Fails("expected payload byte 100 next", update =>
+        {
+            update.Write(0, bytes.AsSpan(0, 100));
+            update.Write(200, bytes.AsSpan(200, 100));
+            return Task.CompletedTask;
+        });
+        await Fails("of a payload of", update =>
+        {
+            update.Write(0, bytes);
+            update.Write(bytes.Length, [1]);
+            return Task.CompletedTask;
+        });
+        await Fails("the file ends inside", update =>
+        {
+            string file = Path.Combine(payload.Folder, "short");
+            File.WriteAllBytes(file, bytes[..(bytes.Length / 2)]);
+            using Microsoft.Win32.SafeHandles.SafeFileHandle handle = File.OpenHandle(file);
+            update.ReadFrom(handle, 0, Cancelled);
+            return Task.CompletedTask;
+        });
+
+        Assert.Equal(0ul, engine.Version);
+        Assert.Equal(old, (await engine.RunAsync(s_request))[0].Bits());
+    }
+
+    private static async Task<Group> UpdateInFlightAsync(Payload payload, UpdatePolicy policy)
+    {
+        await using RolloutEngine engine = TestModels.Load("qwen3");
+        using WeightUpdate update = engine.BeginUpdate(payload.Manifest(0, 1) with { Policy = policy });
+        string file = Path.Combine(payload.Folder, "payload");
+        await File.WriteAllBytesAsync(file, payload.Bytes, Cancelled);
+        using Microsoft.Win32.SafeHandles.SafeFileHandle handle = File.OpenHandle(file);
+        update.ReadFrom(handle, 0, Cancelled);
+        Group group = engine.Submit(s_request);
+        await foreach (SampleChunk chunk in group.ReadAsync(Cancelled))
+            if (chunk.End >= 20 && chunk.Sample.Index == 2) break;
+        await update.CommitAsync(payload.Digest);
+        await group.Completed.WaitAsync(Cancelled);
+        return group;
+    }
+
+    private static int SwapAt(Sequence sample)
+    {
+        ulong[] versions = sample.Versions(0, sample.Published).ToArray();
+        Assert.Equal(versions.Order(), versions);
+        int swap = Array.IndexOf(versions, 1ul);
+        Assert.InRange(swap, 20, 199);
+        return swap;
+    }
+
+    /// <summary>New weights for a golden model: its own, some of them scaled, as a payload and as a folder to load.</summary>
+    private sealed class Payload : IDisposable
+    {
+        private readonly List<ManifestTensor> _tensors = [];
+
+        public required string Folder { get; init; }
+
+        public byte[] Bytes { get; private set; } = [];
+
+        public byte[] Digest { get; private set; } = [];
+
+        public UpdateManifest Manifest(ulong from, ulong to)
+            => new() { Tensors = _tensors, PayloadBytes = Bytes.Length, BaseVersion = from, NewVersion = to };
+
+        public static Payload Of(string family)
+        {
+            string folder = Directory.CreateTempSubdirectory("rollout-test-").FullName;
+            File.Copy(Path.Combine(TestModels.Folder(family), "config.json"), Path.Combine(folder, "config.json"));
+            Payload payload = new() { Folder = folder };
+            using Checkpoint checkpoint = Checkpoint.Open(TestModels.Folder(family));
+            MemoryStream stream = new();
+            List<(TensorDeclaration, byte[])> written = [];
+            List<byte[]> digests = [];
+            foreach ((string name, CheckpointTensor tensor) in checkpoint.Tensors.OrderBy(entry => entry.Key, StringComparer.Ordinal))
+            {
+                byte[] bytes = new byte[tensor.Info.Bytes];
+                tensor.Read(0, bytes);
+                if (name.Contains("mlp.down_proj", StringComparison.Ordinal) || name.Contains("q_proj", StringComparison.Ordinal))
+                    for (int i = 1; i < bytes.Length; i += 6) bytes[i] ^= 0x80; // the sign of every third bf16
+                while (stream.Length % 256 != 0) stream.WriteByte(0xAA);
+                payload._tensors.Add(new ManifestTensor(name, DType.BFloat16, tensor.Info.Shape, stream.Length));
+                stream.Write(bytes);
+                written.Add((new TensorDeclaration(name, DType.BFloat16, tensor.Info.Shape), bytes));
+                digests.Add(XxHash128.Hash(bytes));
+            }
+
+            SafetensorsWriter.Write(Path.Combine(folder, "model.safetensors"), written);
+            payload.Bytes = stream.ToArray();
+            payload.Digest = WeightUpdate.Combine(digests);
+            return payload;
+        }
+
+        public void Dispose() => Directory.Delete(Folder, recursive: true);
+    }
+}

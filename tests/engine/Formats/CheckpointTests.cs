@@ -1,0 +1,88 @@
+using Rollout.Kernels;
+using Xunit;
+
+namespace Rollout.Engine.Tests;
+
+public sealed class CheckpointTests : IDisposable
+{
+    private readonly TemporaryFolder _folder = new();
+
+    public void Dispose() => _folder.Dispose();
+
+    [Fact]
+    public void A_single_file_is_a_checkpoint()
+    {
+        using var checkpoint = Checkpoint.Open(GoldenFiles.Get("qwen3"));
+
+        var norm = checkpoint.Tensors["model.norm.weight"];
+        Assert.Equal([64], norm.Info.Shape);
+        var bytes = new byte[128];
+        norm.Read(0, bytes);
+        Assert.Contains(bytes, b => b != 0);
+    }
+
+    [Fact]
+    public void Shards_read_as_one()
+    {
+        WriteShard("one.safetensors", "a", "b");
+        WriteShard("two.safetensors", "c", "unlisted");
+        WriteIndex("""{"weight_map":{"a":"one.safetensors","b":"one.safetensors","c":"two.safetensors"},"metadata":{"total_size":1}}""");
+        using var checkpoint = Checkpoint.Open(_folder.Path);
+
+        Assert.Equal(["a", "b", "c", "unlisted"], checkpoint.Tensors.Keys.Order());
+        var bytes = new byte[4];
+        checkpoint.Tensors["c"].Read(0, bytes);
+        Assert.Equal([(byte)'c', (byte)'c', (byte)'c', (byte)'c'], bytes);
+    }
+
+    [Fact]
+    public void Every_problem_of_every_shard_is_listed()
+    {
+        WriteShard("one.safetensors", "a", "b");
+        WriteShard("two.safetensors", "b");
+        _folder.Write("broken.safetensors", [1, 2, 3]);
+        WriteIndex("""
+            {"weight_map":{"a":"one.safetensors","b":"two.safetensors","c":"two.safetensors","d":"three.safetensors","e":7,
+             "f":"../f.safetensors","g":"/etc/passwd","h":"broken.safetensors","i":"three.safetensors"}}
+            """);
+
+        var error = Assert.Throws<InvalidModelException>(() => Checkpoint.Open(_folder.Path));
+        Assert.Collection(error.Problems,
+            p => Assert.Equal("tensor 'b' is in both one.safetensors and two.safetensors", p),
+            p => Assert.Contains("tensor 'c' is not in two.safetensors", p),
+            p => Assert.Contains("three.safetensors: cannot be read", p),
+            p => Assert.Contains("weight_map 'e' must be a file name", p),
+            p => Assert.Contains("'../f.safetensors' is not the name", p),
+            p => Assert.Contains("'/etc/passwd' is not the name", p),
+            p => Assert.Contains("broken.safetensors: the file has 3 bytes", p));
+    }
+
+    [Theory]
+    [InlineData("{}", "weight_map must be")]
+    [InlineData("[]", "not a JSON object")]
+    [InlineData("{", "not valid JSON")]
+    [InlineData("""{"weight_map":[]}""", "weight_map must be")]
+    [InlineData("""{"weight_map":{}}""", "weight_map is empty")]
+    [InlineData("""{"weight_map":{"a":"x.safetensors","a":"y.safetensors"}}""", "not valid JSON")]
+    [InlineData("""{"weight_map":{"a":"\udc00.safetensors"}}""", "not valid Unicode")]
+    [InlineData("""{"weight_map":{"a":"..\\x.safetensors"}}""", "is not the name of")]
+    [InlineData("""{"weight_map":{"a":"x\u0000.safetensors"}}""", "is not the name of")]
+    [InlineData("""{"weight_map":{"a":"model.bin"}}""", "is not the name of")]
+    public void A_bad_index_is_refused(string index, string problem)
+    {
+        WriteIndex(index);
+
+        Assert.Contains(problem, Assert.Throws<InvalidModelException>(() => Checkpoint.Open(_folder.Path)).Message);
+    }
+
+    [Fact]
+    public void A_folder_without_weights_is_refused() =>
+        Assert.Contains("has neither model.safetensors nor",
+            Assert.Throws<InvalidModelException>(() => Checkpoint.Open(_folder.Path)).Message);
+
+    private void WriteIndex(string json) => _folder.Write("model.safetensors.index.json", json);
+
+    private void WriteShard(string file, params string[] names) =>
+        SafetensorsWriter.Write(_folder[file],
+            names.Select(name => (new TensorDeclaration(name, DType.Float32, [1]), Enumerable.Repeat((byte)name[0], 4).ToArray())));
+}

@@ -1,0 +1,253 @@
+using System.Buffers.Binary;
+using System.Text;
+using CsCheck;
+using Rollout.Kernels;
+using Xunit;
+
+namespace Rollout.Engine.Tests;
+
+public sealed class SafetensorsFileTests : IDisposable
+{
+    private readonly TemporaryFolder _folder = new();
+
+    public void Dispose() => _folder.Dispose();
+
+    [Fact]
+    public void Reads_what_transformers_wrote()
+    {
+        using var file = SafetensorsFile.Open(GoldenFiles.Get("llama", "model.safetensors"));
+
+        Assert.Equal("pt", file.Metadata["format"]);
+        var tensor = file.Tensors["model.layers.2.mlp.down_proj.weight"];
+        Assert.Equal([64, 160], tensor.Shape);
+        Assert.Equal(DType.BFloat16, tensor.DType);
+        Assert.Equal(64 * 160, tensor.Elements);
+        Assert.Equal(64 * 160 * 2, tensor.Bytes);
+        var whole = new byte[tensor.Bytes];
+        file.Read(tensor, 0, whole);
+        var all = File.ReadAllBytes(file.Path);
+        Assert.Equal(all[(int)tensor.Offset..(int)(tensor.Offset + tensor.Bytes)], whole);
+        var part = new byte[10];
+        file.Read(tensor, 6, part);
+        Assert.Equal(whole[6..16], part);
+    }
+
+    [Fact]
+    public void Read_refuses_bytes_outside_the_tensor()
+    {
+        using var file = SafetensorsFile.Open(GoldenFiles.Get("llama", "model.safetensors"));
+        var tensor = file.Tensors["model.norm.weight"];
+
+        Assert.Throws<ArgumentOutOfRangeException>(() => file.Read(tensor, 120, new byte[9]));
+        Assert.Throws<ArgumentOutOfRangeException>(() => file.Read(tensor, -1, new byte[1]));
+        Assert.Throws<ArgumentOutOfRangeException>(() => file.Read(tensor, long.MaxValue, new byte[1]));
+        file.Read(tensor, 128, []);
+    }
+
+    [Fact]
+    public void Other_dtypes_are_listed_and_not_read()
+    {
+        var path = WriteRaw(
+            """{"steps":{"dtype":"I64","shape":[2],"data_offsets":[0,16]},"q":{"dtype":"NF5","shape":[9],"data_offsets":[16,22]}}""", 22);
+        using var file = SafetensorsFile.Open(path);
+
+        Assert.Null(file.Tensors["steps"].DType);
+        Assert.Equal(6, file.Tensors["q"].Bytes);
+        var error = Assert.Throws<InvalidModelException>(() => file.Read(file.Tensors["steps"], 0, new byte[16]));
+        Assert.Contains("'steps' has dtype I64", error.Message);
+    }
+
+    [Fact]
+    public void A_file_truncated_after_opening_is_an_error_that_says_so()
+    {
+        var path = WriteRaw("""{"a":{"dtype":"F32","shape":[100],"data_offsets":[0,400]}}""", 400);
+        using var file = SafetensorsFile.Open(path);
+        using (var other = new FileStream(path, FileMode.Open, FileAccess.Write, FileShare.ReadWrite))
+            other.SetLength(100);
+
+        var error = Assert.Throws<InvalidModelException>(() => file.Read(file.Tensors["a"], 0, new byte[400]));
+        Assert.Contains("'a' is cut off", error.Message);
+    }
+
+    [Theory]
+    [InlineData("[]", 0, "not a JSON object")]
+    [InlineData("", 0, "not valid JSON")]
+    [InlineData("{", 0, "not valid JSON")]
+    [InlineData("{}}", 0, "not valid JSON")]
+    [InlineData("""{"a":{}}""", 0, "must have dtype, shape and two data_offsets")]
+    [InlineData("""{"a":7}""", 0, "'a' must be an object")]
+    [InlineData("""{"a":[{"b":1},2]}""", 0, "'a' must be an object")]
+    [InlineData("""{"\ud800":{}}""", 0, "not valid Unicode")]
+    [InlineData("""{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4],"x":1}}""", 4, "unknown field 'x'")]
+    [InlineData("""{"a":{"dtype":1,"shape":[1],"data_offsets":[0,4]}}""", 4, "dtype of tensor 'a' must be a string")]
+    [InlineData("""{"a":{"dtype":"F32","dtype":"F32","shape":[1],"data_offsets":[0,4]}}""", 4, "dtype of tensor 'a' stands twice")]
+    [InlineData("""{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}""", 4, "shape of tensor 'a' must be an array of non-negative")]
+    [InlineData("""{"a":{"dtype":"F32","shape":[1.5],"data_offsets":[0,4]}}""", 4, "shape of tensor 'a' must be an array of non-negative")]
+    [InlineData("""{"a":{"dtype":"F32","shape":[[1]],"data_offsets":[0,4]}}""", 4, "shape of tensor 'a' must be an array of non-negative")]
+    [InlineData("""{"a":{"dtype":"F32","shape":"1","data_offsets":[0,4]}}""", 4, "shape of tensor 'a' must be an array of non-negative")]
+    [InlineData("""{"a":{"dtype":"F32","shape":[1e99],"data_offsets":[0,4]}}""", 4, "shape of tensor 'a' must be an array of non-negative")]
+    [InlineData("""{"a":{"dtype":"F32","shape":[1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1],"data_offsets":[0,4]}}""", 4, "more than 16 entries")]
+    [InlineData("""{"a":{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,4]}}""", 4, "too large")]
+    [InlineData("""{"a":{"dtype":"F32","shape":[2305843009213693952],"data_offsets":[0,0]}}""", 0, "has 0 bytes, not those of")]
+    [InlineData("""{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}""", 4, "'a' has 4 bytes, not those of [2] F32")]
+    [InlineData("""{"a":{"dtype":"F32","shape":[1],"data_offsets":[0]}}""", 4, "two data_offsets")]
+    [InlineData("""{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4,4]}}""", 4, "more than 2 entries")]
+    [InlineData("""{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,0]}}""", 4, "end before they begin")]
+    [InlineData("""{"a":{"dtype":"F32","shape":[0],"data_offsets":[9223372036854775807,9223372036854775807]}}""", 4, "out of range")]
+    [InlineData("""{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}""", 3, "truncated?")]
+    [InlineData("""{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}""", 5, "the last 1 bytes of the file belong to no tensor")]
+    [InlineData("""{"a":{"dtype":"F32","shape":[1],"data_offsets":[2,6]}}""", 6, "2 bytes before tensor 'a' belong to no tensor")]
+    [InlineData("""{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"U8","shape":[2],"data_offsets":[3,5]}}""",
+        5, "'b' overlaps 'a'")]
+    [InlineData("""{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}""",
+        8, "'a' stands twice")]
+    [InlineData("""{"__metadata__":{"a":1}}""", 0, "__metadata__ 'a' must be a string")]
+    [InlineData("""{"__metadata__":{"a":"1","a":"2"}}""", 0, "__metadata__ 'a' stands twice")]
+    [InlineData("""{"__metadata__":{},"__metadata__":{}}""", 0, "__metadata__ stands twice")]
+    [InlineData("""{"__metadata__":"a"}""", 0, "__metadata__ must be an object of strings")]
+    public void A_header_that_lies_is_refused(string header, int dataBytes, string problem)
+    {
+        var path = WriteRaw(header, dataBytes);
+
+        var error = Assert.Throws<InvalidModelException>(() => SafetensorsFile.Open(path));
+        Assert.Contains(problem, error.Message);
+        Assert.Equal(path, error.Path);
+    }
+
+    [Fact]
+    public void All_problems_are_reported_at_once()
+    {
+        var path = WriteRaw(
+            """{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[1],"data_offsets":[9,4]}}""", 4);
+
+        var error = Assert.Throws<InvalidModelException>(() => SafetensorsFile.Open(path));
+        Assert.Equal(2, error.Problems.Count);
+    }
+
+    [Theory]
+    [InlineData(new byte[0], "too few")]
+    [InlineData(new byte[] { 2, 0, 0, 0, 0, 0, 0 }, "too few")]
+    [InlineData(new byte[] { 2, 0, 0, 0, 0, 0, 0, 0 }, "truncated?")]
+    [InlineData(new byte[] { 255, 255, 255, 255, 255, 255, 255, 255, 0 }, "the format allows")]
+    [InlineData(new byte[] { 0, 0, 0, 16, 0, 0, 0, 0, 0 }, "the format allows")]
+    [InlineData(new byte[] { 2, 0, 0, 0, 0, 0, 0, 0, 0xC3, 0x28 }, "not valid UTF-8")]
+    public void A_header_length_that_lies_is_refused(byte[] bytes, string problem)
+    {
+        var error = Assert.Throws<InvalidModelException>(() => SafetensorsFile.Open(_folder.Write("a.safetensors", bytes)));
+        Assert.Contains(problem, error.Message);
+    }
+
+    [Fact]
+    public void A_missing_file_and_a_folder_are_refused()
+    {
+        Assert.Contains("cannot be read", Assert.Throws<InvalidModelException>(() => SafetensorsFile.Open(_folder["none"])).Message);
+        Assert.Contains("cannot be read", Assert.Throws<InvalidModelException>(() => SafetensorsFile.Open(_folder.Path)).Message);
+    }
+
+    [Fact]
+    public void A_header_of_nothing_but_problems_is_not_collected_without_end()
+    {
+        var header = "{" + string.Join(',', Enumerable.Repeat("\"a\":1", 100_000)) + "}";
+
+        var error = Assert.Throws<InvalidModelException>(() => SafetensorsFile.Open(WriteRaw(header, 0)));
+        Assert.Equal(1001, error.Problems.Count);
+        Assert.InRange(error.Message.Length, 1, 10_000);
+    }
+
+    [Fact]
+    public void Anything_written_reads_back() =>
+        GenTensors.Sample(tensors =>
+        {
+            var path = _folder[Guid.NewGuid().ToString()];
+            SafetensorsWriter.Write(path, tensors);
+            using var file = SafetensorsFile.Open(path);
+            Assert.Equal(tensors.Length, file.Tensors.Count);
+            foreach (var (tensor, bytes) in tensors)
+            {
+                var info = file.Tensors[tensor.Name];
+                Assert.Equal(tensor.Shape, info.Shape);
+                Assert.Equal(tensor.Type, info.DType);
+                var read = new byte[info.Bytes];
+                file.Read(info, 0, read);
+                Assert.Equal(bytes, read);
+            }
+        }, iter: 200);
+
+    [Fact]
+    public void A_corrupt_header_is_refused_or_describes_tensors_inside_the_file() =>
+        Gen.Select(GenTensors, Gen.Select(Gen.UInt, Gen.Byte).Array[1, 4]).Sample((tensors, changes) =>
+        {
+            var path = _folder[Guid.NewGuid().ToString()];
+            SafetensorsWriter.Write(path, tensors);
+            var bytes = File.ReadAllBytes(path);
+            var header = 8 + BinaryPrimitives.ReadInt32LittleEndian(bytes);
+            foreach (var (at, value) in changes)
+                bytes[at % header] = value;
+            File.WriteAllBytes(path, bytes);
+            var before = GC.GetAllocatedBytesForCurrentThread();
+            try
+            {
+                using var file = SafetensorsFile.Open(path);
+                var buffer = new byte[16];
+                foreach (var tensor in file.Tensors.Values)
+                {
+                    Assert.InRange(tensor.Offset, 8, bytes.Length);
+                    Assert.InRange(tensor.Bytes, 0, bytes.Length - tensor.Offset);
+                    if (tensor.DType is { } type)
+                    {
+                        Assert.Equal(tensor.Bytes, tensor.Elements * type.Size());
+                        file.Read(tensor, 0, buffer.AsSpan(0, (int)Math.Min(16, tensor.Bytes)));
+                    }
+                }
+            }
+            catch (InvalidModelException)
+            {
+            }
+            Assert.InRange(GC.GetAllocatedBytesForCurrentThread() - before, 0, 1 << 20);
+        }, iter: 2000);
+
+    [Fact]
+    public void A_writer_that_is_not_completed_leaves_no_file()
+    {
+        var path = _folder["a.safetensors"];
+        using (var writer = new SafetensorsWriter(path, [new("a", DType.Float32, [2])]))
+        {
+            writer.Write(new byte[4]);
+            Assert.Throws<InvalidOperationException>(writer.Complete);
+            Assert.Throws<ArgumentException>(() => writer.Write(new byte[5]));
+        }
+        Assert.False(File.Exists(path));
+    }
+
+    [Fact]
+    public void A_writer_refuses_names_and_shapes_that_no_file_can_have()
+    {
+        TensorDeclaration a = new("a", DType.Float32, [1]);
+        Assert.Throws<ArgumentException>(() => new SafetensorsWriter(_folder["x"], [a, a]));
+        Assert.Throws<ArgumentException>(() => new SafetensorsWriter(_folder["x"], [a with { Name = "__metadata__" }]));
+        Assert.Throws<ArgumentException>(() => new SafetensorsWriter(_folder["x"], [a with { Shape = [-1] }]));
+        Assert.Throws<ArgumentException>(() => SafetensorsWriter.Write(_folder["x"], [(a, new byte[3])]));
+    }
+
+    private static Gen<(TensorDeclaration Tensor, byte[] Bytes)[]> GenTensors { get; } =
+        Gen.Select(Gen.String[Gen.Char["ab.\"\\é\u4e2d\n"], 0, 6], Gen.Enum<DType>(), Gen.Long[0, 4].Array[0, 3], Gen.Byte)
+            .Select((name, type, shape, fill) =>
+            {
+                var tensor = new TensorDeclaration(name, type, shape);
+                var bytes = new byte[tensor.Bytes];
+                for (var i = 0; i < bytes.Length; i++)
+                    bytes[i] = (byte)(fill + i);
+                return (tensor, bytes);
+            })
+            .Array[0, 5]
+            .Select(tensors => tensors.DistinctBy(entry => entry.tensor.Name).ToArray());
+
+    private string WriteRaw(string header, int dataBytes)
+    {
+        var json = Encoding.UTF8.GetBytes(header);
+        var bytes = new byte[8 + json.Length + dataBytes];
+        BinaryPrimitives.WriteInt64LittleEndian(bytes, json.Length);
+        json.CopyTo(bytes, 8);
+        return _folder.Write("raw.safetensors", bytes);
+    }
+}

@@ -1,0 +1,253 @@
+using System.Text;
+using System.Text.Json;
+using System.Text.Json.Nodes;
+using CsCheck;
+using Xunit;
+
+namespace Rollout.Engine.Tests;
+
+public sealed class ModelSpecTests : IDisposable
+{
+    private readonly TemporaryFolder _folder = new();
+
+    public void Dispose() => _folder.Dispose();
+
+    [Fact]
+    public void Llama_config_reads_as_facts()
+    {
+        var spec = ModelSpec.Load(GoldenFiles.Get("llama3"));
+
+        Assert.Equal("llama", spec.ModelType);
+        Assert.Equal(320, spec.VocabSize);
+        Assert.Equal(64, spec.HiddenSize);
+        Assert.Equal(160, spec.IntermediateSize);
+        Assert.Equal(3, spec.Layers);
+        Assert.Equal(8, spec.Heads);
+        Assert.Equal(2, spec.KvHeads);
+        Assert.Equal(16, spec.HeadDim);
+        Assert.Equal(192, spec.QkvOutputs);
+        Assert.Equal(512, spec.MaxPositions);
+        Assert.Equal(1e-6f, spec.RmsNormEpsilon);
+        Assert.Equal(new RopeSpec(RopeType.Llama3, 500000, 8, 1, 4, 64), spec.Rope);
+        Assert.Equal(1, spec.RopeScale);
+        Assert.True(spec.TiedHead);
+        Assert.False(spec.QkvBias || spec.OutputBias || spec.MlpBias || spec.QueryKeyNorm);
+        Assert.Equal([2], spec.EosTokenIds);
+        Assert.Equal(1, spec.BosTokenId);
+    }
+
+    [Fact]
+    public void Families_differ_by_facts()
+    {
+        var qwen2 = ModelSpec.Load(GoldenFiles.Get("qwen2"));
+        Assert.True(qwen2 is { QkvBias: true, OutputBias: false, MlpBias: false, QueryKeyNorm: false, TiedHead: true, HeadDim: 16 });
+        var qwen3 = ModelSpec.Load(GoldenFiles.Get("qwen3"));
+        Assert.True(qwen3 is { QkvBias: false, OutputBias: false, MlpBias: false, QueryKeyNorm: true, TiedHead: false, HeadDim: 32 });
+        var biased = Parse("llama", config => { config["attention_bias"] = true; config["mlp_bias"] = true; });
+        Assert.True(biased is { QkvBias: true, OutputBias: true, MlpBias: true });
+        // Fields of another family mean nothing: transformers does not read them either.
+        var ignored = Parse("qwen2", config => { config["attention_bias"] = false; config["mlp_bias"] = true; });
+        Assert.True(ignored is { QkvBias: true, OutputBias: false, MlpBias: false });
+    }
+
+    [Theory]
+    [InlineData("llama")]
+    [InlineData("llama3")]
+    [InlineData("qwen2")]
+    [InlineData("qwen3")]
+    public void A_checkpoint_of_transformers_has_the_tensors_that_are_expected(string model)
+    {
+        var spec = ModelSpec.Load(GoldenFiles.Get(model));
+        using var checkpoint = Checkpoint.Open(GoldenFiles.Get(model));
+
+        var expected = spec.CheckpointTensors().Select(t => $"{t.Name} {string.Join(',', t.Shape)}").Order();
+        Assert.Equal(checkpoint.Tensors.Values.Select(t => $"{t.Info.Name} {string.Join(',', t.Info.Shape)}").Order(), expected);
+    }
+
+    [Fact]
+    public void Inverse_frequencies_are_those_of_transformers()
+    {
+        using var cases = JsonDocument.Parse(File.ReadAllBytes(GoldenFiles.Get("rope.json")));
+        foreach (var reference in cases.RootElement.EnumerateArray())
+        {
+            var headDim = reference.GetProperty("head_dim").GetInt32();
+            var spec = Parse("llama", config =>
+            {
+                config["head_dim"] = headDim;
+                config["rope_parameters"] = JsonNode.Parse(reference.GetProperty("rope_parameters").GetRawText());
+            });
+            var bits = reference.GetProperty("bits").EnumerateArray().Select(e => e.GetInt32()).ToArray();
+            Assert.Equal(headDim / 2, bits.Length);
+            // PyTorch's vectorised pow is not always correctly rounded: some of its numbers are one unit in the last place away.
+            var distances = spec.InverseFrequencies().Zip(bits, (ours, theirs) => Math.Abs(BitConverter.SingleToInt32Bits(ours) - theirs));
+            Assert.All(distances, distance => Assert.InRange(distance, 0, 1));
+            Assert.InRange(distances.Count(distance => distance > 0), 0, headDim / 16);
+        }
+    }
+
+    [Fact]
+    public void The_layout_before_transformers_5_is_read_too()
+    {
+        var expected = ModelSpec.Load(GoldenFiles.Get("llama3")).Rope;
+        var old = """
+            {"rope_type":"llama3","factor":8.0,"low_freq_factor":1.0,"high_freq_factor":4.0,"original_max_position_embeddings":64}
+            """;
+        Assert.Equal(expected, Parse("llama", config =>
+        {
+            config.Remove("rope_parameters");
+            config["rope_theta"] = 500000;
+            config["rope_scaling"] = JsonNode.Parse(old);
+        }).Rope);
+        // Both layouts in one file, as a program that wants to be read by old and new ones writes it.
+        Assert.Equal(expected, Parse("llama3", config =>
+        {
+            config["rope_theta"] = 500000;
+            config["rope_scaling"] = JsonNode.Parse(old);
+        }).Rope);
+        Assert.Equal(new RopeSpec(RopeType.Default, 5), Parse("qwen2", config =>
+        {
+            config["rope_parameters"] = null;
+            config["rope_theta"] = 5;
+            config["rope_scaling"] = null;
+        }).Rope);
+        Assert.Equal(new RopeSpec(RopeType.Linear, 10000, 2), Parse("qwen2", config =>
+        {
+            config["rope_parameters"] = null;
+            config["rope_scaling"] = JsonNode.Parse("""{"type":"linear","factor":2}""");
+        }).Rope);
+    }
+
+    [Fact]
+    public void Absent_and_null_mean_the_default()
+    {
+        foreach (var name in (string[])["num_key_value_heads", "rms_norm_eps", "rope_parameters", "tie_word_embeddings", "attention_bias",
+            "mlp_bias", "head_dim", "hidden_act", "architectures", "eos_token_id", "bos_token_id"])
+        {
+            var absent = Parse("llama", config => config.Remove(name));
+            var empty = Parse("llama", config => config[name] = null);
+            Assert.Equal(absent with { EosTokenIds = [] }, empty with { EosTokenIds = [] });
+            Assert.Equal(absent.EosTokenIds, empty.EosTokenIds);
+        }
+        Assert.Equal(4, Parse("llama", config => config.Remove("num_key_value_heads")).KvHeads);
+        Assert.Equal(16, Parse("qwen2", config => config["head_dim"] = null).HeadDim);
+        Assert.Equal(128, Parse("qwen3", config => config.Remove("head_dim")).HeadDim);
+        Assert.Equal(new RopeSpec(RopeType.Default, 10000), Parse("llama", config => config.Remove("rope_parameters")).Rope);
+        Assert.Null(Parse("llama", config => config.Remove("bos_token_id")).BosTokenId);
+        Assert.Empty(Parse("llama", config => config.Remove("eos_token_id")).EosTokenIds);
+    }
+
+    [Fact]
+    public void End_tokens_come_from_both_files()
+    {
+        Assert.Equal([5, 7], Parse("llama", config => config["eos_token_id"] = new JsonArray(5, 7, 5)).EosTokenIds);
+
+        _folder.Write("config.json", File.ReadAllBytes(GoldenFiles.Get("qwen3", "config.json")));
+        _folder.Write("generation_config.json", """{"eos_token_id":[9,2],"temperature":0.6}""");
+        Assert.Equal([2, 9], ModelSpec.Load(_folder.Path).EosTokenIds);
+
+        _folder.Write("generation_config.json", """{"eos_token_id":[320]}""");
+        Assert.Contains("generation_config.json: eos_token_id must be a token id, or an array of them, from 0 to 319; it is 320",
+            Assert.Throws<InvalidModelException>(() => ModelSpec.Load(_folder.Path)).Message);
+    }
+
+    [Theory]
+    [InlineData("vocab_size", "null", "vocab_size must be an integer from 1 to 16777216; it is missing")]
+    [InlineData("vocab_size", "0", "vocab_size must be an integer from 1 to 16777216; it is 0")]
+    [InlineData("hidden_size", "\"64\"", "hidden_size must be an integer")]
+    [InlineData("hidden_size", "64.5", "hidden_size must be an integer")]
+    [InlineData("intermediate_size", "-1", "intermediate_size must be an integer")]
+    [InlineData("num_hidden_layers", "1000000000000", "num_hidden_layers must be an integer")]
+    [InlineData("num_attention_heads", "[4]", "num_attention_heads must be an integer")]
+    [InlineData("num_key_value_heads", "3", "num_key_value_heads must divide num_attention_heads, 4; it is 3")]
+    [InlineData("head_dim", "15", "head_dim must be even; it is 15")]
+    [InlineData("max_position_embeddings", "null", "max_position_embeddings must be an integer")]
+    [InlineData("rms_norm_eps", "0", "rms_norm_eps must be a number above 0; it is 0")]
+    [InlineData("rms_norm_eps", "1e999", "rms_norm_eps must be a number above 0; it is 1e999")]
+    [InlineData("tie_word_embeddings", "1", "tie_word_embeddings must be true or false; it is 1")]
+    [InlineData("eos_token_id", "320", "eos_token_id must be a token id")]
+    [InlineData("eos_token_id", "[1,\"2\"]", "eos_token_id must be a token id")]
+    [InlineData("bos_token_id", "-1", "bos_token_id must be an integer from 0 to 319")]
+    [InlineData("model_type", "\"gpt2\"", "model_type must be one of llama, qwen2, qwen3; it is \"gpt2\"")]
+    [InlineData("model_type", "null", "model_type must be one of llama, qwen2, qwen3; it is missing")]
+    [InlineData("model_type", "7", "model_type must be a string")]
+    [InlineData("architectures", "[\"MistralForCausalLM\"]", "architectures must begin with LlamaForCausalLM")]
+    [InlineData("architectures", "\"LlamaForCausalLM\"", "architectures must be an array of strings")]
+    [InlineData("hidden_act", "\"gelu\"", "hidden_act must be silu; it is \"gelu\"")]
+    [InlineData("quantization_config", "{\"quant_method\":\"awq\"}", "quantization_config must be absent")]
+    [InlineData("partial_rotary_factor", "0.5", "partial_rotary_factor must be 1")]
+    [InlineData("layer_types", "[\"full_attention\",\"sliding_attention\"]", "layer_types must all be full_attention")]
+    [InlineData("rope_parameters", "{\"rope_type\":\"yarn\",\"factor\":4}", "rope_parameters.rope_type must be one of default, linear")]
+    [InlineData("rope_parameters", "{\"rope_type\":\"linear\"}", "rope_parameters.factor must be a number above 0; it is missing")]
+    [InlineData("rope_parameters", "{\"full_attention\":{}}", "rope_parameters.full_attention must be a number or string")]
+    [InlineData("rope_parameters", "{\"partial_rotary_factor\":0.5}", "rope_parameters.partial_rotary_factor must be 1")]
+    [InlineData("rope_parameters", "7", "rope_parameters must be an object; it is 7")]
+    [InlineData("rope_scaling", "{\"type\":\"dynamic\",\"factor\":2}", "rope_scaling.type must be one of default, linear, llama3; it is")]
+    [InlineData("rope_scaling", "{\"type\":\"linear\",\"factor\":2}", "rope_parameters must agree with rope_scaling")]
+    public void A_bad_field_is_named(string name, string json, string problem)
+    {
+        var error = Assert.Throws<InvalidModelException>(() => Parse("llama", config => config[name] = JsonNode.Parse(json)));
+        Assert.Contains(problem, error.Message);
+        Assert.Single(error.Problems);
+    }
+
+    [Fact]
+    public void Llama3_rope_needs_its_bounds_in_order()
+    {
+        var error = Assert.Throws<InvalidModelException>(() => Parse("llama", config => config["rope_parameters"] =
+            JsonNode.Parse("""{"rope_type":"llama3","factor":8,"low_freq_factor":4,"high_freq_factor":4}""")));
+        Assert.Equal("rope_parameters.high_freq_factor must be a number above low_freq_factor, 4; it is 4", Assert.Single(error.Problems));
+    }
+
+    [Fact]
+    public void Every_problem_is_listed()
+    {
+        var error = Assert.Throws<InvalidModelException>(() => ModelSpec.Parse("""{"model_type":"llama","hidden_act":"relu"}"""u8));
+
+        Assert.Equal(["vocab_size", "hidden_size", "num_attention_heads", "max_position_embeddings", "num_hidden_layers", "hidden_act",
+            "intermediate_size"], error.Problems.Select(problem => problem.Split(' ')[0]));
+    }
+
+    [Fact]
+    public void A_sliding_window_in_use_is_refused_and_one_that_is_not_is_ignored()
+    {
+        void Slide(JsonObject config, int maxWindowLayers)
+        {
+            config.Remove("layer_types");
+            config["use_sliding_window"] = true;
+            config["sliding_window"] = 16;
+            config["max_window_layers"] = maxWindowLayers;
+        }
+        Assert.Equal(3, Parse("qwen2", config => Slide(config, 3)).Layers);
+        Assert.Contains("use_sliding_window must be false",
+            Assert.Throws<InvalidModelException>(() => Parse("qwen2", config => Slide(config, 2))).Message);
+    }
+
+    [Fact]
+    public void Any_mutilated_config_is_read_or_refused()
+    {
+        var text = File.ReadAllBytes(GoldenFiles.Get("qwen3", "config.json"));
+        Gen.Select(Gen.Int[0, text.Length - 1], Gen.OneOf(Gen.Byte, Gen.OneOf("0123456789{}[]\",:-e.tn"u8.ToArray())))
+            .Array[1, 5]
+            .Sample(changes =>
+            {
+                var changed = text.ToArray();
+                foreach (var (at, value) in changes)
+                    changed[at] = value;
+                try
+                {
+                    var spec = ModelSpec.Parse(changed);
+                    Assert.Equal(spec.HeadDim / 2, spec.InverseFrequencies().Length);
+                }
+                catch (InvalidModelException)
+                {
+                }
+            }, iter: 3000);
+    }
+
+    private static ModelSpec Parse(string golden, Action<JsonObject> change)
+    {
+        var config = JsonNode.Parse(File.ReadAllBytes(GoldenFiles.Get(golden, "config.json")))!.AsObject();
+        change(config);
+        return ModelSpec.Parse(Encoding.UTF8.GetBytes(config.ToJsonString()));
+    }
+}

@@ -1,0 +1,107 @@
+using System.Text.RegularExpressions;
+using System.Xml.Linq;
+using Xunit;
+
+namespace Rollout.House.Tests;
+
+/// <summary>The house's rules, held by tests: which project may know which, and where unsafe code may live.</summary>
+public sealed partial class HouseTests
+{
+    private static readonly string s_root = FindRoot();
+
+    /// <summary>Project folder to the project folders it may reference. Tests, perf and examples stand outside the house and may look in.</summary>
+    private static readonly Dictionary<string, string[]> s_arrows = new()
+    {
+        ["protos"] = [],
+        ["kernels"] = [],
+        ["engine"] = ["kernels"],
+        ["sidecar/server"] = ["engine", "kernels", "protos"],
+        ["sidecar/client"] = ["protos"],
+        ["sidecar/client.torch"] = ["sidecar/client"],
+    };
+
+    /// <summary>Packages a project must not know, by prefix.</summary>
+    private static readonly Dictionary<string, string[]> s_foreign = new()
+    {
+        ["kernels"] = [""],
+        ["engine"] = ["Grpc", "Google.Protobuf", "Microsoft.AspNetCore", "OpenTelemetry", "TorchSharp"],
+        ["sidecar/client"] = ["Microsoft.AspNetCore", "Grpc.AspNetCore", "TorchSharp"],
+        ["sidecar/server"] = ["TorchSharp"],
+    };
+
+    public static TheoryData<string> Projects => [.. s_arrows.Keys];
+
+    [Theory, MemberData(nameof(Projects))]
+    public void Arrows_do_not_turn(string project)
+    {
+        string[] references = [.. Items(project, "ProjectReference").Select(reference =>
+            Path.GetRelativePath(s_root, Path.GetDirectoryName(Path.GetFullPath(reference, Path.Combine(s_root, project)))!))];
+        Assert.Empty(references.Except(s_arrows[project]));
+    }
+
+    [Theory, MemberData(nameof(Projects))]
+    public void No_project_knows_a_package_of_another_floor(string project)
+    {
+        string[] foreign = s_foreign.GetValueOrDefault(project, []);
+        Assert.DoesNotContain(Items(project, "PackageReference"), package => foreign.Any(package.StartsWith));
+        string sdk = XDocument.Load(ProjectFile(project)).Root!.Attribute("Sdk")!.Value;
+        Assert.Equal(project == "sidecar/server" ? "Microsoft.NET.Sdk.Web" : "Microsoft.NET.Sdk", sdk);
+    }
+
+    [Fact]
+    public void Examples_use_the_client_and_start_the_program_as_a_user_would()
+    {
+        foreach (string file in Directory.EnumerateFiles(Path.Combine(s_root, "examples"), "*.csproj", SearchOption.AllDirectories))
+        {
+            foreach (XElement reference in XDocument.Load(file).Descendants("ProjectReference"))
+            {
+                string include = reference.Attribute("Include")!.Value;
+                bool builtOnly = reference.Attribute("ReferenceOutputAssembly")?.Value == "false";
+                Assert.True(include.Contains("/sidecar/client", StringComparison.Ordinal) || builtOnly, $"{file} references {include}");
+            }
+        }
+    }
+
+    [Fact]
+    public void Unsafe_code_and_native_calls_live_in_kernels()
+    {
+        string[] offenders = [.. Sources().Where(file => !file.StartsWith("kernels/", StringComparison.Ordinal) && !file.StartsWith("tests/", StringComparison.Ordinal))
+            .Where(file => UnsafeOrNative().IsMatch(File.ReadAllText(Path.Combine(s_root, file))))];
+        Assert.Empty(offenders);
+        foreach (string project in s_arrows.Keys.Where(project => project != "kernels"))
+            Assert.DoesNotContain("AllowUnsafeBlocks", File.ReadAllText(ProjectFile(project)), StringComparison.Ordinal);
+    }
+
+    /// <summary>Its documentation says exp(x) / sum exp(x): no maximum is subtracted, so it overflows on ordinary logits.</summary>
+    [Fact]
+    public void Nobody_uses_TensorPrimitives_SoftMax()
+        => Assert.DoesNotContain(Sources().Where(file => file != "tests/house/HouseTests.cs"),
+            file => File.ReadAllText(Path.Combine(s_root, file)).Contains("TensorPrimitives.SoftMax", StringComparison.Ordinal));
+
+    [Fact]
+    public void A_file_is_about_one_thing()
+    {
+        const int MostLines = 800;
+        Assert.DoesNotContain(Sources(), file => File.ReadLines(Path.Combine(s_root, file)).Count() > MostLines);
+    }
+
+    [GeneratedRegex(@"\bunsafe\b\s*(class|struct|static|void|\{|partial|sealed)|\bstackalloc\s+\w+\*|\[(DllImport|LibraryImport)\b")]
+    private static partial Regex UnsafeOrNative();
+
+    private static IEnumerable<string> Sources()
+        => Directory.EnumerateFiles(s_root, "*.cs", SearchOption.AllDirectories)
+            .Select(file => Path.GetRelativePath(s_root, file))
+            .Where(file => !file.Split('/').Any(part => part is "bin" or "obj"));
+
+    private static IEnumerable<string> Items(string project, string kind)
+        => XDocument.Load(ProjectFile(project)).Descendants(kind).Select(item => item.Attribute("Include")!.Value);
+
+    private static string ProjectFile(string project) => Assert.Single(Directory.GetFiles(Path.Combine(s_root, project), "*.csproj"));
+
+    private static string FindRoot()
+    {
+        DirectoryInfo? folder = new(AppContext.BaseDirectory);
+        while (folder is not null && !File.Exists(Path.Combine(folder.FullName, "Rollout.sln"))) folder = folder.Parent;
+        return folder?.FullName ?? throw new InvalidOperationException("the tests run outside the repository");
+    }
+}
