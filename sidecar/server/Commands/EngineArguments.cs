@@ -1,0 +1,46 @@
+using System.CommandLine;
+using System.CommandLine.Parsing;
+using Rollout.Server.Hosting;
+
+namespace Rollout.Server.Commands;
+
+/// <summary>Options of every command that loads a model.</summary>
+internal sealed class EngineArguments
+{
+    private const int MostThreads = 1024;
+
+    public Option<string?> Model { get; } = Arguments.Folder("--model", "Hugging Face folder: config.json, *.safetensors, tokenizer.json.");
+
+    public Option<int?> Threads { get; } = Arguments.Number("--threads", "Worker threads. Default: one a core.", 1, MostThreads);
+
+    public Option<string?> Device { get; } = OneOf("--device", "Device to compute on: cpu.", "cpu");
+
+    public Option<string?> Tokenizer { get; } = OneOf(
+        "--tokenizer", "'bytes' makes every byte of a text a token, instead of the folder's tokenizer.", "bytes");
+
+    public Option<int?> MaxContext { get; } = Arguments.Number(
+        "--max-context", "Longest sample in tokens, prompt included. Default: the model's limit.", 1);
+
+    public void AddTo(Command command)
+    {
+        command.Add(Model);
+        command.Add(Threads);
+        command.Add(Device);
+        command.Add(Tokenizer);
+        command.Add(MaxContext);
+    }
+
+    /// <summary>The model asked for. Call only where --model was given.</summary>
+    public ModelSource Source(ParseResult result)
+        => new(Path.GetFullPath(result.GetValue(Model)!), result.GetValue(Threads) ?? 0, result.GetValue(Tokenizer));
+
+    private static Option<string?> OneOf(string name, string description, string only)
+    {
+        Option<string?> option = new(name) { Description = description, HelpName = only };
+        option.Validators.Add((OptionResult result) =>
+        {
+            if (Arguments.Value(result) is { } value && value != only) result.AddError($"{name}: '{value}' is not known; '{only}' is");
+        });
+        return option;
+    }
+}

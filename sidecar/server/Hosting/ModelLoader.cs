@@ -1,0 +1,48 @@
+using Rollout.Engine;
+using Rollout.Kernels;
+using Rollout.Server.Commands;
+using Spectre.Console;
+
+namespace Rollout.Server.Hosting;
+
+/// <summary>Loads a model, with a progress bar when a person is watching.</summary>
+internal static class ModelLoader
+{
+    /// <exception cref="BadInputException">The folder holds no model that can be served; says what is wrong with it.</exception>
+    public static async Task<RolloutEngine> LoadAsync(ModelSource source, EngineOptions options)
+    {
+        if (Console.IsErrorRedirected) return await Task.Run(() => Load(source, options, progress: null));
+
+        IAnsiConsole console = AnsiConsole.Create(new AnsiConsoleSettings { Out = new AnsiConsoleOutput(Console.Error) });
+        return await console.Progress()
+            .AutoClear(true)
+            .Columns(new TaskDescriptionColumn(), new ProgressBarColumn(), new PercentageColumn(), new RemainingTimeColumn())
+            .StartAsync(async bars =>
+            {
+                ProgressTask bar = bars.AddTask($"Loading {Markup.Escape(Path.GetFileName(source.Folder))}", maxValue: 1);
+                return await Task.Run(() => Load(source, options, new BarProgress(bar)));
+            });
+    }
+
+    private static RolloutEngine Load(ModelSource source, EngineOptions options, IProgress<double>? progress)
+    {
+        CpuBackend backend = new(source.Threads);
+        try
+        {
+            return RolloutEngine.Load(source.Folder, backend, options, Tokenizer(source), progress);
+        }
+        catch
+        {
+            backend.Dispose();
+            throw;
+        }
+    }
+
+    private static Tokenizer? Tokenizer(ModelSource source) => source.Tokenizer is null ? null : new ByteTokenizer();
+
+    // Not Progress<T>: that posts to the thread pool, and a late report would draw over what comes next.
+    private sealed class BarProgress(ProgressTask bar) : IProgress<double>
+    {
+        public void Report(double value) => bar.Value = value;
+    }
+}

@@ -1,0 +1,180 @@
+using System.Diagnostics;
+using System.Net;
+using System.Text.Json;
+using Microsoft.AspNetCore.Hosting.Server;
+using Microsoft.AspNetCore.Hosting.Server.Features;
+using Microsoft.AspNetCore.Server.Kestrel.Core;
+using Microsoft.Extensions.Logging.Console;
+using Rollout.Engine;
+using Rollout.Server.Commands;
+using Rollout.Server.Services;
+
+namespace Rollout.Server.Hosting;
+
+/// <summary>The life of `rollout serve`: listen, load, serve, stop.</summary>
+internal static class ServerApp
+{
+    /// <summary>Largest payload chunk a client is told to send; a message is a little larger than what it carries.</summary>
+    private const int MaxChunkBytes = 64 << 20;
+
+    private static readonly TimeSpan s_drainWithin = TimeSpan.FromSeconds(10);
+    private static readonly TimeSpan s_engineStopsWithin = TimeSpan.FromSeconds(5);
+
+    /// <summary>Returns the process's exit code after SIGTERM or SIGINT, or throws what a person should read.</summary>
+    public static async Task<int> RunAsync(ServeOptions options)
+    {
+        EngineHost host = new();
+        await using WebApplication app = Build(options, host);
+        ILogger logger = app.Services.GetRequiredService<ILoggerFactory>().CreateLogger("Rollout.Server");
+        app.Lifetime.ApplicationStopping.Register(() =>
+        {
+            Log.Stopping(logger);
+            host.Stop();
+        });
+
+        if (options.Socket is not null && SocketFile.RemoveStale(options.Socket)) Log.StaleSocketRemoved(logger, options.Socket);
+        try
+        {
+            await StartAsync(app);
+            try
+            {
+                await LoadAsync(options, app, host, logger);
+                await app.WaitForShutdownAsync();
+            }
+            finally
+            {
+                host.Stop();
+                await app.StopAsync();
+            }
+        }
+        finally
+        {
+            // Kestrel removes it when all goes well; a socket file must not outlive its server in any case.
+            if (options.Socket is not null) File.Delete(options.Socket);
+        }
+
+        if (host.Loaded is { } engine)
+        {
+            Task disposing = engine.DisposeAsync().AsTask();
+            if (await Task.WhenAny(disposing, Task.Delay(s_engineStopsWithin)) != disposing)
+                Log.EngineStuck(logger, s_engineStopsWithin.TotalSeconds);
+        }
+
+        Log.Stopped(logger);
+        return ExitCode.Ok;
+    }
+
+    private static WebApplication Build(ServeOptions options, EngineHost host)
+    {
+        // The empty builder: no settings from files or the environment of whatever folder the server is started in.
+        WebApplicationBuilder builder = WebApplication.CreateEmptyBuilder(new WebApplicationOptions { ApplicationName = "rollout" });
+        builder.Logging.SetMinimumLevel(LogLevel.Information);
+        builder.Logging.AddFilter("Microsoft", LogLevel.Warning);
+        builder.Logging.AddFilter("Grpc", LogLevel.Warning);
+        builder.Logging.AddSimpleConsole(console =>
+        {
+            console.SingleLine = true;
+            console.TimestampFormat = "yyyy-MM-ddTHH:mm:ss.fffZ ";
+            console.UseUtcTimestamp = true;
+            console.ColorBehavior = LoggerColorBehavior.Disabled;
+        });
+        builder.Services.Configure<ConsoleLoggerOptions>(console => console.LogToStandardErrorThreshold = LogLevel.Trace);
+        builder.Services.Configure<HostOptions>(hosting => hosting.ShutdownTimeout = s_drainWithin);
+
+        builder.WebHost.UseKestrelCore();
+        builder.WebHost.ConfigureKestrel(kestrel =>
+        {
+            if (options.Socket is not null) kestrel.ListenUnixSocket(options.Socket, listen => listen.Protocols = HttpProtocols.Http2);
+            if (options.Listen is not null) kestrel.Listen(options.Listen, listen => listen.Protocols = HttpProtocols.Http2);
+            KestrelServerLimits limits = kestrel.Limits;
+            limits.MaxRequestBodySize = null;
+            limits.MinRequestBodyDataRate = null;
+            limits.MinResponseDataRate = null;
+            limits.Http2.MaxStreamsPerConnection = 16_384; // one group a call is a fair way to use this API
+            limits.Http2.MaxFrameSize = 1 << 20;
+            limits.Http2.InitialStreamWindowSize = 16 << 20;
+            limits.Http2.InitialConnectionWindowSize = 32 << 20;
+            limits.Http2.KeepAlivePingDelay = TimeSpan.FromSeconds(30); // a client whose machine died holds samples until this notices
+            limits.Http2.KeepAlivePingTimeout = TimeSpan.FromSeconds(20);
+        });
+
+        builder.Services.AddSingleton(host);
+        builder.Services.AddHostedService<FaultMonitor>();
+        builder.Services.AddGrpc(grpc =>
+        {
+            grpc.MaxReceiveMessageSize = MaxChunkBytes + (1 << 20);
+            grpc.MaxSendMessageSize = null;
+            grpc.Interceptors.Add<ErrorInterceptor>();
+        });
+        builder.Services.AddGrpcReflection();
+
+        WebApplication app = builder.Build();
+        app.MapGrpcService<RolloutGrpcService>();
+        app.MapGrpcService<WeightsGrpcService>();
+        app.MapGrpcService<ControlGrpcService>();
+        app.MapGrpcService<HealthGrpcService>();
+        app.MapGrpcReflectionService();
+        return app;
+    }
+
+    private static async Task StartAsync(WebApplication app)
+    {
+        try
+        {
+            await app.StartAsync();
+        }
+        catch (IOException e)
+        {
+            throw new FailureException(e.Message); // the address is in use, or not this machine's
+        }
+    }
+
+    private static async Task LoadAsync(ServeOptions options, WebApplication app, EngineHost host, ILogger logger)
+    {
+        string[] addresses = Addresses(app);
+        Log.Listening(logger, string.Join(", ", addresses), options.Model.Folder);
+        if (options.Listen is { } listen && !IPAddress.IsLoopback(listen.Address)) Log.OpenToNetwork(logger, listen.ToString());
+
+        long started = Stopwatch.GetTimestamp();
+        Task<RolloutEngine> loading = ModelLoader.LoadAsync(options.Model, options.Engine);
+        CancellationToken stopping = app.Lifetime.ApplicationStopping;
+        Task stopped = Task.Delay(Timeout.Infinite, stopping);
+        if (await Task.WhenAny(loading, stopped) == stopped) return; // the process ends under the load; nothing depends on it yet
+
+        RolloutEngine engine = await loading;
+        host.Publish(engine);
+        ulong version = engine.Status.Version;
+        Log.Ready(logger, engine.ModelName, version, engine.Backend.Name, Stopwatch.GetElapsedTime(started).TotalSeconds);
+        await WriteReadyAsync(engine, version, addresses);
+    }
+
+    /// <summary>The one line on standard output: a parent waits for it. `ready` and a JSON object.</summary>
+    private static async Task WriteReadyAsync(RolloutEngine engine, ulong version, string[] addresses)
+    {
+        using MemoryStream line = new();
+        line.Write("ready "u8);
+        using (Utf8JsonWriter json = new(line, CommandJson.WriterOptions))
+        {
+            json.WriteStartObject();
+            json.WriteString("model", engine.ModelName);
+            json.WriteNumber("version", version);
+            json.WriteString("backend", engine.Backend.Name);
+            json.WriteStartArray("addresses");
+            foreach (string address in addresses) json.WriteStringValue(address);
+            json.WriteEndArray();
+            json.WriteNumber("pid", Environment.ProcessId);
+            json.WriteEndObject();
+        }
+
+        line.WriteByte((byte)'\n');
+        using Stream output = Console.OpenStandardOutput();
+        await output.WriteAsync(line.ToArray());
+    }
+
+    private static string[] Addresses(WebApplication app)
+    {
+        const string KestrelUnix = "http://unix:";
+        ICollection<string> bound = app.Services.GetRequiredService<IServer>().Features.Get<IServerAddressesFeature>()!.Addresses;
+        return [.. bound.Select(a => a.StartsWith(KestrelUnix, StringComparison.Ordinal) ? $"unix:{a[KestrelUnix.Length..]}" : a)];
+    }
+}

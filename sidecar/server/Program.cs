@@ -1,0 +1,3 @@
+using Rollout.Server.Commands;
+
+return await CommandLine.RunAsync(args);

@@ -1,0 +1,22 @@
+using Grpc.Core;
+using Rollout.Engine;
+using Rollout.Server.Hosting;
+
+namespace Rollout.Server.Services;
+
+/// <summary>The engine's kinds of error as gRPC's.</summary>
+internal static class Errors
+{
+    /// <summary>The status of an error a client can act on; null for one that is the server's own.</summary>
+    public static Status? ToStatus(Exception exception) => exception switch
+    {
+        RpcException rpc => rpc.Status,
+        InvalidRequestException or UpdateRejectedException => new Status(StatusCode.InvalidArgument, exception.Message),
+        NoRoomException => new Status(StatusCode.ResourceExhausted, exception.Message),
+        EngineStateException => new Status(StatusCode.FailedPrecondition, exception.Message),
+        UpdateFailedException => new Status(StatusCode.Aborted, exception.Message),
+        EngineFaultedException or NotServingException => new Status(StatusCode.Unavailable, exception.Message),
+        OperationCanceledException => new Status(StatusCode.Cancelled, "the call was cancelled"),
+        _ => null,
+    };
+}

@@ -1,0 +1,62 @@
+using System.Runtime.InteropServices;
+using Google.Protobuf;
+using Google.Protobuf.Collections;
+using Rollout.V1;
+
+namespace Rollout.Server.Services;
+
+/// <summary>The engine's arrays as packed fields: one copy an array, no object a token.</summary>
+internal static class Replies
+{
+    public static SampleChunk Chunk(in Engine.SampleChunk chunk, string text)
+    {
+        (Engine.Sequence sample, int start, int end, Engine.FinishReason reason) = chunk;
+        SampleChunk reply = new()
+        {
+            Index = (uint)sample.Index,
+            Start = (uint)start,
+            OldestKvVersion = sample.OldestKvVersion,
+            Text = text,
+            FinishReason = ToWire(reason),
+            Error = reason == Engine.FinishReason.Error ? sample.Error : "",
+        };
+        AddIds(reply.Ids, sample.Tokens(start, end));
+        reply.Logprobs.AddRange(sample.LogProbs(start, end));
+        reply.SamplingLogprobs.AddRange(sample.SamplingLogProbs(start, end));
+        AddVersions(reply.Versions, sample.Versions(start, end), start);
+        if (sample.TopLogProbs is > 0 and int k) reply.Top = Top(k, sample.TopIds(start, end), sample.TopLogProbValues(start, end));
+        return reply;
+    }
+
+    /// <summary>Alternatives that lie [row][k].</summary>
+    public static TopLogprobs Top(int k, ReadOnlySpan<int> ids, ReadOnlySpan<float> logProbs)
+    {
+        TopLogprobs top = new() { K = (uint)k };
+        AddIds(top.Ids, ids);
+        top.Logprobs.AddRange(logProbs);
+        return top;
+    }
+
+    public static void AddIds(RepeatedField<uint> field, ReadOnlySpan<int> ids) => field.AddRange(MemoryMarshal.Cast<int, uint>(ids));
+
+    public static FinishReason ToWire(Engine.FinishReason reason) => reason switch
+    {
+        Engine.FinishReason.None => FinishReason.Unspecified,
+        Engine.FinishReason.Stop => FinishReason.Stop,
+        Engine.FinishReason.Length => FinishReason.Length,
+        Engine.FinishReason.Abort => FinishReason.Abort,
+        _ => FinishReason.Error,
+    };
+
+    private static void AddVersions(RepeatedField<VersionSpan> field, ReadOnlySpan<ulong> versions, int start)
+    {
+        for (int from = 0; from < versions.Length;)
+        {
+            ulong version = versions[from];
+            int length = versions[from..].IndexOfAnyExcept(version);
+            int to = length < 0 ? versions.Length : from + length;
+            field.Add(new VersionSpan { Version = version, Start = (uint)(start + from), End = (uint)(start + to) });
+            from = to;
+        }
+    }
+}

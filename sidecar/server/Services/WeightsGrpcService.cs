@@ -1,0 +1,38 @@
+using Google.Protobuf;
+using Grpc.Core;
+using Rollout.Engine;
+using Rollout.Server.Hosting;
+using Rollout.V1;
+
+namespace Rollout.Server.Services;
+
+/// <summary>rollout.v1.WeightsService: what is being served, and the transaction that replaces it.</summary>
+internal sealed class WeightsGrpcService(EngineHost host, ILogger<WeightsGrpcService> logger) : WeightsService.WeightsServiceBase
+{
+    public override Task<DescribeReply> Describe(DescribeRequest request, ServerCallContext context)
+    {
+        RolloutEngine engine = host.Engine;
+        (ulong version, IReadOnlyList<DescribedWeight> weights) = engine.Describe();
+        DescribeReply reply = new() { Version = version };
+        foreach (DescribedWeight weight in weights)
+        {
+            DescribedTensor tensor = new()
+            {
+                Name = weight.Name,
+                Dtype = ManifestConverter.ToWire(weight.Type),
+                Digest = ByteString.CopyFrom(weight.Digest),
+            };
+            foreach (long dimension in weight.Shape) tensor.Shape.Add((ulong)dimension);
+            reply.Tensors.Add(tensor);
+        }
+
+        return Task.FromResult(reply);
+    }
+
+    public override async Task Update(
+        IAsyncStreamReader<UpdateRequest> requestStream, IServerStreamWriter<UpdateReply> responseStream, ServerCallContext context)
+    {
+        using UpdateTransaction transaction = new(host.Admitting, requestStream, responseStream, logger);
+        await transaction.RunAsync(context.CancellationToken, host.Stopping);
+    }
+}

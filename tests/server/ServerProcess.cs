@@ -1,0 +1,125 @@
+using System.Diagnostics;
+using System.Globalization;
+using System.Text;
+using System.Text.Json;
+using Grpc.Health.V1;
+using Grpc.Net.Client;
+using Rollout.Server.Commands;
+using Rollout.V1;
+
+namespace Rollout.Server.Tests;
+
+/// <summary>A real `rollout serve` in a process of its own, on a Unix socket in a folder of its own.</summary>
+public sealed class ServerProcess : IAsyncDisposable
+{
+    private static readonly TimeSpan s_patience = TimeSpan.FromSeconds(30);
+
+    private readonly Process _process;
+    private readonly string _folder;
+    private readonly StringBuilder _log = new();
+    private readonly TaskCompletionSource<string> _ready = new(TaskCreationOptions.RunContinuationsAsynchronously);
+
+    private ServerProcess(Process process, string folder, string address)
+    {
+        _process = process;
+        _folder = folder;
+        Address = address;
+        Channel = RemoteRollouts.Open(address);
+        Rollout = new RolloutService.RolloutServiceClient(Channel);
+        Weights = new WeightsService.WeightsServiceClient(Channel);
+        Control = new ControlService.ControlServiceClient(Channel);
+        Health = new Health.HealthClient(Channel);
+    }
+
+    public string Address { get; }
+
+    public string SocketPath => Path.Combine(_folder, "s");
+
+    public int Id => _process.Id;
+
+    public GrpcChannel Channel { get; }
+
+    public RolloutService.RolloutServiceClient Rollout { get; }
+
+    public WeightsService.WeightsServiceClient Weights { get; }
+
+    public ControlService.ControlServiceClient Control { get; }
+
+    public Health.HealthClient Health { get; }
+
+    /// <summary>The object after `ready` on standard output.</summary>
+    public JsonElement Ready { get; private set; }
+
+    /// <summary>What it has written to standard error so far.</summary>
+    public string Log
+    {
+        get
+        {
+            lock (_log) return _log.ToString();
+        }
+    }
+
+    /// <summary>Starts a server and waits until it says that it is ready.</summary>
+    public static async Task<ServerProcess> StartAsync(string model = "qwen3", params string[] arguments)
+    {
+        ServerProcess server = Launch(Golden.Folder(model), arguments);
+        try
+        {
+            Task<string> ready = server._ready.Task;
+            string line = await ready.WaitAsync(s_patience);
+            server.Ready = JsonDocument.Parse(line["ready ".Length..]).RootElement;
+            return server;
+        }
+        catch (Exception e)
+        {
+            await server.DisposeAsync();
+            throw new InvalidOperationException($"the server did not get ready: {server.Log}", e);
+        }
+    }
+
+    /// <summary>Starts a server and does not wait.</summary>
+    public static ServerProcess Launch(string folder, params string[] arguments)
+    {
+        string own = Directory.CreateTempSubdirectory("rs-").FullName;
+        string socket = Path.Combine(own, "s");
+        Process process = Cli.Create(["serve", "--model", folder, "--socket", socket, "--threads", "1", .. arguments]);
+        ServerProcess server = new(process, own, $"unix:{socket}");
+        process.OutputDataReceived += (_, line) =>
+        {
+            if (line.Data is null) server._ready.TrySetException(new InvalidOperationException("it ended"));
+            else if (line.Data.StartsWith("ready ", StringComparison.Ordinal)) server._ready.TrySetResult(line.Data);
+        };
+        process.ErrorDataReceived += (_, line) =>
+        {
+            lock (server._log) server._log.AppendLine(line.Data);
+        };
+        process.Start();
+        process.BeginOutputReadLine();
+        process.BeginErrorReadLine();
+        return server;
+    }
+
+    public void Signal(string name)
+    {
+        string id = _process.Id.ToString(CultureInfo.InvariantCulture);
+        using Process shell = Process.Start("/bin/sh", ["-c", $"kill -{name} {id}"]);
+        shell.WaitForExit();
+    }
+
+    /// <summary>Waits for the end and returns the exit code.</summary>
+    public async Task<int> ExitAsync()
+    {
+        using CancellationTokenSource patience = new(s_patience);
+        await _process.WaitForExitAsync(patience.Token);
+        return _process.ExitCode;
+    }
+
+    public async ValueTask DisposeAsync()
+    {
+        Channel.Dispose();
+        if (!_process.HasExited) _process.Kill();
+        await _process.WaitForExitAsync();
+        _process.Dispose();
+        Directory.Delete(_folder, recursive: true);
+    }
+}

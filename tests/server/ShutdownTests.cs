@@ -1,0 +1,113 @@
+using System.Net.Sockets;
+using Grpc.Core;
+using Grpc.Health.V1;
+using Grpc.Net.Client;
+using Rollout.Server.Commands;
+using Rollout.V1;
+
+namespace Rollout.Server.Tests;
+
+public sealed class ShutdownTests
+{
+    [Theory]
+    [InlineData("TERM")]
+    [InlineData("INT")]
+    public async Task A_signal_ends_groups_with_what_they_have_and_leaves_no_socket(string signal)
+    {
+        await using ServerProcess server = await ServerProcess.StartAsync();
+        GenerateRequest request = Calls.Sampled([5, 6, 7], 500, seed: 1, n: 8, change: r => r.Stream = true);
+        using AsyncServerStreamingCall<GenerateReply> call = server.Rollout.Generate(request, deadline: Calls.Deadline());
+        using AsyncDuplexStreamingCall<GenerateRequest, GenerateReply> batch = server.Rollout.GenerateBatch(deadline: Calls.Deadline());
+        using AsyncDuplexStreamingCall<UpdateRequest, UpdateReply> idle = server.Weights.Update(deadline: Calls.Deadline());
+        using AsyncServerStreamingCall<HealthCheckResponse> watch = server.Health.Watch(new HealthCheckRequest(), deadline: Calls.Deadline());
+        Assert.True(await call.ResponseStream.MoveNext(default));
+        Assert.True(await watch.ResponseStream.MoveNext(default));
+        Assert.Equal(HealthCheckResponse.Types.ServingStatus.Serving, watch.ResponseStream.Current.Status);
+        await batch.RequestStream.WriteAsync(request);
+        Assert.True(await batch.ResponseStream.MoveNext(default));
+
+        server.Signal(signal);
+        List<SampleChunk> samples = Calls.Join([call.ResponseStream.Current, .. await call.ResponseStream.ReadAllAsync().ToListAsync()]);
+        Assert.Equal(8, samples.Count(sample => sample.FinishReason == FinishReason.Abort && sample.Ids.Count > 0));
+
+        Assert.True(await watch.ResponseStream.MoveNext(default));
+        Assert.Equal(HealthCheckResponse.Types.ServingStatus.NotServing, watch.ResponseStream.Current.Status);
+        Assert.False(await watch.ResponseStream.MoveNext(default));
+
+        // The batch's client never closed its side, and the updater never began: neither may hold up the end.
+        List<SampleChunk> batched = Calls.Join([batch.ResponseStream.Current, .. await batch.ResponseStream.ReadAllAsync().ToListAsync()]);
+        Assert.Equal(8, batched.Count(sample => sample.FinishReason == FinishReason.Abort));
+        long leaving = Environment.TickCount64;
+        Assert.Equal(0, await server.ExitAsync());
+        Assert.True(Environment.TickCount64 - leaving < 9000, "the end waited for clients until the server's patience was over");
+        Assert.False(File.Exists(server.SocketPath));
+        Assert.Contains("[4] Stopped", server.Log, StringComparison.Ordinal);
+    }
+
+    [Fact]
+    public async Task A_socket_left_behind_is_taken_over_and_a_live_one_is_not()
+    {
+        await using ServerProcess first = await ServerProcess.StartAsync();
+        Cli.Result second = await Cli.RunAsync("serve", "--model", Golden.Folder("qwen3"), "--socket", first.SocketPath);
+        Assert.Equal(2, second.ExitCode);
+        Assert.Contains("another server is listening", second.Errors, StringComparison.Ordinal);
+        Assert.Single(await first.SamplesAsync(Calls.Greedy([5], 1)));
+
+        first.Signal("KILL");
+        await first.ExitAsync();
+        Assert.True(File.Exists(first.SocketPath));
+        using System.Diagnostics.Process heir = Cli.Create(["serve", "--model", Golden.Folder("qwen3"), "--socket", first.SocketPath]);
+        heir.Start();
+        try
+        {
+            Assert.StartsWith("ready {", await heir.StandardOutput.ReadLineAsync(), StringComparison.Ordinal);
+        }
+        finally
+        {
+            heir.Kill();
+            await heir.WaitForExitAsync();
+        }
+    }
+
+    [Fact]
+    public async Task Tcp_and_a_socket_at_once_and_a_port_in_use_is_an_error()
+    {
+        await using ServerProcess server = await ServerProcess.StartAsync("qwen3", "--listen", "127.0.0.1:0");
+        string[] addresses = [.. server.Ready.GetProperty("addresses").EnumerateArray().Select(a => a.GetString()!)];
+        Assert.Equal(2, addresses.Length);
+        Assert.Equal(0, server.Ready.GetProperty("version").GetInt32());
+        Uri tcp = new(Assert.Single(addresses, address => address.StartsWith("http:", StringComparison.Ordinal)));
+        using GrpcChannel channel = RemoteRollouts.Open(tcp.ToString());
+        StatusReply status = await new ControlService.ControlServiceClient(channel).StatusAsync(new StatusRequest(), deadline: Calls.Deadline());
+        Assert.Equal("qwen3", status.Model);
+
+        Cli.Result second = await Cli.RunAsync("serve", "--model", Golden.Folder("qwen3"), "--listen", $"127.0.0.1:{tcp.Port}");
+        Assert.Equal(1, second.ExitCode);
+        Assert.Contains("in use", second.Errors, StringComparison.Ordinal);
+    }
+
+    [Fact]
+    public void What_stands_at_the_path_of_a_socket_is_not_overwritten()
+    {
+        using TemporaryFolder folder = new();
+        string file = folder["file"];
+        File.WriteAllText(file, "precious");
+        Assert.Contains("not a socket", Hosting.SocketFile.FindProblem(file), StringComparison.Ordinal);
+        Assert.False(Hosting.SocketFile.RemoveStale(file));
+        Assert.Contains("directory", Hosting.SocketFile.FindProblem(folder.Path), StringComparison.Ordinal);
+        Assert.Contains("does not exist", Hosting.SocketFile.FindProblem(folder["no/s"]), StringComparison.Ordinal);
+        Assert.Contains("107", Hosting.SocketFile.FindProblem(folder[new string('x', 107)]), StringComparison.Ordinal);
+
+        string stale = folder["stale"];
+        using (Socket socket = new(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified))
+        {
+            socket.Bind(new UnixDomainSocketEndPoint(stale));
+            socket.Listen();
+            Assert.Contains("another server", Hosting.SocketFile.FindProblem(stale), StringComparison.Ordinal);
+            Assert.False(Hosting.SocketFile.RemoveStale(stale));
+        }
+
+        Assert.Null(Hosting.SocketFile.FindProblem(stale));
+        Assert.Null(Hosting.SocketFile.FindProblem(folder["new"]));
+    }
+}

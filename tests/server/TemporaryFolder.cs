@@ -1,0 +1,13 @@
+namespace Rollout.Server.Tests;
+
+/// <summary>A folder of its own, gone after the test.</summary>
+internal sealed class TemporaryFolder(string? prefix = null) : IDisposable
+{
+    public string Path { get; } = prefix is null
+        ? Directory.CreateTempSubdirectory("rs-").FullName
+        : Directory.CreateDirectory($"{prefix}{Guid.NewGuid():N}").FullName;
+
+    public string this[string name] => System.IO.Path.Combine(Path, name);
+
+    public void Dispose() => Directory.Delete(Path, recursive: true);
+}
