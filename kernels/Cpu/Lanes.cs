@@ -64,6 +64,9 @@ internal unsafe interface ILanes<TSelf>
     /// <summary>The 32-bit signed integers of a, as numbers.</summary>
     static abstract TSelf ToSingle(TSelf a);
 
+    /// <summary>a * 2^n, rounded once also below the normal range; n whole numbers in [-150, 129].</summary>
+    static abstract TSelf Scale(TSelf a, TSelf n);
+
     /// <summary>High and low halves of the unsigned products of the bits.</summary>
     static abstract void MultiplyBits(TSelf a, TSelf b, out TSelf high, out TSelf low);
 
@@ -147,6 +150,9 @@ internal readonly unsafe struct Lanes512(Vector512<float> value) : ILanes<Lanes5
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static Lanes512 ToSingle(Lanes512 a) => new(Vector512.ConvertToSingle(a.V.AsInt32()));
+
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static Lanes512 Scale(Lanes512 a, Lanes512 n) => Avx512F.IsSupported ? new(Avx512F.Scale(a.V, n.V)) : VectorMath.ScaleInTwo(a, n);
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static void MultiplyBits(Lanes512 a, Lanes512 b, out Lanes512 high, out Lanes512 low)
@@ -263,6 +269,9 @@ internal readonly unsafe struct Lanes256(Vector256<float> a, Vector256<float> b)
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static Lanes256 ToSingle(Lanes256 a) =>
         new(Vector256.ConvertToSingle(a.A.AsInt32()), Vector256.ConvertToSingle(a.B.AsInt32()));
+
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static Lanes256 Scale(Lanes256 a, Lanes256 n) => VectorMath.ScaleInTwo(a, n);
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static void MultiplyBits(Lanes256 a, Lanes256 b, out Lanes256 high, out Lanes256 low)
@@ -439,6 +448,9 @@ internal readonly unsafe struct Lanes128(Vector128<float> a, Vector128<float> b,
             Vector128.ConvertToSingle(a.D.AsInt32()));
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static Lanes128 Scale(Lanes128 a, Lanes128 n) => VectorMath.ScaleInTwo(a, n);
+
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static void MultiplyBits(Lanes128 a, Lanes128 b, out Lanes128 high, out Lanes128 low)
     {
         MultiplyHalves(a.A.AsUInt32(), b.A.AsUInt32(), out Vector128<uint> h0, out Vector128<uint> l0);
@@ -550,6 +562,8 @@ internal readonly unsafe struct Lane(float value) : ILanes<Lane>
     public static Lane ShiftRight(Lane a, int count) => CreateBits(a.Bits >> count);
 
     public static Lane ToSingle(Lane a) => new((int)a.Bits);
+
+    public static Lane Scale(Lane a, Lane n) => VectorMath.ScaleInTwo(a, n);
 
     public static void MultiplyBits(Lane a, Lane b, out Lane high, out Lane low)
     {
