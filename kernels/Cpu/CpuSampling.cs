@@ -470,10 +470,11 @@ internal sealed unsafe class SampleJob<TLanes> : SampleJob
             if (largestWord < leastWord || top + (VectorMath.Gumbel((uint)largestWord << 9) + Margin) < best)
                 continue;
 
-            TLanes.Store(noise, VectorMath.Gumbel(r0));
-            TLanes.Store(noise + 16, VectorMath.Gumbel(r1));
-            TLanes.Store(noise + 32, VectorMath.Gumbel(r2));
-            TLanes.Store(noise + 48, VectorMath.Gumbel(r3));
+            TLanes.Store(noise, r0);
+            TLanes.Store(noise + 16, r1);
+            TLanes.Store(noise + 32, r2);
+            TLanes.Store(noise + 48, r3);
+            ToNoise(noise);
             for (int i = start; i < end; i++)
             {
                 int v = i - start;
@@ -489,6 +490,14 @@ internal sealed unsafe class SampleJob<TLanes> : SampleJob
         }
 
         return token;
+    }
+
+    /// <summary>64 random words to Gumbel noise, in place.</summary>
+    [MethodImpl(MethodImplOptions.NoInlining | MethodImplOptions.AggressiveOptimization)]
+    private static void ToNoise(float* words)
+    {
+        for (int i = 0; i < 64; i += LaneMemory.Count)
+            TLanes.Store(words + i, VectorMath.Gumbel(TLanes.Load(words + i)));
     }
 
     /// <summary>The most probable tokens under the model, equals by ascending id.</summary>

@@ -91,10 +91,14 @@ internal static class VectorMath
         return zero - Log(zero - Log(u));
     }
 
+    // Not inlined: a kernel that takes in too many of these runs out of the compiler's budget and is left with calls in its loops.
+    [MethodImpl(MethodImplOptions.NoInlining | MethodImplOptions.AggressiveOptimization)]
     public static float Exp(float x) => Exp(new Lane(x)).V;
 
+    [MethodImpl(MethodImplOptions.NoInlining | MethodImplOptions.AggressiveOptimization)]
     public static float Log(float x) => Log(new Lane(x)).V;
 
+    [MethodImpl(MethodImplOptions.NoInlining | MethodImplOptions.AggressiveOptimization)]
     public static float Gumbel(uint random) => Gumbel(Lane.CreateBits(random)).V;
 
     /// <summary>Sine and cosine in double precision, for |x| below 2^27 or so: two-constant reduction by pi/2, then fdlibm's kernels.</summary>
