@@ -288,7 +288,8 @@ public sealed unsafe class CpuBackend : IBackend
         _rope.Layer = layer;
         _rope.Step = step;
         _rope.RowSequence = _rowSequence;
-        _workers.Run(_rope, step.RowCount, (long)step.RowCount * tensor.Columns > SmallWork);
+        int units = (step.RowCount + RopeJob.RowsPerUnit - 1) / RopeJob.RowsPerUnit;
+        _workers.Run(_rope, units, (long)step.RowCount * tensor.Columns > SmallWork);
     }
 
     public void Attend(Tensor qkv, int heads, float scale, KvCache cache, int layer, Tensor output)
