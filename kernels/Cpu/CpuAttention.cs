@@ -127,7 +127,7 @@ internal abstract unsafe class AttentionJob : Job, IDisposable
         return s;
     }
 
-    /// <summary>Per query: [HeadStride] query, [HeadStride] weighted values, [16] scores then weights, [16] sums, running maximum.</summary>
+    /// <summary>Per query: [HeadStride] query, [HeadStride] weighted values, [16] scores then weights, [16] sums, maximum.</summary>
     protected struct Scratch
     {
         public float* Queries;

@@ -429,8 +429,8 @@ internal sealed unsafe class SampleJob<TLanes> : SampleJob
     // ---- Drawing.
 
     /// <summary>
-    /// arg-max of x + Gumbel noise, the lowest id among equals, -1 where all are negative infinity. Tokens are met in ascending order, 64 at a
-    /// time; where even the largest noise of the 64 could not lift the largest x of the 64 above the best so far, their logarithms are
+    /// arg-max of x + Gumbel noise, the lowest id among equals, -1 where all are negative infinity. Tokens are met in ascending order, 64
+    /// at a time; where even the largest noise of the 64 could not lift the largest x of the 64 above the best so far, their logarithms are
     /// not taken. Rounded addition being monotone, that changes no result. Two such tests: one on the random words alone, against the word
     /// that the row's largest x would need (computed anew only when the best changes), then one on the 64 themselves.
     /// </summary>

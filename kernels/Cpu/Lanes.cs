@@ -155,7 +155,8 @@ internal readonly unsafe struct Lanes512(Vector512<float> value) : ILanes<Lanes5
     public static Lanes512 ToSingle(Lanes512 a) => new(Vector512.ConvertToSingle(a.V.AsInt32()));
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static Lanes512 Scale(Lanes512 a, Lanes512 n) => Avx512F.IsSupported ? new(Avx512F.Scale(a.V, n.V)) : VectorMath.ScaleInTwo(a, n);
+    public static Lanes512 Scale(Lanes512 a, Lanes512 n) =>
+        Avx512F.IsSupported ? new(Avx512F.Scale(a.V, n.V)) : VectorMath.ScaleInTwo(a, n);
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static Lanes512 MultiplyHigh(Lanes512 a, Lanes512 b)

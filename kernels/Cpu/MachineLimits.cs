@@ -10,7 +10,7 @@ public static unsafe class MachineLimits
 {
     private const int Repetitions = 7;
 
-    /// <summary>Fused multiply-adds in registers on all threads at once, in 10^9 floating point operations per second: best of several.</summary>
+    /// <summary>Fused multiply-adds in registers on all threads at once, in GFLOP/s: best of several.</summary>
     public static double MeasureFmaGflops(int threads)
     {
         using Workers workers = new(threads);

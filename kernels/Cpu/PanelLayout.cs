@@ -260,7 +260,7 @@ internal static unsafe class PanelLayout
         t3 = Avx512F.UnpackHigh(x1, x3).AsUInt32();
     }
 
-    /// <summary>Part q of a, b, c, d makes line 4q (from <paramref name="lines"/>). Whole lines go past the caches: nobody reads them soon.</summary>
+    /// <summary>Part q of a, b, c, d makes line 4q. Whole lines go past the caches: nobody reads them soon.</summary>
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     private static void Spread(Vector512<uint> a, Vector512<uint> b, Vector512<uint> c, Vector512<uint> d, uint* lines)
     {

@@ -101,7 +101,7 @@ internal static class VectorMath
     [MethodImpl(MethodImplOptions.NoInlining | MethodImplOptions.AggressiveOptimization)]
     public static float Gumbel(uint random) => Gumbel(Lane.CreateBits(random)).V;
 
-    /// <summary>Sine and cosine in double precision, for |x| below 2^27 or so: two-constant reduction by pi/2, then fdlibm's kernels.</summary>
+    /// <summary>Sine and cosine in double precision, |x| below 2^27: reduction by pi/2 in two constants, then fdlibm's kernels.</summary>
     public static (double Sin, double Cos) SinCos(double x)
     {
         const double TwoOverPi = 0.63661977236758134308;

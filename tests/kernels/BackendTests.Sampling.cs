@@ -17,7 +17,8 @@ public abstract partial class BackendTests
     private static void CheckAnswer(float[] logits, SampleQuery query, StepLayout step, SampleResult actual)
     {
         double[] z = logits.Select(v => (double)v).ToArray();
-        SampleResult expected = Sampling.Answer(z, query, new StepLayout(1, 1, 1, 1, step.AlternativeIds.Length, step.BiasIds.Length).With(step));
+        var scratch = new StepLayout(1, 1, 1, 1, step.AlternativeIds.Length, step.BiasIds.Length);
+        SampleResult expected = Sampling.Answer(z, query, scratch.With(step));
         if (actual.Token != expected.Token)
         {
             double[] x = (double[])z.Clone();
@@ -102,7 +103,10 @@ public abstract partial class BackendTests
         Bench bench = New();
         const int Vocabulary = 50;
         float[] logits = bench.Values(5 * Vocabulary);
-        SampleQuery[] queries = [Bench.Query(0), Bench.Query(0, target: 4), Bench.Query(1), Bench.Query(3), Bench.Query(3, 2f), Bench.Query(4)];
+        SampleQuery[] queries =
+        [
+            Bench.Query(0), Bench.Query(0, target: 4), Bench.Query(1), Bench.Query(3), Bench.Query(3, 2f), Bench.Query(4),
+        ];
         SampleResult[] whole = Ask(bench.Backend, logits, Vocabulary, Bench.Queries(queries)).ToArray();
         StepLayout step = Bench.Queries(queries);
         bench.Backend.BeginStep(step);

@@ -180,7 +180,8 @@ public abstract partial class BackendTests : IDisposable
             {
                 Compare(subject, seed, inputs * 4e-7, bench =>
                 {
-                    using Tensor x = bench.Tensor(rows + 2, inputs), y = bench.Tensor(rows + 2, outputs), z = bench.Tensor(rows + 2, outputs);
+                    using Tensor x = bench.Tensor(rows + 2, inputs);
+                    using Tensor y = bench.Tensor(rows + 2, outputs), z = bench.Tensor(rows + 2, outputs);
                     using Weight w = bench.Weight(outputs, inputs), b = bench.Weight(1, outputs);
                     bench.Backend.MatMul(x, w, seed % 2 == 0 ? b : null, y, rows);
                     bench.Backend.MatMulAdd(x, w, seed % 3 == 0 ? b : null, z, rows);
@@ -252,7 +253,8 @@ public abstract partial class BackendTests : IDisposable
                         s => early ? (0, s == 1 ? 21 : 0) : (s == 1 ? 21 : 0, lengths[s]),
                         (s, b) => ((s * 4) + b) * 7 % 20);
                     bench.Backend.BeginStep(step);
-                    Tensor qkv = bench.Tensor(step.RowCount, columns), output = bench.Backend.AllocateTensor(step.RowCount, heads * headDim);
+                    Tensor qkv = bench.Tensor(step.RowCount, columns);
+                    Tensor output = bench.Backend.AllocateTensor(step.RowCount, heads * headDim);
                     bench.Backend.RopeStoreKv(qkv, heads, norm, norm, 1e-6f, rope, cache, 1);
                     bench.Backend.Attend(qkv, heads, 0.3f, cache, 1, output);
                     results.AddRange(Bench.Read(qkv, step.RowCount));
@@ -340,7 +342,8 @@ public abstract partial class BackendTests : IDisposable
         for (int count = 1; count <= Sequences; count++)
         {
             Bench.SameBits(whole.AsSpan(0, count * Heads * HeadDim).ToArray(), Attend(0, count), $"{count} rows");
-            Bench.SameBits(whole.AsSpan((Sequences - count) * Heads * HeadDim).ToArray(), Attend(Sequences - count, count), $"last {count}");
+            float[] last = whole.AsSpan((Sequences - count) * Heads * HeadDim).ToArray();
+            Bench.SameBits(last, Attend(Sequences - count, count), $"last {count}");
         }
     }
 

@@ -93,8 +93,18 @@ internal sealed class Bench(IBackend backend, int seed = 1)
         return step;
     }
 
-    public static SampleQuery Query(int output = 0, float temperature = 1f, int topK = 0, float topP = 1f, float minP = 0f, int target = -1) =>
-        new() { OutputIndex = output, Target = target, Temperature = temperature, TopK = topK, TopP = topP, MinP = minP, Seed = 1234567890123 };
+    public static SampleQuery Query(
+        int output = 0, float temperature = 1f, int topK = 0, float topP = 1f, float minP = 0f, int target = -1) =>
+        new()
+        {
+            OutputIndex = output,
+            Target = target,
+            Temperature = temperature,
+            TopK = topK,
+            TopP = topP,
+            MinP = minP,
+            Seed = 1234567890123,
+        };
 
     public static void Close(float[] expected, float[] actual, double tolerance)
     {

@@ -2,7 +2,7 @@ using System.Runtime.InteropServices;
 
 namespace Rollout.Kernels.Tests;
 
-/// <summary>The plainest arithmetic that fits the contract: scalar, float64, one loop after the other. Every other backend is compared to it.</summary>
+/// <summary>The plainest arithmetic that fits the contract: scalar, float64, loops. Every other backend is compared to it.</summary>
 public sealed class ReferenceBackend : IBackend
 {
     private StepLayout? _step;
@@ -144,7 +144,8 @@ public sealed class ReferenceBackend : IBackend
     public void MatMulAdd(Tensor input, Weight weight, Weight? bias, Tensor residual, int rows) =>
         Multiply(input, weight, bias, Own(residual, nameof(residual), rows, weight.Outputs), rows, 1);
 
-    public void RopeStoreKv(Tensor qkv, int heads, Weight? queryNorm, Weight? keyNorm, float epsilon, RopeTable rope, KvCache cache, int layer)
+    public void RopeStoreKv(
+        Tensor qkv, int heads, Weight? queryNorm, Weight? keyNorm, float epsilon, RopeTable rope, KvCache cache, int layer)
     {
         var store = (RefCache)Own(cache, nameof(cache));
         Heads(heads, cache, layer);
@@ -317,7 +318,9 @@ public sealed class ReferenceBackend : IBackend
         while (Step.RowStart[sequence + 1] <= row)
             sequence++;
         int block = Step.BlockTables[(sequence * Step.MaxBlocks) + (position / KvCache.BlockTokens)];
-        return (uint)block < (uint)cache.Blocks ? (block, position % KvCache.BlockTokens) : throw new ArgumentException("Block.", nameof(cache));
+        return (uint)block < (uint)cache.Blocks
+            ? (block, position % KvCache.BlockTokens)
+            : throw new ArgumentException("Block.", nameof(cache));
     }
 
     private void Outputs(int first, int count)

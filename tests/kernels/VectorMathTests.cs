@@ -103,7 +103,8 @@ public sealed class VectorMathTests
 
     private static void Check(double expected, float actual, double units, float x)
     {
-        double unit = Math.Max(BitConverter.Int32BitsToSingle(1), Math.Abs((double)(float)expected - MathF.BitDecrement(Math.Abs((float)expected)) * Math.Sign(expected)));
+        float size = Math.Abs((float)expected);
+        double unit = Math.Max(float.Epsilon, (double)size - MathF.BitDecrement(size));
         if (!(Math.Abs(expected - actual) <= units * unit))
             Assert.Fail($"At {x:R}: expected {expected:R}, found {actual:R}, {Math.Abs(expected - actual) / unit} units off.");
     }
