@@ -117,6 +117,7 @@ public sealed class RolloutEngine : IAsyncDisposable
     {
         ModelSpec model = ModelSpec.Load(modelFolder);
         using Checkpoint checkpoint = Checkpoint.Open(modelFolder);
+        if (tokenizer is null && File.Exists(Path.Combine(modelFolder, "tokenizer.json"))) tokenizer = Tokenizer.Load(modelFolder);
         LoadPlan plan = LoadPlan.Compile(model);
         WeightSet weights = WeightSet.Allocate(backend, plan, model.Layers);
         IReadOnlyList<DescribedWeight> described = ModelLoader.Load(checkpoint, plan, backend, weights, progress);

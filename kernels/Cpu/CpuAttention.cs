@@ -1,4 +1,5 @@
 using System.Runtime.CompilerServices;
+using System.Runtime.Intrinsics.X86;
 
 namespace Rollout.Kernels;
 
@@ -126,7 +127,7 @@ internal abstract unsafe class AttentionJob : Job, IDisposable
         return s;
     }
 
-    /// <summary>Per query: [HeadStride] query, [HeadStride] weighted values, [16] scores then weights, [16] sums, running maximum.</summary>
+    /// <summary>Per query: [HeadStride] query, [HeadStride] weighted values, [16] scores then weights, [16] sums, maximum.</summary>
     protected struct Scratch
     {
         public float* Queries;
@@ -161,7 +162,7 @@ internal sealed unsafe class AttentionJob<TLanes> : AttentionJob
         ReadOnlySpan<int> blocks = Step.BlockTables.AsSpan(RowSequence[start] * Step.MaxBlocks, Step.MaxBlocks);
         int shared = Tiles.Shared(tile);
         for (int b = 0; b < shared; b++)
-            Block(scratch, 0, queries, blocks[b], kvHead, KvCache.BlockTokens);
+            Block(scratch, 0, queries, blocks[b], blocks[b + 1 < shared ? b + 1 : b], kvHead, KvCache.BlockTokens);
 
         for (int row = start; row < end; row++)
         {
@@ -170,7 +171,8 @@ internal sealed unsafe class AttentionJob<TLanes> : AttentionJob
             for (int b = shared; b * KvCache.BlockTokens < context; b++)
             {
                 int tokens = Math.Min(KvCache.BlockTokens, context - (b * KvCache.BlockTokens));
-                Block(scratch, (row - start) * Group, Group, blocks[b], kvHead, tokens);
+                int next = (b + 1) * KvCache.BlockTokens < context ? blocks[b + 1] : blocks[b];
+                Block(scratch, (row - start) * Group, Group, blocks[b], next, kvHead, tokens);
             }
         }
 
@@ -181,16 +183,20 @@ internal sealed unsafe class AttentionJob<TLanes> : AttentionJob
         }
     }
 
-    /// <summary>Takes the first <paramref name="tokens"/> tokens of one block into <paramref name="count"/> queries.</summary>
-    private void Block(in Scratch scratch, int first, int count, int block, int kvHead, int tokens)
+    /// <summary>
+    /// Takes the first <paramref name="tokens"/> tokens of one block into <paramref name="count"/> queries, and asks for the next block:
+    /// blocks lie anywhere, so the hardware cannot guess it.
+    /// </summary>
+    private void Block(in Scratch scratch, int first, int count, int block, int next, int kvHead, int tokens)
     {
         float* keys = Cache.Keys(Layer, block, kvHead);
         float* values = Cache.Values(Layer, block, kvHead);
         float* weights = scratch.Weights + (first * KvCache.BlockTokens);
+        long ahead = Cache.Keys(Layer, next, kvHead) - keys;
         for (int q = 0; q < count; q += TLanes.Queries)
         {
             float* queries = scratch.Queries + ((first + q) * HeadStride);
-            Scores(Math.Min(TLanes.Queries, count - q), queries, keys, Cache.HeadDim, weights + (q * KvCache.BlockTokens));
+            Scores(Math.Min(TLanes.Queries, count - q), queries, keys, ahead, Cache.HeadDim, weights + (q * KvCache.BlockTokens));
         }
 
         Weigh(scratch, first, count, tokens);
@@ -198,7 +204,7 @@ internal sealed unsafe class AttentionJob<TLanes> : AttentionJob
         {
             float* sums = scratch.Values + ((first + q) * HeadStride);
             AddValues(
-                Math.Min(TLanes.Queries, count - q), weights + (q * KvCache.BlockTokens), values, Cache.ValueStride, tokens, sums);
+                Math.Min(TLanes.Queries, count - q), weights + (q * KvCache.BlockTokens), values, ahead, Cache.ValueStride, tokens, sums);
         }
     }
 
@@ -255,24 +261,24 @@ internal sealed unsafe class AttentionJob<TLanes> : AttentionJob
             output[d] = (values[d] * inverse) + 0f;
     }
 
-    private static void Scores(int count, float* queries, float* keys, int headDim, float* scores)
+    private static void Scores(int count, float* queries, float* keys, long ahead, int headDim, float* scores)
     {
         switch (count)
         {
-            case 1: Scores<Queries1>(queries, keys, headDim, scores); break;
-            case 2: Scores<Queries2>(queries, keys, headDim, scores); break;
-            case 3: Scores<Queries3>(queries, keys, headDim, scores); break;
-            case 4: Scores<Queries4>(queries, keys, headDim, scores); break;
-            case 5: Scores<Queries5>(queries, keys, headDim, scores); break;
-            case 6: Scores<Queries6>(queries, keys, headDim, scores); break;
-            case 7: Scores<Queries7>(queries, keys, headDim, scores); break;
-            default: Scores<Queries8>(queries, keys, headDim, scores); break;
+            case 1: Scores<Queries1>(queries, keys, ahead, headDim, scores); break;
+            case 2: Scores<Queries2>(queries, keys, ahead, headDim, scores); break;
+            case 3: Scores<Queries3>(queries, keys, ahead, headDim, scores); break;
+            case 4: Scores<Queries4>(queries, keys, ahead, headDim, scores); break;
+            case 5: Scores<Queries5>(queries, keys, ahead, headDim, scores); break;
+            case 6: Scores<Queries6>(queries, keys, ahead, headDim, scores); break;
+            case 7: Scores<Queries7>(queries, keys, ahead, headDim, scores); break;
+            default: Scores<Queries8>(queries, keys, ahead, headDim, scores); break;
         }
     }
 
     /// <summary>scores [queries][16] = queries [queries][headDim] x keys [headDim][16 tokens]: one chain over headDim a lane.</summary>
     [MethodImpl(MethodImplOptions.AggressiveOptimization)]
-    private static void Scores<TQueries>(float* queries, float* keys, int headDim, float* scores)
+    private static void Scores<TQueries>(float* queries, float* keys, long ahead, int headDim, float* scores)
         where TQueries : struct, IQueries
     {
         TLanes zero = TLanes.Create(0f);
@@ -286,6 +292,8 @@ internal sealed unsafe class AttentionJob<TLanes> : AttentionJob
         TLanes a7 = zero;
         for (int d = 0; d < headDim; d++)
         {
+            if (Sse.IsSupported)
+                Sse.Prefetch0(keys + ahead);
             TLanes k = TLanes.Load(keys);
             keys += KvCache.BlockTokens;
             a0 = TLanes.Fma(TLanes.Create(queries[(0 * HeadStride) + d]), k, a0);
@@ -322,24 +330,24 @@ internal sealed unsafe class AttentionJob<TLanes> : AttentionJob
             TLanes.Store(scores + (7 * KvCache.BlockTokens), a7);
     }
 
-    private static void AddValues(int count, float* weights, float* values, int stride, int tokens, float* sums)
+    private static void AddValues(int count, float* weights, float* values, long ahead, int stride, int tokens, float* sums)
     {
         switch (count)
         {
-            case 1: AddValues<Queries1>(weights, values, stride, tokens, sums); break;
-            case 2: AddValues<Queries2>(weights, values, stride, tokens, sums); break;
-            case 3: AddValues<Queries3>(weights, values, stride, tokens, sums); break;
-            case 4: AddValues<Queries4>(weights, values, stride, tokens, sums); break;
-            case 5: AddValues<Queries5>(weights, values, stride, tokens, sums); break;
-            case 6: AddValues<Queries6>(weights, values, stride, tokens, sums); break;
-            case 7: AddValues<Queries7>(weights, values, stride, tokens, sums); break;
-            default: AddValues<Queries8>(weights, values, stride, tokens, sums); break;
+            case 1: AddValues<Queries1>(weights, values, ahead, stride, tokens, sums); break;
+            case 2: AddValues<Queries2>(weights, values, ahead, stride, tokens, sums); break;
+            case 3: AddValues<Queries3>(weights, values, ahead, stride, tokens, sums); break;
+            case 4: AddValues<Queries4>(weights, values, ahead, stride, tokens, sums); break;
+            case 5: AddValues<Queries5>(weights, values, ahead, stride, tokens, sums); break;
+            case 6: AddValues<Queries6>(weights, values, ahead, stride, tokens, sums); break;
+            case 7: AddValues<Queries7>(weights, values, ahead, stride, tokens, sums); break;
+            default: AddValues<Queries8>(weights, values, ahead, stride, tokens, sums); break;
         }
     }
 
     /// <summary>sums [queries][stride] += weights [queries][16] x values [tokens][stride], over ascending tokens.</summary>
     [MethodImpl(MethodImplOptions.AggressiveOptimization)]
-    private static void AddValues<TQueries>(float* weights, float* values, int stride, int tokens, float* sums)
+    private static void AddValues<TQueries>(float* weights, float* values, long ahead, int stride, int tokens, float* sums)
         where TQueries : struct, IQueries
     {
         TLanes zero = TLanes.Create(0f);
@@ -356,6 +364,8 @@ internal sealed unsafe class AttentionJob<TLanes> : AttentionJob
             float* value = values + d;
             for (int t = 0; t < tokens; t++)
             {
+                if (Sse.IsSupported)
+                    Sse.Prefetch0(value + ahead);
                 TLanes v = TLanes.Load(value);
                 value += stride;
                 a0 = TLanes.Fma(TLanes.Create(weights[(0 * KvCache.BlockTokens) + t]), v, a0);

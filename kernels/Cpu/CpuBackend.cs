@@ -5,7 +5,7 @@ namespace Rollout.Kernels;
 
 /// <summary>
 /// The operations on the CPU: bfloat16 weights in panels, fp32 everywhere else. The same inputs give the same bits with any number of
-/// threads, any vector width, and on any CPU, since every kernel fixes its order of operations and brings its own exponential and logarithm.
+/// threads, any vector width, and on any CPU, since every kernel fixes its order of operations and brings its own exp and log.
 /// </summary>
 public sealed unsafe class CpuBackend : IBackend
 {
@@ -194,7 +194,9 @@ public sealed unsafe class CpuBackend : IBackend
             for (int row = start; row < end; row++)
             {
                 int position = step.Positions[row];
-                if (position < 0 || position / KvCache.BlockTokens >= step.MaxBlocks || (row > start && position <= step.Positions[row - 1]))
+                if (position < 0
+                    || position / KvCache.BlockTokens >= step.MaxBlocks
+                    || (row > start && position <= step.Positions[row - 1]))
                     throw new ArgumentException($"Row {row} has position {position}: out of range or not ascending.", nameof(step));
                 _rowSequence[row] = s;
             }
@@ -259,7 +261,8 @@ public sealed unsafe class CpuBackend : IBackend
         Multiply(Own(input, rows, matrix.Inputs), matrix, bias, Own(residual, rows, matrix.Outputs), rows, add: true);
     }
 
-    public void RopeStoreKv(Tensor qkv, int heads, Weight? queryNorm, Weight? keyNorm, float epsilon, RopeTable rope, KvCache cache, int layer)
+    public void RopeStoreKv(
+        Tensor qkv, int heads, Weight? queryNorm, Weight? keyNorm, float epsilon, RopeTable rope, KvCache cache, int layer)
     {
         StepLayout step = Step();
         CpuKvCache keysValues = Own(cache);
@@ -288,7 +291,8 @@ public sealed unsafe class CpuBackend : IBackend
         _rope.Layer = layer;
         _rope.Step = step;
         _rope.RowSequence = _rowSequence;
-        _workers.Run(_rope, step.RowCount, (long)step.RowCount * tensor.Columns > SmallWork);
+        int units = (step.RowCount + RopeJob.RowsPerUnit - 1) / RopeJob.RowsPerUnit;
+        _workers.Run(_rope, units, (long)step.RowCount * tensor.Columns > SmallWork);
     }
 
     public void Attend(Tensor qkv, int heads, float scale, KvCache cache, int layer, Tensor output)

@@ -121,7 +121,7 @@ internal sealed unsafe class PackRowsJob : Job
 internal sealed unsafe class MatMulJob<TVector> : MatMulJob
     where TVector : unmanaged, IVector<TVector>
 {
-    /// <summary>Lines that a tile asks for ahead of itself; further than the hardware looks, and across the border to the next panel.</summary>
+    /// <summary>Lines that a tile asks for ahead of itself: further than the hardware looks, and on into the next panel.</summary>
     private const int Ahead = 32;
 
     public override int TileRows => TVector.TileRows;
@@ -137,7 +137,10 @@ internal sealed unsafe class MatMulJob<TVector> : MatMulJob
             float* input = Input + ((long)start * Inputs);
             float* output = Output + ((long)start * Stride) + column;
             for (int part = 0; part < PanelLayout.Width / 2; part += TVector.Width)
-                Tile(tiles.Height(tile), input, panel + (2 * part), Inputs, output + part, Stride, Bias == null ? null : Bias + column + part, Add);
+            {
+                float* bias = Bias == null ? null : Bias + column + part;
+                Tile(tiles.Height(tile), input, panel + (2 * part), Inputs, output + part, Stride, bias, Add);
+            }
         }
     }
 

@@ -4,10 +4,13 @@ namespace Rollout.Kernels;
 
 /// <summary>
 /// Rotary position embedding (Su et al. 2021, halves paired) of queries in place and of keys on their way into the cache, after an optional
-/// RMS norm of every head; values are copied. Units: rows. Keys land transposed, [headDim][16 tokens].
+/// RMS norm of every head; values are copied. Keys land transposed, [headDim][16 tokens]. Units: <see cref="RowsPerUnit"/> rows.
 /// </summary>
 internal abstract unsafe class RopeJob : Job
 {
+    /// <summary>Neighbouring tokens share the cache lines of their keys: two threads should not take them in turns.</summary>
+    public const int RowsPerUnit = 8;
+
     public float* Qkv;
     public int Stride;
     public int Heads;
@@ -26,13 +29,20 @@ internal sealed unsafe class RopeJob<TLanes> : RopeJob
 {
     public override void Execute(int unit, int worker)
     {
-        int position = Step.Positions[unit];
-        int block = Step.BlockTables[(RowSequence[unit] * Step.MaxBlocks) + (position / KvCache.BlockTokens)];
+        int end = Math.Min(Step.RowCount, (unit + 1) * RowsPerUnit);
+        for (int row = unit * RowsPerUnit; row < end; row++)
+            Row(row);
+    }
+
+    private void Row(int row)
+    {
+        int position = Step.Positions[row];
+        int block = Step.BlockTables[(RowSequence[row] * Step.MaxBlocks) + (position / KvCache.BlockTokens)];
         int slot = position % KvCache.BlockTokens;
         int headDim = Cache.HeadDim;
         float* cos = Rope.Cos(position), sin = Rope.Sin(position);
 
-        float* head = Qkv + ((long)unit * Stride);
+        float* head = Qkv + ((long)row * Stride);
         for (int h = 0; h < Heads; h++, head += headDim)
             NormAndRotate(head, QueryNorm, Epsilon, cos, sin, headDim);
 

@@ -131,7 +131,7 @@ internal sealed unsafe class SampleJob<TLanes> : SampleJob
             LogSum(x, Vocabulary, out _, out logSum);
         }
 
-        int token = ArgMaxWithNoise(x, Vocabulary, query);
+        int token = ArgMaxWithNoise(x, Vocabulary, max, query);
         samplingLogProb = token < 0 ? 0f : x[token] - max - logSum;
         return token;
     }
@@ -429,12 +429,13 @@ internal sealed unsafe class SampleJob<TLanes> : SampleJob
     // ---- Drawing.
 
     /// <summary>
-    /// arg-max of x + Gumbel noise, the lowest id among equals, -1 where all are negative infinity. Tokens are met in ascending order, 64 at a
-    /// time; where even the largest noise of the 64 could not lift the largest x of the 64 above the best so far, their logarithms are
-    /// not taken. Rounded addition being monotone, that changes no result.
+    /// arg-max of x + Gumbel noise, the lowest id among equals, -1 where all are negative infinity. Tokens are met in ascending order, 64
+    /// at a time; where even the largest noise of the 64 could not lift the largest x of the 64 above the best so far, their logarithms are
+    /// not taken. Rounded addition being monotone, that changes no result. Two such tests: one on the random words alone, against the word
+    /// that the row's largest x would need (computed anew only when the best changes), then one on the 64 themselves.
     /// </summary>
     [MethodImpl(MethodImplOptions.AggressiveOptimization)]
-    private static int ArgMaxWithNoise(float* x, int n, in SampleQuery query)
+    private static int ArgMaxWithNoise(float* x, int n, float max, in SampleQuery query)
     {
         // Covers the last bits by which the logarithm may fail to be monotone.
         const float Margin = 1e-4f;
@@ -445,7 +446,7 @@ internal sealed unsafe class SampleJob<TLanes> : SampleJob
         for (uint j = 0; j < LaneMemory.Count; j++)
             index[j] = j;
 
-        float best = float.NegativeInfinity;
+        float best = float.NegativeInfinity, leastWord = 0f;
         int token = -1;
         for (int start = 0; start < n; start += 64)
         {
@@ -465,13 +466,15 @@ internal sealed unsafe class SampleJob<TLanes> : SampleJob
             TLanes words = TLanes.Max(
                 TLanes.Max(TLanes.ToSingle(TLanes.ShiftRight(r0, 9)), TLanes.ToSingle(TLanes.ShiftRight(r1, 9))),
                 TLanes.Max(TLanes.ToSingle(TLanes.ShiftRight(r2, 9)), TLanes.ToSingle(TLanes.ShiftRight(r3, 9))));
-            if (top + (VectorMath.Gumbel((uint)TLanes.Largest(words) << 9) + Margin) < best)
+            float largestWord = TLanes.Largest(words);
+            if (largestWord < leastWord || top + (VectorMath.Gumbel((uint)largestWord << 9) + Margin) < best)
                 continue;
 
-            TLanes.Store(noise, VectorMath.Gumbel(r0));
-            TLanes.Store(noise + 16, VectorMath.Gumbel(r1));
-            TLanes.Store(noise + 32, VectorMath.Gumbel(r2));
-            TLanes.Store(noise + 48, VectorMath.Gumbel(r3));
+            TLanes.Store(noise, r0);
+            TLanes.Store(noise + 16, r1);
+            TLanes.Store(noise + 32, r2);
+            TLanes.Store(noise + 48, r3);
+            ToNoise(noise);
             for (int i = start; i < end; i++)
             {
                 int v = i - start;
@@ -479,9 +482,22 @@ internal sealed unsafe class SampleJob<TLanes> : SampleJob
                 if (value > best)
                     (best, token) = (value, i);
             }
+
+            // The word whose noise would lift the largest x to the best, less more than exp and the rounding of u can be off.
+            const float Slack = 32f;
+            float noiseNeeded = best - max - Margin;
+            leastWord = (VectorMath.Exp(-VectorMath.Exp(-noiseNeeded)) * (1 << 23)) - Slack;
         }
 
         return token;
+    }
+
+    /// <summary>64 random words to Gumbel noise, in place.</summary>
+    [MethodImpl(MethodImplOptions.NoInlining | MethodImplOptions.AggressiveOptimization)]
+    private static void ToNoise(float* words)
+    {
+        for (int i = 0; i < 64; i += LaneMemory.Count)
+            TLanes.Store(words + i, VectorMath.Gumbel(TLanes.Load(words + i)));
     }
 
     /// <summary>The most probable tokens under the model, equals by ascending id.</summary>

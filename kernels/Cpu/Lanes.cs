@@ -64,8 +64,14 @@ internal unsafe interface ILanes<TSelf>
     /// <summary>The 32-bit signed integers of a, as numbers.</summary>
     static abstract TSelf ToSingle(TSelf a);
 
-    /// <summary>High and low halves of the unsigned products of the bits.</summary>
-    static abstract void MultiplyBits(TSelf a, TSelf b, out TSelf high, out TSelf low);
+    /// <summary>a * 2^n, rounded once also below the normal range; n whole numbers in [-150, 129].</summary>
+    static abstract TSelf Scale(TSelf a, TSelf n);
+
+    /// <summary>Upper halves of the unsigned 64-bit products of the bits.</summary>
+    static abstract TSelf MultiplyHigh(TSelf a, TSelf b);
+
+    /// <summary>Lower halves of the same products.</summary>
+    static abstract TSelf MultiplyLow(TSelf a, TSelf b);
 
     static abstract bool Any(TSelf mask);
 
@@ -149,24 +155,26 @@ internal readonly unsafe struct Lanes512(Vector512<float> value) : ILanes<Lanes5
     public static Lanes512 ToSingle(Lanes512 a) => new(Vector512.ConvertToSingle(a.V.AsInt32()));
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static void MultiplyBits(Lanes512 a, Lanes512 b, out Lanes512 high, out Lanes512 low)
+    public static Lanes512 Scale(Lanes512 a, Lanes512 n) =>
+        Avx512F.IsSupported ? new(Avx512F.Scale(a.V, n.V)) : VectorMath.ScaleInTwo(a, n);
+
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static Lanes512 MultiplyHigh(Lanes512 a, Lanes512 b)
     {
         Vector512<uint> x = a.V.AsUInt32(), y = b.V.AsUInt32();
         if (!Avx512F.IsSupported)
         {
-            Lanes256.MultiplyHalves(x.GetLower(), y.GetLower(), out var h0, out var l0);
-            Lanes256.MultiplyHalves(x.GetUpper(), y.GetUpper(), out var h1, out var l1);
-            high = new(Vector512.Create(h0, h1).AsSingle());
-            low = new(Vector512.Create(l0, l1).AsSingle());
-            return;
+            return new(Vector512.Create(
+                Lanes256.UpperHalves(x.GetLower(), y.GetLower()), Lanes256.UpperHalves(x.GetUpper(), y.GetUpper())).AsSingle());
         }
 
         Vector512<ulong> even = Avx512F.Multiply(x, y);
         Vector512<ulong> odd = Avx512F.Multiply((x.AsUInt64() >>> 32).AsUInt32(), (y.AsUInt64() >>> 32).AsUInt32());
-        Vector512<ulong> lowHalf = Vector512.Create(0xFFFFFFFFul);
-        high = new(Vector512.ConditionalSelect(lowHalf, even >>> 32, odd).AsSingle());
-        low = new(Vector512.ConditionalSelect(lowHalf, even, odd << 32).AsSingle());
+        return new(Vector512.ConditionalSelect(Vector512.Create(0xFFFFFFFFul), even >>> 32, odd).AsSingle());
     }
+
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static Lanes512 MultiplyLow(Lanes512 a, Lanes512 b) => new((a.V.AsUInt32() * b.V.AsUInt32()).AsSingle());
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static bool Any(Lanes512 mask) => mask.V.AsUInt32().ExtractMostSignificantBits() != 0;
@@ -265,31 +273,30 @@ internal readonly unsafe struct Lanes256(Vector256<float> a, Vector256<float> b)
         new(Vector256.ConvertToSingle(a.A.AsInt32()), Vector256.ConvertToSingle(a.B.AsInt32()));
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static void MultiplyBits(Lanes256 a, Lanes256 b, out Lanes256 high, out Lanes256 low)
-    {
-        MultiplyHalves(a.A.AsUInt32(), b.A.AsUInt32(), out Vector256<uint> h0, out Vector256<uint> l0);
-        MultiplyHalves(a.B.AsUInt32(), b.B.AsUInt32(), out Vector256<uint> h1, out Vector256<uint> l1);
-        high = new(h0.AsSingle(), h1.AsSingle());
-        low = new(l0.AsSingle(), l1.AsSingle());
-    }
+    public static Lanes256 Scale(Lanes256 a, Lanes256 n) => VectorMath.ScaleInTwo(a, n);
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static void MultiplyHalves(Vector256<uint> x, Vector256<uint> y, out Vector256<uint> high, out Vector256<uint> low)
+    public static Lanes256 MultiplyHigh(Lanes256 a, Lanes256 b) =>
+        new(
+            UpperHalves(a.A.AsUInt32(), b.A.AsUInt32()).AsSingle(),
+            UpperHalves(a.B.AsUInt32(), b.B.AsUInt32()).AsSingle());
+
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static Lanes256 MultiplyLow(Lanes256 a, Lanes256 b) =>
+        new((a.A.AsUInt32() * b.A.AsUInt32()).AsSingle(), (a.B.AsUInt32() * b.B.AsUInt32()).AsSingle());
+
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static Vector256<uint> UpperHalves(Vector256<uint> x, Vector256<uint> y)
     {
         if (!Avx2.IsSupported)
         {
-            Lanes128.MultiplyHalves(x.GetLower(), y.GetLower(), out var h0, out var l0);
-            Lanes128.MultiplyHalves(x.GetUpper(), y.GetUpper(), out var h1, out var l1);
-            high = Vector256.Create(h0, h1);
-            low = Vector256.Create(l0, l1);
-            return;
+            return Vector256.Create(
+                Lanes128.UpperHalves(x.GetLower(), y.GetLower()), Lanes128.UpperHalves(x.GetUpper(), y.GetUpper()));
         }
 
         Vector256<ulong> even = Avx2.Multiply(x, y);
         Vector256<ulong> odd = Avx2.Multiply((x.AsUInt64() >>> 32).AsUInt32(), (y.AsUInt64() >>> 32).AsUInt32());
-        Vector256<ulong> lowHalf = Vector256.Create(0xFFFFFFFFul);
-        high = Vector256.ConditionalSelect(lowHalf, even >>> 32, odd).AsUInt32();
-        low = Vector256.ConditionalSelect(lowHalf, even, odd << 32).AsUInt32();
+        return Vector256.ConditionalSelect(Vector256.Create(0xFFFFFFFFul), even >>> 32, odd).AsUInt32();
     }
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
@@ -439,34 +446,39 @@ internal readonly unsafe struct Lanes128(Vector128<float> a, Vector128<float> b,
             Vector128.ConvertToSingle(a.D.AsInt32()));
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static void MultiplyBits(Lanes128 a, Lanes128 b, out Lanes128 high, out Lanes128 low)
-    {
-        MultiplyHalves(a.A.AsUInt32(), b.A.AsUInt32(), out Vector128<uint> h0, out Vector128<uint> l0);
-        MultiplyHalves(a.B.AsUInt32(), b.B.AsUInt32(), out Vector128<uint> h1, out Vector128<uint> l1);
-        MultiplyHalves(a.C.AsUInt32(), b.C.AsUInt32(), out Vector128<uint> h2, out Vector128<uint> l2);
-        MultiplyHalves(a.D.AsUInt32(), b.D.AsUInt32(), out Vector128<uint> h3, out Vector128<uint> l3);
-        high = new(h0.AsSingle(), h1.AsSingle(), h2.AsSingle(), h3.AsSingle());
-        low = new(l0.AsSingle(), l1.AsSingle(), l2.AsSingle(), l3.AsSingle());
-    }
+    public static Lanes128 Scale(Lanes128 a, Lanes128 n) => VectorMath.ScaleInTwo(a, n);
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static void MultiplyHalves(Vector128<uint> x, Vector128<uint> y, out Vector128<uint> high, out Vector128<uint> low)
+    public static Lanes128 MultiplyHigh(Lanes128 a, Lanes128 b) =>
+        new(
+            UpperHalves(a.A.AsUInt32(), b.A.AsUInt32()).AsSingle(),
+            UpperHalves(a.B.AsUInt32(), b.B.AsUInt32()).AsSingle(),
+            UpperHalves(a.C.AsUInt32(), b.C.AsUInt32()).AsSingle(),
+            UpperHalves(a.D.AsUInt32(), b.D.AsUInt32()).AsSingle());
+
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static Lanes128 MultiplyLow(Lanes128 a, Lanes128 b) =>
+        new(
+            (a.A.AsUInt32() * b.A.AsUInt32()).AsSingle(),
+            (a.B.AsUInt32() * b.B.AsUInt32()).AsSingle(),
+            (a.C.AsUInt32() * b.C.AsUInt32()).AsSingle(),
+            (a.D.AsUInt32() * b.D.AsUInt32()).AsSingle());
+
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static Vector128<uint> UpperHalves(Vector128<uint> x, Vector128<uint> y)
     {
-        low = x * y;
-        if (Sse2.IsSupported)
+        if (!Sse2.IsSupported)
         {
-            Vector128<ulong> even = Sse2.Multiply(x, y) >>> 32;
-            Vector128<ulong> odd = Sse2.Multiply((x.AsUInt64() >>> 32).AsUInt32(), (y.AsUInt64() >>> 32).AsUInt32());
-            high = Vector128.ConditionalSelect(Vector128.Create(0xFFFFFFFFul), even, odd).AsUInt32();
-        }
-        else
-        {
-            high = Vector128.Create(
+            return Vector128.Create(
                 (uint)(((ulong)x[0] * y[0]) >> 32),
                 (uint)(((ulong)x[1] * y[1]) >> 32),
                 (uint)(((ulong)x[2] * y[2]) >> 32),
                 (uint)(((ulong)x[3] * y[3]) >> 32));
         }
+
+        Vector128<ulong> even = Sse2.Multiply(x, y) >>> 32;
+        Vector128<ulong> odd = Sse2.Multiply((x.AsUInt64() >>> 32).AsUInt32(), (y.AsUInt64() >>> 32).AsUInt32());
+        return Vector128.ConditionalSelect(Vector128.Create(0xFFFFFFFFul), even, odd).AsUInt32();
     }
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
@@ -551,12 +563,11 @@ internal readonly unsafe struct Lane(float value) : ILanes<Lane>
 
     public static Lane ToSingle(Lane a) => new((int)a.Bits);
 
-    public static void MultiplyBits(Lane a, Lane b, out Lane high, out Lane low)
-    {
-        ulong product = (ulong)a.Bits * b.Bits;
-        high = CreateBits((uint)(product >> 32));
-        low = CreateBits((uint)product);
-    }
+    public static Lane Scale(Lane a, Lane n) => VectorMath.ScaleInTwo(a, n);
+
+    public static Lane MultiplyHigh(Lane a, Lane b) => CreateBits((uint)(((ulong)a.Bits * b.Bits) >> 32));
+
+    public static Lane MultiplyLow(Lane a, Lane b) => CreateBits(a.Bits * b.Bits);
 
     public static bool Any(Lane mask) => mask.Bits != 0;
 

@@ -1,6 +1,7 @@
 using System.Diagnostics;
 using System.Runtime.CompilerServices;
 using System.Runtime.Intrinsics;
+using System.Runtime.Intrinsics.X86;
 
 namespace Rollout.Kernels;
 
@@ -9,7 +10,7 @@ public static unsafe class MachineLimits
 {
     private const int Repetitions = 7;
 
-    /// <summary>Fused multiply-adds in registers on all threads at once, in 10^9 floating point operations per second: best of several.</summary>
+    /// <summary>Fused multiply-adds in registers on all threads at once, in GFLOP/s: best of several.</summary>
     public static double MeasureFmaGflops(int threads)
     {
         using Workers workers = new(threads);
@@ -92,6 +93,8 @@ public static unsafe class MachineLimits
     {
         public const int UnitBytes = 1 << 20;
 
+        private const int Ahead = 2048;
+
         public byte* Data;
 
         private ulong _sink;
@@ -104,6 +107,13 @@ public static unsafe class MachineLimits
             Vector512<ulong> a = default, b = default;
             for (; p < end; p += 128)
             {
+                // What the kernels do as well; without it one core waits for the hardware to notice each new page.
+                if (Sse.IsSupported)
+                {
+                    Sse.Prefetch0(p + Ahead);
+                    Sse.Prefetch0(p + Ahead + 64);
+                }
+
                 a |= Vector512.Load((ulong*)p);
                 b |= Vector512.Load((ulong*)(p + 64));
             }

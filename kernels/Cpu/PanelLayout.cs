@@ -17,6 +17,9 @@ internal static unsafe class PanelLayout
     /// <summary>Inputs per pass when packing: 32 rows of one cache line each.</summary>
     private const int Block = 32;
 
+    /// <summary>Inputs that packing asks for ahead of itself.</summary>
+    private const int Ahead = 128;
+
     public static int RoundUp(int columns) => (columns + Width - 1) / Width * Width;
 
     public static int Count(int outputs) => (outputs + Width - 1) / Width;
@@ -65,6 +68,10 @@ internal static unsafe class PanelLayout
             count -= taken;
             source += taken * size;
         }
+
+        // Non-temporal stores are not ordered with those by which the caller will tell others that it is done.
+        if (Sse.IsSupported)
+            Sse.StoreFence();
     }
 
     public static void Read(ushort* panels, int inputs, long element, Span<float> destination)
@@ -182,6 +189,13 @@ internal static unsafe class PanelLayout
                 stride = Block;
             }
 
+            // 32 rows are more streams than the hardware follows.
+            if (Sse.IsSupported && type == DType.BFloat16)
+            {
+                for (int r = 0; r < Width; r++)
+                    Sse.Prefetch0(source + ((((long)r * inputs) + k + Ahead) * size));
+            }
+
             uint* lines = (uint*)(panel + ((long)k * Width));
             if (Avx512F.IsSupported && count == Block)
             {
@@ -246,15 +260,15 @@ internal static unsafe class PanelLayout
         t3 = Avx512F.UnpackHigh(x1, x3).AsUInt32();
     }
 
-    /// <summary>Part q of a, b, c, d makes line 4q (from <paramref name="lines"/>).</summary>
+    /// <summary>Part q of a, b, c, d makes line 4q. Whole lines go past the caches: nobody reads them soon.</summary>
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     private static void Spread(Vector512<uint> a, Vector512<uint> b, Vector512<uint> c, Vector512<uint> d, uint* lines)
     {
         Vector512<uint> ab02 = Avx512F.Shuffle4x128(a, b, 0b10_00_10_00), ab13 = Avx512F.Shuffle4x128(a, b, 0b11_01_11_01);
         Vector512<uint> cd02 = Avx512F.Shuffle4x128(c, d, 0b10_00_10_00), cd13 = Avx512F.Shuffle4x128(c, d, 0b11_01_11_01);
-        Avx512F.Shuffle4x128(ab02, cd02, 0b10_00_10_00).Store(lines);
-        Avx512F.Shuffle4x128(ab13, cd13, 0b10_00_10_00).Store(lines + (4 * 16));
-        Avx512F.Shuffle4x128(ab02, cd02, 0b11_01_11_01).Store(lines + (8 * 16));
-        Avx512F.Shuffle4x128(ab13, cd13, 0b11_01_11_01).Store(lines + (12 * 16));
+        Avx512F.Shuffle4x128(ab02, cd02, 0b10_00_10_00).StoreAlignedNonTemporal(lines);
+        Avx512F.Shuffle4x128(ab13, cd13, 0b10_00_10_00).StoreAlignedNonTemporal(lines + (4 * 16));
+        Avx512F.Shuffle4x128(ab02, cd02, 0b11_01_11_01).StoreAlignedNonTemporal(lines + (8 * 16));
+        Avx512F.Shuffle4x128(ab13, cd13, 0b11_01_11_01).StoreAlignedNonTemporal(lines + (12 * 16));
     }
 }

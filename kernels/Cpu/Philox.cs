@@ -20,8 +20,8 @@ internal static class Philox
         TLanes m0 = TLanes.CreateBits(Multiplier0), m1 = TLanes.CreateBits(Multiplier1);
         for (int round = 0; round < Rounds; round++)
         {
-            TLanes.MultiplyBits(x0, m0, out TLanes high0, out TLanes low0);
-            TLanes.MultiplyBits(x2, m1, out TLanes high1, out TLanes low1);
+            TLanes high0 = TLanes.MultiplyHigh(x0, m0), low0 = TLanes.MultiplyLow(x0, m0);
+            TLanes high1 = TLanes.MultiplyHigh(x2, m1), low1 = TLanes.MultiplyLow(x2, m1);
             x0 = TLanes.Xor(TLanes.Xor(high1, x1), TLanes.CreateBits(key0));
             x2 = TLanes.Xor(TLanes.Xor(high0, x3), TLanes.CreateBits(key1));
             x1 = low1;

@@ -33,13 +33,21 @@ internal static class VectorMath
         p = TLanes.Fma(p, r, TLanes.Create(5.0000001201e-1f));
         p = TLanes.Fma(p * r, r, r) + TLanes.Create(1f);
 
-        // 2^n in two factors, so that results below the normal range are rounded once and not flushed.
-        TLanes bits = TLanes.SubtractBits(shifted, magic);
+        return TLanes.Scale(p, n);
+    }
+
+    /// <summary>a * 2^n in two factors, so that results below the normal range are rounded once and not flushed.</summary>
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static TLanes ScaleInTwo<TLanes>(TLanes a, TLanes n)
+        where TLanes : unmanaged, ILanes<TLanes>
+    {
+        TLanes magic = TLanes.Create(12582912f);
+        TLanes bits = TLanes.SubtractBits(n + magic, magic);
         TLanes half = TLanes.SubtractBits(
             TLanes.ShiftRight(TLanes.AddBits(bits, TLanes.CreateBits(256)), 1), TLanes.CreateBits(128));
         TLanes rest = TLanes.SubtractBits(bits, half);
         TLanes bias = TLanes.CreateBits(127);
-        return p * TLanes.ShiftLeft(TLanes.AddBits(half, bias), 23) * TLanes.ShiftLeft(TLanes.AddBits(rest, bias), 23);
+        return a * TLanes.ShiftLeft(TLanes.AddBits(half, bias), 23) * TLanes.ShiftLeft(TLanes.AddBits(rest, bias), 23);
     }
 
     /// <summary>Natural logarithm of a positive normal number.</summary>
@@ -83,13 +91,17 @@ internal static class VectorMath
         return zero - Log(zero - Log(u));
     }
 
+    // Not inlined: a kernel that takes in too many of these runs out of the compiler's budget and is left with calls in its loops.
+    [MethodImpl(MethodImplOptions.NoInlining | MethodImplOptions.AggressiveOptimization)]
     public static float Exp(float x) => Exp(new Lane(x)).V;
 
+    [MethodImpl(MethodImplOptions.NoInlining | MethodImplOptions.AggressiveOptimization)]
     public static float Log(float x) => Log(new Lane(x)).V;
 
+    [MethodImpl(MethodImplOptions.NoInlining | MethodImplOptions.AggressiveOptimization)]
     public static float Gumbel(uint random) => Gumbel(Lane.CreateBits(random)).V;
 
-    /// <summary>Sine and cosine in double precision, for |x| below 2^27 or so: two-constant reduction by pi/2, then fdlibm's kernels.</summary>
+    /// <summary>Sine and cosine in double precision, |x| below 2^27: reduction by pi/2 in two constants, then fdlibm's kernels.</summary>
     public static (double Sin, double Cos) SinCos(double x)
     {
         const double TwoOverPi = 0.63661977236758134308;

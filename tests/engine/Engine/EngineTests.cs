@@ -168,9 +168,11 @@ public sealed class EngineTests
 
         public static string Text(int id) => $"<{id}>";
 
-        public override int[] Encode(string text, bool addSpecialTokens) => throw new NotSupportedException();
+        public override int VocabSize => 320;
 
-        public override string Decode(ReadOnlySpan<int> ids) => throw new NotSupportedException();
+        public override IReadOnlyDictionary<string, int> SpecialTokens => new Dictionary<string, int>();
+
+        public override int[] Encode(string text, bool addSpecialTokens) => throw new NotSupportedException();
 
         public override ReadOnlySpan<byte> TokenBytes(int id) => _bytes[id];
     }

@@ -171,7 +171,7 @@ public sealed class SafetensorsFileTests : IDisposable
                 file.Read(info, 0, read);
                 Assert.Equal(bytes, read);
             }
-        }, iter: 200);
+        }, iter: 100);
 
     [Fact]
     public void A_corrupt_header_is_refused_or_describes_tensors_inside_the_file() =>
@@ -204,7 +204,7 @@ public sealed class SafetensorsFileTests : IDisposable
             {
             }
             Assert.InRange(GC.GetAllocatedBytesForCurrentThread() - before, 0, 1 << 20);
-        }, iter: 2000);
+        }, iter: 500);
 
     [Fact]
     public void A_writer_that_is_not_completed_leaves_no_file()

@@ -1,0 +1,69 @@
+using System.Globalization;
+using System.Text;
+
+namespace Rollout.Examples.Grpo;
+
+/// <summary>One question and its right answer, as text.</summary>
+public sealed record Problem(string Prompt, string Answer)
+{
+    /// <summary>The question as the policy reads it.</summary>
+    public int[] Tokens { get; } = ArithmeticTask.Encode(Prompt);
+}
+
+/// <summary>
+/// Additions of two two-digit numbers, the sum written units first, as one adds by hand: "47+85=" wants "231", for 132. One pair in ten
+/// is held out: neither the warm start nor GRPO ever sees it, in either order.
+/// </summary>
+public sealed class ArithmeticTask
+{
+    /// <summary>One token a byte, and one more that ends a text.</summary>
+    public const int EndOfText = 256;
+    public const int VocabSize = 257;
+    /// <summary>Three digits and the end.</summary>
+    public const int MaxAnswerTokens = 4;
+
+    private readonly Random _random;
+    private readonly Problem[] _training;
+    private readonly Problem[] _heldOut;
+
+    public ArithmeticTask(int seed)
+    {
+        _random = new Random(seed);
+        // The split is the same for every seed, so that accuracies compare.
+        var split = new Random(17);
+        List<Problem> training = [], heldOut = [];
+        for (var a = 10; a < 100; a++)
+        {
+            for (var b = a; b < 100; b++)
+            {
+                var list = split.Next(10) == 0 ? heldOut : training;
+                list.Add(Make(a, b));
+                if (a != b)
+                    list.Add(Make(b, a));
+            }
+        }
+
+        _training = [.. training];
+        _heldOut = [.. heldOut];
+        split.Shuffle(_heldOut);
+    }
+
+    /// <summary>The problems no training sees, shuffled.</summary>
+    public IReadOnlyList<Problem> HeldOut => _heldOut;
+
+    public IReadOnlyList<Problem> Training => _training;
+
+    public Problem[] NextTraining(int count) => _random.GetItems(_training, count);
+
+    public static int[] Encode(string text) => [.. Encoding.UTF8.GetBytes(text).Select(b => (int)b)];
+
+    /// <summary>1 for exactly the right answer and then the end, else 0.</summary>
+    public static double Reward(Problem problem, IReadOnlyList<int> completion) =>
+        completion.SequenceEqual([.. Encode(problem.Answer), EndOfText]) ? 1 : 0;
+
+    private static Problem Make(int a, int b)
+    {
+        var sum = (a + b).ToString(CultureInfo.InvariantCulture);
+        return new(string.Create(CultureInfo.InvariantCulture, $"{a}+{b}="), new string([.. sum.Reverse()]));
+    }
+}

@@ -1,0 +1,47 @@
+using System.CommandLine;
+
+namespace Rollout.Examples.Grpo;
+
+/// <summary>What the command line chose.</summary>
+public sealed record Options(int Seed, int Steps, double Minutes, double Target, int Prompts, int Samples, int Threads, string Out)
+{
+    /// <summary>Parses the arguments; help and mistakes are printed, and answered with null and an exit code.</summary>
+    public static (Options? Options, int ExitCode) Parse(string[] args)
+    {
+        var seed = new Option<int>("--seed") { Description = "Seed of the weights, the problems and the samples", DefaultValueFactory = _ => 1 };
+        var steps = new Option<int>("--steps") { Description = "At most this many GRPO steps", DefaultValueFactory = _ => 300 };
+        var minutes = new Option<double>("--minutes") { Description = "Stop after this long, start-up included", DefaultValueFactory = _ => 3 };
+        var target = new Option<double>("--target")
+        {
+            Description = "Stop once the mean reward of ten steps has reached this",
+            DefaultValueFactory = _ => 0.95,
+        };
+        var prompts = new Option<int>("--prompts") { Description = "Problems a step", DefaultValueFactory = _ => 32 };
+        var samples = new Option<int>("--samples") { Description = "Samples a problem: the size of a group", DefaultValueFactory = _ => 16 };
+        var threads = new Option<int>("--threads")
+        {
+            Description = "Threads of the trainer",
+            DefaultValueFactory = _ => Math.Clamp(Environment.ProcessorCount, 1, 8),
+        };
+        var output = new Option<string>("--out") { Description = "Folder for the model and the plot", DefaultValueFactory = _ => "grpo-out" };
+        foreach (var count in (Option<int>[])[steps, prompts, samples, threads])
+        {
+            count.Validators.Add(result =>
+            {
+                if (result.GetValueOrDefault<int>() < 1)
+                    result.AddError($"{count.Name} must be at least 1.");
+            });
+        }
+
+        var command = new RootCommand("Trains a small policy to add, with GRPO, on samples from a Rollout sidecar.")
+        {
+            seed, steps, minutes, target, prompts, samples, threads, output,
+        };
+        Options? options = null;
+        command.SetAction(parsed => options = new(
+            parsed.GetValue(seed), parsed.GetValue(steps), parsed.GetValue(minutes), parsed.GetValue(target), parsed.GetValue(prompts),
+            parsed.GetValue(samples), parsed.GetValue(threads), parsed.GetValue(output)!));
+        var code = command.Parse(args).Invoke();
+        return (options, code);
+    }
+}

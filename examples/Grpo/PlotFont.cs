@@ -1,0 +1,2 @@
+namespace Rollout.Examples.Grpo;
+public static class PlotFont { public static void Install() { } }

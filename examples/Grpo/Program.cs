@@ -1,0 +1,66 @@
+using System.Diagnostics;
+using Rollout.Client.Torch;
+using Rollout.Examples.Grpo;
+using TorchSharp;
+
+var clock = Stopwatch.StartNew();
+var (options, exitCode) = Options.Parse(args);
+if (options is null)
+    return exitCode;
+
+TorchNative.EnsureLoaded();
+torch.set_num_threads(options.Threads);
+torch.manual_seed(options.Seed);
+var report = new Report(options);
+var task = new ArithmeticTask(options.Seed);
+
+// A small Qwen3 that has seen just enough right answers to be right now and then: GRPO learns from the difference.
+using var policy = new Policy(new PolicyConfig { VocabSize = ArithmeticTask.VocabSize });
+using var weights = new MasterWeights(policy);
+report.Line($"seed {options.Seed}: a Qwen3 of {policy.parameters().Sum(p => p.numel()):n0} parameters, {task.HeldOut.Count} problems held out");
+var (warmSteps, expected) = WarmStart.Run(policy, weights, task);
+report.WarmStart(warmSteps, expected, clock.Elapsed);
+using var reference = policy.Freeze();
+
+var folder = Path.Combine(options.Out, "model");
+HuggingFaceFolder.Write(folder, policy);
+await using IRollouts rollouts = await LocalRollouts.StartAsync(folder, policy);
+var grpo = new Grpo(policy, reference, weights);
+report.HeldOut(0, await AccuracyAsync(task.HeldOut));
+
+for (var step = 1; step <= options.Steps && clock.Elapsed.TotalMinutes < options.Minutes && report.RecentReward < options.Target; step++)
+{
+    var problems = task.NextTraining(options.Prompts);
+
+    var started = clock.Elapsed;
+    var groups = await rollouts.SampleAsync([.. problems.Select(p => p.Tokens)], options.Samples, ArithmeticTask.MaxAnswerTokens,
+        temperature: 1, seed: SampleSeed(step));
+    var sampled = clock.Elapsed;
+
+    var rewards = groups.Zip(problems, (g, p) => g.Samples.Select(s => ArithmeticTask.Reward(p, s.Tokens)).ToArray()).ToArray();
+    var stats = grpo.Step(groups, rewards);
+    var trained = clock.Elapsed;
+
+    await rollouts.PushAsync(policy, version: step + 1);
+    var pushed = clock.Elapsed;
+
+    report.Step(new(step, rewards.Average(r => r.Average()), stats, groups.Sum(g => g.Samples.Sum(s => (long)s.Tokens.Length)),
+        sampled - started, trained - sampled, pushed - trained, pushed));
+    if (step % 20 == 0)
+        report.HeldOut(step, await AccuracyAsync([.. task.HeldOut.Take(200)]));
+}
+
+report.HeldOut(report.StepsTaken, await AccuracyAsync(task.HeldOut));
+report.Finish(clock.Elapsed);
+report.Plot(Path.Combine(options.Out, "learning-curve.png"));
+return 0;
+
+// Apart from the steps' own seeds for every step anyone will ever run.
+ulong SampleSeed(int step) => ((ulong)(uint)options.Seed << 32) | (uint)step;
+
+async Task<double> AccuracyAsync(IReadOnlyList<Problem> problems)
+{
+    var groups = await rollouts.SampleAsync([.. problems.Select(p => p.Tokens)], n: 1, ArithmeticTask.MaxAnswerTokens,
+        temperature: 0, seed: 0);
+    return groups.Zip(problems, (g, p) => ArithmeticTask.Reward(p, g.Samples[0].Tokens)).Average();
+}

@@ -1,0 +1,135 @@
+using System.Runtime.InteropServices;
+using System.Runtime.Loader;
+using System.Security.Cryptography;
+
+namespace Rollout.Client.Torch;
+
+/// <summary>
+/// Makes TorchSharp's native library load where the C++ runtime is older than GCC 13 (Debian 12, Ubuntu 22.04, RHEL 9).
+/// libLibTorchSharp.so says it needs GLIBCXX_3.4.32 but uses nothing of it: its one symbol of that version,
+/// std::ios_base_library_init, has no relocation. When, and only when, the plain load fails for that reason, a private copy with
+/// that one version marked weak is loaded in its stead.
+/// </summary>
+public static class TorchNative
+{
+    /// <summary>The version that GCC 13 added and TorchSharp 0.107 asks for in vain.</summary>
+    public const string UnusedVersion = "GLIBCXX_3.4.32";
+
+    private const string LibraryFile = "libLibTorchSharp.so";
+
+    private static readonly Lock s_lock = new();
+    private static bool s_loaded;
+
+    /// <summary>Whether this process runs on the mended copy.</summary>
+    public static bool IsMended { get; private set; }
+
+    /// <summary>Call this before the first use of TorchSharp. Later calls do nothing.</summary>
+    /// <exception cref="DllNotFoundException">The native libraries cannot be loaded, for a reason this class does not mend.</exception>
+    public static void EnsureLoaded()
+    {
+        lock (s_lock)
+        {
+            if (!s_loaded && OperatingSystem.IsLinux() && FindLibrary() is { } path)
+                Load(path);
+            s_loaded = true;
+        }
+    }
+
+    /// <summary>The library as the host would find it, or null: then TorchSharp's own search is left to say what is missing.</summary>
+    internal static string? FindLibrary()
+    {
+        var directories = (AppContext.GetData("NATIVE_DLL_SEARCH_DIRECTORIES") as string ?? "")
+            .Split(Path.PathSeparator, StringSplitOptions.RemoveEmptyEntries)
+            .Append(AppContext.BaseDirectory)
+            .Append(Path.Combine(AppContext.BaseDirectory, "runtimes", RuntimeInformation.RuntimeIdentifier, "native"));
+        return directories.Select(directory => Path.Combine(directory, LibraryFile)).FirstOrDefault(File.Exists);
+    }
+
+    /// <summary>Writes the mended copy of <paramref name="library"/> under <paramref name="cache"/>, unless it is there already.</summary>
+    /// <returns>The path of the copy.</returns>
+    internal static string Mend(string library, string cache)
+    {
+        var image = File.ReadAllBytes(library);
+        var key = Convert.ToHexStringLower(SHA256.HashData(image))[..16];
+        var elf = new ElfVersions(image, library);
+        foreach (var need in elf.Needs.Where(need => need.Name == UnusedVersion))
+            elf.MarkWeak(need);
+
+        var directory = Path.Combine(cache, $"torchsharp-{key}");
+        CreatePrivateDirectory(directory);
+        var copy = Path.Combine(directory, LibraryFile);
+        if (File.Exists(copy) && image.AsSpan().SequenceEqual(File.ReadAllBytes(copy)))
+            return copy;
+
+        // Two processes may be here at once. Each writes its own file; the renames are atomic and leave the same bytes.
+        var partial = Path.Combine(directory, $"{LibraryFile}.{Environment.ProcessId}.{Guid.NewGuid():n}");
+        try
+        {
+            File.WriteAllBytes(partial, image);
+            File.Move(partial, copy, overwrite: true);
+        }
+        finally
+        {
+            File.Delete(partial);
+        }
+
+        return copy;
+    }
+
+    private static void Load(string path)
+    {
+        // libtorch comes first: the copy lives in another folder, where its $ORIGIN finds nothing, but the loader satisfies a
+        // needed library with one of that name already in the process. So half a gigabyte of libtorch is not copied.
+        foreach (var name in (string[])["libtorch_cuda.so", "libtorch.so"])
+        {
+            if (FindBeside(path, name) is { } torch)
+                NativeLibrary.Load(torch);
+        }
+
+        try
+        {
+            NativeLibrary.Load(path);
+            return;
+        }
+        catch (DllNotFoundException error) when (error.Message.Contains($"version `{UnusedVersion}' not found", StringComparison.Ordinal))
+        {
+        }
+
+        var handle = NativeLibrary.Load(MendSomewhere(path));
+        IsMended = true;
+        var context = AssemblyLoadContext.GetLoadContext(typeof(TorchSharp.torch).Assembly) ?? AssemblyLoadContext.Default;
+        // Asked when the ordinary search has failed, by P/Invoke and by TorchSharp's own start-up alike.
+        context.ResolvingUnmanagedDll += (_, name) => name is "LibTorchSharp" or LibraryFile ? handle : 0;
+    }
+
+    private static string? FindBeside(string library, string name)
+    {
+        var directories = (AppContext.GetData("NATIVE_DLL_SEARCH_DIRECTORIES") as string ?? "").Split(Path.PathSeparator);
+        return directories.Prepend(Path.GetDirectoryName(library)!).Where(directory => directory.Length > 0)
+            .Select(directory => Path.Combine(directory, name)).FirstOrDefault(File.Exists);
+    }
+
+    private static string MendSomewhere(string library)
+    {
+        var root = Environment.GetEnvironmentVariable("XDG_CACHE_HOME");
+        if (string.IsNullOrEmpty(root))
+            root = Path.Combine(Environment.GetFolderPath(Environment.SpecialFolder.UserProfile), ".cache");
+        try
+        {
+            return Mend(library, Path.Combine(root, "rollout"));
+        }
+        catch (Exception error) when (error is IOException or UnauthorizedAccessException)
+        {
+            // No home to write to (a service account, a read-only container): a folder of this process's own will do.
+            return Mend(library, Directory.CreateTempSubdirectory("rollout-").FullName);
+        }
+    }
+
+    private static void CreatePrivateDirectory(string path)
+    {
+        if (OperatingSystem.IsWindows())
+            Directory.CreateDirectory(path);
+        else
+            Directory.CreateDirectory(path, UnixFileMode.UserRead | UnixFileMode.UserWrite | UnixFileMode.UserExecute);
+    }
+}

@@ -1,0 +1,32 @@
+using Google.Protobuf.Collections;
+
+namespace Rollout.Client;
+
+/// <summary>Token ids are unsigned on the wire and int in .NET. The runtime lets an int[] pass as uint[], so that one copy does.</summary>
+internal static class TokenArrays
+{
+    public static V1.TokenIds ToTokenIds(this int[] ids)
+    {
+        var message = new V1.TokenIds();
+        message.Ids.AddRange((uint[])(object)ids);
+        return message;
+    }
+
+    public static int[] ToInts(this RepeatedField<uint> field)
+    {
+        if (field.Count == 0)
+            return [];
+        var ids = new int[field.Count];
+        field.CopyTo((uint[])(object)ids, 0);
+        return ids;
+    }
+
+    public static float[] ToFloats(this RepeatedField<float> field)
+    {
+        if (field.Count == 0)
+            return [];
+        var values = new float[field.Count];
+        field.CopyTo(values, 0);
+        return values;
+    }
+}

@@ -1,0 +1,201 @@
+using System.Runtime.CompilerServices;
+using System.Runtime.ExceptionServices;
+using Grpc.Core;
+
+namespace Rollout.Client;
+
+public sealed partial class RolloutClient
+{
+    /// <inheritdoc cref="GenerateBatchAsync(IAsyncEnumerable{RolloutRequest}, Action{RolloutException}?, TimeSpan?, CancellationToken)"/>
+    public IAsyncEnumerable<Sample> GenerateBatchAsync(
+        IEnumerable<RolloutRequest> requests,
+        Action<RolloutException>? onRefused = null,
+        TimeSpan? timeout = null,
+        CancellationToken cancellationToken = default) =>
+        GenerateBatchAsync(requests.ToAsyncEnumerable(), onRefused, timeout, cancellationToken);
+
+    /// <summary>Many groups on one call. Yields each sample when it ends, whichever group it belongs to.</summary>
+    /// <param name="requests">Read and sent while samples come back, so it may go on as long as wanted and depend on them.</param>
+    /// <param name="onRefused">
+    /// Called for each group that is refused, as it happens; then nothing is thrown for it. It may be called on another thread than the
+    /// one that reads the samples, but never by two at once.
+    /// </param>
+    /// <param name="timeout">Of the whole batch; <see cref="DefaultWorkTimeout"/> when null.</param>
+    /// <remarks>
+    /// A refused group disturbs no other: without <paramref name="onRefused"/> all refusals are thrown together at the end, after the last
+    /// sample. Leaving the loop early or cancelling ends all samples that are still running.
+    /// </remarks>
+    /// <exception cref="RolloutBatchException">Groups were refused and there is no <paramref name="onRefused"/>.</exception>
+    public async IAsyncEnumerable<Sample> GenerateBatchAsync(
+        IAsyncEnumerable<RolloutRequest> requests,
+        Action<RolloutException>? onRefused = null,
+        TimeSpan? timeout = null,
+        [EnumeratorCancellation] CancellationToken cancellationToken = default)
+    {
+        using var ended = CancellationTokenSource.CreateLinkedTokenSource(cancellationToken);
+        CancellationToken token = ended.Token;
+        using AsyncDuplexStreamingCall<V1.GenerateRequest, V1.GenerateReply> call =
+            _rollout.GenerateBatch(Options(timeout ?? DefaultWorkTimeout, token));
+        var batch = new Batch(onRefused);
+        ExceptionDispatchInfo? sendError = null;
+        bool allSent = false;
+        // Not awaited when the caller leaves early: it may be waiting for the caller's next request.
+        _ = SendAsync();
+        try
+        {
+            while (await MoveNextAsync())
+            {
+                foreach (Sample sample in batch.Add(call.ResponseStream.Current))
+                    yield return sample;
+            }
+
+            if (!Volatile.Read(ref allSent))
+                throw new RolloutException("the sidecar ended the batch before it had all requests");
+            batch.ThrowIfRefusedOrIncomplete();
+        }
+        finally
+        {
+            await ended.CancelAsync();
+        }
+
+        async Task SendAsync()
+        {
+            try
+            {
+                await foreach (RolloutRequest request in requests.WithCancellation(token))
+                {
+                    if (batch.Begin(request) is { } message && !await TrySendAsync(message))
+                        return;
+                }
+
+                Volatile.Write(ref allSent, true);
+                await call.RequestStream.CompleteAsync();
+            }
+            catch (Exception e)
+            {
+                // Set before the call is cancelled, so that the reader finds it.
+                Volatile.Write(ref sendError, ExceptionDispatchInfo.Capture(e));
+                if (!token.IsCancellationRequested)
+                    await ended.CancelAsync();
+            }
+        }
+
+        async Task<bool> TrySendAsync(V1.GenerateRequest message)
+        {
+            try
+            {
+                await call.RequestStream.WriteAsync(message, token);
+                return true;
+            }
+            catch (Exception e) when (e is RpcException or InvalidOperationException or OperationCanceledException)
+            {
+                // The call has ended; the reader is told why.
+                return false;
+            }
+        }
+
+        async Task<bool> MoveNextAsync()
+        {
+            try
+            {
+                return await call.ResponseStream.MoveNext(CancellationToken.None);
+            }
+            catch (RpcException e)
+            {
+                cancellationToken.ThrowIfCancellationRequested();
+                // The caller's own exception from making requests is why the call was cancelled, so it is what is thrown.
+                Volatile.Read(ref sendError)?.Throw();
+                throw Translate(e, cancellationToken);
+            }
+        }
+    }
+
+    /// <summary>The groups of one batch that have been sent and have not ended. Sender and reader both use it.</summary>
+    private sealed class Batch(Action<RolloutException>? onRefused)
+    {
+        private readonly Lock _lock = new();
+        private readonly Dictionary<string, GroupAssembly> _groups = [];
+        // Not _lock: the caller's callback runs under it.
+        private readonly Lock _refusing = new();
+        private readonly List<RolloutException> _refused = [];
+
+        /// <summary>The message to send, or null where the group is refused already here.</summary>
+        public V1.GenerateRequest? Begin(RolloutRequest request)
+        {
+            V1.GenerateRequest message;
+            try
+            {
+                message = request.ToProto(stream: false);
+            }
+            catch (ArgumentException e)
+            {
+                Refuse(new RolloutRequestException(e.Message, e) { RequestId = request.RequestId, Problems = e.Message });
+                return null;
+            }
+
+            bool added;
+            lock (_lock)
+                added = _groups.TryAdd(request.RequestId, new GroupAssembly(request.RequestId, request.Options.N));
+            if (added)
+                return message;
+            // The sidecar would refuse it too, but its answer could not be told from one about the first group.
+            Refuse(RolloutException.From(StatusCode.AlreadyExists, "a group with the same id is in flight", request.RequestId));
+            return null;
+        }
+
+        public IEnumerable<Sample> Add(V1.GenerateReply reply)
+        {
+            GroupAssembly? group;
+            lock (_lock)
+                _groups.TryGetValue(reply.RequestId, out group);
+            if (group is null)
+                throw new RolloutException($"the sidecar answered for request '{reply.RequestId}', which is not in flight");
+
+            if (reply.Refused is { } refused)
+            {
+                Remove(reply.RequestId);
+                Refuse(RolloutException.From((StatusCode)refused.Code, refused.Message, reply.RequestId));
+                yield break;
+            }
+
+            foreach (Sample sample in group.Add(reply))
+            {
+                if (group.Complete)
+                    Remove(reply.RequestId);
+                yield return sample;
+            }
+        }
+
+        public void ThrowIfRefusedOrIncomplete()
+        {
+            lock (_lock)
+            {
+                foreach (GroupAssembly group in _groups.Values)
+                    ThrowIfIncomplete(group);
+            }
+
+            lock (_refusing)
+            {
+                if (_refused.Count > 0)
+                    throw new RolloutBatchException([.. _refused]);
+            }
+        }
+
+        private void Remove(string requestId)
+        {
+            lock (_lock)
+                _groups.Remove(requestId);
+        }
+
+        private void Refuse(RolloutException error)
+        {
+            lock (_refusing)
+            {
+                if (onRefused is not null)
+                    onRefused(error);
+                else
+                    _refused.Add(error);
+            }
+        }
+    }
+}

@@ -1,0 +1,93 @@
+namespace Rollout.Client;
+
+public sealed partial class RolloutClient
+{
+    /// <summary>Log-probabilities of given tokens under the current weights: teacher, reference policy, evaluation.</summary>
+    /// <param name="input">Token ids (<c>int[]</c>) or text (<c>string</c>).</param>
+    /// <param name="top">Alternatives to report at every position.</param>
+    /// <param name="cacheSalt">Requests with different salts never share cached keys and values.</param>
+    /// <exception cref="RolloutRequestException">The input cannot be scored; lists everything wrong with it.</exception>
+    public async Task<ScoreResult> ScoreAsync(
+        Prompt input, int top = 0, string cacheSalt = "", TimeSpan? timeout = null, CancellationToken cancellationToken = default)
+    {
+        ArgumentOutOfRangeException.ThrowIfNegative(top);
+        var request = new V1.ScoreRequest { RequestId = Guid.NewGuid().ToString("n"), Top = (uint)top, CacheSalt = cacheSalt };
+        if (input.Ids is { } ids)
+            request.Ids = ids.ToTokenIds();
+        else
+            request.Text = input.Text;
+        V1.ScoreReply reply = await CallAsync(
+            options => _rollout.ScoreAsync(request, options), timeout ?? DefaultWorkTimeout, cancellationToken);
+        return new ScoreResult(reply.Ids.ToInts(), reply.Logprobs.ToFloats(), TopLogProbs.From(reply.Top), reply.Version);
+    }
+
+    /// <summary>Ends groups early. Their callers get the partial tokens with <see cref="FinishReason.Abort"/>.</summary>
+    public Task<AbortResult> AbortAsync(
+        IEnumerable<string> requestIds, TimeSpan? timeout = null, CancellationToken cancellationToken = default)
+    {
+        var request = new V1.AbortRequest { Ids = new V1.RequestIds() };
+        request.Ids.Ids.AddRange(requestIds);
+        return AbortAsync(request, timeout, cancellationToken);
+    }
+
+    /// <summary>Ends every group in flight, whoever asked for it.</summary>
+    public Task<AbortResult> AbortAllAsync(TimeSpan? timeout = null, CancellationToken cancellationToken = default) =>
+        AbortAsync(new V1.AbortRequest { All = true }, timeout, cancellationToken);
+
+    /// <summary>What the sidecar is doing; answers at once, also during an update.</summary>
+    public async Task<SidecarStatus> StatusAsync(TimeSpan? timeout = null, CancellationToken cancellationToken = default)
+    {
+        V1.StatusReply reply = await CallAsync(
+            options => _control.StatusAsync(new V1.StatusRequest(), options), timeout ?? DefaultControlTimeout, cancellationToken);
+        return SidecarStatus.From(reply);
+    }
+
+    /// <summary>Returns once no step runs any more.</summary>
+    /// <param name="owner">Named to whoever asks why nothing moves.</param>
+    /// <param name="lease">The pause ends by itself after this long, so a dead owner leaves nothing stuck; pausing again renews it.</param>
+    /// <param name="timeout">Null: the lease, at least <see cref="DefaultControlTimeout"/>.</param>
+    public async Task<PauseResult> PauseAsync(
+        PauseMode mode, string owner, TimeSpan lease, TimeSpan? timeout = null, CancellationToken cancellationToken = default)
+    {
+        ArgumentOutOfRangeException.ThrowIfLessThan(lease, TimeSpan.FromMilliseconds(1));
+        ArgumentOutOfRangeException.ThrowIfGreaterThan(lease.TotalMilliseconds, uint.MaxValue, nameof(lease));
+        var request = new V1.PauseRequest
+        {
+            Mode = mode switch
+            {
+                PauseMode.Abort => V1.PauseMode.Abort,
+                PauseMode.Wait => V1.PauseMode.Wait,
+                PauseMode.Keep => V1.PauseMode.Keep,
+                _ => throw new ArgumentOutOfRangeException(nameof(mode), mode, null),
+            },
+            Owner = owner,
+            LeaseMilliseconds = (uint)lease.TotalMilliseconds,
+        };
+        TimeSpan wait = timeout ?? (lease > DefaultControlTimeout ? lease : DefaultControlTimeout);
+        V1.PauseReply reply = await CallAsync(options => _control.PauseAsync(request, options), wait, cancellationToken);
+        return new PauseResult(SidecarStatus.From(reply.State), (int)reply.AbortedSamples);
+    }
+
+    /// <summary>Ends a pause; does nothing where there is none.</summary>
+    public async Task<EngineState> ResumeAsync(TimeSpan? timeout = null, CancellationToken cancellationToken = default)
+    {
+        V1.ResumeReply reply = await CallAsync(
+            options => _control.ResumeAsync(new V1.ResumeRequest(), options), timeout ?? DefaultControlTimeout, cancellationToken);
+        return SidecarStatus.From(reply.State);
+    }
+
+    /// <summary>Names, shapes, types and digests of the weights being served, as an update would send them.</summary>
+    public async Task<WeightsDescription> DescribeWeightsAsync(TimeSpan? timeout = null, CancellationToken cancellationToken = default)
+    {
+        V1.DescribeReply reply = await CallAsync(
+            options => Weights.DescribeAsync(new V1.DescribeRequest(), options), timeout ?? DefaultControlTimeout, cancellationToken);
+        return WeightsDescription.From(reply);
+    }
+
+    private async Task<AbortResult> AbortAsync(V1.AbortRequest request, TimeSpan? timeout, CancellationToken cancellationToken)
+    {
+        V1.AbortReply reply = await CallAsync(
+            options => _rollout.AbortAsync(request, options), timeout ?? DefaultControlTimeout, cancellationToken);
+        return new AbortResult((int)reply.Groups, (int)reply.Samples, [.. reply.Unknown]);
+    }
+}

@@ -1,0 +1,161 @@
+using System.Diagnostics;
+using System.Net.Sockets;
+using Grpc.Core;
+using Grpc.Health.V1;
+using Grpc.Net.Client;
+
+namespace Rollout.Client;
+
+/// <summary>
+/// A connection to one sidecar. Safe to use from any thread, by any number of calls at once; nothing is sent before the first call.
+/// </summary>
+/// <remarks>
+/// Every call takes a timeout, which is also the deadline after which the sidecar drops what the call holds. Without one, calls that make
+/// tokens get <see cref="DefaultWorkTimeout"/> and all others <see cref="DefaultControlTimeout"/>;
+/// <see cref="Timeout.InfiniteTimeSpan"/> is no deadline. Failures are <see cref="RolloutException"/>s with the sidecar's message;
+/// a cancelled token gives <see cref="OperationCanceledException"/>.
+/// </remarks>
+public sealed partial class RolloutClient : IAsyncDisposable
+{
+    /// <summary>Of Generate, Stream, GenerateBatch and Score when the caller gives none.</summary>
+    public static readonly TimeSpan DefaultWorkTimeout = TimeSpan.FromHours(1);
+
+    /// <summary>Of all other calls when the caller gives none.</summary>
+    public static readonly TimeSpan DefaultControlTimeout = TimeSpan.FromSeconds(30);
+
+    private static readonly TimeSpan s_readyPoll = TimeSpan.FromMilliseconds(50);
+
+    private readonly RolloutAddress _address;
+    private readonly GrpcChannel _channel;
+    private readonly V1.RolloutService.RolloutServiceClient _rollout;
+    private readonly V1.ControlService.ControlServiceClient _control;
+    private readonly Health.HealthClient _health;
+
+    private RolloutClient(RolloutAddress address)
+    {
+        _address = address;
+        _channel = GrpcChannel.ForAddress(address.Uri, new GrpcChannelOptions
+        {
+            HttpHandler = Handler(address),
+            DisposeHttpClient = true,
+            // Replies are as large as the samples asked for; the sidecar is trusted with our memory.
+            MaxReceiveMessageSize = null,
+        });
+        _rollout = new V1.RolloutService.RolloutServiceClient(_channel);
+        _control = new V1.ControlService.ControlServiceClient(_channel);
+        Weights = new V1.WeightsService.WeightsServiceClient(_channel);
+        _health = new Health.HealthClient(_channel);
+    }
+
+    /// <summary>As given to <see cref="Connect"/>.</summary>
+    public string Address => _address.Text;
+
+    internal V1.WeightsService.WeightsServiceClient Weights { get; }
+
+    /// <param name="address"><c>unix:/path</c>, <c>unix:///path</c> or <c>http://host:port</c>.</param>
+    /// <exception cref="ArgumentException">It is none of these.</exception>
+    public static RolloutClient Connect(string address) => new(RolloutAddress.Parse(address));
+
+    /// <summary>Returns once the sidecar has loaded its model and serves; also waits for it to start listening.</summary>
+    /// <exception cref="RolloutTimeoutException">It did not within <paramref name="timeout"/>; the message has its last answer.</exception>
+    public async Task WaitUntilReadyAsync(TimeSpan timeout, CancellationToken cancellationToken = default)
+    {
+        var clock = Stopwatch.StartNew();
+        while (true)
+        {
+            cancellationToken.ThrowIfCancellationRequested();
+            TimeSpan left = timeout - clock.Elapsed;
+            string answer;
+            RpcException? error = null;
+            try
+            {
+                // A sidecar that accepts and does not answer must not use up the whole wait on one call.
+                TimeSpan call = TimeSpan.FromSeconds(Math.Clamp(left.TotalSeconds, 0.1, 5));
+                HealthCheckResponse reply = await _health.CheckAsync(new HealthCheckRequest(), Options(call, cancellationToken));
+                if (reply.Status == HealthCheckResponse.Types.ServingStatus.Serving)
+                    return;
+                answer = reply.Status.ToString();
+            }
+            catch (RpcException e) when (!cancellationToken.IsCancellationRequested)
+            {
+                if (e.StatusCode == StatusCode.Unimplemented)
+                    throw new RolloutException($"{Address} has no health service: is it a sidecar?", e) { StatusCode = e.StatusCode };
+                answer = $"{e.StatusCode}, {e.Status.Detail}";
+                error = e;
+            }
+            catch (RpcException)
+            {
+                throw new OperationCanceledException(cancellationToken);
+            }
+
+            if (clock.Elapsed + s_readyPoll >= timeout)
+            {
+                throw new RolloutTimeoutException(
+                    $"the sidecar at {Address} was not ready after {timeout.TotalSeconds:0.###} s; its last answer: {answer}", error)
+                {
+                    StatusCode = StatusCode.DeadlineExceeded,
+                };
+            }
+
+            await Task.Delay(s_readyPoll, cancellationToken);
+        }
+    }
+
+    /// <summary>Ends calls that are under way and closes the connection.</summary>
+    public ValueTask DisposeAsync()
+    {
+        _channel.Dispose();
+        return ValueTask.CompletedTask;
+    }
+
+    internal static CallOptions Options(TimeSpan timeout, CancellationToken cancellationToken) =>
+        new(deadline: timeout == Timeout.InfiniteTimeSpan ? null : DateTime.UtcNow + timeout, cancellationToken: cancellationToken);
+
+    /// <summary>Makes one unary call, turning gRPC's errors into this library's.</summary>
+    private static async Task<T> CallAsync<T>(
+        Func<CallOptions, AsyncUnaryCall<T>> call, TimeSpan timeout, CancellationToken cancellationToken)
+    {
+        try
+        {
+            using AsyncUnaryCall<T> made = call(Options(timeout, cancellationToken));
+            return await made.ResponseAsync;
+        }
+        catch (RpcException e)
+        {
+            throw Translate(e, cancellationToken);
+        }
+    }
+
+    private static Exception Translate(RpcException error, CancellationToken cancellationToken, string requestId = "") =>
+        cancellationToken.IsCancellationRequested
+            ? new OperationCanceledException("the call was cancelled", error, cancellationToken)
+            : RolloutException.From(error, requestId);
+
+    private static SocketsHttpHandler Handler(RolloutAddress address) => new()
+    {
+        ConnectCallback = async (_, cancellationToken) =>
+        {
+            var socket = address.EndPoint is UnixDomainSocketEndPoint
+                ? new Socket(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified)
+                : new Socket(SocketType.Stream, ProtocolType.Tcp) { NoDelay = true };
+            try
+            {
+                await socket.ConnectAsync(address.EndPoint, cancellationToken);
+                return new NetworkStream(socket, ownsSocket: true);
+            }
+            catch
+            {
+                socket.Dispose();
+                throw;
+            }
+        },
+        UseProxy = false,
+        // More calls at once than one HTTP/2 connection carries (100 on Kestrel) open another instead of waiting.
+        EnableMultipleHttp2Connections = true,
+        PooledConnectionIdleTimeout = Timeout.InfiniteTimeSpan,
+        // A machine that vanished is noticed within a minute, not when TCP gives up.
+        KeepAlivePingDelay = TimeSpan.FromSeconds(30),
+        KeepAlivePingTimeout = TimeSpan.FromSeconds(30),
+        KeepAlivePingPolicy = HttpKeepAlivePingPolicy.WithActiveRequests,
+    };
+}

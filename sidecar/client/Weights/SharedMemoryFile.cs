@@ -1,0 +1,182 @@
+using System.Collections.Concurrent;
+using System.Globalization;
+using System.Runtime.InteropServices;
+using System.Security.Cryptography;
+using System.Text.RegularExpressions;
+
+namespace Rollout.Client;
+
+/// <summary>
+/// One file of /dev/shm, readable by this user alone, all its pages allocated when it is made: a full /dev/shm is an error here and not a
+/// SIGBUS later. Gone when it is disposed or the process ends; what a killed process left is removed by the next one.
+/// </summary>
+/// <remarks>
+/// Written with pwrite, not through a mapping: measured faster from pieces that fit the cache (3.6 to 4.2 GB/s a core against 2.5), and
+/// needs no unsafe code.
+/// </remarks>
+internal sealed partial class SharedMemoryFile : IDisposable
+{
+    public const string DefaultFolder = "/dev/shm";
+
+    private static readonly ConcurrentDictionary<string, bool> s_live = new();
+
+    // Keeps the shared lock that .NET takes on every open file: how another process knows that the owner lives.
+    private readonly FileStream _file;
+
+    // Since .NET 10 a signal ends the process without ProcessExit. What the signal does stays what it is without us; a program that
+    // handles it and goes on pushing gets a new file.
+    private static readonly PosixSignalRegistration[] s_signals =
+    [
+        .. ((PosixSignal[])[PosixSignal.SIGTERM, PosixSignal.SIGINT, PosixSignal.SIGHUP, PosixSignal.SIGQUIT])
+            .Select(signal => PosixSignalRegistration.Create(signal, static _ => RemoveLive())),
+    ];
+
+    static SharedMemoryFile() => AppDomain.CurrentDomain.ProcessExit += static (_, _) => RemoveLive();
+
+    private SharedMemoryFile(string path, FileStream file, long capacity)
+    {
+        Path = path;
+        _file = file;
+        Capacity = capacity;
+    }
+
+    public string Path { get; }
+
+    /// <summary>Bytes.</summary>
+    public long Capacity { get; }
+
+    /// <summary>Whether another process can still open it.</summary>
+    public bool Exists => File.Exists(Path);
+
+    /// <exception cref="IOException">There is no room for it.</exception>
+    public static SharedMemoryFile Create(long capacity, string folder = DefaultFolder)
+    {
+        RemoveLeftovers(folder);
+        string random = Convert.ToHexStringLower(RandomNumberGenerator.GetBytes(8));
+        string path = System.IO.Path.Combine(folder, $"rollout-{Environment.ProcessId}-{random}");
+        s_live[path] = true;
+        FileStream? file = null;
+        try
+        {
+            var options = new FileStreamOptions
+            {
+                Mode = FileMode.CreateNew,
+                Access = FileAccess.ReadWrite,
+                Share = FileShare.ReadWrite | FileShare.Delete,
+                PreallocationSize = capacity,
+                BufferSize = 0,
+            };
+            if (!OperatingSystem.IsWindows())
+                options.UnixCreateMode = UnixFileMode.UserRead | UnixFileMode.UserWrite;
+            file = new FileStream(path, options);
+            // Preallocating allocates the pages but leaves the length at zero.
+            file.SetLength(capacity);
+            return new SharedMemoryFile(path, file, capacity);
+        }
+        catch (Exception e)
+        {
+            file?.Dispose();
+            Forget(path);
+            if (e is not IOException and not UnauthorizedAccessException)
+                throw;
+            throw new IOException(
+                $"{capacity:N0} bytes of shared memory are needed in {folder}, {Free(folder)} are free. Make it larger (containers: "
+                + $"--shm-size) or push with {nameof(PushTransport)}.{nameof(PushTransport.Inline)}. ({e.Message})", e);
+        }
+    }
+
+    public void Write(ReadOnlySpan<byte> bytes, long offset) => RandomAccess.Write(_file.SafeFileHandle, bytes, offset);
+
+    public void Dispose()
+    {
+        _file.Dispose();
+        Forget(Path);
+    }
+
+    /// <summary>Removes files of owners that are no more. Returns how many.</summary>
+    public static int RemoveLeftovers(string folder)
+    {
+        int removed = 0;
+        foreach (string path in Directory.Exists(folder) ? Directory.GetFiles(folder, "rollout-*") : [])
+        {
+            Match name = FileName().Match(System.IO.Path.GetFileName(path));
+            if (name.Success && int.TryParse(name.Groups[1].Value, CultureInfo.InvariantCulture, out int pid)
+                && !Lives(pid) && TryLock(path) && TryDelete(path))
+                removed++;
+        }
+
+        return removed;
+    }
+
+    // One that nobody has waited for yet is as dead as one that is gone: in containers that may last.
+    private static bool Lives(int pid)
+    {
+        try
+        {
+            string stat = File.ReadAllText($"/proc/{pid}/stat");
+            return stat[stat.LastIndexOf(')')..] is not [_, _, 'Z' or 'X', ..];
+        }
+        catch (Exception e) when (e is DirectoryNotFoundException or FileNotFoundException)
+        {
+            return false;
+        }
+        catch (Exception e) when (e is IOException or UnauthorizedAccessException or ArgumentOutOfRangeException)
+        {
+            return Directory.Exists($"/proc/{pid}");
+        }
+    }
+
+    // A process of another container may share /dev/shm but not our process ids: its lock tells that it lives.
+    private static bool TryLock(string path)
+    {
+        try
+        {
+            File.OpenHandle(path, FileMode.Open, FileAccess.Read, FileShare.None).Dispose();
+            return true;
+        }
+        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+        {
+            return false;
+        }
+    }
+
+    private static void RemoveLive()
+    {
+        foreach (string path in s_live.Keys)
+            TryDelete(path);
+    }
+
+    private static void Forget(string path)
+    {
+        TryDelete(path);
+        s_live.TryRemove(path, out _);
+    }
+
+    private static bool TryDelete(string path)
+    {
+        try
+        {
+            File.Delete(path);
+            return true;
+        }
+        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+        {
+            return false;
+        }
+    }
+
+    private static string Free(string folder)
+    {
+        try
+        {
+            return new DriveInfo(folder).AvailableFreeSpace.ToString("N0", CultureInfo.InvariantCulture);
+        }
+        catch (Exception e) when (e is IOException or UnauthorizedAccessException or ArgumentException)
+        {
+            return "not known how many";
+        }
+    }
+
+    [GeneratedRegex("^rollout-([0-9]+)-[0-9a-f]{16}$", RegexOptions.CultureInvariant)]
+    private static partial Regex FileName();
+}

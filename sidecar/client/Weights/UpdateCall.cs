@@ -1,0 +1,122 @@
+using System.Threading.Channels;
+using Grpc.Core;
+
+namespace Rollout.Client;
+
+/// <summary>
+/// The stream of one update. Replies are read as they come, also while we send: a sidecar must never have to wait for us to read its
+/// progress, and one that gives up is noticed at once.
+/// </summary>
+internal sealed class UpdateCall : IAsyncDisposable
+{
+    private readonly AsyncDuplexStreamingCall<V1.UpdateRequest, V1.UpdateReply> _call;
+    private readonly Channel<V1.UpdateReply> _replies = Channel.CreateUnbounded<V1.UpdateReply>();
+    private readonly CancellationTokenSource _ended = new();
+    private readonly Task _reading;
+
+    public UpdateCall(V1.WeightsService.WeightsServiceClient weights, CallOptions options)
+    {
+        _call = weights.Update(options);
+        _reading = ReadAsync();
+    }
+
+    /// <summary>The sidecar has given up or is gone: sending more is useless, <see cref="NextAsync"/> says why.</summary>
+    public CancellationToken Ended => _ended.Token;
+
+    /// <exception cref="RpcException">The connection or the call failed.</exception>
+    /// <exception cref="RolloutException">The sidecar gave up, for the reason it gave.</exception>
+    public async Task SendAsync(V1.UpdateRequest request, CancellationToken cancellationToken = default)
+    {
+        try
+        {
+            await _call.RequestStream.WriteAsync(request, cancellationToken);
+        }
+        catch (Exception e) when (e is RpcException or InvalidOperationException)
+        {
+            await ThrowReasonAsync();
+            throw;
+        }
+    }
+
+    /// <summary>Throws what ended the call.</summary>
+    public async Task ThrowReasonAsync()
+    {
+        while (true)
+            await NextAsync();
+    }
+
+    /// <summary>The next reply that is not an error.</summary>
+    /// <inheritdoc cref="SendAsync"/>
+    public async Task<V1.UpdateReply> NextAsync(CancellationToken cancellationToken = default)
+    {
+        V1.UpdateReply reply;
+        try
+        {
+            reply = await _replies.Reader.ReadAsync(cancellationToken);
+        }
+        catch (ChannelClosedException e) when (e.InnerException is RpcException cause)
+        {
+            throw new RpcException(cause.Status, cause.Trailers, cause.Message);
+        }
+        catch (ChannelClosedException e)
+        {
+            throw new RpcException(new Status(StatusCode.Unavailable, "the sidecar ended the update without an answer", e));
+        }
+
+        return reply.StepCase switch
+        {
+            V1.UpdateReply.StepOneofCase.Rejected => throw new WeightUpdateRejectedException(
+                [.. reply.Rejected.Problems.Select(problem => new UpdateProblem(problem.Field, problem.Message))]),
+            V1.UpdateReply.StepOneofCase.Failed => throw new WeightUpdateFailedException(
+                $"the update failed, the old weights are still served: {reply.Failed.Reason}", UpdateOutcome.NotCommitted),
+            V1.UpdateReply.StepOneofCase.Aborted => throw new WeightUpdateFailedException(
+                $"the update was aborted, the old weights are still served: {reply.Aborted.Reason}", UpdateOutcome.NotCommitted),
+            _ => reply,
+        };
+    }
+
+    /// <summary>Tells the sidecar why, where it still listens; disposing alone would do, without a reason in its log.</summary>
+    public async Task TryAbortAsync(string reason)
+    {
+        try
+        {
+            Task sent = _call.RequestStream.WriteAsync(new V1.UpdateRequest { Abort = new V1.AbortUpdate { Reason = reason } });
+            await sent.WaitAsync(TimeSpan.FromSeconds(1));
+            await _reading.WaitAsync(TimeSpan.FromSeconds(1));
+        }
+        catch (Exception e) when (e is RpcException or InvalidOperationException or TimeoutException)
+        {
+            // It is gone or hangs; the broken stream tells it.
+        }
+    }
+
+    public async ValueTask DisposeAsync()
+    {
+        _call.Dispose();
+        await _reading;
+        _ended.Dispose();
+    }
+
+    private async Task ReadAsync()
+    {
+        Exception? error = null;
+        try
+        {
+            while (await _call.ResponseStream.MoveNext(CancellationToken.None))
+            {
+                V1.UpdateReply reply = _call.ResponseStream.Current;
+                _replies.Writer.TryWrite(reply);
+                if (reply.StepCase is V1.UpdateReply.StepOneofCase.Rejected or V1.UpdateReply.StepOneofCase.Failed
+                    or V1.UpdateReply.StepOneofCase.Aborted)
+                    await _ended.CancelAsync();
+            }
+        }
+        catch (Exception e)
+        {
+            error = e;
+        }
+
+        _replies.Writer.TryComplete(error);
+        await _ended.CancelAsync();
+    }
+}

@@ -1,0 +1,258 @@
+using System.Diagnostics;
+using Google.Protobuf;
+using Grpc.Core;
+
+namespace Rollout.Client;
+
+/// <summary>One push, from preflight to commit.</summary>
+internal sealed class WeightPush(
+    RolloutClient client,
+    PayloadLayout layout,
+    IReadOnlyList<TensorSource> tensors,
+    PushOptions options,
+    Func<long, SharedMemoryFile> sharedMemory)
+{
+    private static readonly TimeSpan s_resolvePoll = TimeSpan.FromMilliseconds(100);
+
+    private readonly Stopwatch _clock = Stopwatch.StartNew();
+    private double _lapsed;
+    private readonly PayloadWriter _payload = new(layout, tensors, options.VerifyDigest);
+    private bool _commitSent;
+
+    public required ulong BaseVersion { get; init; }
+
+    public required ulong NewVersion { get; init; }
+
+    public required DateTime Deadline { get; init; }
+
+    public required TimeSpan ResolveWithin { get; init; }
+
+    public async Task<PushResult> RunAsync(CancellationToken cancellationToken)
+    {
+        var call = new UpdateCall(client.Weights, new CallOptions(deadline: Deadline));
+        await using (call)
+        {
+            try
+            {
+                return await RunAsync(call, cancellationToken);
+            }
+            catch (RpcException e) when (!_commitSent)
+            {
+                cancellationToken.ThrowIfCancellationRequested();
+                throw Broken(e, UpdateOutcome.NotCommitted);
+            }
+            catch (Exception e) when (!_commitSent && e is not RolloutException)
+            {
+                await call.TryAbortAsync(e is OperationCanceledException ? "cancelled by the trainer" : e.Message);
+                throw;
+            }
+        }
+    }
+
+    private async Task<PushResult> RunAsync(UpdateCall call, CancellationToken cancellationToken)
+    {
+        // :: Step 1: the sidecar agrees to the manifest, before a byte moves.
+        await call.SendAsync(new V1.UpdateRequest { Begin = Begin() }, cancellationToken);
+        await UntilAsync(call, reply => reply.StepCase == V1.UpdateReply.StepOneofCase.Ready, cancellationToken);
+        var timings = new PushTimings { Preflight = Lap() };
+
+        // :: Step 2: the bytes leave the trainer. A sidecar that gives up meanwhile ends this at once.
+        bool inline = options.Transport == PushTransport.Inline;
+        SharedMemoryFile? file = inline ? null : sharedMemory(Math.Max(layout.PayloadBytes, 1));
+        using (var stop = CancellationTokenSource.CreateLinkedTokenSource(cancellationToken, call.Ended))
+        {
+            try
+            {
+                await (file is null ? SendAsync(call, stop.Token) : _payload.WriteToAsync(file, options.Parallelism, stop.Token));
+            }
+            catch (OperationCanceledException) when (call.Ended.IsCancellationRequested)
+            {
+                await call.ThrowReasonAsync();
+            }
+        }
+
+        timings = timings with { Write = Lap() };
+
+        // :: Step 3: the sidecar reads the shared memory. Waiting for that here keeps the commit, where an answer may be lost, short.
+        if (file is not null)
+        {
+            await call.SendAsync(
+                new V1.UpdateRequest { SharedMemory = new V1.SharedMemory { Path = file.Path, Offset = 0 } }, cancellationToken);
+            await UntilAsync(call, reply => reply.Progress?.PayloadBytes >= (ulong)layout.PayloadBytes, cancellationToken);
+            timings = timings with { Transfer = Lap() };
+        }
+
+        // :: Step 4: commit. From here on only the deadline ends the wait.
+        cancellationToken.ThrowIfCancellationRequested();
+        byte[] digest = _payload.Digest();
+        _commitSent = true;
+        V1.Committed committed;
+        try
+        {
+            var commit = new V1.Commit { Digest = UnsafeByteOperations.UnsafeWrap(digest) };
+            await call.SendAsync(new V1.UpdateRequest { Commit = commit });
+            V1.UpdateReply reply = await UntilAsync(call, reply => reply.StepCase == V1.UpdateReply.StepOneofCase.Committed, default);
+            committed = reply.Committed;
+        }
+        catch (RpcException e)
+        {
+            return await ResolveAsync(e, digest, timings);
+        }
+
+        // :: Step 5: what the sidecar received is what we sent.
+        string received = WeightDigest.Show(committed.Digest.Span);
+        ThrowIfDifferent(committed.Version, digest, received);
+        return new PushResult
+        {
+            Version = committed.Version,
+            Digest = received,
+            PayloadBytes = layout.PayloadBytes,
+            Timings = timings with
+            {
+                Commit = Lap(),
+                Total = _clock.Elapsed.TotalSeconds,
+                ServerTransfer = committed.Timings?.TransferSeconds ?? 0,
+                ServerSwap = committed.Timings?.SwapSeconds ?? 0,
+                ServerStall = committed.Timings?.StallSeconds ?? 0,
+            },
+        };
+    }
+
+    private V1.BeginUpdate Begin()
+    {
+        var begin = new V1.BeginUpdate
+        {
+            PayloadBytes = (ulong)layout.PayloadBytes,
+            BaseVersion = BaseVersion,
+            NewVersion = NewVersion,
+            Policy = options.Policy switch
+            {
+                UpdatePolicy.Recompute => V1.UpdatePolicy.Recompute,
+                UpdatePolicy.Keep => V1.UpdatePolicy.Keep,
+                _ => throw new ArgumentException($"unknown policy {options.Policy}"),
+            },
+            Owner = options.Owner,
+            DeadlineMilliseconds = (uint)Math.Clamp((Deadline - DateTime.UtcNow).TotalMilliseconds, 1, uint.MaxValue),
+        };
+        begin.Manifest.AddRange(layout.Manifest);
+        return begin;
+    }
+
+    /// <summary>Fills one piece while the one before it is on its way.</summary>
+    private async Task SendAsync(UpdateCall call, CancellationToken cancellationToken)
+    {
+        Task sending = Task.CompletedTask;
+        try
+        {
+            foreach ((long offset, Memory<byte> bytes) in _payload.Pieces())
+            {
+                await sending;
+                cancellationToken.ThrowIfCancellationRequested();
+                // gRPC has copied the bytes when the write completes, which is before the buffer's next turn.
+                var chunk = new V1.Chunk { Offset = (ulong)offset, Data = UnsafeByteOperations.UnsafeWrap(bytes) };
+                // On another thread, since gRPC serializes on the caller's.
+                sending = Task.Run(() => call.SendAsync(new V1.UpdateRequest { Chunk = chunk }, cancellationToken), CancellationToken.None);
+            }
+        }
+        finally
+        {
+            await sending;
+        }
+    }
+
+    private static async Task<V1.UpdateReply> UntilAsync(
+        UpdateCall call, Func<V1.UpdateReply, bool> wanted, CancellationToken cancellationToken)
+    {
+        while (true)
+        {
+            V1.UpdateReply reply = await call.NextAsync(cancellationToken);
+            if (wanted(reply))
+                return reply;
+        }
+    }
+
+    /// <summary>The connection broke after the commit was sent: only the sidecar knows whether it was done.</summary>
+    private async Task<PushResult> ResolveAsync(RpcException cause, byte[] digest, PushTimings timings)
+    {
+        var asking = Stopwatch.StartNew();
+        while (asking.Elapsed < ResolveWithin)
+        {
+            try
+            {
+                SidecarStatus status = await client.StatusAsync(ResolveWithin - asking.Elapsed);
+                if (status.Version == NewVersion)
+                    return await ConfirmedAsync(digest, timings, ResolveWithin - asking.Elapsed);
+                if (status.Version != BaseVersion)
+                    break; // Somebody else has pushed since, over ours or over the old one.
+                if (!status.Updating)
+                    throw Broken(cause, UpdateOutcome.NotCommitted);
+            }
+            catch (RolloutException e) when (e is RolloutUnavailableException or RolloutTimeoutException)
+            {
+                // It may be restarting, or only the connection broke.
+            }
+
+            await Task.Delay(s_resolvePoll);
+        }
+
+        throw Broken(cause, UpdateOutcome.Unknown);
+    }
+
+    private async Task<PushResult> ConfirmedAsync(byte[] digest, PushTimings timings, TimeSpan timeout)
+    {
+        // The same number may be another trainer's update; the digests tell.
+        WeightsDescription served = await client.DescribeWeightsAsync(timeout);
+        if (served.Version != NewVersion)
+            throw new RolloutUnavailableException($"version {NewVersion} has been replaced by {served.Version}");
+        string received = CombinedDigest(served);
+        if (received.Length > 0)
+            ThrowIfDifferent(NewVersion, digest, received);
+        return new PushResult
+        {
+            Version = NewVersion,
+            Digest = received,
+            PayloadBytes = layout.PayloadBytes,
+            Timings = timings with { Commit = Lap(), Total = _clock.Elapsed.TotalSeconds },
+            ConfirmedByStatus = true,
+        };
+    }
+
+    /// <summary>Of our tensors as the sidecar last received them; "" where it does not know all of them.</summary>
+    private string CombinedDigest(WeightsDescription served)
+    {
+        Dictionary<string, string> digests = served.Tensors.ToDictionary(tensor => tensor.Name, tensor => tensor.Digest);
+        var all = new List<byte>();
+        foreach (V1.ManifestTensor tensor in layout.Manifest)
+            all.AddRange(Convert.FromHexString(digests.GetValueOrDefault(tensor.Name, "")));
+        return all.Count == layout.Manifest.Count * WeightDigest.Length ? WeightDigest.Show(WeightDigest.Combine([.. all])) : "";
+    }
+
+    private static void ThrowIfDifferent(ulong version, byte[] digest, string received)
+    {
+        string sent = WeightDigest.Show(digest);
+        if (sent.Length > 0 && sent != received)
+            throw new WeightDigestException(version, sent, received);
+    }
+
+    private WeightUpdateFailedException Broken(RpcException cause, UpdateOutcome outcome)
+    {
+        string what = cause.StatusCode == StatusCode.DeadlineExceeded
+            ? $"it took longer than its timeout of {options.Timeout.TotalSeconds:0.###} s"
+            : $"{cause.StatusCode}, {cause.Status.Detail}";
+        string served = outcome == UpdateOutcome.NotCommitted
+            ? $"nothing has replaced version {BaseVersion}"
+            : $"the sidecar did not say within {ResolveWithin.TotalSeconds:0.###} s whether version {NewVersion} is served";
+        return new WeightUpdateFailedException($"the update to version {NewVersion} broke off: {what}; {served}", outcome, cause)
+        {
+            StatusCode = cause.StatusCode,
+        };
+    }
+
+    private double Lap()
+    {
+        double now = _clock.Elapsed.TotalSeconds;
+        double lap = now - _lapsed;
+        _lapsed = now;
+        return lap;
+    }
+}

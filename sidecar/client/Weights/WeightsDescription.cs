@@ -1,0 +1,20 @@
+namespace Rollout.Client;
+
+/// <summary>The weights being served.</summary>
+public sealed record WeightsDescription(ulong Version, IReadOnlyList<DescribedTensor> Tensors)
+{
+    internal static WeightsDescription From(V1.DescribeReply reply) => new(reply.Version, [.. reply.Tensors.Select(DescribedTensor.From)]);
+}
+
+/// <param name="Name">The Hugging Face checkpoint's.</param>
+/// <param name="DType">As stored by the engine; other types are converted.</param>
+/// <param name="Shape">Of the full tensor.</param>
+/// <param name="Digest">XxHash128 of the bytes as last sent, 32 hexadecimal digits; "" where none is known.</param>
+public sealed record DescribedTensor(string Name, TensorDType DType, IReadOnlyList<long> Shape, string Digest)
+{
+    internal static DescribedTensor From(V1.DescribedTensor tensor) => new(
+        tensor.Name,
+        tensor.Dtype.ToClient(),
+        [.. tensor.Shape.Select(dimension => (long)dimension)],
+        WeightDigest.Show(tensor.Digest.Span));
+}

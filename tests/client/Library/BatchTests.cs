@@ -1,0 +1,173 @@
+using System.Threading.Channels;
+using Grpc.Core;
+using Xunit;
+using static Rollout.Client.Tests.GroupAssemblyTests;
+
+namespace Rollout.Client.Tests;
+
+public sealed class BatchTests : IAsyncLifetime
+{
+    private FakeSidecar _fake = null!;
+    private RolloutClient _client = null!;
+
+    private static CancellationToken Token => TestContext.Current.CancellationToken;
+
+    public async ValueTask InitializeAsync()
+    {
+        _fake = await FakeSidecar.StartAsync();
+        _client = RolloutClient.Connect(_fake.Address);
+        _fake.Batch = AnswerAsync;
+    }
+
+    public async ValueTask DisposeAsync()
+    {
+        await _client.DisposeAsync();
+        await _fake.DisposeAsync();
+    }
+
+    [Fact]
+    public async Task Refused_groups_cost_no_sample_of_the_others()
+    {
+        RolloutRequest[] requests = [Request("a"), Request("bad"), Request("b"), Request("busy"), Request("c", n: -1), Request("d")];
+        List<string> ids = [];
+        var error = await Assert.ThrowsAsync<RolloutBatchException>(async () =>
+        {
+            await foreach (Sample sample in _client.GenerateBatchAsync(requests, cancellationToken: Token))
+                ids.Add($"{sample.RequestId}{sample.Index}");
+        });
+        Assert.Equal(["a0", "a1", "b0", "b1", "d0", "d1"], ids.Order());
+        Assert.Equal(["bad", "busy", "c"], error.Refused.Select(refused => refused.RequestId).Order());
+        Assert.Equal("n: must be at least 1", error.Refused.OfType<RolloutRequestException>().Single(e => e.RequestId == "bad").Problems);
+        Assert.Single(error.Refused.OfType<RolloutBusyException>());
+    }
+
+    [Fact]
+    public async Task With_a_callback_nothing_is_thrown()
+    {
+        List<RolloutException> refused = [];
+        RolloutRequest[] requests = [Request("bad"), Request("a")];
+        List<Sample> samples = await _client.GenerateBatchAsync(requests, refused.Add, cancellationToken: Token).ToListAsync(Token);
+        Assert.Equal(2, samples.Count);
+        Assert.Equal("bad", Assert.Single(refused).RequestId);
+    }
+
+    [Fact]
+    public async Task A_duplicate_in_flight_is_refused_and_an_id_that_has_ended_is_free_again()
+    {
+        var firstEnded = new TaskCompletionSource();
+        async IAsyncEnumerable<RolloutRequest> RequestsAsync()
+        {
+            yield return Request("a");
+            yield return Request("a");
+            await firstEnded.Task;
+            yield return Request("a");
+        }
+
+        List<RolloutException> refused = [];
+        int samples = 0;
+        await foreach (Sample sample in _client.GenerateBatchAsync(RequestsAsync(), refused.Add, cancellationToken: Token))
+        {
+            if (++samples == 2)
+                firstEnded.SetResult();
+        }
+
+        Assert.Equal(4, samples);
+        Assert.Equal(StatusCode.AlreadyExists, Assert.Single(refused).StatusCode);
+    }
+
+    [Fact]
+    public async Task Requests_may_depend_on_samples()
+    {
+        var next = Channel.CreateUnbounded<RolloutRequest>();
+        next.Writer.TryWrite(Request("0"));
+        int turns = 0;
+        await foreach (Sample sample in _client.GenerateBatchAsync(next.Reader.ReadAllAsync(Token), cancellationToken: Token))
+        {
+            if (sample.Index == 0)
+                continue;
+            if (++turns == 5)
+                next.Writer.Complete();
+            else
+                next.Writer.TryWrite(Request($"{turns}"));
+        }
+
+        Assert.Equal(5, turns);
+    }
+
+    [Fact]
+    public async Task An_exception_of_the_callers_requests_is_what_is_thrown()
+    {
+        IEnumerable<RolloutRequest> Requests()
+        {
+            yield return Request("a");
+            throw new InvalidOperationException("mine");
+        }
+
+        var error = await Assert.ThrowsAsync<InvalidOperationException>(async () =>
+            await _client.GenerateBatchAsync(Requests(), cancellationToken: Token).CountAsync(Token));
+        Assert.Equal("mine", error.Message);
+    }
+
+    [Fact]
+    public async Task Leaving_early_ends_the_servers_call_even_if_requests_never_end()
+    {
+        var ended = new TaskCompletionSource();
+        _fake.Batch = async (requests, replies, context) =>
+        {
+            context.CancellationToken.Register(ended.SetResult);
+            await AnswerAsync(requests, replies, context);
+        };
+        await foreach (Sample sample in _client.GenerateBatchAsync(NeverEnding(), cancellationToken: Token))
+            break;
+        await ended.Task.WaitAsync(TimeSpan.FromSeconds(20), Token);
+    }
+
+    [Fact]
+    public async Task A_broken_call_is_thrown_though_requests_never_end()
+    {
+        _fake.Batch = async (requests, _, _) =>
+        {
+            await requests.MoveNext();
+            throw new RpcException(new Status(StatusCode.Unavailable, "the engine has failed"));
+        };
+        var error = await Assert.ThrowsAsync<RolloutUnavailableException>(async () =>
+            await _client.GenerateBatchAsync(NeverEnding(), cancellationToken: Token).CountAsync(Token));
+        Assert.Contains("the engine has failed", error.Message);
+    }
+
+    // Takes no token on purpose: the caller may not either.
+    private static async IAsyncEnumerable<RolloutRequest> NeverEnding()
+    {
+        yield return Request("a");
+        await new TaskCompletionSource().Task;
+    }
+
+    private static RolloutRequest Request(string id, int n = 2) => new(new[] { 1 }, new GenerateOptions { N = n }) { RequestId = id };
+
+    private static async Task AnswerAsync(
+        IAsyncStreamReader<V1.GenerateRequest> requests, IServerStreamWriter<V1.GenerateReply> replies, ServerCallContext context)
+    {
+        while (await requests.MoveNext())
+        {
+            V1.GenerateRequest request = requests.Current;
+            var refusal = request.RequestId switch
+            {
+                "bad" => new V1.Refusal { Code = 3, Message = "n: must be at least 1" },
+                "busy" => new V1.Refusal { Code = 8, Message = "no room" },
+                _ => null,
+            };
+            if (refusal is not null)
+            {
+                await replies.WriteAsync(new V1.GenerateReply { RequestId = request.RequestId, Refused = refusal });
+                continue;
+            }
+
+            for (uint i = 0; i < request.N; i++)
+            {
+                V1.GenerateReply reply = Reply(Chunk(i, 0, [5], 7, V1.FinishReason.Stop));
+                reply.RequestId = request.RequestId;
+                await replies.WriteAsync(reply);
+            }
+        }
+    }
+}

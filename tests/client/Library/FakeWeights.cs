@@ -1,0 +1,157 @@
+using System.IO.Hashing;
+using Google.Protobuf;
+using Grpc.Core;
+
+namespace Rollout.Client.Tests;
+
+/// <summary>The server's side of the weight transaction in its plainest form, and ways for it to go wrong.</summary>
+internal sealed class FakeWeights
+{
+    private byte[] _payload = [];
+    private volatile bool _updating;
+
+    public ulong Version { get; set; }
+
+    public V1.BeginUpdate? Begin { get; private set; }
+
+    public Dictionary<string, byte[]> Tensors { get; } = [];
+
+    public string? SharedMemoryPath { get; private set; }
+
+    public string? AbortReason { get; private set; }
+
+    public int Chunks { get; private set; }
+
+    public V1.Problem[] Reject { get; set; } = [];
+
+    public string? FailAtCommit { get; set; }
+
+    /// <summary>After this many chunks the update ends with Failed.</summary>
+    public int FailAfterChunks { get; set; } = int.MaxValue;
+
+    /// <summary>Answers with another digest than that of what was received.</summary>
+    public bool LieAboutDigest { get; set; }
+
+    /// <summary>Runs instead of answering the commit: with whether to commit first.</summary>
+    public Func<ServerCallContext, Task>? BreakAtCommit { get; set; }
+
+    public bool CommitBeforeBreaking { get; set; }
+
+    /// <summary>Runs before Ready is sent.</summary>
+    public Func<ServerCallContext, Task>? BeforeReady { get; set; }
+
+    public V1.StatusReply Status() => new() { State = V1.EngineState.Running, Version = Version, Updating = _updating };
+
+    public V1.DescribeReply Describe()
+    {
+        var reply = new V1.DescribeReply { Version = Version };
+        foreach ((string name, byte[] bytes) in Tensors)
+        {
+            reply.Tensors.Add(new V1.DescribedTensor
+            {
+                Name = name,
+                Dtype = V1.TensorDType.Bf16,
+                Shape = { (ulong)bytes.Length / 2 },
+                Digest = ByteString.CopyFrom(XxHash128.Hash(bytes)),
+            });
+        }
+
+        return reply;
+    }
+
+    public async Task UpdateAsync(
+        IAsyncStreamReader<V1.UpdateRequest> requests, IServerStreamWriter<V1.UpdateReply> replies, ServerCallContext context)
+    {
+        _updating = true;
+        try
+        {
+            while (await requests.MoveNext())
+            {
+                V1.UpdateReply? reply = await StepAsync(requests.Current, context);
+                if (reply is not null)
+                    await replies.WriteAsync(reply);
+                if (reply?.StepCase is not (null or V1.UpdateReply.StepOneofCase.Ready or V1.UpdateReply.StepOneofCase.Progress))
+                    return;
+            }
+        }
+        finally
+        {
+            _updating = false;
+        }
+    }
+
+    private async Task<V1.UpdateReply?> StepAsync(V1.UpdateRequest request, ServerCallContext context)
+    {
+        switch (request.StepCase)
+        {
+            case V1.UpdateRequest.StepOneofCase.Begin:
+                Begin = request.Begin;
+                V1.Problem[] problems = Begin.BaseVersion == Version
+                    ? Reject
+                    : [new V1.Problem { Field = "base_version", Message = $"{Begin.BaseVersion} given, {Version} is served" }];
+                if (problems.Length > 0)
+                    return new V1.UpdateReply { Rejected = new V1.Rejected { Problems = { problems } } };
+                _payload = new byte[Begin.PayloadBytes];
+                if (BeforeReady is not null)
+                    await BeforeReady(context);
+                return new V1.UpdateReply { Ready = new V1.Ready() };
+
+            case V1.UpdateRequest.StepOneofCase.Chunk:
+                request.Chunk.Data.Span.CopyTo(_payload.AsSpan((int)request.Chunk.Offset));
+                int end = (int)request.Chunk.Offset + request.Chunk.Data.Length;
+                return ++Chunks >= FailAfterChunks ? Failed("out of luck") : Progress(end);
+
+            case V1.UpdateRequest.StepOneofCase.SharedMemory:
+                SharedMemoryPath = request.SharedMemory.Path;
+                await using (FileStream file = File.OpenRead(SharedMemoryPath))
+                    file.ReadExactly(_payload);
+                return Progress(_payload.Length);
+
+            case V1.UpdateRequest.StepOneofCase.Commit:
+                return await CommitAsync(request.Commit, context);
+
+            default:
+                AbortReason = request.Abort.Reason;
+                return new V1.UpdateReply { Aborted = new V1.Aborted { Reason = AbortReason } };
+        }
+    }
+
+    private async Task<V1.UpdateReply> CommitAsync(V1.Commit commit, ServerCallContext context)
+    {
+        if (FailAtCommit is not null)
+            return Failed(FailAtCommit);
+        if (BreakAtCommit is null || CommitBeforeBreaking)
+        {
+            Version = Begin!.NewVersion;
+            foreach (V1.ManifestTensor tensor in Begin.Manifest)
+            {
+                int size = (int)tensor.Shape.Aggregate(1UL, (a, b) => a * b) * (tensor.Dtype == V1.TensorDType.F32 ? 4 : 2);
+                Tensors[tensor.Name] = _payload.AsSpan((int)tensor.Offset, size).ToArray();
+            }
+        }
+
+        if (BreakAtCommit is not null)
+        {
+            _updating = false;
+            await BreakAtCommit(context);
+        }
+
+        var all = new XxHash128();
+        foreach (V1.ManifestTensor tensor in Begin!.Manifest)
+            all.Append(XxHash128.Hash(Tensors[tensor.Name]));
+        if (LieAboutDigest)
+            all.Append([1]);
+        byte[] digest = all.GetCurrentHash();
+        if (!LieAboutDigest && commit.Digest.Length > 0 && !commit.Digest.Span.SequenceEqual(digest))
+            return Failed("the digests differ");
+        var timings = new V1.UpdateTimings { TransferSeconds = 0.5, SwapSeconds = 0.25, StallSeconds = 0.125 };
+        return new V1.UpdateReply
+        {
+            Committed = new V1.Committed { Version = Version, Digest = ByteString.CopyFrom(digest), Timings = timings },
+        };
+    }
+
+    private static V1.UpdateReply Failed(string reason) => new() { Failed = new V1.UpdateFailed { Reason = reason } };
+
+    private static V1.UpdateReply Progress(int bytes) => new() { Progress = new V1.Progress { PayloadBytes = (ulong)bytes } };
+}

@@ -1,0 +1,89 @@
+using Xunit;
+
+namespace Rollout.Client.Tests;
+
+public sealed class RolloutRequestTests
+{
+    [Fact]
+    public void Every_option_reaches_its_field()
+    {
+        var request = new RolloutRequest(new[] { 1, 2, 3 }, new GenerateOptions
+        {
+            N = 4,
+            Seed = ulong.MaxValue,
+            MaxTokens = 5,
+            MinTokens = 2,
+            Temperature = 0.5f,
+            TopK = 7,
+            TopP = 0.9f,
+            MinP = 0.1f,
+            LogitBias = new Dictionary<int, float> { [3] = float.NegativeInfinity },
+            StopTokenIds = [8, 9],
+            StopStrings = ["\n\n"],
+            IgnoreEos = true,
+            TopLogProbs = 6,
+            PromptLogProbs = true,
+            ReturnText = true,
+            CacheSalt = "tenant",
+        })
+        {
+            RequestId = "id",
+        };
+
+        var expected = new V1.GenerateRequest
+        {
+            RequestId = "id",
+            PromptIds = new V1.TokenIds { Ids = { 1, 2, 3 } },
+            N = 4,
+            Seed = ulong.MaxValue,
+            Sampling = new V1.SamplingParams
+            {
+                Temperature = 0.5f,
+                TopK = 7,
+                TopP = 0.9f,
+                MinP = 0.1f,
+                LogitBias = { [3] = float.NegativeInfinity },
+            },
+            Stopping = new V1.StoppingParams
+            {
+                MaxTokens = 5,
+                MinTokens = 2,
+                StopTokenIds = { 8, 9 },
+                StopStrings = { "\n\n" },
+                IgnoreEos = true,
+            },
+            TopLogprobs = 6,
+            PromptLogprobs = true,
+            Stream = true,
+            ReturnText = true,
+            CacheSalt = "tenant",
+        };
+        Assert.Equal(expected, request.ToProto(stream: true));
+    }
+
+    [Fact]
+    public void Absent_stays_absent()
+    {
+        V1.GenerateRequest request = new RolloutRequest("text").ToProto(stream: false);
+        Assert.False(request.HasSeed);
+        Assert.False(request.Stopping.HasMaxTokens);
+        Assert.Equal("text", request.PromptText);
+        Assert.Equal(1f, request.Sampling.Temperature);
+        Assert.NotEqual("", request.RequestId);
+    }
+
+    [Fact]
+    public void All_negative_numbers_are_named_at_once()
+    {
+        var request = new RolloutRequest("text", new GenerateOptions { N = -1, MaxTokens = -2, TopK = -3, StopTokenIds = [-4] });
+        var error = Assert.Throws<ArgumentException>(() => request.ToProto(stream: false));
+        Assert.All(["N: -1", "MaxTokens: -2", "TopK: -3", "StopTokenIds: -4"], text => Assert.Contains(text, error.Message));
+    }
+
+    [Fact]
+    public void A_negative_prompt_id_is_named()
+    {
+        var error = Assert.Throws<ArgumentException>(() => Prompt.FromIds([5, -7]));
+        Assert.Contains("number 1 is -7", error.Message);
+    }
+}

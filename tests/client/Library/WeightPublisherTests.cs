@@ -1,0 +1,252 @@
+using Grpc.Core;
+using Xunit;
+
+namespace Rollout.Client.Tests;
+
+public sealed class WeightPublisherTests : IAsyncLifetime
+{
+    private static readonly PushOptions s_inline = new() { Transport = PushTransport.Inline };
+
+    private FakeSidecar _fake = null!;
+    private RolloutClient _client = null!;
+    private WeightPublisher _publisher = null!;
+
+    private static CancellationToken Token => TestContext.Current.CancellationToken;
+
+    public static TheoryData<PushTransport> Transports => [PushTransport.SharedMemory, PushTransport.Inline];
+
+    public async ValueTask InitializeAsync()
+    {
+        _fake = await FakeSidecar.StartAsync();
+        _client = RolloutClient.Connect(_fake.Address);
+        _publisher = new WeightPublisher(_client) { ResolveWithin = TimeSpan.FromSeconds(1) };
+    }
+
+    public async ValueTask DisposeAsync()
+    {
+        await _publisher.DisposeAsync();
+        await _client.DisposeAsync();
+        await _fake.DisposeAsync();
+        if (_fake.Weights.SharedMemoryPath is { } path)
+            Assert.False(File.Exists(path), "something is left in /dev/shm");
+    }
+
+    [Theory, MemberData(nameof(Transports))]
+    public async Task What_arrives_is_what_was_sent(PushTransport transport)
+    {
+        _fake.Weights.Version = 7;
+        byte[][] contents = [Bytes(3_000_000, 1), Bytes(30, 2), Bytes(1 << 20, 3)];
+        var options = new PushOptions { Transport = transport, Policy = UpdatePolicy.Keep, Owner = "me" };
+        PushResult result = await PushAsync(Tensors(contents), options: options);
+
+        for (int i = 0; i < contents.Length; i++)
+            Assert.True(contents[i].AsSpan().SequenceEqual(_fake.Weights.Tensors[$"t{i}"]));
+        V1.BeginUpdate begin = _fake.Weights.Begin!;
+        Assert.Equal((7UL, 8UL, V1.UpdatePolicy.Keep, "me"), (begin.BaseVersion, begin.NewVersion, begin.Policy, begin.Owner));
+        Assert.InRange(begin.DeadlineMilliseconds, 500_000u, 600_000u);
+        Assert.Equal((8UL, (long)begin.PayloadBytes, false), (result.Version, result.PayloadBytes, result.ConfirmedByStatus));
+        Assert.Matches("^[0-9a-f]{32}$", result.Digest);
+        PushTimings timings = result.Timings;
+        Assert.Equal((0.5, 0.25, 0.125), (timings.ServerTransfer, timings.ServerSwap, timings.ServerStall));
+        double parts = timings.Preflight + timings.Write + timings.Transfer + timings.Commit;
+        Assert.InRange(parts, timings.Total * 0.9, timings.Total);
+    }
+
+    [Fact]
+    public async Task Versions_count_up_and_the_shared_memory_is_kept_until_it_is_too_small()
+    {
+        await PushAsync(Tensors(Bytes(1000, 1)));
+        string first = _fake.Weights.SharedMemoryPath!;
+        Assert.Equal(2UL, (await PushAsync(Tensors(Bytes(1000, 2)))).Version);
+        Assert.Equal(first, _fake.Weights.SharedMemoryPath);
+        Assert.Equal(9UL, (await PushAsync(Tensors(Bytes(9000, 2)), newVersion: 9)).Version);
+        Assert.NotEqual(first, _fake.Weights.SharedMemoryPath);
+        Assert.False(File.Exists(first));
+
+        // As when a signal that the trainer survives has removed it.
+        File.Delete(_fake.Weights.SharedMemoryPath!);
+        await PushAsync(Tensors(Bytes(9000, 3)));
+        Assert.Equal(Bytes(9000, 3), _fake.Weights.Tensors["t0"]);
+    }
+
+    [Fact]
+    public async Task A_rejection_has_every_problem_and_no_byte_moves()
+    {
+        _fake.Weights.Reject =
+        [
+            new V1.Problem { Field = "manifest[0].shape", Message = "expected [4, 2]" },
+            new V1.Problem { Field = "manifest", Message = "lm_head.weight is missing" },
+        ];
+        var error = await Assert.ThrowsAsync<WeightUpdateRejectedException>(() =>
+            PushAsync([new TensorSource("t", TensorDType.F32, [1], (_, _) => Assert.Fail("asked for bytes"))]));
+        Assert.Equal(
+            [new UpdateProblem("manifest[0].shape", "expected [4, 2]"), new UpdateProblem("manifest", "lm_head.weight is missing")],
+            error.Problems);
+        Assert.Null(_fake.Weights.SharedMemoryPath);
+    }
+
+    [Fact]
+    public async Task Another_trainers_push_is_found_out_and_a_retry_goes_on_from_it()
+    {
+        await PushAsync(Tensors(Bytes(10, 1)), options: s_inline);
+        _fake.Weights.Version = 40;
+        await Assert.ThrowsAsync<WeightUpdateRejectedException>(() => PushAsync(Tensors(Bytes(10, 1)), options: s_inline));
+        Assert.Equal(41UL, (await PushAsync(Tensors(Bytes(10, 1)), options: s_inline)).Version);
+        await Assert.ThrowsAsync<WeightUpdateRejectedException>(() =>
+            PushAsync(Tensors(Bytes(10, 1)), options: s_inline with { BaseVersion = 40 }));
+    }
+
+    [Theory, MemberData(nameof(Transports))]
+    public async Task A_digest_that_differs_is_thrown(PushTransport transport)
+    {
+        _fake.Weights.LieAboutDigest = true;
+        var error = await Assert.ThrowsAsync<WeightDigestException>(() =>
+            PushAsync(Tensors(Bytes(10, 1)), options: new PushOptions { Transport = transport }));
+        Assert.Equal((UpdateOutcome.Committed, 1UL), (error.Outcome, error.Version));
+        Assert.NotEqual(error.Sent, error.Received);
+
+        PushOptions unverified = new() { Transport = transport, VerifyDigest = false };
+        PushResult result = await PushAsync(Tensors(Bytes(10, 1)), options: unverified);
+        Assert.Equal(error.Received, result.Digest);
+    }
+
+    [Fact]
+    public async Task Failing_is_known_not_to_have_committed()
+    {
+        _fake.Weights.FailAtCommit = "the digests differ";
+        var error = await FailsAsync(Tensors(Bytes(10, 1)));
+        Assert.Equal(UpdateOutcome.NotCommitted, error.Outcome);
+        Assert.Contains("the digests differ", error.Message);
+    }
+
+    [Fact]
+    public async Task A_sidecar_that_gives_up_ends_the_sending()
+    {
+        _fake.Weights.FailAfterChunks = 2;
+        int asked = 0;
+        TensorSource[] tensors = [new TensorSource("t", TensorDType.F32, [1 << 27], (_, bytes) =>
+        {
+            asked++;
+            bytes.Clear();
+        })];
+        var error = await FailsAsync(tensors, s_inline);
+        Assert.Contains("out of luck", error.Message);
+        Assert.InRange(asked, 2, 400);
+    }
+
+    [Fact]
+    public async Task A_source_that_throws_aborts_the_update_and_is_what_is_thrown()
+    {
+        TensorSource[] tensors = [new TensorSource("t", TensorDType.F32, [1], (_, _) => throw new NotSupportedException("quantised"))];
+        foreach (PushOptions options in (PushOptions[])[s_inline, new()])
+        {
+            var error = await Assert.ThrowsAsync<NotSupportedException>(() => PushAsync(tensors, options: options));
+            Assert.Equal("quantised", error.Message);
+            Assert.Equal("quantised", _fake.Weights.AbortReason);
+        }
+
+        Assert.Equal(1UL, (await PushAsync(Tensors(Bytes(10, 1)))).Version);
+    }
+
+    [Theory, MemberData(nameof(Transports))]
+    public async Task Cancelling_commits_nothing(PushTransport transport)
+    {
+        using var cancel = new CancellationTokenSource();
+        TensorSource[] tensors = [new TensorSource("t", TensorDType.F32, [1 << 20], (offset, bytes) =>
+        {
+            if (offset > 0)
+                cancel.Cancel();
+        })];
+        await Assert.ThrowsAnyAsync<OperationCanceledException>(() =>
+            _publisher.PushAsync(tensors, options: new PushOptions { Transport = transport }, cancellationToken: cancel.Token));
+        Assert.NotNull(_fake.Weights.Begin);
+        Assert.Equal(0UL, _fake.Weights.Version);
+        Assert.Equal(1UL, (await PushAsync(Tensors(Bytes(10, 1)))).Version);
+    }
+
+    [Fact]
+    public async Task The_timeout_covers_a_sidecar_that_hangs()
+    {
+        _fake.Weights.BeforeReady = context => Task.Delay(Timeout.Infinite, context.CancellationToken);
+        var error = await FailsAsync(Tensors(Bytes(10, 1)), new PushOptions { Timeout = TimeSpan.FromSeconds(0.3) });
+        Assert.Equal((UpdateOutcome.NotCommitted, StatusCode.DeadlineExceeded), (error.Outcome, error.StatusCode));
+        Assert.Contains("0.3 s", error.Message);
+    }
+
+    [Fact]
+    public async Task An_answer_lost_after_the_commit_is_asked_for()
+    {
+        _fake.Weights.BreakAtCommit = context => throw new RpcException(new Status(StatusCode.Unavailable, "gone"));
+        _fake.Weights.CommitBeforeBreaking = true;
+        PushResult result = await PushAsync(Tensors(Bytes(10, 1), Bytes(20, 2)));
+        Assert.Equal((1UL, true), (result.Version, result.ConfirmedByStatus));
+        Assert.Matches("^[0-9a-f]{32}$", result.Digest);
+    }
+
+    [Fact]
+    public async Task An_answer_lost_before_the_commit_was_done_is_a_failure_that_says_so()
+    {
+        _fake.Weights.BreakAtCommit = context => throw new RpcException(new Status(StatusCode.Unavailable, "gone"));
+        var error = await FailsAsync(Tensors(Bytes(10, 1)));
+        Assert.Equal(UpdateOutcome.NotCommitted, error.Outcome);
+        Assert.Contains("gone", error.Message);
+    }
+
+    [Fact]
+    public async Task Another_trainers_version_of_the_same_number_is_not_taken_for_ours()
+    {
+        _fake.Weights.BreakAtCommit = context =>
+        {
+            _fake.Weights.Version = 1;
+            _fake.Weights.Tensors["t0"] = Bytes(10, 99);
+            throw new RpcException(new Status(StatusCode.Unavailable, "gone"));
+        };
+        await Assert.ThrowsAsync<WeightDigestException>(() => PushAsync(Tensors(Bytes(10, 1))));
+    }
+
+    [Fact]
+    public async Task A_sidecar_that_dies_at_the_commit_leaves_the_outcome_open()
+    {
+        _fake.Weights.BreakAtCommit = async context =>
+        {
+            _ = Task.Run(_fake.DieAsync, CancellationToken.None);
+            await Task.Delay(Timeout.Infinite, context.CancellationToken);
+        };
+        var error = await FailsAsync(Tensors(Bytes(10, 1)));
+        Assert.Equal(UpdateOutcome.Unknown, error.Outcome);
+    }
+
+    [Fact]
+    public async Task A_sidecar_that_dies_during_the_transfer_has_not_committed()
+    {
+        TensorSource[] tensors = [new TensorSource("t", TensorDType.F32, [1 << 22], (offset, bytes) =>
+        {
+            if (offset == 0)
+                _fake.DieAsync().Wait(Token);
+        })];
+        Assert.Equal(UpdateOutcome.NotCommitted, (await FailsAsync(tensors)).Outcome);
+    }
+
+    [Fact]
+    public async Task A_sidecar_that_is_not_there_is_unavailable()
+    {
+        await _fake.DieAsync();
+        await Assert.ThrowsAsync<RolloutUnavailableException>(() => PushAsync(Tensors(Bytes(10, 1))));
+    }
+
+    private Task<PushResult> PushAsync(IReadOnlyList<TensorSource> tensors, ulong? newVersion = null, PushOptions? options = null) =>
+        _publisher.PushAsync(tensors, newVersion, options, Token);
+
+    private async Task<WeightUpdateFailedException> FailsAsync(IReadOnlyList<TensorSource> tensors, PushOptions? options = null) =>
+        await Assert.ThrowsAsync<WeightUpdateFailedException>(() => PushAsync(tensors, options: options));
+
+    private static TensorSource[] Tensors(params byte[][] contents) =>
+        [.. contents.Select((bytes, i) => TensorSource.FromMemory($"t{i}", TensorDType.BF16, [bytes.Length / 2], bytes))];
+
+    private static byte[] Bytes(int count, int seed)
+    {
+        var bytes = new byte[count];
+        new Random(seed).NextBytes(bytes);
+        return bytes;
+    }
+}

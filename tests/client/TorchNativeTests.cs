@@ -1,0 +1,134 @@
+using System.Text;
+using Rollout.Client.Torch;
+using TorchSharp;
+using Xunit;
+
+namespace Rollout.Client.Tests;
+
+public sealed class TorchNativeTests
+{
+    [Fact]
+    public void Matmul_works_once_loaded()
+    {
+        TorchNative.EnsureLoaded();
+        TorchNative.EnsureLoaded();
+        using var scope = torch.NewDisposeScope();
+        var product = torch.ones(3, 4).matmul(torch.full(4, 5, 2f));
+        Assert.Equal(8f, product.min().item<float>());
+        Assert.Equal(8f, product.max().item<float>());
+    }
+
+    [Fact]
+    public void Finds_the_needs_of_the_real_library()
+    {
+        Assert.SkipUnless(OperatingSystem.IsLinux(), "the library is an ELF file on Linux only");
+        var needs = RealLibrary(out _).Needs;
+        Assert.Contains(needs, need => need is { Library: "libc.so.6", Name: "GLIBC_2.34", IsWeak: false });
+        var unused = Assert.Single(needs, need => need.Name == TorchNative.UnusedVersion);
+        Assert.Equal("libstdc++.so.6", unused.Library);
+        Assert.False(unused.IsWeak);
+        Assert.Equal(needs.Count, needs.Select(need => need.Index).Distinct().Count());
+    }
+
+    [Fact]
+    public void Marking_weak_changes_one_flag_and_nothing_else()
+    {
+        Assert.SkipUnless(OperatingSystem.IsLinux(), "the library is an ELF file on Linux only");
+        var elf = RealLibrary(out var image);
+        var before = image.ToArray();
+        var unused = elf.Needs.Single(need => need.Name == TorchNative.UnusedVersion);
+        elf.MarkWeak(unused);
+        var changed = Enumerable.Range(0, image.Length).Where(i => image[i] != before[i]).ToArray();
+        Assert.Equal([unused.FlagsOffset], changed);
+        Assert.Equal(before[unused.FlagsOffset] | 2, image[unused.FlagsOffset]);
+        var again = new ElfVersions(image, "again").Needs;
+        Assert.Equal([TorchNative.UnusedVersion], again.Where(need => need.IsWeak).Select(need => need.Name));
+    }
+
+    [Fact]
+    public void Refuses_to_weaken_a_version_that_is_used()
+    {
+        Assert.SkipUnless(OperatingSystem.IsLinux(), "the library is an ELF file on Linux only");
+        var elf = RealLibrary(out var image);
+        var before = image.ToArray();
+        var used = elf.Needs.Single(need => need is { Library: "libstdc++.so.6", Name: "GLIBCXX_3.4.21" });
+        var error = Assert.Throws<InvalidOperationException>(() => elf.MarkWeak(used));
+        Assert.Contains("GLIBCXX_3.4.21", error.Message);
+        Assert.Equal(before, image);
+    }
+
+    [Fact]
+    public async Task Many_writers_at_once_leave_one_whole_copy()
+    {
+        Assert.SkipUnless(OperatingSystem.IsLinux(), "the library is an ELF file on Linux only");
+        var cache = Directory.CreateTempSubdirectory("rollout-test-").FullName;
+        try
+        {
+            var library = TorchNative.FindLibrary()!;
+            var copies = await Task.WhenAll(Enumerable.Range(0, 8).Select(_ => Task.Run(() => TorchNative.Mend(library, cache))));
+            var copy = Assert.Single(copies.Distinct());
+            Assert.Equal([copy], Directory.GetFiles(cache, "*", SearchOption.AllDirectories));
+            Assert.True(new ElfVersions(File.ReadAllBytes(copy), copy).Needs.Single(n => n.Name == TorchNative.UnusedVersion).IsWeak);
+
+            // A copy that something damaged is replaced, not trusted.
+            File.WriteAllBytes(copy, [1, 2, 3]);
+            Assert.Equal(copy, TorchNative.Mend(library, cache));
+            Assert.Equal(new FileInfo(library).Length, new FileInfo(copy).Length);
+        }
+        finally
+        {
+            Directory.Delete(cache, recursive: true);
+        }
+    }
+
+    public static TheoryData<string, byte[]> NotElf64() => new()
+    {
+        { "does not start with an ELF header", [] },
+        { "does not start with an ELF header", Encoding.ASCII.GetBytes(new string('#', 100)) },
+        { "32-bit", Header(bits: 1) },
+        { "big-endian", Header(endian: 2) },
+        { "not a shared library", Header(type: 2) },
+        { "program headers", Header(headerSize: 32) },
+        { "cut short", Header(headers: 3) },
+        { "no dynamic section", Header() },
+    };
+
+    [Theory]
+    [MemberData(nameof(NotElf64))]
+    public void Refuses_what_is_not_ELF64_and_says_why(string reason, byte[] image)
+    {
+        var error = Assert.Throws<BadImageFormatException>(() => new ElfVersions(image, "some.so"));
+        Assert.Contains(reason, error.Message);
+        Assert.StartsWith("some.so is not a 64-bit", error.Message);
+    }
+
+    [Fact]
+    public void A_library_cut_anywhere_is_refused_or_read_never_worse()
+    {
+        Assert.SkipUnless(OperatingSystem.IsLinux(), "the library is an ELF file on Linux only");
+        var whole = RealLibrary(out var image).Needs;
+        for (var length = 0; length < image.Length; length += 40_009)
+        {
+            // Past the last segment there is nothing the loader reads, so such a cut does no harm.
+            var error = Record.Exception(() => Assert.Equal(whole, new ElfVersions(image[..length], "cut.so").Needs));
+            Assert.True(error is null or BadImageFormatException, $"cut at {length}: {error}");
+            Assert.True(error is not null || length > image.Length / 2, $"cut at {length} was accepted");
+        }
+    }
+
+    private static ElfVersions RealLibrary(out byte[] image)
+    {
+        var path = TorchNative.FindLibrary();
+        Assert.NotNull(path);
+        image = File.ReadAllBytes(path);
+        return new(image, path);
+    }
+
+    private static byte[] Header(byte bits = 2, byte endian = 1, byte type = 3, byte headerSize = 56, byte headers = 0)
+    {
+        var header = new byte[64];
+        "\u007fELF"u8.CopyTo(header);
+        (header[4], header[5], header[16], header[32], header[54], header[56]) = (bits, endian, type, 64, headerSize, headers);
+        return header;
+    }
+}

@@ -1,0 +1,134 @@
+using System.Runtime.InteropServices;
+using CsCheck;
+using Rollout.Client.Torch;
+using TorchSharp;
+using TorchSharp.Modules;
+using Xunit;
+using static TorchSharp.torch;
+
+namespace Rollout.Client.Tests;
+
+public sealed class TorchStateDictTests
+{
+    static TorchStateDictTests() => TorchNative.EnsureLoaded();
+
+    [Fact]
+    public void Names_types_and_shapes_are_the_modules()
+    {
+        using var module = new Tied();
+        var tensors = TorchStateDict.Of(module, PublishedType.BFloat16);
+        Assert.Equal(["scale", "counts", "embed_tokens.weight", "lm_head.weight"], tensors.Select(t => t.Name));
+        Assert.Equal(["BF16", "I64", "BF16", "BF16"], tensors.Select(t => t.DType));
+        Assert.Equal([5, 3], tensors[2].Shape);
+        Assert.Equal([4, 16, 30, 30], tensors.Select(t => t.ByteLength));
+        Assert.Equal(["F32", "I64", "F32", "F32"], TorchStateDict.Of(module).Select(t => t.DType));
+    }
+
+    [Fact]
+    public void Fields_that_TorchSharp_registers_a_second_time_are_not_published_twice()
+    {
+        using var module = new Tied(registerFields: true);
+        Assert.Contains("_embedding", module.named_children().Select(child => child.name));
+        Assert.Equal(
+            ["scale", "counts", "embed_tokens.weight", "lm_head.weight"], TorchStateDict.Of(module).Select(t => t.Name));
+    }
+
+    [Fact]
+    public void A_tied_tensor_is_there_under_both_names_with_the_same_bytes()
+    {
+        using var module = new Tied();
+        var tensors = TorchStateDict.Of(module, PublishedType.BFloat16);
+        Assert.Equal(Bytes(tensors[2]), Bytes(tensors[3]));
+    }
+
+    [Fact]
+    public void A_list_made_once_copies_what_the_module_holds_now()
+    {
+        using var module = new Tied();
+        var tensors = TorchStateDict.Of(module);
+        using (no_grad())
+            module.Scale.fill_(7);
+        Assert.Equal([7f, 7f], MemoryMarshal.Cast<byte, float>(Bytes(tensors[0])).ToArray());
+    }
+
+    [Fact]
+    public void Strides_do_not_show()
+    {
+        using var scope = NewDisposeScope();
+        var tensor = arange(12, float32).view(3, 4).t();
+        Assert.False(tensor.is_contiguous());
+        var copied = MemoryMarshal.Cast<byte, float>(Bytes(new TorchTensor("t", tensor, PublishedType.AsIs))).ToArray();
+        Assert.Equal([0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11], copied);
+    }
+
+    [Fact]
+    public void Rounding_to_bfloat16_is_to_nearest_ties_to_even() => Gen.Float.Array[1, 40].Sample(values =>
+    {
+        using var scope = NewDisposeScope();
+        var copied = MemoryMarshal.Cast<byte, ushort>(Bytes(new TorchTensor("t", tensor(values), PublishedType.BFloat16))).ToArray();
+        for (var i = 0; i < values.Length; i++)
+        {
+            var bits = BitConverter.SingleToUInt32Bits(values[i]);
+            var expected = (ushort)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+            if (float.IsNaN(values[i]) ? (copied[i] & 0x7fff) <= 0x7f80 : copied[i] != expected)
+                return false;
+        }
+
+        return true;
+    });
+
+    [Fact]
+    public void Parts_put_together_are_the_whole() => Gen.Select(Gen.Int[1, 50], Gen.Int[1, 60]).Sample((elements, part) =>
+    {
+        using var scope = NewDisposeScope();
+        var source = new TorchTensor("t", randn(elements), PublishedType.BFloat16);
+        var together = new byte[source.ByteLength];
+        for (var offset = 0; offset < together.Length; offset += 2 * part)
+            source.CopyTo(together.AsSpan(offset, Math.Min(2 * part, together.Length - offset)), offset);
+        return together.SequenceEqual(Bytes(source));
+    });
+
+    [Theory]
+    [InlineData(7, 0, "cut")]
+    [InlineData(8, 2, "cut")]
+    [InlineData(12, 0, "past")]
+    [InlineData(8, 4, "past")]
+    [InlineData(4, -4, "past")]
+    public void Parts_that_do_not_fit_are_refused_by_name(int length, long offset, string reason)
+    {
+        using var scope = NewDisposeScope();
+        var source = new TorchTensor("some.weight", zeros(2), PublishedType.AsIs);
+        var error = Assert.Throws<ArgumentException>(() => source.CopyTo(new byte[length], offset));
+        Assert.Contains("'some.weight'", error.Message);
+        Assert.Contains(reason, error.Message);
+    }
+
+    private static byte[] Bytes(TorchTensor tensor)
+    {
+        var bytes = new byte[tensor.ByteLength];
+        tensor.CopyTo(bytes);
+        return bytes;
+    }
+
+    private sealed class Tied : nn.Module<Tensor, Tensor>
+    {
+        private readonly Embedding _embedding = nn.Embedding(5, 3);
+        private readonly Linear _head = nn.Linear(3, 5, hasBias: false);
+
+        public Tied(bool registerFields = false) : base(nameof(Tied))
+        {
+            _head.weight = _embedding.weight!;
+            register_parameter("scale", Scale);
+            register_buffer("counts", arange(2, int64));
+            register_buffer("scratch", zeros(9), persistent: false);
+            register_module("embed_tokens", _embedding);
+            register_module("lm_head", _head);
+            if (registerFields)
+                RegisterComponents();
+        }
+
+        public Parameter Scale { get; } = new(ones(2));
+
+        public override Tensor forward(Tensor input) => _head.forward(_embedding.forward(input));
+    }
+}

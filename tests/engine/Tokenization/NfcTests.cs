@@ -1,0 +1,36 @@
+using System.Security.Cryptography;
+using System.Text;
+using CsCheck;
+using Xunit;
+
+namespace Rollout.Engine.Tests;
+
+public sealed class NfcTests
+{
+    // sha256 of unicodedata.normalize("NFC", t) over the code points and contexts below; Python 3.14, Unicode 16.
+    private const string Reference = "111f8dcbbf70e7543bb9eb3d8061db41af5bb0f86b25199825078c3c19946896";
+
+    [Fact]
+    public void Every_character_in_several_contexts_is_as_python_has_it()
+    {
+        using var hash = IncrementalHash.CreateHash(HashAlgorithmName.SHA256);
+        // All that have a decomposition or class: the planes 0 and 1, and the compatibility ideographs of plane 2.
+        foreach (var value in Enumerable.Range(0, 0x20000).Where(Rune.IsValid).Concat(Enumerable.Range(0x2F800, 0x220)))
+        {
+            var s = new Rune(value).ToString();
+            foreach (var text in (string[])[s, "A" + s, s + "\u0301", "e\u0327" + s + "\u0300", s + "\u11A8", "\u1100" + s, s + s])
+                hash.AppendData(Encoding.UTF8.GetBytes(Nfc.Normalize(text).ToString()));
+        }
+        Assert.Equal(Reference, Convert.ToHexStringLower(hash.GetHashAndReset()));
+    }
+
+    [Fact]
+    public void Normalising_twice_changes_nothing() =>
+        Gen.OneOf("a", "e", "\u0301", "\u0327", "\u0344", "\u1112", "\u1161", "\u11AB", "\uAC00", "\u212B", "\u0958", "\U0001D15E")
+            .Array[0, 12].Select(parts => string.Concat(parts))
+            .Sample(text =>
+            {
+                var once = Nfc.Normalize(text).ToString();
+                Assert.Equal(once, Nfc.Normalize(once).ToString());
+            }, iter: 5000);
+}

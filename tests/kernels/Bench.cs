@@ -1,0 +1,128 @@
+using System.Runtime.InteropServices;
+
+namespace Rollout.Kernels.Tests;
+
+/// <summary>Makes inputs and reads outputs, for any backend.</summary>
+internal sealed class Bench(IBackend backend, int seed = 1)
+{
+    private readonly Random _random = new(seed);
+
+    public IBackend Backend { get; } = backend;
+
+    public float[] Values(int count, float scale = 1f) =>
+        Enumerable.Range(0, count).Select(_ => ((float)_random.NextDouble() - 0.5f) * 2f * scale).ToArray();
+
+    public Tensor Tensor(int rows, int columns, float scale = 1f)
+    {
+        Tensor tensor = Backend.AllocateTensor(rows, columns);
+        tensor.Write(rows, Values(rows * columns, scale));
+        return tensor;
+    }
+
+    public Tensor Tensor(int columns, float[] values)
+    {
+        Tensor tensor = Backend.AllocateTensor(values.Length / columns, columns);
+        tensor.Write(values.Length / columns, values);
+        return tensor;
+    }
+
+    public Weight Weight(int outputs, int inputs)
+    {
+        Weight weight = Backend.AllocateWeight(outputs, inputs);
+        Backend.WriteWeight(weight, 0, MemoryMarshal.AsBytes<float>(Values(outputs * inputs)), DType.Float32);
+        return weight;
+    }
+
+    public RopeTable Rope(int headDim, int positions)
+    {
+        float[] frequencies = Enumerable.Range(0, headDim / 2).Select(i => (float)Math.Pow(10000, -2.0 * i / headDim)).ToArray();
+        return Backend.AllocateRopeTable(frequencies, positions, 1f);
+    }
+
+    public static float[] Read(Tensor tensor, int rows)
+    {
+        float[] values = new float[rows * tensor.Columns];
+        tensor.Read(rows, values);
+        return values;
+    }
+
+    public static float[] Row(float[] values, int columns, int row) => values.AsSpan(row * columns, columns).ToArray();
+
+    /// <summary>Rows of one sequence each, or, with several lengths, a step over several sequences.</summary>
+    public static StepLayout Step(int sequences, int maxBlocks, Func<int, (int Start, int End)> positions, Func<int, int, int> block)
+    {
+        int rows = Enumerable.Range(0, sequences).Sum(s => positions(s).End - positions(s).Start);
+        var step = new StepLayout(Math.Max(1, rows), sequences, maxBlocks, 1, 0, 0) { SequenceCount = sequences };
+        int row = 0;
+        for (int s = 0; s < sequences; s++)
+        {
+            step.RowStart[s] = row;
+            (int start, int end) = positions(s);
+            for (int p = start; p < end; p++)
+                step.Positions[row++] = p;
+            for (int b = 0; b < maxBlocks; b++)
+                step.BlockTables[(s * maxBlocks) + b] = block(s, b);
+        }
+
+        step.RowStart[sequences] = row;
+        return step;
+    }
+
+    /// <summary>One output row and query for every entry.</summary>
+    public static StepLayout Queries(params SampleQuery[] queries) => Queries(queries, []);
+
+    public static StepLayout Queries(SampleQuery[] queries, (int Id, float Value)[] biases, int alternatives = 0)
+    {
+        int outputs = queries.Length == 0 ? 1 : queries.Max(q => q.OutputIndex) + 1;
+        var step = new StepLayout(outputs, outputs, 1, queries.Length, alternatives, biases.Length)
+        {
+            SequenceCount = outputs,
+            OutputCount = outputs,
+            QueryCount = queries.Length,
+        };
+        for (int o = 0; o <= outputs; o++)
+        {
+            step.RowStart[o] = o;
+            if (o < outputs)
+                step.OutputRows[o] = o;
+        }
+
+        queries.CopyTo(step.Queries, 0);
+        for (int i = 0; i < biases.Length; i++)
+            (step.BiasIds[i], step.BiasValues[i]) = biases[i];
+        return step;
+    }
+
+    public static SampleQuery Query(
+        int output = 0, float temperature = 1f, int topK = 0, float topP = 1f, float minP = 0f, int target = -1) =>
+        new()
+        {
+            OutputIndex = output,
+            Target = target,
+            Temperature = temperature,
+            TopK = topK,
+            TopP = topP,
+            MinP = minP,
+            Seed = 1234567890123,
+        };
+
+    public static void Close(float[] expected, float[] actual, double tolerance)
+    {
+        Assert.Equal(expected.Length, actual.Length);
+        for (int i = 0; i < expected.Length; i++)
+        {
+            if (!(Math.Abs(expected[i] - actual[i]) <= tolerance))
+                Assert.Fail($"Element {i}: expected {expected[i]:R}, found {actual[i]:R}, tolerance {tolerance:R}.");
+        }
+    }
+
+    public static void SameBits(float[] expected, float[] actual, string what)
+    {
+        Assert.Equal(expected.Length, actual.Length);
+        for (int i = 0; i < expected.Length; i++)
+        {
+            if (BitConverter.SingleToInt32Bits(expected[i]) != BitConverter.SingleToInt32Bits(actual[i]))
+                Assert.Fail($"{what}, element {i}: {expected[i]:R} and {actual[i]:R}.");
+        }
+    }
+}
