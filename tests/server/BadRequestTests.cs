@@ -87,7 +87,7 @@ public sealed class BadRequestTests(SharedServer shared)
     [Fact]
     public async Task An_id_in_flight_is_refused_and_free_again_afterwards()
     {
-        GenerateRequest first = Calls.Sampled(s_prompt, 480, seed: 1, n: 16, change: r =>
+        GenerateRequest first = Calls.Sampled(s_prompt, 480, seed: 1, n: 128, change: r =>
         {
             r.RequestId = "twice";
             r.Stream = true;

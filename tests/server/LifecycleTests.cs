@@ -14,7 +14,8 @@ public sealed class LifecycleTests : IAsyncLifetime
 
     private ServerProcess _server = null!;
 
-    public async ValueTask InitializeAsync() => _server = await ServerProcess.StartAsync();
+    // Few seats and many samples: a long group takes seconds, however fast the machine.
+    public async ValueTask InitializeAsync() => _server = await ServerProcess.StartAsync("qwen3", "--max-sequences", "4");
 
     public ValueTask DisposeAsync() => _server.DisposeAsync();
 
@@ -22,20 +23,20 @@ public sealed class LifecycleTests : IAsyncLifetime
     public async Task Abort_returns_the_partial_tokens_of_every_sample()
     {
         using AsyncServerStreamingCall<GenerateReply> call = await BeginLongAsync("a");
-        using AsyncServerStreamingCall<GenerateReply> other = await BeginLongAsync("b");
+        using AsyncServerStreamingCall<GenerateReply> other = _server.Rollout.Generate(Long("b"), deadline: Calls.Deadline());
+        for (int i = 0; i < 500 && (await _server.Control.StatusAsync(new StatusRequest())).Waiting < LongN; i++) await Task.Delay(5);
         AbortReply counts = await _server.Rollout.AbortAsync(new AbortRequest { All = true });
         Assert.Equal(2u, counts.Groups);
-        Assert.Equal(16u, counts.Samples);
+        Assert.InRange(counts.Samples, 1u, 2 * LongN);
         foreach (AsyncServerStreamingCall<GenerateReply> each in (AsyncServerStreamingCall<GenerateReply>[])[call, other])
         {
-            List<SampleChunk> samples = Calls.Join([each.ResponseStream.Current, .. await each.ResponseStream.ReadAllAsync().ToListAsync()]);
-            Assert.Equal(8, samples.Count);
-            Assert.All(samples, sample =>
-            {
-                Assert.Equal(FinishReason.Abort, sample.FinishReason);
-                Assert.NotEmpty(sample.Ids);
-                Assert.Equal(sample.Ids.Count, sample.Logprobs.Count);
-            });
+            List<SampleChunk> samples = Calls.Join([.. each == call ? [each.ResponseStream.Current] : (GenerateReply[])[],
+                .. await each.ResponseStream.ReadAllAsync().ToListAsync()]);
+            Assert.Equal(LongN, (uint)samples.Count);
+            Assert.Equal(FinishReason.Abort, samples[^1].FinishReason);
+            if (each == call) Assert.Contains(samples, sample => sample.Ids.Count > 0);
+            Assert.All(samples, sample => Assert.Equal(sample.Ids.Count, sample.Logprobs.Count));
+            Assert.All(samples, sample => Assert.NotEqual(FinishReason.Unspecified, sample.FinishReason));
         }
 
         await IdleAsync();
@@ -117,13 +118,15 @@ public sealed class LifecycleTests : IAsyncLifetime
         await call.RequestStream.CompleteAsync();
     }
 
-    private static GenerateRequest Long(string id) => Calls.Sampled(s_prompt, 490, seed: 5, n: 8, change: r =>
+    private const uint LongN = 64;
+
+    private static GenerateRequest Long(string id) => Calls.Sampled(s_prompt, 490, seed: 5, n: LongN, change: r =>
     {
         r.RequestId = id;
         r.Stream = true;
     });
 
-    /// <summary>A group that has begun: every sample has tokens, and hundreds still to come.</summary>
+    /// <summary>A group that has begun, with seconds still to go.</summary>
     private async Task<AsyncServerStreamingCall<GenerateReply>> BeginLongAsync(string id)
     {
         AsyncServerStreamingCall<GenerateReply> call = _server.Rollout.Generate(Long(id), deadline: Calls.Deadline());

@@ -1,3 +1,4 @@
+using System.Diagnostics;
 using System.Net.Sockets;
 using Grpc.Core;
 using Grpc.Health.V1;
@@ -14,8 +15,8 @@ public sealed class ShutdownTests
     [InlineData("INT")]
     public async Task A_signal_ends_groups_with_what_they_have_and_leaves_no_socket(string signal)
     {
-        await using ServerProcess server = await ServerProcess.StartAsync();
-        GenerateRequest request = Calls.Sampled([5, 6, 7], 500, seed: 1, n: 8, change: r => r.Stream = true);
+        await using ServerProcess server = await ServerProcess.StartAsync("qwen3", "--max-sequences", "4");
+        GenerateRequest request = Calls.Sampled([5, 6, 7], 500, seed: 1, n: 64, change: r => r.Stream = true);
         using AsyncServerStreamingCall<GenerateReply> call = server.Rollout.Generate(request, deadline: Calls.Deadline());
         using AsyncDuplexStreamingCall<GenerateRequest, GenerateReply> batch = server.Rollout.GenerateBatch(deadline: Calls.Deadline());
         using AsyncDuplexStreamingCall<UpdateRequest, UpdateReply> idle = server.Weights.Update(deadline: Calls.Deadline());
@@ -24,24 +25,46 @@ public sealed class ShutdownTests
         Assert.True(await watch.ResponseStream.MoveNext(default));
         Assert.Equal(HealthCheckResponse.Types.ServingStatus.Serving, watch.ResponseStream.Current.Status);
         await batch.RequestStream.WriteAsync(request);
-        Assert.True(await batch.ResponseStream.MoveNext(default));
+        for (int i = 0; i < 500 && (await server.Control.StatusAsync(new StatusRequest())).Waiting < 64; i++) await Task.Delay(5);
 
         server.Signal(signal);
         List<SampleChunk> samples = Calls.Join([call.ResponseStream.Current, .. await call.ResponseStream.ReadAllAsync().ToListAsync()]);
-        Assert.Equal(8, samples.Count(sample => sample.FinishReason == FinishReason.Abort && sample.Ids.Count > 0));
+        Assert.Equal(64, samples.Count);
+        Assert.Equal(FinishReason.Abort, samples[^1].FinishReason);
+        Assert.Contains(samples, sample => sample.Ids.Count > 0);
 
         Assert.True(await watch.ResponseStream.MoveNext(default));
         Assert.Equal(HealthCheckResponse.Types.ServingStatus.NotServing, watch.ResponseStream.Current.Status);
         Assert.False(await watch.ResponseStream.MoveNext(default));
 
         // The batch's client never closed its side, and the updater never began: neither may hold up the end.
-        List<SampleChunk> batched = Calls.Join([batch.ResponseStream.Current, .. await batch.ResponseStream.ReadAllAsync().ToListAsync()]);
-        Assert.Equal(8, batched.Count(sample => sample.FinishReason == FinishReason.Abort));
+        List<SampleChunk> batched = Calls.Join(await batch.ResponseStream.ReadAllAsync().ToListAsync());
+        Assert.Equal(64, batched.Count(sample => sample.FinishReason != FinishReason.Unspecified));
         long leaving = Environment.TickCount64;
         Assert.Equal(0, await server.ExitAsync());
         Assert.True(Environment.TickCount64 - leaving < 9000, "the end waited for clients until the server's patience was over");
         Assert.False(File.Exists(server.SocketPath));
         Assert.Contains("[4] Stopped", server.Log, StringComparison.Ordinal);
+    }
+
+    [Fact]
+    public async Task While_the_model_is_loaded_the_server_says_so_and_can_be_stopped()
+    {
+        // A pipe nobody writes to: the load does not end.
+        using TemporaryFolder model = new();
+        File.Copy(Path.Combine(Golden.Folder("qwen3"), "config.json"), model["config.json"]);
+        using (Process pipe = Process.Start("mkfifo", [model["model.safetensors"]])) await pipe.WaitForExitAsync();
+        await using ServerProcess server = ServerProcess.Launch(model.Path);
+        while (!server.Log.Contains("Listening", StringComparison.Ordinal)) await Task.Delay(20, new CancellationTokenSource(30_000).Token);
+
+        HealthCheckResponse health = await server.Health.CheckAsync(new HealthCheckRequest(), deadline: Calls.Deadline());
+        Assert.Equal(HealthCheckResponse.Types.ServingStatus.NotServing, health.Status);
+        Assert.Equal(EngineState.Loading, (await server.Control.StatusAsync(new StatusRequest(), deadline: Calls.Deadline())).State);
+        RpcException refused = await Calls.FailsAsync(() => server.RepliesAsync(Calls.Greedy([5], 1)), StatusCode.Unavailable);
+        Assert.Contains("loaded", refused.Status.Detail, StringComparison.Ordinal);
+        server.Signal("TERM");
+        Assert.Equal(0, await server.ExitAsync());
+        Assert.False(File.Exists(server.SocketPath));
     }
 
     [Fact]
@@ -56,7 +79,7 @@ public sealed class ShutdownTests
         first.Signal("KILL");
         await first.ExitAsync();
         Assert.True(File.Exists(first.SocketPath));
-        using System.Diagnostics.Process heir = Cli.Create(["serve", "--model", Golden.Folder("qwen3"), "--socket", first.SocketPath]);
+        using Process heir = Cli.Create(["serve", "--model", Golden.Folder("qwen3"), "--socket", first.SocketPath]);
         heir.Start();
         try
         {

@@ -104,14 +104,11 @@ public sealed class UnitTests
 
     private sealed class PieceTokenizer(params string[] pieces) : Tokenizer
     {
-        public override int[] Encode(string text, bool addSpecialTokens) => throw new NotSupportedException();
+        public override int VocabSize => pieces.Length;
 
-        public override string Decode(ReadOnlySpan<int> ids)
-        {
-            StringBuilder text = new();
-            foreach (int id in ids) text.Append(pieces[id]);
-            return text.ToString();
-        }
+        public override IReadOnlyDictionary<string, int> SpecialTokens => new Dictionary<string, int>();
+
+        public override int[] Encode(string text, bool addSpecialTokens) => throw new NotSupportedException();
 
         public override ReadOnlySpan<byte> TokenBytes(int id) => Encoding.UTF8.GetBytes(pieces[id]);
     }

@@ -1,3 +1,4 @@
+using System.Diagnostics;
 using Google.Protobuf;
 using Grpc.Core;
 using Rollout.V1;
@@ -13,7 +14,8 @@ public sealed class UpdateTests : IAsyncLifetime
 
     private ServerProcess _server = null!;
 
-    public async ValueTask InitializeAsync() => _server = await ServerProcess.StartAsync();
+    // Few seats, so that a group with many samples takes seconds, however fast the machine.
+    public async ValueTask InitializeAsync() => _server = await ServerProcess.StartAsync("qwen3", "--max-sequences", "4");
 
     public ValueTask DisposeAsync() => _server.DisposeAsync();
 
@@ -70,19 +72,30 @@ public sealed class UpdateTests : IAsyncLifetime
     [Fact]
     public async Task Samples_in_flight_say_which_version_drew_which_token()
     {
-        GenerateRequest request = Calls.Sampled(s_golden.Prompt, 490, seed: 2, n: 8, change: r => r.Stream = true);
+        GenerateRequest request = Calls.Sampled(s_golden.Prompt, 490, seed: 2, n: 64, change: r => r.Stream = true);
         using AsyncServerStreamingCall<GenerateReply> call = _server.Rollout.Generate(request, deadline: Calls.Deadline());
         Assert.True(await call.ResponseStream.MoveNext(default));
         GenerateReply first = call.ResponseStream.Current;
         await CommitAsync(0, 3, begin => begin.Policy = UpdatePolicy.Keep);
         List<SampleChunk> samples = Calls.Join([first, .. await call.ResponseStream.ReadAllAsync().ToListAsync()]);
-        Assert.All(samples, sample =>
+        ulong[][] versions = [.. samples.Select(Versions)];
+        Assert.All(versions, sample => Assert.Equal(490, sample.Length));
+        Assert.All(versions, sample => Assert.Equal(sample.Order(), sample));
+        Assert.Contains(versions, sample => sample[0] == 0 && sample[^1] == 3);
+        Assert.Equal([0UL, 3UL], versions.SelectMany(sample => sample).Distinct().Order());
+    }
+
+    /// <summary>The spans spread out; they must follow each other without a gap.</summary>
+    private static ulong[] Versions(SampleChunk sample)
+    {
+        uint end = 0;
+        foreach (VersionSpan span in sample.Versions)
         {
-            Assert.Equal(490, sample.Ids.Count);
-            ulong[] versions = [.. sample.Versions.SelectMany(span => Enumerable.Repeat(span.Version, (int)(span.End - span.Start)))];
-            Assert.Equal(490, versions.Length);
-            Assert.Equal([0UL, 3UL], versions.Distinct());
-        });
+            Assert.Equal(end, span.Start);
+            end = span.End;
+        }
+
+        return [.. sample.Versions.SelectMany(span => Enumerable.Repeat(span.Version, (int)(span.End - span.Start)))];
     }
 
     [Fact]
@@ -121,6 +134,10 @@ public sealed class UpdateTests : IAsyncLifetime
         UpdateRequest shortDigest = new() { Commit = new Commit { Digest = ByteString.CopyFrom(new byte[3]) } };
         UpdateRequest begin = s_payload.Begin(0, 1);
         UpdateRequest[] all = [.. s_payload.Chunks(1 << 20)];
+
+        // As large as a client is told it may be, and refused only for what it is.
+        UpdateRequest large = new() { Chunk = new Chunk { Data = ByteString.CopyFrom(new byte[64 << 20]) } };
+        Assert.Contains("67108864 bytes", (await EndsAsync([begin, large])).Failed.Reason, StringComparison.Ordinal);
 
         Assert.Contains("begin", (await EndsAsync([Chunk(0, 8)])).Failed.Reason, StringComparison.Ordinal);
         Assert.Contains("got begin", (await EndsAsync([begin, begin])).Failed.Reason, StringComparison.Ordinal);
@@ -185,7 +202,7 @@ public sealed class UpdateTests : IAsyncLifetime
         await File.WriteAllBytesAsync(shm["short"], s_payload.Bytes.AsMemory(0, s_payload.Bytes.Length - 1));
         File.CreateSymbolicLink(shm["link"], elsewhere["weights"]);
         Directory.CreateSymbolicLink(shm["folder"], elsewhere.Path);
-        using (System.Diagnostics.Process fifo = System.Diagnostics.Process.Start("mkfifo", [shm["pipe"]])) await fifo.WaitForExitAsync();
+        using (Process fifo = Process.Start("mkfifo", [shm["pipe"]])) await fifo.WaitForExitAsync();
 
         (string Path, ulong Offset, string Reason)[] attacks =
         [
