@@ -149,7 +149,13 @@ public struct SampleQuery
 /// <summary>The answer to a <see cref="SampleQuery"/>. Natural logarithms.</summary>
 public struct SampleResult
 {
-    /// <summary>-1 when the row's logits hold a NaN or +infinity: there is no distribution to sample from.</summary>
+    /// <summary>
+    /// The answer where there is no distribution to draw from or score under: a logit is NaN or +infinity, all are -infinity, or the biases
+    /// forbid every token. One row's trouble is no other row's.
+    /// </summary>
+    public static readonly SampleResult Nothing = new() { Token = -1 };
+
+    /// <summary>-1: <see cref="Nothing"/>.</summary>
     public int Token;
 
     /// <summary>Log-probability under the model: temperature 1, unmodified logits.</summary>

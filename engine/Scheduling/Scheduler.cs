@@ -348,7 +348,7 @@ public sealed class Scheduler
         Group group = sequence.Group;
         if (step.Results[q].Token < 0)
         {
-            Leave(sequence, FinishReason.Error, NotFinite);
+            Leave(sequence, FinishReason.Error, NoToken);
             return;
         }
 
@@ -368,7 +368,7 @@ public sealed class Scheduler
         SampleResult result = step.Results[q];
         if (result.Token < 0)
         {
-            Leave(sequence, FinishReason.Error, NotFinite);
+            Leave(sequence, FinishReason.Error, NoToken);
             return;
         }
 
@@ -414,7 +414,7 @@ public sealed class Scheduler
         if (last) group.Complete();
     }
 
-    private string NotFinite => $"the logits under weights version {Version} are not finite: was a broken update committed?";
+    private string NoToken => $"no token can be drawn under weights version {Version}: its logits are not finite, or every token is forbidden";
 
     /// <summary>What query q of the step is for: the log-probability at a prompt position, or (-1) the sequence's next token.</summary>
     private readonly record struct Question(Sequence Sequence, int PromptPosition);

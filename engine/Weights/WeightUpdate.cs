@@ -116,7 +116,7 @@ public sealed class WeightUpdate : IDisposable
     }
 
     /// <summary>Puts the new weights in service between two steps and applies the manifest's policy to the samples in flight.</summary>
-    /// <param name="expectedDigest">The combined digest the sender computed (DEFINITIONS in weights.proto); empty: not compared.</param>
+    /// <param name="expectedDigest">The combined digest the sender computed (see weights.proto); empty: not compared.</param>
     /// <exception cref="UpdateFailedException">Bytes are missing, or the digest differs. The old weights stay.</exception>
     public async Task<CommitResult> CommitAsync(ReadOnlyMemory<byte> expectedDigest)
     {

@@ -35,7 +35,7 @@ public static class LearningCurve
         plot.Axes.SetLimits(0, x[^1], 0, 1.02);
         plot.Axes.SetLimitsY(0, Math.Max(0.1, 1.1 * steps.Max(s => s.Stats.Kl)), plot.Axes.Right);
         plot.Legend.FontSize = 15;
-        plot.ShowLegend(Alignment.LowerRight);
+        plot.ShowLegend(Alignment.MiddleRight);
         plot.SavePng(path, 1200, 700);
     }
 

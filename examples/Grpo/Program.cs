@@ -24,7 +24,7 @@ using var reference = policy.Freeze();
 
 var folder = Path.Combine(options.Out, "model");
 HuggingFaceFolder.Write(folder, policy);
-await using IRollouts rollouts = await LocalRollouts.StartAsync(folder, policy);
+await using var rollouts = await Rollouts.StartAsync(folder, options.Threads);
 var grpo = new Grpo(policy, reference, weights);
 report.HeldOut(0, await AccuracyAsync(task.HeldOut));
 
@@ -36,12 +36,14 @@ for (var step = 1; step <= options.Steps && clock.Elapsed.TotalMinutes < options
     var groups = await rollouts.SampleAsync([.. problems.Select(p => p.Tokens)], options.Samples, ArithmeticTask.MaxAnswerTokens,
         temperature: 1, seed: SampleSeed(step));
     var sampled = clock.Elapsed;
+    if (groups.Any(g => g.Samples.Any(s => s.Version != (ulong)step - 1)))
+        throw new InvalidOperationException($"step {step} was sampled from weights other than version {step - 1}");
 
     var rewards = groups.Zip(problems, (g, p) => g.Samples.Select(s => ArithmeticTask.Reward(p, s.Tokens)).ToArray()).ToArray();
     var stats = grpo.Step(groups, rewards);
     var trained = clock.Elapsed;
 
-    await rollouts.PushAsync(policy, version: step + 1);
+    await rollouts.PushAsync(policy, version: (ulong)step);
     var pushed = clock.Elapsed;
 
     report.Step(new(step, rewards.Average(r => r.Average()), stats, groups.Sum(g => g.Samples.Sum(s => (long)s.Tokens.Length)),

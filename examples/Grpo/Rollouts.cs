@@ -1,18 +1,66 @@
+using System.Reflection;
+using Rollout.Client;
+using Rollout.Client.Torch;
+
 namespace Rollout.Examples.Grpo;
 
 /// <summary>One sampled completion, the log-probability the engine gave each token, and the version of the weights that did.</summary>
-public sealed record RolloutSample(int[] Tokens, float[] LogProbs, long Version);
+public sealed record RolloutSample(int[] Tokens, float[] LogProbs, ulong Version);
 
 /// <summary>All samples of one prompt.</summary>
 public sealed record RolloutGroup(int[] Prompt, IReadOnlyList<RolloutSample> Samples);
 
-/// <summary>What GRPO needs of an inference engine.</summary>
-public interface IRollouts : IAsyncDisposable
+/// <summary>The sidecar, started as a process of its own: where samples come from and weights go to.</summary>
+public sealed class Rollouts : IAsyncDisposable
 {
-    /// <summary>Samples <paramref name="n"/> completions of every prompt; temperature 0 takes the likeliest token.</summary>
-    Task<IReadOnlyList<RolloutGroup>> SampleAsync(
-        IReadOnlyList<int[]> prompts, int n, int maxTokens, double temperature, ulong seed, CancellationToken cancellation = default);
+    private readonly SidecarProcess _sidecar;
+    private readonly RolloutClient _client;
+    private readonly WeightPublisher _publisher;
 
-    /// <summary>Puts the policy's present weights into the engine, as bf16, as one transaction.</summary>
-    Task PushAsync(Policy policy, long version, CancellationToken cancellation = default);
+    private Rollouts(SidecarProcess sidecar)
+    {
+        _sidecar = sidecar;
+        _client = sidecar.Connect();
+        _publisher = new WeightPublisher(_client);
+    }
+
+    /// <summary>Runs `rollout serve` on a Unix socket and waits until it has loaded the model.</summary>
+    public static async Task<Rollouts> StartAsync(string modelFolder, int threads)
+    {
+        // The build puts the program's path into this assembly; a trainer outside the repository names an installed `rollout`.
+        string program = typeof(Rollouts).Assembly.GetCustomAttributes<AssemblyMetadataAttribute>()
+            .Single(attribute => attribute.Key == "RolloutProgram").Value!;
+        return new Rollouts(await SidecarProcess.StartAsync(new SidecarOptions
+        {
+            Program = program, ModelFolder = modelFolder, Threads = threads,
+        }));
+    }
+
+    /// <summary>Samples n completions of every prompt, all groups on one call; temperature 0 takes the likeliest token.</summary>
+    public async Task<IReadOnlyList<RolloutGroup>> SampleAsync(
+        IReadOnlyList<int[]> prompts, int n, int maxTokens, float temperature, ulong seed)
+    {
+        GenerateOptions options = new() { N = n, MaxTokens = maxTokens, Temperature = temperature };
+        RolloutRequest[] requests = [.. prompts.Select((prompt, i) => new RolloutRequest(prompt, options with { Seed = seed + (ulong)i }))];
+        Dictionary<string, int> promptOf = requests.Select((request, i) => (request.RequestId, i)).ToDictionary();
+        RolloutSample[][] samples = [.. prompts.Select(_ => new RolloutSample[n])];
+        await foreach (Sample sample in _client.GenerateBatchAsync(requests))
+        {
+            if (sample.FinishReason is FinishReason.Error or FinishReason.Abort)
+                throw new InvalidOperationException($"a sample ended with {sample.FinishReason}: {sample.Error}");
+            samples[promptOf[sample.RequestId]][sample.Index] = new(sample.Ids, sample.LogProbs, sample.Versions[^1].Version);
+        }
+
+        return [.. prompts.Zip(samples, (prompt, group) => new RolloutGroup(prompt, group))];
+    }
+
+    /// <summary>Puts the policy's present weights into the running sidecar, as bf16, through shared memory, all or nothing.</summary>
+    public async Task PushAsync(Policy policy, ulong version) => await _publisher.PushAsync(policy, version);
+
+    public async ValueTask DisposeAsync()
+    {
+        await _publisher.DisposeAsync();
+        await _client.DisposeAsync();
+        await _sidecar.DisposeAsync();
+    }
 }

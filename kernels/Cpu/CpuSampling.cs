@@ -67,11 +67,9 @@ internal sealed unsafe class SampleJob<TLanes> : SampleJob
         int row = query.OutputIndex;
         float* logits = Logits + ((long)(row - FirstOutput) * Stride);
 
-        if (!LogSum(logits, Vocabulary, out float max, out float logSum))
-            throw new NumericalException(row, "a logit is not a number or is positive infinity");
-
-        if (float.IsNegativeInfinity(max))
-            throw new NumericalException(row, "every logit is negative infinity");
+        result = SampleResult.Nothing;
+        if (!LogSum(logits, Vocabulary, out float max, out float logSum) || float.IsNegativeInfinity(max))
+            return;
 
         if (query.AlternativesCount > 0)
             Alternatives(query, logits, max, logSum, Candidates(worker));
@@ -86,7 +84,7 @@ internal sealed unsafe class SampleJob<TLanes> : SampleJob
 
         int token = Draw(query, logits, max, logSum, worker, out float samplingLogProb);
         if (token < 0)
-            throw new NumericalException(row, "every token is forbidden");
+            return;
         result.Token = token;
         result.LogProb = logits[token] - max - logSum;
         result.SamplingLogProb = samplingLogProb;

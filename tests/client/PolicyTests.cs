@@ -41,7 +41,7 @@ public sealed class PolicyTests
             using var scope = NewDisposeScope();
             using var _ = no_grad();
             using var policy = new Policy(new PolicyConfig { VocabSize = ArithmeticTask.VocabSize, NumHiddenLayers = 2, HiddenSize = 64 });
-            using (var weights = new MasterWeights(policy, 1e-3))
+            using (var weights = new MasterWeights(policy))
                 HuggingFaceFolder.Write(folder, policy);
             using var again = Load(folder);
             var tokens = tensor([.. ArithmeticTask.Encode("12+34=").Select(t => (long)t)]).unsqueeze(0);

@@ -260,9 +260,8 @@ public sealed class ReferenceBackend : IBackend
             if (query.OutputIndex < first || query.OutputIndex >= first + count)
                 continue;
             double[] row = Enumerable.Range(0, z.Columns).Select(v => z[query.OutputIndex - first, v]).ToArray();
-            if (row.Any(v => double.IsNaN(v) || double.IsPositiveInfinity(v)))
-                throw new NumericalException(query.OutputIndex, "not a number");
-            Step.Results[q] = Sampling.Answer(row, query, Step);
+            bool finite = !row.Any(v => double.IsNaN(v) || double.IsPositiveInfinity(v)) && !row.All(double.IsNegativeInfinity);
+            Step.Results[q] = finite ? Sampling.Answer(row, query, Step) : SampleResult.Nothing;
         }
     }
 

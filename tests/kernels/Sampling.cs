@@ -24,7 +24,7 @@ public static class Sampling
         for (int i = query.BiasStart; i < query.BiasStart + query.BiasCount; i++)
             b[step.BiasIds[i]] += step.BiasValues[i];
         if (b.All(double.IsNegativeInfinity))
-            throw new NumericalException(query.OutputIndex, "every token is forbidden");
+            return SampleResult.Nothing;
         if (query.Temperature == 0f)
         {
             int best = all.MaxBy(v => b[v]);

@@ -159,6 +159,25 @@ public sealed class WeightUpdateTests
         Assert.Equal(old, (await engine.RunAsync(s_request))[0].Bits());
     }
 
+    [Fact]
+    public async Task Weights_that_are_no_numbers_end_samples_with_an_error_and_the_next_update_mends_it()
+    {
+        using Payload payload = Payload.Of("qwen3");
+        await using RolloutEngine engine = TestModels.Load("qwen3");
+        byte[] broken = [.. payload.Bytes];
+        long norm = payload.Manifest(0, 1).Tensors.Single(tensor => tensor.Name == "model.norm.weight").Offset;
+        (broken[norm], broken[norm + 1]) = (0xFF, 0x7F); // NaN
+        foreach ((byte[] bytes, ulong version) in ((byte[], ulong)[])[(broken, 1), (payload.Bytes, 2)])
+        {
+            using WeightUpdate update = engine.BeginUpdate(payload.Manifest(version - 1, version));
+            update.Write(0, bytes);
+            await update.CommitAsync(default);
+            Sequence sample = (await engine.RunAsync(s_request))[0];
+            Assert.Equal(version == 1 ? FinishReason.Error : FinishReason.Length, sample.FinishReason);
+            if (version == 1) Assert.Contains("version 1", sample.Error, StringComparison.Ordinal);
+        }
+    }
+
     private static async Task<Group> UpdateInFlightAsync(Payload payload, UpdatePolicy policy)
     {
         await using RolloutEngine engine = TestModels.Load("qwen3");
