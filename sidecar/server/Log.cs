@@ -12,7 +12,8 @@ internal static partial class Log
         Message = "Serving {Model}, weights version {Version}, on {Backend} after {Seconds:F1} s")]
     public static partial void Ready(ILogger logger, string model, ulong version, string backend, double seconds);
 
-    [LoggerMessage(EventId = 3, Level = LogLevel.Information, Message = "Stopping: no new groups; groups in flight end with their partial tokens")]
+    [LoggerMessage(EventId = 3, Level = LogLevel.Information,
+        Message = "Stopping: no new groups; groups in flight end with their partial tokens")]
     public static partial void Stopping(ILogger logger);
 
     [LoggerMessage(EventId = 4, Level = LogLevel.Information, Message = "Stopped")]
@@ -28,7 +29,8 @@ internal static partial class Log
     [LoggerMessage(EventId = 7, Level = LogLevel.Information, Message = "Removed {Path}, left behind by a server that is gone")]
     public static partial void StaleSocketRemoved(ILogger logger, string path);
 
-    [LoggerMessage(EventId = 8, Level = LogLevel.Warning, Message = "The engine did not stop within {Seconds} s; leaving it to the end of the process")]
+    [LoggerMessage(EventId = 8, Level = LogLevel.Warning,
+        Message = "The engine did not stop within {Seconds} s; leaving it to the end of the process")]
     public static partial void EngineStuck(ILogger logger, double seconds);
 
     // ---- 100..: generation.
@@ -39,7 +41,8 @@ internal static partial class Log
     [LoggerMessage(EventId = 101, Level = LogLevel.Debug, Message = "{Call} refused with {Code}: {Reason}")]
     public static partial void Refused(ILogger logger, string call, string code, string reason);
 
-    [LoggerMessage(EventId = 102, Level = LogLevel.Information, Message = "Aborted {Groups} groups, {Samples} samples; {Unknown} ids were not in flight")]
+    [LoggerMessage(EventId = 102, Level = LogLevel.Information,
+        Message = "Aborted {Groups} groups, {Samples} samples; {Unknown} ids were not in flight")]
     public static partial void Aborted(ILogger logger, int groups, int samples, int unknown);
 
     [LoggerMessage(EventId = 103, Level = LogLevel.Error, Message = "{Call} failed for a reason that is the server's own")]
@@ -49,7 +52,8 @@ internal static partial class Log
 
     [LoggerMessage(EventId = 200, Level = LogLevel.Information,
         Message = "Update {Base} -> {New} by '{Owner}': {Tensors} tensors, {Bytes} bytes, {Milliseconds} ms to finish")]
-    public static partial void UpdateBegun(ILogger logger, ulong @base, ulong @new, string owner, int tensors, ulong bytes, uint milliseconds);
+    public static partial void UpdateBegun(
+        ILogger logger, ulong @base, ulong @new, string owner, int tensors, ulong bytes, uint milliseconds);
 
     [LoggerMessage(EventId = 201, Level = LogLevel.Warning, Message = "Update by '{Owner}' rejected: {Problems}")]
     public static partial void UpdateRejected(ILogger logger, string owner, string problems);
@@ -66,7 +70,8 @@ internal static partial class Log
 
     // ---- 300..: control.
 
-    [LoggerMessage(EventId = 300, Level = LogLevel.Information, Message = "Paused ({Mode}) by '{Owner}' for {Milliseconds} ms; {Samples} samples aborted")]
+    [LoggerMessage(EventId = 300, Level = LogLevel.Information,
+        Message = "Paused ({Mode}) by '{Owner}' for {Milliseconds} ms; {Samples} samples aborted")]
     public static partial void Paused(ILogger logger, string mode, string owner, uint milliseconds, int samples);
 
     [LoggerMessage(EventId = 301, Level = LogLevel.Information, Message = "Resumed")]

@@ -114,7 +114,8 @@ public sealed class BadRequestTests(SharedServer shared)
         CallInvoker invoker = _server.Channel.CreateCallInvoker();
         await Assert.ThrowsAsync<RpcException>(async () =>
         {
-            using AsyncServerStreamingCall<byte[]> call = invoker.AsyncServerStreamingCall(method, null, new CallOptions(deadline: Calls.Deadline()), [0x0A, 0xFF, 0xFF]);
+            using AsyncServerStreamingCall<byte[]> call = invoker.AsyncServerStreamingCall(
+                method, null, new CallOptions(deadline: Calls.Deadline()), [0x0A, 0xFF, 0xFF]);
             await call.ResponseStream.MoveNext(default);
         });
         Assert.Single(await _server.SamplesAsync(Calls.Greedy(s_prompt, 1)));

@@ -71,9 +71,9 @@ public sealed class CliTests(SharedServer shared)
     [Fact]
     public async Task Readable_output_and_every_sampling_option()
     {
-        Cli.Result result = await Cli.RunAsync("generate", "--address", shared.Server.Address, "--prompt", "hello", "--n", "2", "--seed", "4",
-            "--max-tokens", "20", "--top-k", "50", "--top-p", "0.9", "--min-p", "0.01", "--stop", "zzz", "--stop", "yyy", "--stop-ids", "300,301",
-            "--min-tokens", "3", "--logit-bias", "5=-1.5", "--logit-bias", "6=-inf,7=2");
+        Cli.Result result = await Cli.RunAsync("generate", "--address", shared.Server.Address, "--prompt", "hello", "--n", "2",
+            "--seed", "4", "--max-tokens", "20", "--top-k", "50", "--top-p", "0.9", "--min-p", "0.01", "--stop", "zzz", "--stop", "yyy",
+            "--stop-ids", "300,301", "--min-tokens", "3", "--logit-bias", "5=-1.5", "--logit-bias", "6=-inf,7=2");
         Assert.True(result.ExitCode == 0, result.Errors);
         Assert.Contains("sample 1", result.Output, StringComparison.Ordinal);
         Assert.Contains("seed 4", result.Output, StringComparison.Ordinal);
@@ -93,7 +93,8 @@ public sealed class CliTests(SharedServer shared)
     public static TheoryData<string, string[]> BadInput => new()
     {
         { "generate --ids 1", ["--model or --address must be given"] },
-        { "generate --model /nowhere --ids 1,x --max-tokens 0 --top-k q", ["no folder '/nowhere'", "'x' is not a token id", "--max-tokens", "--top-k"] },
+        { "generate --model /nowhere --ids 1,x --max-tokens 0 --top-k q",
+            ["no folder '/nowhere'", "'x' is not a token id", "--max-tokens", "--top-k"] },
         { "generate --address unix:/nowhere/s --ids 1", ["there is no socket '/nowhere/s'"] },
         { "generate --model GOLDEN --ids 1,999 --temperature -1 --top-p 2", ["prompt_ids[1]", "sampling.temperature", "sampling.top_p"] },
         { "generate --model GOLDEN --prompt hello", ["prompt_text", "tokenizer"] },

@@ -20,7 +20,8 @@ public sealed class ShutdownTests
         using AsyncServerStreamingCall<GenerateReply> call = server.Rollout.Generate(request, deadline: Calls.Deadline());
         using AsyncDuplexStreamingCall<GenerateRequest, GenerateReply> batch = server.Rollout.GenerateBatch(deadline: Calls.Deadline());
         using AsyncDuplexStreamingCall<UpdateRequest, UpdateReply> idle = server.Weights.Update(deadline: Calls.Deadline());
-        using AsyncServerStreamingCall<HealthCheckResponse> watch = server.Health.Watch(new HealthCheckRequest(), deadline: Calls.Deadline());
+        using AsyncServerStreamingCall<HealthCheckResponse> watch = server.Health.Watch(
+            new HealthCheckRequest(), deadline: Calls.Deadline());
         Assert.True(await call.ResponseStream.MoveNext(default));
         Assert.True(await watch.ResponseStream.MoveNext(default));
         Assert.Equal(HealthCheckResponse.Types.ServingStatus.Serving, watch.ResponseStream.Current.Status);
@@ -101,7 +102,8 @@ public sealed class ShutdownTests
         Assert.Equal(0, server.Ready.GetProperty("version").GetInt32());
         Uri tcp = new(Assert.Single(addresses, address => address.StartsWith("http:", StringComparison.Ordinal)));
         using GrpcChannel channel = RemoteRollouts.Open(tcp.ToString());
-        StatusReply status = await new ControlService.ControlServiceClient(channel).StatusAsync(new StatusRequest(), deadline: Calls.Deadline());
+        ControlService.ControlServiceClient control = new(channel);
+        StatusReply status = await control.StatusAsync(new StatusRequest(), deadline: Calls.Deadline());
         Assert.Equal("qwen3", status.Model);
 
         using TemporaryFolder folder = new();

@@ -50,7 +50,8 @@ internal static class CommandLine
         InvalidModelException e => (ExitCode.BadInput, [.. e.Problems.Select(problem => $"{e.Path}: {problem}")]),
         InvalidRequestException e => (ExitCode.BadInput, [.. e.Problems.Select(problem => problem.ToString())]),
         RpcException { StatusCode: StatusCode.InvalidArgument } e => (ExitCode.BadInput, e.Status.Detail.Split("; ")),
-        RpcException { StatusCode: StatusCode.Unavailable } e => (ExitCode.Failure, [$"the server cannot be reached or is not ready: {e.Status.Detail}"]),
+        RpcException { StatusCode: StatusCode.Unavailable } e =>
+            (ExitCode.Failure, [$"the server cannot be reached or is not ready: {e.Status.Detail}"]),
         RpcException e => (ExitCode.Failure, [$"{e.StatusCode}: {e.Status.Detail}"]),
         FailureException or NoRoomException or EngineFaultedException or EngineStateException => (ExitCode.Failure, [exception.Message]),
         IOException or UnauthorizedAccessException => (ExitCode.Failure, [exception.Message]),

@@ -13,7 +13,7 @@ internal sealed class GenerateCommand
 {
     private readonly SourceArguments _source = new();
     private readonly Option<uint[]> _ids = Arguments.Ids("--ids", "The prompt as token ids.");
-    private readonly Option<string?> _prompt = new("--prompt") { Description = "The prompt as text; needs a tokenizer.", HelpName = "TEXT" };
+    private readonly Option<string?> _prompt = new("--prompt") { Description = "Prompt as text; needs a tokenizer.", HelpName = "TEXT" };
     private readonly Option<int?> _n = Arguments.Number("--n", "Samples to draw. Default: 1.", 1);
     private readonly Option<ulong?> _seed = new("--seed") { Description = "Seed of the group. Default: a random one.", HelpName = "N" };
     private readonly Option<int?> _maxTokens = Arguments.Number("--max-tokens", "Most tokens of a sample. Default: 128.", 1);
@@ -21,7 +21,7 @@ internal sealed class GenerateCommand
     private readonly Option<float?> _temperature = Arguments.Real("--temperature", "0 is greedy. Default: 1.");
     private readonly Option<int?> _topK = Arguments.Number("--top-k", "Keep the K most probable tokens. 0: all.", 0);
     private readonly Option<float?> _topP = Arguments.Real("--top-p", "Keep the most probable tokens that hold this share of the mass.");
-    private readonly Option<float?> _minP = Arguments.Real("--min-p", "Keep tokens with at least this share of the best one's probability.");
+    private readonly Option<float?> _minP = Arguments.Real("--min-p", "Keep tokens with this share of the best one's probability.");
     private readonly Option<string[]> _stop = new("--stop") { Description = "Stop before this text. May be repeated.", HelpName = "TEXT" };
     private readonly Option<uint[]> _stopIds = Arguments.Ids("--stop-ids", "Stop after one of these tokens.");
     private readonly Option<Dictionary<uint, float>> _bias = Arguments.Biases("--logit-bias", "Add to a token's logit. May be repeated.");

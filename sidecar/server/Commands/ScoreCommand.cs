@@ -102,7 +102,8 @@ internal sealed class ScoreCommand
 
         AnsiConsole.Write(table);
         double sum = reply.Logprobs.Sum(value => (double)value);
-        Console.WriteLine(FormattableString.Invariant($"sum {sum:0.0000} over {reply.Logprobs.Count} tokens, weights version {reply.Version}"));
+        int count = reply.Logprobs.Count;
+        Console.WriteLine(FormattableString.Invariant($"sum {sum:0.0000} over {count} tokens, weights version {reply.Version}"));
     }
 
     private static IEnumerable<(uint Id, float LogProb)> Alternatives(ScoreReply reply, int row)

@@ -141,7 +141,9 @@ internal static class ServerApp
 
         long started = Stopwatch.GetTimestamp();
         Task<RolloutEngine> loading = ModelLoader.LoadAsync(options.Model, options.Engine);
-        if (await Task.WhenAny(loading, StoppingAsync(app)) != loading) return; // the process ends under the load; nothing depends on it yet
+
+        // The process ends under the load; nothing depends on it yet.
+        if (await Task.WhenAny(loading, StoppingAsync(app)) != loading) return;
 
         RolloutEngine engine = await loading;
         host.Publish(engine);

@@ -27,8 +27,10 @@ internal sealed class ControlGrpcService(EngineHost host, ILogger<ControlGrpcSer
             default: problems.Add(new Problem("mode", $"this server knows no pause mode {(int)request.Mode}")); break;
         }
 
-        if (request.LeaseMilliseconds == 0) problems.Add(new Problem("lease_milliseconds", "must be given: the pause ends by itself after it"));
-        if (request.Owner.Length > MaxOwner) problems.Add(new Problem("owner", $"at most {MaxOwner} characters, has {request.Owner.Length}"));
+        if (request.LeaseMilliseconds == 0)
+            problems.Add(new Problem("lease_milliseconds", "must be given: the pause ends by itself after it"));
+        if (request.Owner.Length > MaxOwner)
+            problems.Add(new Problem("owner", $"at most {MaxOwner} characters, has {request.Owner.Length}"));
         if (problems.Count > 0) throw new InvalidRequestException(problems);
 
         TimeSpan lease = TimeSpan.FromMilliseconds(request.LeaseMilliseconds);

@@ -54,7 +54,8 @@ internal sealed class ErrorInterceptor(ILogger<ErrorInterceptor> logger) : Inter
     private RpcException Translate(Exception exception, ServerCallContext context)
     {
         // A client that has gone breaks reads and writes in many ways; none of them is worth more than this.
-        if (context.CancellationToken.IsCancellationRequested) return new RpcException(new Status(StatusCode.Cancelled, "the client has gone"));
+        if (context.CancellationToken.IsCancellationRequested)
+            return new RpcException(new Status(StatusCode.Cancelled, "the client has gone"));
         if (Errors.ToStatus(exception) is { } status)
         {
             Log.Refused(logger, context.Method, status.StatusCode.ToString(), status.Detail);

@@ -61,7 +61,8 @@ internal sealed class GroupCall : IAsyncDisposable
         }
 
         Sequence sample = group.Samples[0];
-        if (sample.FinishReason is Engine.FinishReason.Abort) throw Failed(StatusCode.Aborted, "the request was aborted before it was scored");
+        if (sample.FinishReason is Engine.FinishReason.Abort)
+            throw Failed(StatusCode.Aborted, "the request was aborted before it was scored");
         if (sample.FinishReason is Engine.FinishReason.Error)
         {
             ThrowIfFaulted(engine);

@@ -61,7 +61,8 @@ internal static class ManifestConverter
         }
 
         if (tensor.Offset > long.MaxValue) problems.Add(new(field, $"offset {tensor.Offset} is more than any file can hold"));
-        return new Engine.ManifestTensor(tensor.Name, type, Shape(tensor.Shape, type, field, problems), (long)(tensor.Offset & long.MaxValue));
+        long[] shape = Shape(tensor.Shape, type, field, problems);
+        return new Engine.ManifestTensor(tensor.Name, type, shape, (long)(tensor.Offset & long.MaxValue));
     }
 
     private static long[] Shape(RepeatedField<ulong> wire, DType type, string field, List<Engine.Problem> problems)

@@ -9,7 +9,8 @@ namespace Rollout.Server.Services;
 /// <summary>rollout.v1.RolloutService: generation, scores and aborts.</summary>
 internal sealed class RolloutGrpcService(EngineHost host, ILogger<RolloutGrpcService> logger) : RolloutService.RolloutServiceBase
 {
-    public override async Task Generate(GenerateRequest request, IServerStreamWriter<GenerateReply> responseStream, ServerCallContext context)
+    public override async Task Generate(
+        GenerateRequest request, IServerStreamWriter<GenerateReply> responseStream, ServerCallContext context)
     {
         CancellationToken cancellation = context.CancellationToken;
         await using GroupCall call = Start(request);

@@ -60,7 +60,7 @@ internal static class SharedMemoryFile
             throw Refused(path, $"it must lie in {Root}");
         if (Path.GetFullPath(path) != path) throw Refused(path, "it must be written without '.', '..' or doubled slashes");
         if (Directory.Exists(path)) throw Refused(path, "it is a directory");
-        for (string? parent = Path.GetDirectoryName(path); parent is not null && parent.Length > Root.Length; parent = Path.GetDirectoryName(parent))
+        for (string parent = Path.GetDirectoryName(path)!; parent.Length > Root.Length; parent = Path.GetDirectoryName(parent)!)
         {
             if (new DirectoryInfo(parent).LinkTarget is not null) throw Refused(path, $"{parent} is a symbolic link");
         }

@@ -17,7 +17,8 @@ namespace Rollout.Server.Services;
 /// One deadline covers all of it, waiting for the client included. Disposing gives the engine's update seat back.
 /// </summary>
 internal sealed class UpdateTransaction(
-    RolloutEngine engine, IAsyncStreamReader<UpdateRequest> requests, IServerStreamWriter<UpdateReply> replies, ILogger logger) : IDisposable
+    RolloutEngine engine, IAsyncStreamReader<UpdateRequest> requests, IServerStreamWriter<UpdateReply> replies, ILogger logger)
+    : IDisposable
 {
     /// <summary>How long a client that has opened the stream may take to begin.</summary>
     private static readonly TimeSpan s_beginWithin = TimeSpan.FromSeconds(30);
@@ -104,7 +105,8 @@ internal sealed class UpdateTransaction(
         switch (request.StepCase)
         {
             case UpdateRequest.StepOneofCase.Chunk:
-                if (request.Chunk.Offset > long.MaxValue) throw new UpdateFailedException($"chunk offset {request.Chunk.Offset} is past any payload");
+                if (request.Chunk.Offset > long.MaxValue)
+                    throw new UpdateFailedException($"chunk offset {request.Chunk.Offset} is past any payload");
                 update.Write((long)request.Chunk.Offset, request.Chunk.Data.Span);
                 await ReportAsync(cancellation);
                 return true;
@@ -196,5 +198,6 @@ internal sealed class UpdateTransaction(
         => replies.WriteAsync(reply, CancellationToken.None).WaitAsync(cancellation);
 
     private static string Name(UpdateRequest request)
-        => request.StepCase == UpdateRequest.StepOneofCase.None ? "a message this server does not know" : request.StepCase.ToString().ToLowerInvariant();
+        => request.StepCase == UpdateRequest.StepOneofCase.None ? "a message this server does not know"
+            : request.StepCase.ToString().ToLowerInvariant();
 }
