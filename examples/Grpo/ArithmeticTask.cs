@@ -8,6 +8,9 @@ public sealed record Problem(string Prompt, string Answer)
 {
     /// <summary>The question as the policy reads it.</summary>
     public int[] Tokens { get; } = ArithmeticTask.Encode(Prompt);
+
+    /// <summary>The right answer as the policy should write it, with its end.</summary>
+    public int[] AnswerTokens { get; } = [.. ArithmeticTask.Encode(Answer), ArithmeticTask.EndOfText];
 }
 
 /// <summary>
@@ -59,7 +62,7 @@ public sealed class ArithmeticTask
 
     /// <summary>1 for exactly the right answer and then the end, else 0.</summary>
     public static double Reward(Problem problem, IReadOnlyList<int> completion) =>
-        completion.SequenceEqual([.. Encode(problem.Answer), EndOfText]) ? 1 : 0;
+        completion.SequenceEqual(problem.AnswerTokens) ? 1 : 0;
 
     private static Problem Make(int a, int b)
     {

@@ -32,7 +32,10 @@ public static class LearningCurve
             (label.FontSize, label.Bold) = (18, false);
         foreach (var axis in (IAxis[])[plot.Axes.Bottom, plot.Axes.Left, plot.Axes.Right])
             axis.TickLabelStyle.FontSize = 14;
-        plot.Axes.SetLimits(0, x[^1], 0, 1.02);
+        var goal = plot.Add.HorizontalLine(0.9, 1, Colors.Gray, LinePattern.Dashed);
+        goal.EnableAutoscale = false;
+        plot.Axes.Left.TickGenerator = new ScottPlot.TickGenerators.NumericFixedInterval(0.1);
+        plot.Axes.SetLimits(-0.01 * x[^1], 1.01 * x[^1], 0, 1.02);
         plot.Axes.SetLimitsY(0, Math.Max(0.1, 1.1 * steps.Max(s => s.Stats.Kl)), plot.Axes.Right);
         plot.Legend.FontSize = 15;
         plot.ShowLegend(Alignment.MiddleRight);

@@ -31,21 +31,21 @@ public sealed class Report(Options options)
         _heldOut.Add((step, accuracy));
         Line(string.Create(CultureInfo.InvariantCulture, $"held-out accuracy (greedy) after {step} steps: {accuracy:p1}"));
         if (step == 0)
-            AnsiConsole.MarkupLine("[bold]step  reward                             KL  max |dlogp|    tokens/s  sample   train  update   time[/]");
+            AnsiConsole.MarkupLine("[bold]step reward               KL  |dlogp|   tok/s sample train  push   time[/]");
     }
 
     public void Step(StepReport step)
     {
         _steps.Add(step);
-        var filled = (int)Math.Round(step.Reward * 20);
+        var filled = (int)Math.Round(step.Reward * 10);
         var colour = step.Reward switch { < 0.3 => "red", < 0.9 => "yellow", _ => "green" };
         var difference = step.Stats.LogProbDifference <= 1e-3 ? "default" : "bold red";
+        // Fits 80 columns, which is also what Spectre takes a pipe to have. |dlogp|: the engine's log-probabilities against ours.
         AnsiConsole.MarkupLine(string.Create(CultureInfo.InvariantCulture,
-            $"{step.Step,4}  {step.Reward:f3} [{colour}]{new string('█', filled)}[/][grey]{new string('░', 20 - filled)}[/] {step.Stats.Kl,8:f3}  "
-            + $"[{difference}]{step.Stats.LogProbDifference,11:0.0e+00}[/] {step.Tokens / step.Sampling.TotalSeconds,11:n0} "
-            + $"{Milliseconds(step.Sampling)} {Milliseconds(step.Training)} {Milliseconds(step.Update)} {step.Elapsed.TotalSeconds,5:f0}s"));
-
-        static string Milliseconds(TimeSpan time) => string.Create(CultureInfo.InvariantCulture, $"{time.TotalMilliseconds,5:f0}ms");
+            $"{step.Step,4} {step.Reward,6:f3} [{colour}]{new string('█', filled)}[/][grey]{new string('░', 10 - filled)}[/] "
+            + $"{step.Stats.Kl,6:f3}  [{difference}]{step.Stats.LogProbDifference,7:0.0e+00}[/] {step.Tokens / step.Sampling.TotalSeconds,7:f0} "
+            + $"{step.Sampling.TotalMilliseconds,4:f0}ms {step.Training.TotalMilliseconds,4:f0}ms {step.Update.TotalMilliseconds,3:f0}ms "
+            + $"{step.Elapsed.TotalSeconds,5:f0}s"));
     }
 
     public void Finish(TimeSpan elapsed)

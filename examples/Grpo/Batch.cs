@@ -1,0 +1,55 @@
+using TorchSharp;
+using static TorchSharp.torch;
+
+namespace Rollout.Examples.Grpo;
+
+/// <summary>A prompt and one completion of it, which counts as many times as it was sampled.</summary>
+public sealed record BatchRow(int[] Prompt, int[] Completion, float[]? LogProbs = null, float Advantage = 0, int Count = 1);
+
+/// <summary>
+/// Rows padded on the right to one length: with causal attention nothing sees the padding. Column t of the weights and behaviour
+/// log-probabilities belongs to token t + 1, which the logits at t predict. Only completions have weight.
+/// </summary>
+public sealed class Batch
+{
+    public Batch(IReadOnlyList<BatchRow> rows)
+    {
+        var length = rows.Max(r => r.Prompt.Length + r.Completion.Length);
+        var tokens = new long[rows.Count, length];
+        var weights = new float[rows.Count, length - 1];
+        var behaviour = new float[rows.Count, length - 1];
+        var advantages = new float[rows.Count, 1];
+        for (var row = 0; row < rows.Count; row++)
+        {
+            var (prompt, completion, logProbs, advantage, count) = rows[row];
+            for (var i = 0; i < prompt.Length; i++)
+                tokens[row, i] = prompt[i];
+            for (var i = 0; i < completion.Length; i++)
+            {
+                tokens[row, prompt.Length + i] = completion[i];
+                weights[row, prompt.Length + i - 1] = count;
+                behaviour[row, prompt.Length + i - 1] = logProbs?[i] ?? 0;
+            }
+
+            advantages[row, 0] = advantage;
+        }
+
+        (Tokens, Weights, Behaviour, Advantages) = (tensor(tokens), tensor(weights), tensor(behaviour), tensor(advantages));
+    }
+
+    public Tensor Tokens { get; }
+    public Tensor Weights { get; }
+    public Tensor Behaviour { get; }
+    public Tensor Advantages { get; }
+
+    /// <summary>The log-probability a policy gives every token but the first, given those before it.</summary>
+    public Tensor LogProbs(Policy policy)
+    {
+        var length = Tokens.shape[1];
+        var logits = policy.forward(Tokens.slice(1, 0, length - 1, 1));
+        return logits.log_softmax(-1).gather(-1, Tokens.slice(1, 1, length, 1).unsqueeze(-1)).squeeze(-1);
+    }
+
+    /// <summary>The mean over the tokens of all completions.</summary>
+    public Tensor Mean(Tensor perToken) => (perToken * Weights).sum() / Weights.sum();
+}

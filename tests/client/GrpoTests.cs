@@ -1,0 +1,94 @@
+using Rollout.Client.Torch;
+using Rollout.Examples.Grpo;
+using TorchSharp;
+using Xunit;
+using static TorchSharp.torch;
+
+namespace Rollout.Client.Tests;
+
+public sealed class GrpoTests
+{
+    static GrpoTests() => TorchNative.EnsureLoaded();
+
+    [Fact]
+    public void Held_out_problems_are_never_trained_on_in_either_order()
+    {
+        var task = new ArithmeticTask(1);
+        var training = task.Training.Select(p => p.Prompt).ToHashSet();
+        Assert.Equal(90 * 90, training.Count + task.HeldOut.Count);
+        foreach (var problem in task.HeldOut)
+        {
+            var numbers = problem.Prompt.TrimEnd('=').Split('+');
+            Assert.DoesNotContain(problem.Prompt, training);
+            Assert.DoesNotContain($"{numbers[1]}+{numbers[0]}=", training);
+        }
+
+        Assert.Equal(task.HeldOut.Select(p => p.Prompt), new ArithmeticTask(2).HeldOut.Select(p => p.Prompt));
+    }
+
+    [Fact]
+    public void Only_the_exact_answer_with_its_end_is_rewarded()
+    {
+        var problem = new ArithmeticTask(1).Training.Single(p => p.Prompt == "47+85=");
+        Assert.Equal("231", problem.Answer);
+        Assert.Equal(1, ArithmeticTask.Reward(problem, [.. "231".Select(c => (int)c), ArithmeticTask.EndOfText]));
+        Assert.Equal(0, ArithmeticTask.Reward(problem, [.. "231".Select(c => (int)c)]));
+        Assert.Equal(0, ArithmeticTask.Reward(problem, [.. "132".Select(c => (int)c), ArithmeticTask.EndOfText]));
+        Assert.Equal(0, ArithmeticTask.Reward(problem, []));
+    }
+
+    [Fact]
+    public void Advantages_are_relative_to_the_group_and_nothing_where_all_are_alike()
+    {
+        Assert.All(Grpo.Advantages([1, 1, 1]), a => Assert.Equal(0, a));
+        var advantages = Grpo.Advantages([1, 0, 0, 0]);
+        Assert.Equal(0, advantages.Sum(), 1e-3);
+        Assert.Equal(Math.Sqrt(3), advantages[0], 1e-2);
+    }
+
+    [Fact]
+    public void A_step_makes_the_rewarded_answer_likelier_and_leaves_weights_that_bfloat16_holds()
+    {
+        manual_seed(1);
+        using var policy = new Policy(new PolicyConfig { VocabSize = ArithmeticTask.VocabSize, NumHiddenLayers = 1, HiddenSize = 32 });
+        using var weights = new MasterWeights(policy);
+        using var reference = policy.Freeze();
+        var prompt = ArithmeticTask.Encode("12+34=");
+        int[] right = [.. ArithmeticTask.Encode("64"), ArithmeticTask.EndOfText];
+        int[] wrong = [.. ArithmeticTask.Encode("46"), ArithmeticTask.EndOfText];
+        var grpo = new Grpo(policy, reference, weights);
+        var before = LogProbs(policy, prompt, right);
+        for (var step = 0; step < 5; step++)
+        {
+            // Two of the three samples are alike, and count as two.
+            RolloutSample Sample(int[] tokens) => new(tokens, LogProbs(policy, prompt, tokens), (ulong)step);
+            var stats = grpo.Step([new(prompt, [Sample(right), Sample(wrong), Sample(wrong)])], [[1, 0, 0]]);
+            Assert.InRange(stats.LogProbDifference, 0, 1e-4);
+            Assert.Equal(0, stats.Clipped);
+        }
+
+        Assert.True(LogProbs(policy, prompt, right).Sum() > before.Sum() + 0.01);
+        using var scope = NewDisposeScope();
+        Assert.All(policy.parameters(), p => Assert.True(p.equal(p.to(bfloat16).to(float32)).all().item<bool>()));
+    }
+
+    [Fact]
+    public void Padding_changes_no_log_probability()
+    {
+        using var scope = NewDisposeScope();
+        using var _ = no_grad();
+        using var policy = new Policy(new PolicyConfig { VocabSize = ArithmeticTask.VocabSize, NumHiddenLayers = 1, HiddenSize = 32 });
+        var (prompt, answer) = (ArithmeticTask.Encode("1+2="), ArithmeticTask.Encode("3"));
+        var together = new Batch([new(prompt, answer), new(ArithmeticTask.Encode("10+20="), ArithmeticTask.Encode("0300"))]);
+        var padded = together.LogProbs(policy).data<float>().ToArray()[prompt.Length - 1];
+        Assert.Equal(LogProbs(policy, prompt, answer)[0], padded, 1e-5f);
+        Assert.Equal(5, together.Weights.sum().item<float>());
+    }
+
+    private static float[] LogProbs(Policy policy, int[] prompt, int[] completion)
+    {
+        using var scope = NewDisposeScope();
+        using var _ = no_grad();
+        return new Batch([new(prompt, completion)]).LogProbs(policy).data<float>().ToArray()[(prompt.Length - 1)..];
+    }
+}
