@@ -8,22 +8,34 @@ public sealed record Options(int Seed, int Steps, double Minutes, double Target,
     /// <summary>Parses the arguments; help and mistakes are printed, and answered with null and an exit code.</summary>
     public static (Options? Options, int ExitCode) Parse(string[] args)
     {
-        var seed = new Option<int>("--seed") { Description = "Seed of the weights, the problems and the samples", DefaultValueFactory = _ => 1 };
+        var seed = new Option<int>("--seed")
+        {
+            Description = "Seed of the weights, the problems and the samples",
+            DefaultValueFactory = _ => 1,
+        };
         var steps = new Option<int>("--steps") { Description = "At most this many GRPO steps", DefaultValueFactory = _ => 300 };
-        var minutes = new Option<double>("--minutes") { Description = "Stop after this long, start-up included", DefaultValueFactory = _ => 3 };
+        var minutes = new Option<double>("--minutes")
+        {
+            Description = "Stop after this long, start-up included",
+            DefaultValueFactory = _ => 3,
+        };
         var target = new Option<double>("--target")
         {
             Description = "Stop once the mean reward of ten steps has reached this",
             DefaultValueFactory = _ => 0.95,
         };
-        var prompts = new Option<int>("--prompts") { Description = "Problems a step", DefaultValueFactory = _ => 32 };
-        var samples = new Option<int>("--samples") { Description = "Samples a problem: the size of a group", DefaultValueFactory = _ => 16 };
+        var prompts = new Option<int>("--prompts") { Description = "Problems a step", DefaultValueFactory = _ => 64 };
+        var samples = new Option<int>("--samples") { Description = "Samples a problem: the size of a group", DefaultValueFactory = _ => 8 };
         var threads = new Option<int>("--threads")
         {
             Description = "Threads of the trainer",
             DefaultValueFactory = _ => Math.Clamp(Environment.ProcessorCount, 1, 8),
         };
-        var output = new Option<string>("--out") { Description = "Folder for the model and the plot", DefaultValueFactory = _ => "grpo-out" };
+        var output = new Option<string>("--out")
+        {
+            Description = "Folder for the model and the plot",
+            DefaultValueFactory = _ => "grpo-out",
+        };
         foreach (var count in (Option<int>[])[steps, prompts, samples, threads])
         {
             count.Validators.Add(result =>

@@ -17,7 +17,8 @@ var task = new ArithmeticTask(options.Seed);
 // A small Qwen3 that has seen just enough right answers to be right now and then: GRPO learns from the difference.
 using var policy = new Policy(new PolicyConfig { VocabSize = ArithmeticTask.VocabSize });
 using var weights = new MasterWeights(policy);
-report.Line($"seed {options.Seed}: a Qwen3 of {policy.parameters().Sum(p => p.numel()):n0} parameters, {task.HeldOut.Count} problems held out");
+var size = policy.parameters().Sum(p => p.numel());
+report.Line($"seed {options.Seed}: a Qwen3 of {size:n0} parameters, {task.HeldOut.Count} problems held out");
 var (warmSteps, expected) = WarmStart.Run(policy, weights, task);
 report.WarmStart(warmSteps, expected, clock.Elapsed);
 using var reference = policy.Freeze();
@@ -57,8 +58,8 @@ report.Finish(clock.Elapsed);
 report.Plot(Path.Combine(options.Out, "learning-curve.png"));
 return 0;
 
-// Apart from the steps' own seeds for every step anyone will ever run.
-ulong SampleSeed(int step) => ((ulong)(uint)options.Seed << 32) | (uint)step;
+// The groups of a step take the seeds from here on: no two groups of any two steps or seeds draw the same noise.
+ulong SampleSeed(int step) => ((ulong)(uint)options.Seed << 40) | ((ulong)step << 16);
 
 async Task<double> AccuracyAsync(IReadOnlyList<Problem> problems)
 {

@@ -43,7 +43,8 @@ public sealed class Report(Options options)
         // Fits 80 columns, which is also what Spectre takes a pipe to have. |dlogp|: the engine's log-probabilities against ours.
         AnsiConsole.MarkupLine(string.Create(CultureInfo.InvariantCulture,
             $"{step.Step,4} {step.Reward,6:f3} [{colour}]{new string('█', filled)}[/][grey]{new string('░', 10 - filled)}[/] "
-            + $"{step.Stats.Kl,6:f3}  [{difference}]{step.Stats.LogProbDifference,7:0.0e+00}[/] {step.Tokens / step.Sampling.TotalSeconds,7:f0} "
+            + $"{step.Stats.Kl,6:f3}  [{difference}]{step.Stats.LogProbDifference,7:0.0e+00}[/] "
+            + $"{step.Tokens / step.Sampling.TotalSeconds,7:f0} "
             + $"{step.Sampling.TotalMilliseconds,4:f0}ms {step.Training.TotalMilliseconds,4:f0}ms {step.Update.TotalMilliseconds,3:f0}ms "
             + $"{step.Elapsed.TotalSeconds,5:f0}s"));
     }
@@ -61,7 +62,8 @@ public sealed class Report(Options options)
         table.AddRow("seed", "", $"{options.Seed}");
         table.AddRow("reward over 0.9 (mean of 5 steps)", "", reached is null ? "[red]not reached[/]"
             : string.Create(CultureInfo.InvariantCulture, $"step {reached.Step}, {reached.Elapsed.TotalSeconds:f0} s"));
-        table.AddRow("steps, and time in all", "", string.Create(CultureInfo.InvariantCulture, $"{last.Step}, {elapsed.TotalSeconds:f0} s"));
+        table.AddRow("steps, and time in all", "",
+            string.Create(CultureInfo.InvariantCulture, $"{last.Step}, {elapsed.TotalSeconds:f0} s"));
         table.AddRow("of which sampling, training, update", "", string.Create(CultureInfo.InvariantCulture,
             $"{Seconds(s => s.Sampling):f0} s, {Seconds(s => s.Training):f0} s, {Seconds(s => s.Update):f1} s"));
         table.AddRow("tokens sampled", "", _steps.Sum(s => s.Tokens).ToString("n0", CultureInfo.InvariantCulture));

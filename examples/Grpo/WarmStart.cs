@@ -22,7 +22,7 @@ public static class WarmStart
 
             // A sample is right exactly when every token of the answer is drawn. The mean probability of that is the reward to expect,
             // so the moment to stop is known without sampling.
-            expected = (0.7 * expected) + (0.3 * (logProbs.detach() * batch.Weights).sum(1).exp().mean().item<float>());
+            expected = (0.5 * expected) + (0.5 * (logProbs.detach() * batch.Weights).sum(1).exp().mean().item<float>());
             if (expected >= EnoughReward)
                 return (step - 1, expected);
 

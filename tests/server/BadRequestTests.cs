@@ -1,3 +1,4 @@
+using Google.Protobuf;
 using Grpc.Core;
 using Rollout.V1;
 
@@ -36,6 +37,8 @@ public sealed class BadRequestTests(SharedServer shared)
         (r => r.Stopping.StopStrings.Add(""), ["stopping.stop_strings"]),
         (r => r.TopLogprobs = 321, ["top_logprobs"]),
         (r => r.RequestId = new string('x', 300), ["request_id"]),
+        (r => r.MergeFrom([0x98, 0x06, 0x01]), ["99", "newer"]), // field 99 of a client from the future
+        (r => r.MergeFrom([0x32, 0x03, 0x98, 0x06, 0x01]), ["sampling.99"]),
         (r =>
         {
             r.N = 0;

@@ -1,9 +1,10 @@
+using Google.Protobuf;
 using Grpc.Core;
 using Grpc.Core.Interceptors;
 
 namespace Rollout.Server.Services;
 
-/// <summary>Answers every call that throws with the right status, so that the services themselves only throw.</summary>
+/// <summary>Answers every call that throws with the right status, so that the services themselves only throw; refuses fields nobody here knows.</summary>
 internal sealed class ErrorInterceptor(ILogger<ErrorInterceptor> logger) : Interceptor
 {
     public override async Task<TResponse> UnaryServerHandler<TRequest, TResponse>(
@@ -11,6 +12,7 @@ internal sealed class ErrorInterceptor(ILogger<ErrorInterceptor> logger) : Inter
     {
         try
         {
+            if (request is IMessage message) UnknownFields.Refuse(message);
             return await continuation(request, context);
         }
         catch (Exception exception)

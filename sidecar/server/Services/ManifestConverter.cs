@@ -14,7 +14,7 @@ internal static class ManifestConverter
     /// <exception cref="UpdateRejectedException">Lists every value that is not understood.</exception>
     public static UpdateManifest Convert(BeginUpdate begin)
     {
-        List<Engine.Problem> problems = [];
+        List<Engine.Problem> problems = UnknownFields.Of(begin);
         Engine.ManifestTensor[] tensors = new Engine.ManifestTensor[begin.Manifest.Count];
         for (int i = 0; i < tensors.Length; i++) tensors[i] = Convert(begin.Manifest[i], problems);
         if (tensors.Length == 0) problems.Add(new("manifest", "names no tensor"));

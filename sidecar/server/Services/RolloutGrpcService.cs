@@ -41,6 +41,7 @@ internal sealed class RolloutGrpcService(EngineHost host, ILogger<RolloutGrpcSer
 
     private GroupCall Start(GenerateRequest request)
     {
+        UnknownFields.Refuse(request);
         GroupCall call = GroupCall.Start(host.Admitting, request);
         Log.GroupStarted(logger, call.Request.Id, call.Request.Prompt.Length, call.Request.N);
 
