@@ -38,7 +38,8 @@ public sealed class RolloutEngine : IAsyncDisposable
     private WeightSet? _spare;
     private IReadOnlyList<DescribedWeight> _described;
     private ulong _version;
-    private WeightUpdate? _update;
+    private WeightUpdate? _update; // the one that holds the seat
+    private WeightSwap? _swap;     // its commit, waiting for its moment; the loop's
     private readonly Lock _updateSeat = new();
 
     private RolloutEngine(string name, ModelSpec model, LoadPlan plan, Tokenizer? tokenizer, IBackend backend, EngineOptions options,
@@ -134,7 +135,8 @@ public sealed class RolloutEngine : IAsyncDisposable
             while (!_stopping)
             {
                 ApplyCommands();
-                if (_pause.Stops(_scheduler) || !_scheduler.Next(_step, admitNew: !_pause.HoldsNewGroups))
+                if (_swap is not null) TrySwap(_swap);
+                if (_pause.Stops(_scheduler) || !_scheduler.Next(_step, admitNew: !_pause.HoldsNewGroups && _swap is null))
                 {
                     if (_scheduler.IsEmpty) _blocks.CheckInvariant(idle: true);
                     _wake.Wait(_pause.UntilLeaseEnds());
@@ -176,6 +178,8 @@ public sealed class RolloutEngine : IAsyncDisposable
     private void EndAll(string error)
     {
         ApplyCommands();
+        _swap?.Done.TrySetException(new UpdateFailedException($"{error}; the update was not committed"));
+        _swap = null;
         foreach (Group group in _groups.Values) _scheduler.End(group, FinishReason.Error, error);
     }
 
@@ -302,23 +306,51 @@ public sealed class RolloutEngine : IAsyncDisposable
         }
     }
 
-    /// <summary>The commit: between two steps, one reference is exchanged. Returns the seconds the loop spent on it.</summary>
-    internal Task<double> SwapAsync(WeightUpdate update, WeightSet staging, IReadOnlyDictionary<string, byte[]> digests) => OnLoop(() =>
+    /// <summary>Orders the commit. Ends when it has happened, or when it is certain that it never will.</summary>
+    internal async Task<double> SwapAsync(WeightSwap swap, CancellationToken cancellation)
     {
-        ThrowIfDown();
+        await OnLoop(() =>
+        {
+            ThrowIfDown();
+            return _swap = swap;
+        }).ConfigureAwait(false);
+        using CancellationTokenRegistration takeBack = cancellation.UnsafeRegister(_ => Post(() =>
+        {
+            if (_swap != swap) return; // it has happened
+            _swap = null;
+            swap.Done.TrySetException(new UpdateFailedException("the commit was taken back, by its deadline or its caller, before its moment came; the old weights stay"));
+        }), null);
+        return await swap.Done.Task.ConfigureAwait(false);
+    }
+
+    /// <summary>
+    /// The commit, between two steps: one reference is exchanged, and samples in flight get what the policy says. Under DRAIN its moment
+    /// comes when nothing that began on the old weights is left.
+    /// </summary>
+    private void TrySwap(WeightSwap swap)
+    {
+        if (swap.Policy == UpdatePolicy.Drain && _scheduler.HasBegun) return;
         long started = Stopwatch.GetTimestamp();
+        _swap = null;
         lock (_updateSeat)
         {
-            if (_update != update) throw new UpdateFailedException("the update was aborted before its commit");
-            (_spare, _weights) = (_weights, staging);
-            _described = [.. update.Manifest.Tensors.Select(tensor => new DescribedWeight(tensor.Name, tensor.Type, tensor.Shape, digests[tensor.Name]))];
-            Volatile.Write(ref _version, update.Manifest.NewVersion);
+            if (_update != swap.Update)
+            {
+                swap.Done.SetException(new UpdateFailedException("the update was aborted before its commit"));
+                return;
+            }
+
+            (_spare, _weights) = (_weights, swap.Staging);
+            _described = swap.Described;
+            Volatile.Write(ref _version, swap.Update.Manifest.NewVersion);
             _update = null;
         }
 
-        _scheduler.WeightsChanged(update.Manifest.NewVersion, update.Manifest.Policy);
-        return Stopwatch.GetElapsedTime(started).TotalSeconds;
-    });
+        if (swap.Policy == UpdatePolicy.Abort)
+            foreach (Group group in _groups.Values.Where(group => group.Begun)) _scheduler.End(group, FinishReason.Abort);
+        _scheduler.WeightsChanged(_version, swap.Policy);
+        swap.Done.SetResult(Stopwatch.GetElapsedTime(started).TotalSeconds);
+    }
 
     internal void EndUpdate(WeightUpdate update)
     {
@@ -339,7 +371,7 @@ public sealed class RolloutEngine : IAsyncDisposable
         _transformer.Dispose();
         _kv.Dispose();
         _weights.Dispose();
-        _spare?.Dispose();
+        if (_update is null) _spare?.Dispose(); // else somebody may still be writing into it; it goes with the process
         Backend.Dispose();
     }
 

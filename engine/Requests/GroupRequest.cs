@@ -48,6 +48,12 @@ public sealed record GroupRequest
     /// <summary>Alternatives at every prompt position after the first, and for the token after the prompt.</summary>
     public int PromptTop { get; init; }
 
+    /// <summary>
+    /// End a sample, with finish reason abort, when new weights make its oldest token (or, under KEEP, its oldest keys and values) more than
+    /// this many versions old. Null: it may grow as old as it likes.
+    /// </summary>
+    public int? MaxStaleness { get; init; }
+
     /// <summary>Groups with different salts share no cached keys and values.</summary>
     public string CacheSalt { get; init; } = "";
 

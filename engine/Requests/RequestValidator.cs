@@ -81,6 +81,7 @@ public sealed class RequestValidator(int vocabSize, int maxContext, bool hasToke
         Check(request.PromptTop is >= 0 and <= MaxTop && request.PromptTop <= vocabSize, "top",
             $"must be between 0 and {Math.Min(MaxTop, vocabSize)}, is {request.PromptTop}");
         Check(request.PromptTop == 0 || request.PromptLogProbs, "top", "needs prompt_logprobs");
+        Check(request.MaxStaleness is null or >= 0, "max_staleness", $"must not be negative, is {request.MaxStaleness}");
         Check(request.Id.Length is > 0 and <= 256, "request_id", "must have 1 to 256 characters");
         return problems;
     }

@@ -168,14 +168,36 @@ public sealed class Scheduler
     internal void WeightsChanged(ulong version, UpdatePolicy policy)
     {
         Version = version;
+        EndStale(policy);
         for (int i = _running.Count - 1; i >= 0; i--)
         {
             Sequence sequence = _running[i];
             // Log-probabilities of a prompt are those of one version, whatever the policy.
             bool scoring = sequence.Group.Request.PromptLogProbs && sequence.Sampled == 0;
-            if (policy == UpdatePolicy.Recompute || scoring) Unseat(i);
+            if (policy != UpdatePolicy.Keep || scoring) Unseat(i);
             else sequence.SingleVersionKv = false;
         }
+    }
+
+    /// <summary>Ends samples whose oldest part is older than their request allows, before a step is spent on them.</summary>
+    private void EndStale(UpdatePolicy policy)
+    {
+        // To the side first: ending a sample changes both lists.
+        List<Sequence> stale = [.. _running.Concat(_waiting).Where(sequence =>
+            sequence.Group.Request.MaxStaleness is { } most && Version - OldestPart(sequence, policy) > (ulong)most)];
+        foreach (Sequence sequence in stale)
+        {
+            if (!_running.Remove(sequence)) _waiting.Remove(sequence);
+            Finish(sequence, FinishReason.Abort, "");
+            sequence.Group.Raise();
+        }
+    }
+
+    /// <summary>Version of the oldest token of a sample, or of the oldest keys and values it is going to keep.</summary>
+    private ulong OldestPart(Sequence sequence, UpdatePolicy policy)
+    {
+        ulong oldest = sequence.Sampled > 0 ? sequence.Versions(0, 1)[0] : Version;
+        return policy == UpdatePolicy.Keep && sequence.Computed > 0 ? Math.Min(oldest, sequence.OldestKvVersion) : oldest;
     }
 
     /// <summary>Blocks for the first <paramref name="tokens"/> tokens, at the cost of younger sequences. False when it had to yield itself.</summary>

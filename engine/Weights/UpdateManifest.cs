@@ -10,6 +10,12 @@ public enum UpdatePolicy
 
     /// <summary>Go on with the keys and values they have.</summary>
     Keep,
+
+    /// <summary>Let groups that have begun end on the old weights first; new ones wait for the new weights.</summary>
+    Drain,
+
+    /// <summary>End groups that have begun, returning their partial tokens.</summary>
+    Abort,
 }
 
 /// <summary>One tensor of an update: a Hugging Face name, the type and full shape of the bytes sent, and where in the payload they stand.</summary>

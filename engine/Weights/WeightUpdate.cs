@@ -117,8 +117,14 @@ public sealed class WeightUpdate : IDisposable
 
     /// <summary>Puts the new weights in service between two steps and applies the manifest's policy to the samples in flight.</summary>
     /// <param name="expectedDigest">The combined digest the sender computed (see weights.proto); empty: not compared.</param>
-    /// <exception cref="UpdateFailedException">Bytes are missing, or the digest differs. The old weights stay.</exception>
-    public async Task<CommitResult> CommitAsync(ReadOnlyMemory<byte> expectedDigest)
+    /// <param name="cancellation">
+    /// Takes the commit back if its moment has not come, as while draining. The answer is true either way: the task ends with the result
+    /// when the weights were swapped, and with an exception when they never will be.
+    /// </param>
+    /// <exception cref="UpdateFailedException">
+    /// Bytes are missing, the digest differs, or the commit was taken back. The old weights stay.
+    /// </exception>
+    public async Task<CommitResult> CommitAsync(ReadOnlyMemory<byte> expectedDigest, CancellationToken cancellation = default)
     {
         ThrowIfOver();
         Incoming? missing = _incoming.FirstOrDefault(tensor => tensor.Taken < tensor.Bytes);
@@ -135,7 +141,7 @@ public sealed class WeightUpdate : IDisposable
 
         double transfer = Stopwatch.GetElapsedTime(_started).TotalSeconds;
         long committing = Stopwatch.GetTimestamp();
-        double stall = await _engine.SwapAsync(this, _staging, digests).ConfigureAwait(false);
+        double stall = await _engine.SwapAsync(new WeightSwap(this, _staging, digests), cancellation).ConfigureAwait(false);
         _ended = true;
         return new CommitResult(Manifest.NewVersion, digest, transfer, Stopwatch.GetElapsedTime(committing).TotalSeconds, stall);
     }

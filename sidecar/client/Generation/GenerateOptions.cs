@@ -50,6 +50,11 @@ public sealed record GenerateOptions
     /// <summary>Text beside the token ids; needs a tokenizer.</summary>
     public bool ReturnText { get; init; }
 
+    /// <summary>
+    /// End a sample, with finish reason abort, when new weights make its oldest token more than this many versions old. Null: no limit.
+    /// </summary>
+    public int? MaxStaleness { get; init; }
+
     /// <summary>Requests with different salts never share cached keys and values.</summary>
     public string CacheSalt { get; init; } = "";
 }

@@ -37,6 +37,8 @@ public sealed record RolloutRequest
         };
         if (Options.Seed is { } seed)
             request.Seed = seed;
+        if (Options.MaxStaleness is { } staleness)
+            request.MaxStaleness = (uint)staleness;
         if (Prompt.Ids is { } ids)
             request.PromptIds = ids.ToTokenIds();
         else
@@ -82,6 +84,7 @@ public sealed record RolloutRequest
         Check(nameof(Options.MinTokens), Options.MinTokens);
         Check(nameof(Options.TopK), Options.TopK);
         Check(nameof(Options.TopLogProbs), Options.TopLogProbs);
+        Check(nameof(Options.MaxStaleness), Options.MaxStaleness ?? 0);
         foreach (int id in Options.StopTokenIds)
             Check(nameof(Options.StopTokenIds), id);
         foreach (int id in Options.LogitBias?.Keys ?? [])

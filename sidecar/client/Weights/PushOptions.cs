@@ -8,6 +8,12 @@ public enum UpdatePolicy
 
     /// <summary>Go on with the keys and values they have; every token says which version drew it.</summary>
     Keep,
+
+    /// <summary>Let groups that have begun end on the old weights first; new ones wait for the new weights.</summary>
+    Drain,
+
+    /// <summary>End groups that have begun; their samples come back with their partial tokens and finish reason abort.</summary>
+    Abort,
 }
 
 /// <summary>How the bytes travel.</summary>

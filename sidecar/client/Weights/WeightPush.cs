@@ -129,6 +129,8 @@ internal sealed class WeightPush(
             {
                 UpdatePolicy.Recompute => V1.UpdatePolicy.Recompute,
                 UpdatePolicy.Keep => V1.UpdatePolicy.Keep,
+                UpdatePolicy.Drain => V1.UpdatePolicy.Drain,
+                UpdatePolicy.Abort => V1.UpdatePolicy.Abort,
                 _ => throw new ArgumentException($"unknown policy {options.Policy}"),
             },
             Owner = options.Owner,

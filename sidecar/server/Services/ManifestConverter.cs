@@ -25,6 +25,8 @@ internal static class ManifestConverter
         {
             case V1.UpdatePolicy.Unspecified or V1.UpdatePolicy.Recompute: break;
             case V1.UpdatePolicy.Keep: policy = Engine.UpdatePolicy.Keep; break;
+            case V1.UpdatePolicy.Drain: policy = Engine.UpdatePolicy.Drain; break;
+            case V1.UpdatePolicy.Abort: policy = Engine.UpdatePolicy.Abort; break;
             default: problems.Add(new("policy", $"this server knows no update policy {(int)begin.Policy}")); break;
         }
 

@@ -46,6 +46,7 @@ internal sealed class RequestConverter(Tokenizer? tokenizer)
             IgnoreEos = stopping.IgnoreEos,
             TopLogProbs = Int(request.TopLogprobs, "top_logprobs"),
             PromptLogProbs = request.PromptLogprobs,
+            MaxStaleness = request.HasMaxStaleness ? Int(request.MaxStaleness, "max_staleness") : null,
             CacheSalt = request.CacheSalt,
             StreamTokens = request.Stream,
         };

@@ -28,7 +28,7 @@ public sealed class WeightUpdateTests
         {
             for (int at = 0; at < payload.Bytes.Length; at += chunk)
                 update.Write(at, payload.Bytes.AsSpan(at, Math.Min(chunk, payload.Bytes.Length - at)));
-            CommitResult result = await update.CommitAsync(payload.Digest);
+            CommitResult result = await update.CommitAsync(payload.Digest, Cancelled);
             Assert.Equal(payload.Digest, result.Digest);
         }
 
@@ -75,6 +75,82 @@ public sealed class WeightUpdateTests
             float[] recomputed = (await fresh.RunAsync(rest))[sample.Index].LogProbs(0, 1).ToArray();
             Assert.NotEqual(recomputed[0], sample.LogProbs(swap, swap + 1)[0]); // it did not recompute
         }
+    }
+
+    [Fact]
+    public async Task Under_drain_what_began_ends_on_the_old_weights_and_what_waits_begins_on_the_new()
+    {
+        using Payload payload = Payload.Of("qwen3");
+        await using RolloutEngine engine = TestModels.Load("qwen3");
+        (Group begun, Task<CommitResult> commit, WeightUpdate update) = await CommitInFlightAsync(engine, payload, UpdatePolicy.Drain, Cancelled);
+        Group later = engine.Submit(s_request with { Id = "later" });
+        await commit.WaitAsync(Cancelled);
+        Assert.True(begun.Completed.IsCompleted);
+        await later.Completed.WaitAsync(Cancelled);
+        foreach (Sequence sample in begun.Samples)
+        {
+            Assert.Equal(FinishReason.Length, sample.FinishReason);
+            Assert.All(sample.Versions(0, 200).ToArray(), version => Assert.Equal(0ul, version));
+        }
+
+        Assert.All(later.Samples.SelectMany(sample => sample.Versions(0, 200).ToArray()), version => Assert.Equal(1ul, version));
+        update.Dispose();
+    }
+
+    [Fact]
+    public async Task A_drain_past_its_deadline_is_taken_back_and_service_goes_on()
+    {
+        using Payload payload = Payload.Of("qwen3");
+        await using RolloutEngine engine = TestModels.Load("qwen3");
+        using CancellationTokenSource deadline = new();
+        (Group begun, Task<CommitResult> commit, WeightUpdate update) =
+            await CommitInFlightAsync(engine, payload, UpdatePolicy.Drain, deadline.Token);
+        await engine.PauseAsync(PauseMode.Keep, "whoever makes the drain late", TimeSpan.FromMinutes(1), Cancelled);
+        deadline.Cancel();
+        UpdateFailedException e = await Assert.ThrowsAsync<UpdateFailedException>(() => commit);
+        Assert.Contains("taken back", e.Message, StringComparison.Ordinal);
+        update.Dispose();
+        await engine.ResumeAsync();
+        await engine.RunAsync(s_request with { Id = "later" });
+        Assert.Equal((0ul, null), (engine.Version, engine.Status.UpdateOwner));
+        await begun.Completed.WaitAsync(Cancelled);
+    }
+
+    [Fact]
+    public async Task Under_abort_what_began_returns_its_partial_tokens()
+    {
+        using Payload payload = Payload.Of("qwen3");
+        await using RolloutEngine engine = TestModels.Load("qwen3");
+        (Group begun, Task<CommitResult> commit, WeightUpdate update) = await CommitInFlightAsync(engine, payload, UpdatePolicy.Abort, Cancelled);
+        await commit.WaitAsync(Cancelled);
+        await begun.Completed.WaitAsync(Cancelled);
+        Assert.All(begun.Samples, sample => Assert.Equal(FinishReason.Abort, sample.FinishReason));
+        Assert.All(begun.Samples, sample => Assert.InRange(sample.Published, 20, 199));
+        Assert.All(begun.Samples.SelectMany(s => s.Versions(0, s.Published).ToArray()), version => Assert.Equal(0ul, version));
+        update.Dispose();
+    }
+
+    [Theory]
+    [InlineData(UpdatePolicy.Keep)]
+    [InlineData(UpdatePolicy.Recompute)]
+    public async Task A_sample_ends_when_its_oldest_token_is_staler_than_it_allows(UpdatePolicy policy)
+    {
+        using Payload payload = Payload.Of("qwen3");
+        await using RolloutEngine engine = TestModels.Load("qwen3");
+        Group strict = engine.Submit(s_request with { Id = "strict", MaxTokens = 400, MaxStaleness = 1 });
+        Group loose = engine.Submit(s_request with { Id = "loose", MaxTokens = 400 });
+        for (ulong version = 1; version <= 2; version++)
+        {
+            SpinWait.SpinUntil(() => strict.Samples.All(sample => sample.Published >= (int)version * 10));
+            using WeightUpdate update = engine.BeginUpdate(payload.Manifest(version - 1, version) with { Policy = policy });
+            update.Write(0, payload.Bytes);
+            await update.CommitAsync(payload.Digest, Cancelled);
+        }
+
+        await Task.WhenAll(strict.Completed, loose.Completed).WaitAsync(Cancelled);
+        Assert.All(strict.Samples, sample => Assert.Equal(FinishReason.Abort, sample.FinishReason));
+        Assert.All(strict.Samples, sample => Assert.Equal([0ul, 1ul], sample.Versions(0, sample.Published).ToArray().Distinct()));
+        Assert.All(loose.Samples, sample => Assert.Equal(FinishReason.Length, sample.FinishReason));
     }
 
     [Fact]
@@ -132,7 +208,7 @@ public sealed class WeightUpdateTests
             byte[] flipped = [.. bytes];
             flipped[bytes.Length / 2] ^= 1;
             update.Write(0, flipped);
-            return update.CommitAsync(payload.Digest);
+            return update.CommitAsync(payload.Digest, Cancelled);
         });
         await Fails("expected payload byte 100 next", update =>
         {
@@ -171,11 +247,22 @@ public sealed class WeightUpdateTests
         {
             using WeightUpdate update = engine.BeginUpdate(payload.Manifest(version - 1, version));
             update.Write(0, bytes);
-            await update.CommitAsync(default);
+            await update.CommitAsync(default, Cancelled);
             Sequence sample = (await engine.RunAsync(s_request))[0];
             Assert.Equal(version == 1 ? FinishReason.Error : FinishReason.Length, sample.FinishReason);
             if (version == 1) Assert.Contains("version 1", sample.Error, StringComparison.Ordinal);
         }
+    }
+
+    /// <summary>A group that has begun, all bytes staged, and the commit ordered.</summary>
+    private static async Task<(Group Begun, Task<CommitResult> Commit, WeightUpdate Update)> CommitInFlightAsync(
+        RolloutEngine engine, Payload payload, UpdatePolicy policy, CancellationToken deadline)
+    {
+        WeightUpdate update = engine.BeginUpdate(payload.Manifest(0, 1) with { Policy = policy });
+        update.Write(0, payload.Bytes);
+        Group begun = engine.Submit(s_request);
+        SpinWait.SpinUntil(() => begun.Samples.All(sample => sample.Published >= 20));
+        return (begun, update.CommitAsync(payload.Digest, deadline), update);
     }
 
     private static async Task<Group> UpdateInFlightAsync(Payload payload, UpdatePolicy policy)
@@ -189,7 +276,7 @@ public sealed class WeightUpdateTests
         Group group = engine.Submit(s_request);
         await foreach (SampleChunk chunk in group.ReadAsync(Cancelled))
             if (chunk.End >= 20 && chunk.Sample.Index == 2) break;
-        await update.CommitAsync(payload.Digest);
+        await update.CommitAsync(payload.Digest, Cancelled);
         await group.Completed.WaitAsync(Cancelled);
         return group;
     }
