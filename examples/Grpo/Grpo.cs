@@ -13,7 +13,7 @@ public sealed record GrpoStats(double Loss, double Kl, double Clipped, double Gr
 /// <summary>Group relative policy optimisation (Shao et al. 2024): a policy gradient without a critic, clipped as in PPO.</summary>
 public sealed class Grpo(Policy policy, Policy reference, MasterWeights weights)
 {
-    private const double LearningRate = 6e-4;
+    private const double LearningRate = 5e-4;
     private const double ClipLow = 0.2;
     private const double ClipHigh = 0.28;
 

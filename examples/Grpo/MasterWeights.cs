@@ -10,9 +10,6 @@ namespace Rollout.Examples.Grpo;
 /// </summary>
 public sealed class MasterWeights : IDisposable
 {
-    // Rarely reached: against the one step that would undo many.
-    private const double MaxGradientNorm = 5;
-
     private readonly Parameter[] _rounded;
     private readonly Parameter[] _masters;
     private readonly AdamW _optimizer;
@@ -26,10 +23,10 @@ public sealed class MasterWeights : IDisposable
     }
 
     /// <summary>One optimizer step from the gradients the policy holds now; they are cleared.</summary>
-    /// <returns>The gradients' norm before it was clipped.</returns>
+    /// <returns>The gradients' norm before it was clipped to 1.</returns>
     public double Step(double learningRate)
     {
-        var norm = nn.utils.clip_grad_norm_(_rounded, MaxGradientNorm);
+        var norm = nn.utils.clip_grad_norm_(_rounded, 1);
         foreach (var group in _optimizer.ParamGroups)
             group.LearningRate = learningRate;
         using (var scope = NewDisposeScope())

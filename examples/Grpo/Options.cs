@@ -13,7 +13,7 @@ public sealed record Options(int Seed, int Steps, double Minutes, double Target,
             Description = "Seed of the weights, the problems and the samples",
             DefaultValueFactory = _ => 1,
         };
-        var steps = new Option<int>("--steps") { Description = "At most this many GRPO steps", DefaultValueFactory = _ => 300 };
+        var steps = new Option<int>("--steps") { Description = "At most this many GRPO steps", DefaultValueFactory = _ => 600 };
         var minutes = new Option<double>("--minutes")
         {
             Description = "Stop after this long, start-up included",
@@ -24,8 +24,8 @@ public sealed record Options(int Seed, int Steps, double Minutes, double Target,
             Description = "Stop once the mean reward of ten steps has reached this",
             DefaultValueFactory = _ => 0.95,
         };
-        var prompts = new Option<int>("--prompts") { Description = "Problems a step", DefaultValueFactory = _ => 64 };
-        var samples = new Option<int>("--samples") { Description = "Samples a problem: the size of a group", DefaultValueFactory = _ => 8 };
+        var prompts = new Option<int>("--prompts") { Description = "Problems a step", DefaultValueFactory = _ => 32 };
+        var samples = new Option<int>("--samples") { Description = "Samples a problem: the size of a group", DefaultValueFactory = _ => 16 };
         var threads = new Option<int>("--threads")
         {
             Description = "Threads of the trainer",

@@ -8,7 +8,7 @@ public static class WarmStart
     private const int BatchSize = 64;
     private const int MaxSteps = 600;
     private const double LearningRate = 3e-3;
-    private const double EnoughReward = 0.2;
+    private const double EnoughReward = 0.18;
 
     /// <returns>The steps taken, and the reward that sampling may now expect.</returns>
     public static (int Steps, double ExpectedReward) Run(Policy policy, MasterWeights weights, ArithmeticTask task)
