@@ -32,7 +32,9 @@ public sealed class Rollouts : IAsyncDisposable
             .Single(attribute => attribute.Key == "RolloutProgram").Value!;
         return new Rollouts(await SidecarProcess.StartAsync(new SidecarOptions
         {
-            Program = program, ModelFolder = modelFolder, Threads = threads,
+            Program = program,
+            ModelFolder = modelFolder,
+            Threads = threads,
         }));
     }
 

@@ -8,7 +8,9 @@ Option<int> threads = new("--threads") { Description = "Cores to use.", DefaultV
 Option<int> repetitions = new("--repetitions") { Description = "Runs a number is the median of.", DefaultValueFactory = _ => 5 };
 Option<int[]> batches = new("--batches")
 {
-    Description = "Batch sizes to decode at.", DefaultValueFactory = _ => [1, 8, 32], AllowMultipleArgumentsPerToken = true,
+    Description = "Batch sizes to decode at.",
+    DefaultValueFactory = _ => [1, 8, 32],
+    AllowMultipleArgumentsPerToken = true,
 };
 
 Command shapeS = new("shape-s", "Prefill and decode rates of Shape S (performance.md), in process, beside the machine's limits.")

@@ -105,8 +105,12 @@ internal static class ShapeS
             Random random = new(i);
             all[i] = engine.Submit(new GroupRequest
             {
-                Id = $"{i}", Prompt = [.. Enumerable.Range(0, promptTokens).Select(_ => random.Next(Vocabulary))],
-                MaxTokens = maxTokens, Seed = (ulong)i, IgnoreEos = true, CacheSalt = salt,
+                Id = $"{i}",
+                Prompt = [.. Enumerable.Range(0, promptTokens).Select(_ => random.Next(Vocabulary))],
+                MaxTokens = maxTokens,
+                Seed = (ulong)i,
+                IgnoreEos = true,
+                CacheSalt = salt,
             });
         }
 

@@ -37,9 +37,15 @@ public sealed class DeterminismTests(SharedServer shared)
             List<SampleChunk> remote = await shared.Server.SamplesAsync(request);
             Group group = engine.Submit(new GroupRequest
             {
-                Id = Guid.NewGuid().ToString(), Prompt = [.. request.PromptIds.Ids.Select(id => (int)id)], N = (int)request.N, Seed = request.Seed,
-                Temperature = request.Sampling.Temperature, TopK = (int)request.Sampling.TopK, TopP = request.Sampling.TopP,
-                MaxTokens = (int)request.Stopping.MaxTokens, IgnoreEos = true,
+                Id = Guid.NewGuid().ToString(),
+                Prompt = [.. request.PromptIds.Ids.Select(id => (int)id)],
+                N = (int)request.N,
+                Seed = request.Seed,
+                Temperature = request.Sampling.Temperature,
+                TopK = (int)request.Sampling.TopK,
+                TopP = request.Sampling.TopP,
+                MaxTokens = (int)request.Stopping.MaxTokens,
+                IgnoreEos = true,
             });
             await group.Completed.WaitAsync(TimeSpan.FromSeconds(30));
             for (int i = 0; i < remote.Count; i++)

@@ -24,8 +24,17 @@ public sealed class DeterminismTests
         from ignoreEos in Gen.Bool
         select new GroupRequest
         {
-            Id = "probe", Prompt = prompt, N = n, MaxTokens = maxTokens, MinTokens = minTokens, Seed = seed, Temperature = temperature,
-            TopK = topK, TopP = topP, MinP = minP, IgnoreEos = ignoreEos,
+            Id = "probe",
+            Prompt = prompt,
+            N = n,
+            MaxTokens = maxTokens,
+            MinTokens = minTokens,
+            Seed = seed,
+            Temperature = temperature,
+            TopK = topK,
+            TopP = topP,
+            MinP = minP,
+            IgnoreEos = ignoreEos,
             LogitBias = bias.DistinctBy(entry => entry.Item1).ToDictionary(entry => entry.Item1, entry => entry.Item2),
         };
 
@@ -76,7 +85,9 @@ public sealed class DeterminismTests
         const int BlockBytesPerToken = 2 * 3 * sizeof(float); // keys and values, layers
         await using RolloutEngine engine = TestModels.Load(family, new EngineOptions
         {
-            MaxBatchTokens = way.BatchTokens, MaxSequences = way.Seats, MaxContext = 140,
+            MaxBatchTokens = way.BatchTokens,
+            MaxSequences = way.Seats,
+            MaxContext = 140,
             KvCacheBytes = (long)way.KvTokens * BlockBytesPerToken * KvWidth(family),
         }, way.Threads, way.VectorBits);
         if (way.WarmPrefix) await engine.RunAsync(request with { Id = "warm", N = 1, MaxTokens = 2, MinTokens = 0 });
@@ -87,8 +98,11 @@ public sealed class DeterminismTests
         {
             neighbours.Add(engine.Submit(new GroupRequest
             {
-                Id = $"neighbour {i}", Prompt = [.. Enumerable.Range(0, random.Next(1, 60)).Select(_ => random.Next(3, 320))],
-                MaxTokens = random.Next(1, 30), Seed = (ulong)i, IgnoreEos = true,
+                Id = $"neighbour {i}",
+                Prompt = [.. Enumerable.Range(0, random.Next(1, 60)).Select(_ => random.Next(3, 320))],
+                MaxTokens = random.Next(1, 30),
+                Seed = (ulong)i,
+                IgnoreEos = true,
             }));
             if (i == way.Neighbours / 2) neighbours.Add(engine.Submit(request));
         }

@@ -94,9 +94,20 @@ public sealed class EngineTests
         Group running = engine.Submit(s_request with { MaxTokens = 200 });
         InvalidRequestException e = Assert.Throws<InvalidRequestException>(() => engine.Submit(new GroupRequest
         {
-            Id = "", Prompt = [1, 320, -1], N = 0, Temperature = float.NaN, TopK = -1, TopP = 0, MinP = 2, MaxTokens = 5000, MinTokens = -1,
-            LogitBias = new Dictionary<int, float> { [999] = float.PositiveInfinity }, StopTokenIds = [400], StopStrings = ["x"],
-            TopLogProbs = 321, PromptTop = 1,
+            Id = "",
+            Prompt = [1, 320, -1],
+            N = 0,
+            Temperature = float.NaN,
+            TopK = -1,
+            TopP = 0,
+            MinP = 2,
+            MaxTokens = 5000,
+            MinTokens = -1,
+            LogitBias = new Dictionary<int, float> { [999] = float.PositiveInfinity },
+            StopTokenIds = [400],
+            StopStrings = ["x"],
+            TopLogProbs = 321,
+            PromptTop = 1,
         }));
         string[] fields =
         [

@@ -17,7 +17,11 @@ public sealed class GoldenTests
         {
             GroupRequest request = new()
             {
-                Id = $"{i}", Prompt = golden.Prompts[i], Temperature = 0, IgnoreEos = true, MaxTokens = golden.Continuations[i].Tokens.Length,
+                Id = $"{i}",
+                Prompt = golden.Prompts[i],
+                Temperature = 0,
+                IgnoreEos = true,
+                MaxTokens = golden.Continuations[i].Tokens.Length,
             };
             Sequence sample = (await engine.RunAsync(request))[0];
             int n = sample.Published;
@@ -41,7 +45,11 @@ public sealed class GoldenTests
         {
             Group group = engine.Submit(new GroupRequest
             {
-                Id = $"{i}", Prompt = golden.Prompts[i], MaxTokens = 0, PromptLogProbs = true, PromptTop = vocab,
+                Id = $"{i}",
+                Prompt = golden.Prompts[i],
+                MaxTokens = 0,
+                PromptLogProbs = true,
+                PromptTop = vocab,
             });
             await group.Completed.WaitAsync(TimeSpan.FromSeconds(60), TestContext.Current.CancellationToken);
             TensorInfo info = reference.Tensors[$"logits.{i}"];

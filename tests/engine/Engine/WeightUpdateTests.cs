@@ -9,7 +9,13 @@ public sealed class WeightUpdateTests
 {
     private static readonly GroupRequest s_request = new()
     {
-        Id = "probe", Prompt = [.. Enumerable.Range(3, 40)], N = 3, MaxTokens = 200, Seed = 9, IgnoreEos = true, StreamTokens = true,
+        Id = "probe",
+        Prompt = [.. Enumerable.Range(3, 40)],
+        N = 3,
+        MaxTokens = 200,
+        Seed = 9,
+        IgnoreEos = true,
+        StreamTokens = true,
     };
 
     private static CancellationToken Cancelled => TestContext.Current.CancellationToken;

@@ -92,7 +92,11 @@ public sealed class SchedulerTests
         int[] prompt = [.. Enumerable.Range(0, random.Next(1, 64)).Select(i => 1000 * family + i)];
         GroupRequest request = new()
         {
-            Id = $"{id}", Prompt = prompt, N = random.Next(1, 6), Seed = (ulong)random.Next(), MaxTokens = random.Next(1, 50),
+            Id = $"{id}",
+            Prompt = prompt,
+            N = random.Next(1, 6),
+            Seed = (ulong)random.Next(),
+            MaxTokens = random.Next(1, 50),
             CacheSalt = random.Next(4) == 0 ? "salt" : "",
         };
         Sequence[] samples = [.. Enumerable.Range(0, request.N).Select(i => new Sequence(i, prompt, request.MaxTokens!.Value, 0))];
