@@ -26,7 +26,7 @@ public sealed record GroupRequest
     public float MinP { get; init; }
 
     /// <summary>Token id to what is added to its logit before temperature.</summary>
-    public IReadOnlyDictionary<int, float> LogitBias { get; init; } = NoBias;
+    public IReadOnlyDictionary<int, float> LogitBias { get; init; } = s_noBias;
 
     /// <summary>Null: as many as the context has room for. 0: score the prompt only.</summary>
     public int? MaxTokens { get; init; }
@@ -60,7 +60,7 @@ public sealed record GroupRequest
     /// <summary>Wake the reader at every step (true) or only when a sample ends (false).</summary>
     public bool StreamTokens { get; init; }
 
-    private static readonly Dictionary<int, float> NoBias = [];
+    private static readonly Dictionary<int, float> s_noBias = [];
 }
 
 public enum FinishReason
