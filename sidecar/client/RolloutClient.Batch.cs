@@ -34,8 +34,8 @@ public sealed partial class RolloutClient
     {
         using var ended = CancellationTokenSource.CreateLinkedTokenSource(cancellationToken);
         CancellationToken token = ended.Token;
-        using AsyncDuplexStreamingCall<V1.GenerateRequest, V1.GenerateReply> call =
-            _rollout.GenerateBatch(Options(timeout ?? DefaultWorkTimeout, token));
+        CallOptions options = Options(timeout ?? DefaultWorkTimeout, token);
+        using AsyncDuplexStreamingCall<V1.GenerateRequest, V1.GenerateReply> call = _rollout.GenerateBatch(options);
         var batch = new Batch(onRefused);
         ExceptionDispatchInfo? sendError = null;
         bool allSent = false;
@@ -105,7 +105,7 @@ public sealed partial class RolloutClient
                 cancellationToken.ThrowIfCancellationRequested();
                 // The caller's own exception from making requests is why the call was cancelled, so it is what is thrown.
                 Volatile.Read(ref sendError)?.Throw();
-                throw Translate(e, cancellationToken);
+                throw Translate(e, options.WithCancellationToken(cancellationToken));
             }
         }
     }

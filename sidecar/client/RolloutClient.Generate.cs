@@ -51,12 +51,12 @@ public sealed partial class RolloutClient
         V1.GenerateRequest message = request.ToProto(stream);
         CallOptions options = Options(timeout ?? DefaultWorkTimeout, cancellationToken);
         using AsyncServerStreamingCall<V1.GenerateReply> call = _rollout.Generate(message, options);
-        while (await NextAsync(call.ResponseStream, request.RequestId, cancellationToken))
+        while (await NextAsync(call.ResponseStream, request.RequestId, options))
             yield return call.ResponseStream.Current;
     }
 
     private static async Task<bool> NextAsync(
-        IAsyncStreamReader<V1.GenerateReply> replies, string requestId, CancellationToken cancellationToken)
+        IAsyncStreamReader<V1.GenerateReply> replies, string requestId, CallOptions options)
     {
         try
         {
@@ -64,7 +64,7 @@ public sealed partial class RolloutClient
         }
         catch (RpcException e)
         {
-            throw Translate(e, cancellationToken, requestId);
+            throw Translate(e, options, requestId);
         }
     }
 

@@ -108,6 +108,8 @@ public sealed partial class RolloutClient : IAsyncDisposable
         return ValueTask.CompletedTask;
     }
 
+    private static readonly TimeSpan s_clockSlack = TimeSpan.FromMilliseconds(20);
+
     internal static CallOptions Options(TimeSpan timeout, CancellationToken cancellationToken) =>
         new(deadline: timeout == Timeout.InfiniteTimeSpan ? null : DateTime.UtcNow + timeout, cancellationToken: cancellationToken);
 
@@ -115,21 +117,29 @@ public sealed partial class RolloutClient : IAsyncDisposable
     private static async Task<T> CallAsync<T>(
         Func<CallOptions, AsyncUnaryCall<T>> call, TimeSpan timeout, CancellationToken cancellationToken)
     {
+        CallOptions options = Options(timeout, cancellationToken);
         try
         {
-            using AsyncUnaryCall<T> made = call(Options(timeout, cancellationToken));
+            using AsyncUnaryCall<T> made = call(options);
             return await made.ResponseAsync;
         }
         catch (RpcException e)
         {
-            throw Translate(e, cancellationToken);
+            throw Translate(e, options);
         }
     }
 
-    private static Exception Translate(RpcException error, CancellationToken cancellationToken, string requestId = "") =>
-        cancellationToken.IsCancellationRequested
-            ? new OperationCanceledException("the call was cancelled", error, cancellationToken)
-            : RolloutException.From(error, requestId);
+    private static Exception Translate(RpcException error, CallOptions options, string requestId = "")
+    {
+        if (options.CancellationToken.IsCancellationRequested)
+            return new OperationCanceledException("the call was cancelled", error, options.CancellationToken);
+
+        // Both sides watch the deadline. When the server is the first to see it pass, it breaks the stream, and that is all gRPC reports.
+        bool broken = error.StatusCode is StatusCode.Unavailable or StatusCode.Cancelled;
+        if (broken && DateTime.UtcNow + s_clockSlack >= options.Deadline)
+            return RolloutException.From(StatusCode.DeadlineExceeded, "", requestId, error);
+        return RolloutException.From(error, requestId);
+    }
 
     private static SocketsHttpHandler Handler(RolloutAddress address) => new()
     {

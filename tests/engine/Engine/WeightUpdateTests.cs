@@ -147,7 +147,9 @@ public sealed class WeightUpdateTests
         Group loose = engine.Submit(s_request with { Id = "loose", MaxTokens = 400 });
         for (ulong version = 1; version <= 2; version++)
         {
-            SpinWait.SpinUntil(() => strict.Samples.All(sample => sample.Published >= (int)version * 10));
+            // Every sample has drawn a token from the weights that are about to be replaced.
+            SpinWait.SpinUntil(() => strict.Samples.All(sample =>
+                sample.Published is > 0 and int n && sample.Versions(n - 1, n)[0] == version - 1));
             using WeightUpdate update = engine.BeginUpdate(payload.Manifest(version - 1, version) with { Policy = policy });
             update.Write(0, payload.Bytes);
             await update.CommitAsync(payload.Digest, Cancelled);
