@@ -132,13 +132,7 @@ public sealed class Scheduler
             else TakeSample(step, q, question.Sequence);
         }
 
-        for (int q = 0; q < step.QueryCount; q++)
-        {
-            Group group = _questions[q].Sequence.Group;
-            if (!group.HasNews) continue;
-            group.HasNews = false;
-            group.Raise();
-        }
+        for (int q = 0; q < step.QueryCount; q++) RaiseNews(_questions[q].Sequence.Group);
     }
 
     /// <summary>Ends all samples of a group that have not ended. Returns how many that were.</summary>
@@ -154,13 +148,11 @@ public sealed class Scheduler
         foreach (Sequence sequence in group.Samples)
         {
             if (sequence.FinishReason != FinishReason.None) continue;
-            if (!_running.Remove(sequence)) _waiting.Remove(sequence);
-            Finish(sequence, reason, error);
+            Leave(sequence, reason, error);
             ended++;
         }
 
-        group.HasNews = false;
-        group.Raise();
+        RaiseNews(group);
         return ended;
     }
 
@@ -187,9 +179,8 @@ public sealed class Scheduler
             sequence.Group.Request.MaxStaleness is { } most && Version - OldestPart(sequence, policy) > (ulong)most)];
         foreach (Sequence sequence in stale)
         {
-            if (!_running.Remove(sequence)) _waiting.Remove(sequence);
-            Finish(sequence, FinishReason.Abort, "");
-            sequence.Group.Raise();
+            Leave(sequence, FinishReason.Abort);
+            RaiseNews(sequence.Group);
         }
     }
 
@@ -418,22 +409,25 @@ public sealed class Scheduler
         return sequence.Sampled == sequence.MaxTokens ? FinishReason.Length : FinishReason.None;
     }
 
+    /// <summary>The one way out, from whichever list the sequence is in.</summary>
     private void Leave(Sequence sequence, FinishReason reason, string error = "")
     {
-        _running.Remove(sequence);
-        sequence.Group.HasNews = true;
-        Finish(sequence, reason, error);
-    }
-
-    private void Finish(Sequence sequence, FinishReason reason, string error)
-    {
-        Group group = sequence.Group;
+        if (!_running.Remove(sequence)) _waiting.Remove(sequence);
         DropKv(sequence);
+        Group group = sequence.Group;
         // The engine forgets the group before anyone can see its end: whoever sees it may use its id again.
         bool last = group.CountEnded() == group.Samples.Count;
         if (last) _groupEnded(group);
         sequence.Finish(reason, error);
         if (last) group.Complete();
+        group.HasNews = true;
+    }
+
+    private static void RaiseNews(Group group)
+    {
+        if (!group.HasNews) return;
+        group.HasNews = false;
+        group.Raise();
     }
 
     private string NoToken => $"no token can be drawn under weights version {Version}: its logits are not finite, or every token is forbidden";
