@@ -3,8 +3,15 @@ namespace Rollout.Kernels;
 /// <summary>Memory that a backend owns. Only the backend that made it may read or write it.</summary>
 public abstract class DeviceMemory : IDisposable
 {
-    /// <summary>Bytes held on the device.</summary>
+    /// <summary>Bytes held on the device while not discarded.</summary>
     public abstract long Bytes { get; }
+
+    /// <summary>Gives the memory back to the machine, contents lost. Until <see cref="Restore"/>, operations refuse it.</summary>
+    public abstract void Discard();
+
+    /// <summary>Takes the memory again, zeroed, where it was discarded.</summary>
+    /// <exception cref="OutOfMemoryException">The device has not got it.</exception>
+    public abstract void Restore();
 
     public abstract void Dispose();
 }

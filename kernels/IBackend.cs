@@ -18,6 +18,9 @@ public interface IBackend : IDisposable
 
     // ---- Memory: taken at start, never in a step.
 
+    /// <summary>Bytes the device could still give.</summary>
+    long AvailableBytes { get; }
+
     Tensor AllocateTensor(int rows, int columns);
 
     Weight AllocateWeight(int outputs, int inputs);
@@ -36,6 +39,18 @@ public interface IBackend : IDisposable
     /// even. May be called from any thread, also while a step runs on other weights, and concurrently for disjoint elements.
     /// </summary>
     void WriteWeight(Weight destination, long element, ReadOnlySpan<byte> source, DType type);
+
+    /// <summary>Outputs in the unit that <see cref="WriteWeight"/> stores fastest: write multiples.</summary>
+    int WriteRows { get; }
+
+    /// <summary>
+    /// Stores single elements: value i becomes element <paramref name="element"/> + indices[i]. Exactly what a write of the whole would have
+    /// made of it. May be called from any thread, and concurrently for disjoint elements.
+    /// </summary>
+    void WriteWeightElements(Weight destination, long element, ReadOnlySpan<uint> indices, ReadOnlySpan<byte> values, DType type);
+
+    /// <summary>Makes <paramref name="destination"/> bit-equal to <paramref name="source"/>. May be called while a step reads the source.</summary>
+    void CopyWeight(Weight source, Weight destination);
 
     /// <summary>Reads elements back as fp32 (exact: storage is never wider). Same addressing as <see cref="WriteWeight"/>.</summary>
     void ReadWeight(Weight source, long element, Span<float> destination);

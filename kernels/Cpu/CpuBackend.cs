@@ -66,6 +66,10 @@ public sealed unsafe class CpuBackend : IBackend
 
     public string Name { get; }
 
+    public int WriteRows => PanelLayout.Width;
+
+    public long AvailableBytes => MachineMemory.AvailableBytes();
+
     /// <summary>Whether the machine has vectors this wide; narrower ones are then part of them. 128 bits always run.</summary>
     public static bool IsAccelerated(int vectorBits) => vectorBits switch
     {
@@ -153,15 +157,46 @@ public sealed unsafe class CpuBackend : IBackend
             }
 
             for (int i = 0; i < count; i++)
+                weight.Vector[element + i] = PanelLayout.ToSingle(bytes, i, type);
+        }
+    }
+
+    public void WriteWeightElements(Weight destination, long element, ReadOnlySpan<uint> indices, ReadOnlySpan<byte> values, DType type)
+    {
+        CpuWeight weight = Own(destination);
+        if (type is not (DType.BFloat16 or DType.Float16 or DType.Float32))
+            throw new ArgumentOutOfRangeException(nameof(type));
+        if (values.Length != (long)indices.Length * type.Size())
+            throw new ArgumentException($"{values.Length} bytes for {indices.Length} indices of {type}.", nameof(values));
+        long room = ((long)weight.Outputs * weight.Inputs) - element;
+        if (element < 0 || room < 0)
+            throw new ArgumentOutOfRangeException(nameof(element), element, $"The weight has {(long)weight.Outputs * weight.Inputs} elements.");
+        for (int i = 0; i < indices.Length; i++)
+        {
+            if (indices[i] >= room)
+                throw new ArgumentException($"Index {indices[i]} from element {element} on is past the weight's end.", nameof(indices));
+        }
+
+        fixed (byte* bytes = values)
+        {
+            for (int i = 0; i < indices.Length; i++)
             {
-                weight.Vector[element + i] = type switch
-                {
-                    DType.BFloat16 => PanelLayout.ToSingle(Unsafe.ReadUnaligned<ushort>(bytes + (2L * i))),
-                    DType.Float16 => (float)Unsafe.ReadUnaligned<Half>(bytes + (2L * i)),
-                    _ => Unsafe.ReadUnaligned<float>(bytes + (4L * i)),
-                };
+                long at = element + indices[i];
+                if (weight.IsVector)
+                    weight.Vector[at] = PanelLayout.ToSingle(bytes, i, type);
+                else
+                    PanelLayout.Convert(bytes + ((long)i * type.Size()), PanelLayout.Element(weight.Panels, weight.Inputs, at), 1, type);
             }
         }
+    }
+
+    public void CopyWeight(Weight source, Weight destination)
+    {
+        CpuWeight from = Own(source);
+        CpuWeight to = Own(destination);
+        if ((from.Outputs, from.Inputs) != (to.Outputs, to.Inputs))
+            throw new ArgumentException($"[{to.Outputs}, {to.Inputs}], needed [{from.Outputs}, {from.Inputs}].", nameof(destination));
+        Buffer.MemoryCopy(from.Panels, to.Panels, to.Bytes, from.Bytes);
     }
 
     public void ReadWeight(Weight source, long element, Span<float> destination)
@@ -439,12 +474,12 @@ public sealed unsafe class CpuBackend : IBackend
         return _step ?? throw new InvalidOperationException($"{nameof(BeginStep)} comes first.");
     }
 
-    private static ArgumentException Foreign(string? name) => new("Memory of another backend, or disposed.", name);
+    private static ArgumentException Foreign(string? name) => new("Memory of another backend, disposed, or discarded.", name);
 
     private CpuTensor Own(Tensor tensor, int rows, int columns = 0, [CallerArgumentExpression(nameof(tensor))] string? name = null)
     {
         ArgumentNullException.ThrowIfNull(tensor, name);
-        if (tensor is not CpuTensor own || own.Owner != this || own.IsDisposed)
+        if (tensor is not CpuTensor own || own.Owner != this || own.IsGone)
             throw Foreign(name);
         if (rows < 0 || rows > own.Rows)
             throw new ArgumentOutOfRangeException(name, rows, $"The tensor has {own.Rows} rows.");
@@ -457,7 +492,7 @@ public sealed unsafe class CpuBackend : IBackend
     {
         ThrowIfDisposed();
         ArgumentNullException.ThrowIfNull(weight, name);
-        return weight is CpuWeight own && own.Owner == this && !own.IsDisposed ? own : throw Foreign(name);
+        return weight is CpuWeight own && own.Owner == this && !own.IsGone ? own : throw Foreign(name);
     }
 
     private CpuWeight OwnMatrix(Weight weight, [CallerArgumentExpression(nameof(weight))] string? name = null)
@@ -477,13 +512,13 @@ public sealed unsafe class CpuBackend : IBackend
     private CpuKvCache Own(KvCache cache, [CallerArgumentExpression(nameof(cache))] string? name = null)
     {
         ArgumentNullException.ThrowIfNull(cache, name);
-        return cache is CpuKvCache own && own.Owner == this && !own.IsDisposed ? own : throw Foreign(name);
+        return cache is CpuKvCache own && own.Owner == this && !own.IsGone ? own : throw Foreign(name);
     }
 
     private CpuRopeTable Own(RopeTable rope, [CallerArgumentExpression(nameof(rope))] string? name = null)
     {
         ArgumentNullException.ThrowIfNull(rope, name);
-        return rope is CpuRopeTable own && own.Owner == this && !own.IsDisposed ? own : throw Foreign(name);
+        return rope is CpuRopeTable own && own.Owner == this && !own.IsGone ? own : throw Foreign(name);
     }
 
     private static void CheckElements(CpuWeight weight, long element, long count, string name)

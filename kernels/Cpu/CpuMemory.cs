@@ -7,8 +7,14 @@ internal sealed unsafe partial class NativeBuffer : SafeHandle
 {
     private const nuint Line = 64;
     private const nuint HugePage = 2 << 20;
+    private const nuint MapFrom = 64 << 10;
     private const int MadviseHugePage = 14;
+    private const int ReadWrite = 3;         // PROT_READ | PROT_WRITE
+    private const int PrivateAnonymous = 34; // MAP_PRIVATE | MAP_ANONYMOUS
+    private static readonly nint s_mapFailed = -1;
 
+    private readonly nuint _alignment;
+    private readonly nuint _size; // alignment included
     private byte* _aligned;
 
     public NativeBuffer(long bytes)
@@ -16,32 +22,66 @@ internal sealed unsafe partial class NativeBuffer : SafeHandle
     {
         ArgumentOutOfRangeException.ThrowIfNegative(bytes);
         Bytes = bytes;
-
-        // Zeroed by the system, page by page, when first touched: a large cache costs nothing until it is used.
-        nuint alignment = bytes >= (long)HugePage ? HugePage : Line;
-        nuint size = ((nuint)bytes + Line - 1) / Line * Line;
-        SetHandle((nint)NativeMemory.AllocZeroed(size + alignment));
-        _aligned = (byte*)(((nuint)handle + alignment - 1) / alignment * alignment);
-
-        // Streaming weights through 4 KiB pages costs a measurable share of the read bandwidth, above all in virtual machines.
-        if (alignment == HugePage && OperatingSystem.IsLinux())
-            _ = Advise(_aligned, size, MadviseHugePage);
+        _alignment = bytes >= (long)HugePage ? HugePage : Line;
+        _size = (((nuint)bytes + Line - 1) / Line * Line) + _alignment;
+        Restore();
     }
 
     public long Bytes { get; }
 
     public override bool IsInvalid => handle == 0;
 
+    /// <summary>Disposed, or discarded and not restored.</summary>
+    public bool IsGone => IsClosed || handle == 0;
+
     public byte* Pointer => _aligned;
 
     public float* Floats => (float*)_aligned;
 
+    // Straight from the system: what the C library gets back it may keep, and then the machine never has it.
+    private bool IsMapped => OperatingSystem.IsLinux() && _size >= MapFrom;
+
+    /// <summary>Gives the memory to the machine at once. The contents are lost.</summary>
+    public void Discard()
+    {
+        if (IsGone)
+            return;
+        ReleaseHandle();
+        SetHandle(0);
+    }
+
+    /// <summary>Takes memory again, zeroed by the system, page by page, when first touched: a large cache costs nothing until it is used.</summary>
+    /// <exception cref="OutOfMemoryException">The machine has not got it.</exception>
+    public void Restore()
+    {
+        ObjectDisposedException.ThrowIf(IsClosed, this);
+        if (handle != 0)
+            return;
+        nint start = IsMapped ? Map(0, _size, ReadWrite, PrivateAnonymous, -1, 0) : (nint)NativeMemory.AllocZeroed(_size);
+        if (start == s_mapFailed)
+            throw new OutOfMemoryException($"{_size} bytes could not be mapped.");
+        SetHandle(start);
+        _aligned = (byte*)(((nuint)start + _alignment - 1) / _alignment * _alignment);
+
+        // Streaming weights through 4 KiB pages costs a measurable share of the read bandwidth, above all in virtual machines.
+        if (_alignment == HugePage && OperatingSystem.IsLinux())
+            _ = Advise(_aligned, _size - _alignment, MadviseHugePage);
+    }
+
     protected override bool ReleaseHandle()
     {
-        NativeMemory.Free((void*)handle);
         _aligned = null;
+        if (IsMapped)
+            return Unmap(handle, _size) == 0;
+        NativeMemory.Free((void*)handle);
         return true;
     }
+
+    [LibraryImport("libc", EntryPoint = "mmap")]
+    private static partial nint Map(nint address, nuint length, int protection, int flags, int file, nint offset);
+
+    [LibraryImport("libc", EntryPoint = "munmap")]
+    private static partial int Unmap(nint address, nuint length);
 
     /// <summary>madvise(2): advice only, so a refusal is ignored.</summary>
     [LibraryImport("libc", EntryPoint = "madvise")]
@@ -66,7 +106,7 @@ internal sealed unsafe class CpuTensor : Tensor
     /// <summary>Floats from one row to the next.</summary>
     public int Stride { get; }
 
-    public bool IsDisposed => _buffer.IsClosed;
+    public bool IsGone => _buffer.IsGone;
 
     public float* Data => _buffer.Floats;
 
@@ -88,11 +128,15 @@ internal sealed unsafe class CpuTensor : Tensor
             source.Slice(row * Columns, Columns).CopyTo(new Span<float>(Row(row), Columns));
     }
 
+    public override void Discard() => _buffer.Discard();
+
+    public override void Restore() => _buffer.Restore();
+
     public override void Dispose() => _buffer.Dispose();
 
     private void Check(int rows, int length, string name)
     {
-        ObjectDisposedException.ThrowIf(IsDisposed, this);
+        ObjectDisposedException.ThrowIf(IsGone, this);
         ArgumentOutOfRangeException.ThrowIfNegative(rows);
         ArgumentOutOfRangeException.ThrowIfGreaterThan(rows, Rows);
         if (length < (long)rows * Columns)
@@ -114,7 +158,7 @@ internal sealed unsafe class CpuWeight : Weight
 
     public CpuBackend Owner { get; }
 
-    public bool IsDisposed => _buffer.IsClosed;
+    public bool IsGone => _buffer.IsGone;
 
     /// <summary>Of a matrix.</summary>
     public ushort* Panels => (ushort*)_buffer.Pointer;
@@ -123,6 +167,10 @@ internal sealed unsafe class CpuWeight : Weight
     public float* Vector => _buffer.Floats;
 
     public override long Bytes => _buffer.Bytes;
+
+    public override void Discard() => _buffer.Discard();
+
+    public override void Restore() => _buffer.Restore();
 
     public override void Dispose() => _buffer.Dispose();
 }
@@ -151,7 +199,7 @@ internal sealed unsafe class CpuKvCache : KvCache
     /// <summary>Floats of one block of one head: keys, then values.</summary>
     public int TileFloats { get; }
 
-    public bool IsDisposed => _buffer.IsClosed;
+    public bool IsGone => _buffer.IsGone;
 
     public override long Bytes => _buffer.Bytes;
 
@@ -159,6 +207,10 @@ internal sealed unsafe class CpuKvCache : KvCache
         _buffer.Floats + (((((long)layer * Blocks) + block) * KvHeads) + kvHead) * TileFloats;
 
     public float* Values(int layer, int block, int kvHead) => Keys(layer, block, kvHead) + (BlockTokens * HeadDim);
+
+    public override void Discard() => _buffer.Discard();
+
+    public override void Restore() => _buffer.Restore();
 
     public override void Dispose() => _buffer.Dispose();
 }
@@ -189,13 +241,17 @@ internal sealed unsafe class CpuRopeTable : RopeTable
 
     public CpuBackend Owner { get; }
 
-    public bool IsDisposed => _buffer.IsClosed;
+    public bool IsGone => _buffer.IsGone;
 
     public override long Bytes => _buffer.Bytes;
 
     public float* Cos(int position) => _buffer.Floats + ((long)position * (HeadDim / 2));
 
     public float* Sin(int position) => Cos(position) + ((long)Positions * (HeadDim / 2));
+
+    public override void Discard() => _buffer.Discard();
+
+    public override void Restore() => _buffer.Restore();
 
     public override void Dispose() => _buffer.Dispose();
 }

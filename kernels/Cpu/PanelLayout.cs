@@ -34,6 +34,10 @@ internal static unsafe class PanelLayout
     public static ushort* Line(ushort* panels, int inputs, int output, int input) =>
         panels + ((((long)(output / Width) * inputs) + input) * Width);
 
+    /// <summary>Where an element of the row-major matrix stands.</summary>
+    public static ushort* Element(ushort* panels, int inputs, long element) =>
+        Line(panels, inputs, (int)(element / inputs), (int)(element % inputs)) + Slot((int)(element / inputs % Width));
+
     /// <summary>
     /// Packs <paramref name="count"/> elements that start at element <paramref name="element"/> of the row-major matrix. Elements are
     /// written 16 bits at a time, or 32 whole rows at a time, so writers of disjoint elements never touch each other's.
@@ -100,6 +104,14 @@ internal static unsafe class PanelLayout
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static float ToSingle(ushort bits) => BitConverter.UInt32BitsToSingle((uint)bits << 16);
+
+    /// <summary>Element <paramref name="i"/> of little-endian values of a type, which need not be aligned.</summary>
+    public static float ToSingle(byte* source, long i, DType type) => type switch
+    {
+        DType.BFloat16 => ToSingle(Unsafe.ReadUnaligned<ushort>(source + (2 * i))),
+        DType.Float16 => (float)Unsafe.ReadUnaligned<Half>(source + (2 * i)),
+        _ => Unsafe.ReadUnaligned<float>(source + (4 * i)),
+    };
 
     /// <summary>Rounds to nearest, ties to even; not-a-number stays one.</summary>
     [MethodImpl(MethodImplOptions.AggressiveInlining)]

@@ -73,22 +73,81 @@ public abstract partial class BackendTests : IDisposable
             },
             iter: 60,
             threads: 1);
+    }
 
-        static byte[] Elements(Random random, int count, DType type)
-        {
-            byte[] bytes = new byte[count * type.Size()];
-            random.NextBytes(bytes);
-
-            // Not-a-number has many bit patterns and only bfloat16 keeps them: leave them to a test of their own.
-            for (int i = 0; i < count; i++)
+    [Theory]
+    [InlineData(DType.BFloat16)]
+    [InlineData(DType.Float16)]
+    [InlineData(DType.Float32)]
+    public void Single_elements_written_into_a_copy_are_those_of_a_write_of_the_whole(DType type)
+    {
+        Bench bench = New();
+        Gen.Select(Gen.Int[1, 70], Gen.Int[1, 70], Gen.Int[0, 1 << 30]).Sample(
+            (outputs, inputs, seed) =>
             {
-                int top = (i * type.Size()) + type.Size() - 1;
-                if ((bytes[top] & 0x7C) == 0x7C)
-                    bytes[top] &= 0xBF;
-            }
+                var random = new Random(seed);
+                int elements = outputs * inputs, size = type.Size();
+                byte[] old = Elements(random, elements, type), changed = (byte[])old.Clone();
+                int first = random.Next(elements);
+                uint[] indices = [.. Enumerable.Range(0, elements - first).Where(_ => random.Next(4) == 0).Select(i => (uint)i)];
+                byte[] values = Elements(random, indices.Length, type);
+                for (int i = 0; i < indices.Length; i++)
+                    values.AsSpan(i * size, size).CopyTo(changed.AsSpan((first + (int)indices[i]) * size));
 
-            return bytes;
+                using Weight live = bench.Backend.AllocateWeight(outputs, inputs), copy = bench.Backend.AllocateWeight(outputs, inputs);
+                using Weight wanted = bench.Backend.AllocateWeight(outputs, inputs);
+                bench.Backend.WriteWeight(live, 0, old, type);
+                bench.Backend.WriteWeight(wanted, 0, changed, type);
+                bench.Backend.CopyWeight(live, copy);
+                bench.Backend.WriteWeightElements(copy, first, indices, values, type);
+                Bench.SameBits(Read(wanted), Read(copy), "sparse");
+
+                float[] Read(Weight weight)
+                {
+                    float[] read = new float[elements];
+                    bench.Backend.ReadWeight(weight, 0, read);
+                    return read;
+                }
+            },
+            iter: 60,
+            threads: 1);
+    }
+
+    [Fact]
+    public void Discarded_memory_is_refused_until_restored_and_then_zero()
+    {
+        Bench bench = New();
+        IBackend backend = bench.Backend;
+        Weight weight = bench.Weight(64, 1024);
+        KvCache cache = backend.AllocateKvCache(2, 64, 2, 16);
+        float[] read = new float[64 * 1024];
+        weight.Discard();
+        weight.Discard();
+        cache.Discard();
+        Assert.ThrowsAny<ArgumentException>(() => backend.ReadWeight(weight, 0, read));
+        Assert.ThrowsAny<ArgumentException>(() => backend.WriteWeight(weight, 0, new byte[4], DType.Float32));
+        Assert.ThrowsAny<ArgumentException>(() => backend.CopyBlock(cache, 0, 1));
+        weight.Restore();
+        weight.Restore();
+        cache.Restore();
+        backend.ReadWeight(weight, 0, read);
+        Assert.All(read, value => Assert.Equal(0f, value));
+        backend.CopyBlock(cache, 0, 1);
+    }
+
+    /// <summary>Random bits, no infinities and nothing that is not a number: that has many bit patterns, which only bfloat16 keeps.</summary>
+    private static byte[] Elements(Random random, int count, DType type)
+    {
+        byte[] bytes = new byte[count * type.Size()];
+        random.NextBytes(bytes);
+        for (int i = 0; i < count; i++)
+        {
+            int top = (i * type.Size()) + type.Size() - 1;
+            if ((bytes[top] & 0x7C) == 0x7C)
+                bytes[top] &= 0xBF;
         }
+
+        return bytes;
     }
 
     [Fact]
@@ -549,6 +608,10 @@ public abstract partial class BackendTests : IDisposable
         Refused("element", () => backend.WriteWeight(w, -1, new byte[4], DType.Float32));
         Refused("source", () => backend.WriteWeight(w, (40 * 64) - 1, new byte[8], DType.Float32));
         Refused("source", () => backend.WriteWeight(w, 0, new byte[3], DType.BFloat16));
+        Refused("element", () => backend.WriteWeightElements(w, -1, [], [], DType.Float32));
+        Refused("indices", () => backend.WriteWeightElements(w, 1, [(40 * 64) - 1], new byte[4], DType.Float32));
+        Refused("values", () => backend.WriteWeightElements(w, 0, [0, 1], new byte[4], DType.Float32));
+        Refused("destination", () => backend.CopyWeight(w, vector));
         Refused("destination", () => backend.ReadWeight(w, 1, new float[40 * 64]));
         Refused("headDim", () => backend.AllocateKvCache(1, 1, 1, 7));
         Refused(null, () => backend.AllocateTensor(0, 1));

@@ -9,6 +9,10 @@ public sealed class ReferenceBackend : IBackend
 
     public string Name => "reference";
 
+    public int WriteRows => 1;
+
+    public long AvailableBytes => long.MaxValue;
+
     private StepLayout Step => _step ?? throw new InvalidOperationException("BeginStep comes first.");
 
     public void Dispose()
@@ -73,6 +77,32 @@ public sealed class ReferenceBackend : IBackend
             };
             weight.Data[element + i] = weight.IsVector ? value : Round(value);
         }
+    }
+
+    public void WriteWeightElements(Weight destination, long element, ReadOnlySpan<uint> indices, ReadOnlySpan<byte> values, DType type)
+    {
+        long elements = ((RefWeight)Own(destination, nameof(destination))).Data.Length;
+        if (values.Length != indices.Length * type.Size())
+            throw new ArgumentException("Not a value for every index.", nameof(values));
+        if (element < 0 || element > elements)
+            throw new ArgumentOutOfRangeException(nameof(element));
+        foreach (uint index in indices)
+        {
+            if (element + index >= elements)
+                throw new ArgumentException("Past the end.", nameof(indices));
+        }
+
+        for (int i = 0; i < indices.Length; i++)
+            WriteWeight(destination, element + indices[i], values.Slice(i * type.Size(), type.Size()), type);
+    }
+
+    public void CopyWeight(Weight source, Weight destination)
+    {
+        var from = (RefWeight)Own(source, nameof(source));
+        var to = (RefWeight)Own(destination, nameof(destination));
+        if (from.Outputs != to.Outputs || from.Inputs != to.Inputs)
+            throw new ArgumentException("Another shape.", nameof(destination));
+        from.Data.CopyTo(to.Data, 0);
     }
 
     public void ReadWeight(Weight source, long element, Span<float> destination)
@@ -396,6 +426,14 @@ public sealed class ReferenceBackend : IBackend
                 _data[i] = source[i];
         }
 
+        public override void Discard() => Alive = false;
+
+        public override void Restore()
+        {
+            Alive = true;
+            Array.Clear(_data);
+        }
+
         public override void Dispose() => Alive = false;
     }
 
@@ -410,6 +448,14 @@ public sealed class ReferenceBackend : IBackend
         public override long Bytes => Data.Length * sizeof(float);
 
         public float this[int output, int input] => Data[(output * Inputs) + input];
+
+        public override void Discard() => Alive = false;
+
+        public override void Restore()
+        {
+            Alive = true;
+            Array.Clear(Data);
+        }
 
         public override void Dispose() => Alive = false;
     }
@@ -426,6 +472,15 @@ public sealed class ReferenceBackend : IBackend
 
         public override long Bytes => Keys.Length * 2L * sizeof(double);
 
+        public override void Discard() => Alive = false;
+
+        public override void Restore()
+        {
+            Alive = true;
+            Array.Clear(Keys);
+            Array.Clear(Values);
+        }
+
         public override void Dispose() => Alive = false;
     }
 
@@ -440,6 +495,15 @@ public sealed class ReferenceBackend : IBackend
         public bool Alive { get; private set; } = true;
 
         public override long Bytes => Cos.Length * 2L * sizeof(double);
+
+        public override void Discard() => Alive = false;
+
+        public override void Restore()
+        {
+            Alive = true;
+            Array.Clear(Cos);
+            Array.Clear(Sin);
+        }
 
         public override void Dispose() => Alive = false;
     }
