@@ -24,6 +24,16 @@ public enum EngineState
     Running,
     Pausing,
     Paused,
+
+    /// <summary>No step runs until an update in place ends.</summary>
+    Updating,
+
+    /// <summary>Some memory was given back; see <see cref="MemoryTags"/>.</summary>
+    Sleeping,
+
+    /// <summary>The weights are no model's: an update in place ended half-way, or they slept. Only a full update ends this.</summary>
+    Poisoned,
+
     Faulted,
 }
 
@@ -72,6 +82,8 @@ public sealed record EngineStatus
 
     public long Preemptions { get; init; }
 
-    /// <summary>Who is staging an update, or null.</summary>
+    /// <summary>Who is updating, or null.</summary>
     public string? UpdateOwner { get; init; }
+
+    public MemoryTags Asleep { get; init; }
 }

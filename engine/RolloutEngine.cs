@@ -11,12 +11,11 @@ namespace Rollout.Engine;
 ///   callers --commands--> [ inbox ] --> loop: apply commands -> Next -> Forward -> Sample -> Complete --> groups --> readers
 /// </code>
 /// </summary>
-public sealed class RolloutEngine : IAsyncDisposable
+public sealed partial class RolloutEngine : IAsyncDisposable
 {
     private const string Stopped = "the engine was stopped";
 
     private readonly EngineOptions _options;
-    private readonly LoadPlan _plan;
     private readonly RequestValidator _validator;
     private readonly Transformer _transformer;
     private readonly KvCache _kv;
@@ -34,13 +33,10 @@ public sealed class RolloutEngine : IAsyncDisposable
     private volatile bool _stopping;
     private volatile string? _fault;
 
-    private WeightSet _weights;
-    private WeightSet? _spare;
-    private IReadOnlyList<DescribedWeight> _described;
-    private ulong _version;
-    private WeightUpdate? _update; // the one that holds the seat
-    private WeightSwap? _swap;     // its commit, waiting for its moment; the loop's
-    private readonly Lock _updateSeat = new();
+    private readonly ServedWeights _weights;
+    private Moment? _moment;                // what an update wants done between two steps; the loop's
+    private volatile WeightUpdate? _standsFor; // the update in place for which no step runs
+    private volatile MemoryTags _asleep;
 
     private RolloutEngine(string name, ModelSpec model, LoadPlan plan, Tokenizer? tokenizer, IBackend backend, EngineOptions options,
         WeightSet weights, IReadOnlyList<DescribedWeight> described)
@@ -50,9 +46,7 @@ public sealed class RolloutEngine : IAsyncDisposable
         Tokenizer = tokenizer;
         Backend = backend;
         _options = options;
-        _plan = plan;
-        _weights = weights;
-        _described = described;
+        _weights = new ServedWeights(backend, plan, model.Layers, weights, described);
 
         ArgumentOutOfRangeException.ThrowIfNegative(options.MaxContext);
         ArgumentOutOfRangeException.ThrowIfLessThan(options.MaxSequences, 1);
@@ -69,6 +63,7 @@ public sealed class RolloutEngine : IAsyncDisposable
         int queries = options.MaxBatchTokens + options.MaxSequences;
         _step = new StepLayout(options.MaxBatchTokens, options.MaxSequences, KvBlocks.CountFor(MaxContext), queries,
             queries * Math.Min(RequestValidator.MaxTop, model.VocabSize), maxBiases: 1024);
+        Metrics = new EngineMetrics(name, () => Version, _scheduler);
         _thread = new Thread(Loop) { Name = "rollout loop", IsBackground = true };
         _thread.Start();
     }
@@ -85,13 +80,15 @@ public sealed class RolloutEngine : IAsyncDisposable
     public int MaxContext { get; }
 
     /// <summary>Weights version being served. 0 is the checkpoint as loaded.</summary>
-    public ulong Version => Volatile.Read(ref _version);
+    public ulong Version => _weights.Version;
+
+    internal EngineMetrics Metrics { get; }
 
     /// <summary>Never waits for the loop or the device.</summary>
     public EngineStatus Status => new()
     {
-        State = _fault is null ? _pause.State : EngineState.Faulted,
-        Reason = _fault ?? _pause.Owner,
+        State = State,
+        Reason = Reason,
         Version = Version,
         Running = _scheduler.Running,
         Waiting = _scheduler.Waiting,
@@ -103,8 +100,19 @@ public sealed class RolloutEngine : IAsyncDisposable
         PrefilledTokens = _scheduler.PrefilledTokens,
         PrefixHitTokens = _scheduler.PrefixHitTokens,
         Preemptions = _scheduler.Preemptions,
-        UpdateOwner = Volatile.Read(ref _update)?.Manifest.Owner,
+        UpdateOwner = _weights.Updating?.Manifest.Owner,
+        Asleep = _asleep,
     };
+
+    private EngineState State
+        => _fault is not null ? EngineState.Faulted
+            : _asleep != MemoryTags.None ? EngineState.Sleeping
+            : _weights.Poison is not null ? EngineState.Poisoned
+            : _standsFor is not null ? EngineState.Updating
+            : _pause.State;
+
+    private string Reason
+        => _fault ?? _weights.Poison ?? (_asleep != MemoryTags.None ? $"asleep: {_asleep}" : _standsFor?.Manifest.Owner ?? _pause.Owner);
 
     /// <summary>Loads a Hugging Face folder and starts the loop. The engine owns <paramref name="backend"/> from then on.</summary>
     /// <param name="modelFolder">config.json, *.safetensors and, for text, tokenizer.json.</param>
@@ -135,17 +143,17 @@ public sealed class RolloutEngine : IAsyncDisposable
             while (!_stopping)
             {
                 ApplyCommands();
-                if (_swap is not null) TrySwap(_swap);
-                if (_pause.Stops(_scheduler) || !_scheduler.Next(_step, admitNew: !_pause.HoldsNewGroups && _swap is null))
+                if (_moment is not null) TryTake(_moment);
+                if (MustStand() || !_scheduler.Next(_step, admitNew: !_pause.HoldsNewGroups && _moment is null))
                 {
                     if (_scheduler.IsEmpty) _blocks.CheckInvariant(idle: true);
                     _wake.Wait(_pause.UntilLeaseEnds());
                     continue;
                 }
 
-                _transformer.Forward(_step, _weights, _kv);
+                _transformer.Forward(_step, _weights.Current, _kv);
                 foreach (BlockCopy copy in _scheduler.Copies) Backend.CopyBlock(_kv, copy.From, copy.To);
-                _transformer.Sample(_step, _weights);
+                _transformer.Sample(_step, _weights.Current);
                 _scheduler.Complete(_step);
                 Volatile.Write(ref _steps, _steps + 1);
             }
@@ -156,6 +164,15 @@ public sealed class RolloutEngine : IAsyncDisposable
         }
 
         EndAll(Stopped);
+    }
+
+    /// <summary>Whether no step may run now. Ends a pause whose lease is over, and samples that poisoned weights would go on.</summary>
+    private bool MustStand()
+    {
+        bool paused = _pause.Stops(_scheduler);
+        if (_weights.Poison is not null)
+            foreach (Group group in _groups.Values) _scheduler.End(group, FinishReason.Abort);
+        return paused || _standsFor is not null || _asleep != MemoryTags.None || _weights.Poison is not null;
     }
 
     private void ApplyCommands()
@@ -178,8 +195,8 @@ public sealed class RolloutEngine : IAsyncDisposable
     private void EndAll(string error)
     {
         ApplyCommands();
-        _swap?.Done.TrySetException(new UpdateFailedException($"{error}; the update was not committed"));
-        _swap = null;
+        _moment?.Done.TrySetException(new UpdateFailedException(UpdateFailure.Engine, $"{error}; the update was not committed"));
+        _moment = null;
         foreach (Group group in _groups.Values) _scheduler.End(group, FinishReason.Error, error);
     }
 
@@ -194,10 +211,12 @@ public sealed class RolloutEngine : IAsyncDisposable
     /// <summary>Checks the request and queues it. Its samples come through the group.</summary>
     /// <exception cref="InvalidRequestException">Lists everything wrong with it.</exception>
     /// <exception cref="NoRoomException">Too many samples wait already.</exception>
+    /// <exception cref="EngineStateException">The engine sleeps or is poisoned.</exception>
     /// <exception cref="EngineFaultedException">The engine serves nothing any more.</exception>
     public Group Submit(GroupRequest request)
     {
         ThrowIfDown();
+        if (Refusal() is { } refusal) throw refusal;
         List<Problem> problems = [.. _validator.Validate(request)];
         if (_groups.ContainsKey(request.Id)) problems.Add(new("request_id", $"'{request.Id}' is in flight already"));
         if (problems.Count > 0) throw new InvalidRequestException(problems);
@@ -229,6 +248,7 @@ public sealed class RolloutEngine : IAsyncDisposable
         Post(() =>
         {
             if (_fault is not null || _stopping) _scheduler.End(group, FinishReason.Error, _fault ?? Stopped);
+            else if (Refusal() is not null) _scheduler.End(group, FinishReason.Abort); // it fell asleep or ill in between
             else _scheduler.Submit(group);
         });
         return group;
@@ -281,85 +301,6 @@ public sealed class RolloutEngine : IAsyncDisposable
         return Status.State;
     });
 
-    // ---- Weights.
-
-    /// <summary>The tensors being served, as they last came.</summary>
-    public (ulong Version, IReadOnlyList<DescribedWeight> Weights) Describe()
-    {
-        lock (_updateSeat) return (_version, _described);
-    }
-
-    /// <summary>Checks the manifest and gives the caller the one seat for updates, with staging memory for all weights.</summary>
-    /// <exception cref="UpdateRejectedException">The manifest does not fit; lists every problem.</exception>
-    /// <exception cref="EngineStateException">Another update holds the seat; the message names its owner.</exception>
-    public WeightUpdate BeginUpdate(UpdateManifest manifest)
-    {
-        ThrowIfDown();
-        lock (_updateSeat)
-        {
-            if (_update is { } other)
-                throw new EngineStateException(Status.State, $"'{other.Manifest.Owner}' is updating the weights to version {other.Manifest.NewVersion}");
-            IReadOnlyList<Problem> problems = UpdatePreflight.Check(manifest, _plan, _version);
-            if (problems.Count > 0) throw new UpdateRejectedException(problems);
-            _spare ??= WeightSet.Allocate(Backend, _plan, Model.Layers);
-            return _update = new WeightUpdate(this, manifest, _plan, Backend, _spare);
-        }
-    }
-
-    /// <summary>Orders the commit. Ends when it has happened, or when it is certain that it never will.</summary>
-    internal async Task<double> SwapAsync(WeightSwap swap, CancellationToken cancellation)
-    {
-        await OnLoop(() =>
-        {
-            ThrowIfDown();
-            return _swap = swap;
-        }).ConfigureAwait(false);
-        using CancellationTokenRegistration takeBack = cancellation.UnsafeRegister(_ => Post(() =>
-        {
-            if (_swap != swap) return; // it has happened
-            _swap = null;
-            swap.Done.TrySetException(new UpdateFailedException("the commit was taken back, by its deadline or its caller, before its moment came; the old weights stay"));
-        }), null);
-        return await swap.Done.Task.ConfigureAwait(false);
-    }
-
-    /// <summary>
-    /// The commit, between two steps: one reference is exchanged, and samples in flight get what the policy says. Under DRAIN its moment
-    /// comes when nothing that began on the old weights is left.
-    /// </summary>
-    private void TrySwap(WeightSwap swap)
-    {
-        if (swap.Policy == UpdatePolicy.Drain && _scheduler.HasBegun) return;
-        long started = Stopwatch.GetTimestamp();
-        _swap = null;
-        lock (_updateSeat)
-        {
-            if (_update != swap.Update)
-            {
-                swap.Done.SetException(new UpdateFailedException("the update was aborted before its commit"));
-                return;
-            }
-
-            (_spare, _weights) = (_weights, swap.Staging);
-            _described = swap.Described;
-            Volatile.Write(ref _version, swap.Update.Manifest.NewVersion);
-            _update = null;
-        }
-
-        if (swap.Policy == UpdatePolicy.Abort)
-            foreach (Group group in _groups.Values.Where(group => group.Begun)) _scheduler.End(group, FinishReason.Abort);
-        _scheduler.WeightsChanged(_version, swap.Policy);
-        swap.Done.SetResult(Stopwatch.GetElapsedTime(started).TotalSeconds);
-    }
-
-    internal void EndUpdate(WeightUpdate update)
-    {
-        lock (_updateSeat)
-        {
-            if (_update == update) _update = null;
-        }
-    }
-
     /// <summary>Ends all groups, stops the loop and frees the device's memory.</summary>
     public async ValueTask DisposeAsync()
     {
@@ -371,7 +312,7 @@ public sealed class RolloutEngine : IAsyncDisposable
         _transformer.Dispose();
         _kv.Dispose();
         _weights.Dispose();
-        if (_update is null) _spare?.Dispose(); // else somebody may still be writing into it; it goes with the process
+        Metrics.Dispose();
         Backend.Dispose();
     }
 
@@ -406,6 +347,16 @@ public sealed class RolloutEngine : IAsyncDisposable
         });
         return done.Task;
     }
+
+    /// <summary>Why no request can be taken now, or null.</summary>
+    private EngineStateException? Refusal()
+        => State switch
+        {
+            EngineState.Sleeping => new EngineStateException(EngineState.Sleeping, $"the engine sleeps ({_asleep}): wake it up first"),
+            EngineState.Poisoned => new EngineStateException(EngineState.Poisoned,
+                $"the engine is poisoned, {_weights.Poison}: only a full update makes it serve again"),
+            _ => null,
+        };
 
     private void ThrowIfDown()
     {

@@ -21,6 +21,9 @@ public interface IBackend : IDisposable
     /// <summary>Bytes the device could still give.</summary>
     long AvailableBytes { get; }
 
+    /// <summary>Bytes of the device that this process holds, as the system counts them.</summary>
+    long HeldBytes { get; }
+
     Tensor AllocateTensor(int rows, int columns);
 
     Weight AllocateWeight(int outputs, int inputs);

@@ -99,6 +99,12 @@ public sealed class LoadPlan
     /// <summary>Finds the entry of a source tensor, in constant time.</summary>
     public bool TryFind(string source, [MaybeNullWhen(false)] out LoadEntry entry) => _entries.TryGetValue(source, out entry);
 
+    /// <summary>The entry of a source tensor that the model has.</summary>
+    public LoadEntry this[string source] => _entries[source];
+
+    /// <summary>The tensor that a tied one repeats.</summary>
+    public LoadEntry OriginalOf(LoadEntry tied) => _entries.Values.First(entry => !entry.Tied && entry.Slot == tied.Slot);
+
     public static LoadPlan Compile(ModelSpec spec)
     {
         ArgumentNullException.ThrowIfNull(spec);

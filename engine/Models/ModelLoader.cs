@@ -36,6 +36,7 @@ internal static class ModelLoader
             ArrayPool<byte>.Shared.Return(buffer);
             described[i] = new DescribedWeight(entry.Source, type, entry.Shape, hash.GetCurrentHash());
         });
+        foreach (WeightShape shape in plan.Weights) weights.Holds(shape.Slot, version: 0);
         return described;
     }
 
@@ -67,5 +68,5 @@ internal static class ModelLoader
 /// <param name="Name">Hugging Face name.</param>
 /// <param name="Type">Of the bytes that came; matrices are stored as bfloat16.</param>
 /// <param name="Shape">Full shape.</param>
-/// <param name="Digest">XxHash128 of the bytes that came, 16 bytes.</param>
+/// <param name="Digest">XxHash128 of the bytes that came, 16 bytes; empty once single elements were changed.</param>
 public sealed record DescribedWeight(string Name, DType Type, IReadOnlyList<long> Shape, byte[] Digest);

@@ -148,6 +148,14 @@ public sealed class KvBlocks
         sequence.BlockHash = 0;
     }
 
+    /// <summary>No prefix can be hit any more. Blocks in use keep what they hold, unshared.</summary>
+    internal void ForgetCached()
+    {
+        _cached.Clear();
+        Array.Clear(_hashes);
+        Cached = 0;
+    }
+
     /// <summary>Throws unless every block is either free or used, exactly once, and the counts agree.</summary>
     public void CheckInvariant(bool idle)
     {

@@ -25,6 +25,7 @@ public sealed class Scheduler
     private readonly Sequence[] _inStep;                 // of sequence s of the step
     private readonly Question[] _questions;              // of query q of the step
     private readonly List<BlockCopy> _copies;
+    private readonly long[] _tokensByStaleness = new long[9];
 
     /// <param name="blocks">The pool.</param>
     /// <param name="maxSequences">Seats.</param>
@@ -64,6 +65,9 @@ public sealed class Scheduler
     public long PrefixHitTokens { get; private set; }
 
     public long Preemptions { get; private set; }
+
+    /// <summary>Tokens of ended samples by how many versions old they were when their sample ended; the last counts all older ones.</summary>
+    public ReadOnlyMemory<long> TokensByStaleness => _tokensByStaleness;
 
     /// <summary>To be done between the step's forward pass and its end: samples that part from their leader take its last, partial block.</summary>
     internal List<BlockCopy> Copies => _copies;
@@ -169,6 +173,13 @@ public sealed class Scheduler
             if (policy != UpdatePolicy.Keep || scoring) Unseat(i);
             else sequence.SingleVersionKv = false;
         }
+    }
+
+    /// <summary>Keys and values are about to go: sequences with a seat give it up and recompute, and no prefix can be hit.</summary>
+    internal void DropAllKv()
+    {
+        for (int i = _running.Count - 1; i >= 0; i--) Unseat(i);
+        _blocks.ForgetCached();
     }
 
     /// <summary>Ends samples whose oldest part is older than their request allows, before a step is spent on them.</summary>
@@ -414,6 +425,7 @@ public sealed class Scheduler
     {
         if (!_running.Remove(sequence)) _waiting.Remove(sequence);
         DropKv(sequence);
+        CountStaleness(sequence);
         Group group = sequence.Group;
         // The engine forgets the group before anyone can see its end: whoever sees it may use its id again.
         bool last = group.CountEnded() == group.Samples.Count;
@@ -421,6 +433,17 @@ public sealed class Scheduler
         sequence.Finish(reason, error);
         if (last) group.Complete();
         group.HasNews = true;
+    }
+
+    private void CountStaleness(Sequence sequence)
+    {
+        ReadOnlySpan<ulong> versions = sequence.Versions(0, sequence.Sampled);
+        for (int start = 0, end; start < versions.Length; start = end)
+        {
+            end = versions[start..].IndexOfAnyExcept(versions[start]) is var length and >= 0 ? start + length : versions.Length;
+            int staleness = (int)Math.Min(Version - versions[start], (ulong)_tokensByStaleness.Length - 1);
+            _tokensByStaleness[staleness] += end - start;
+        }
     }
 
     private static void RaiseNews(Group group)

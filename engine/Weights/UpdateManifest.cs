@@ -18,12 +18,34 @@ public enum UpdatePolicy
     Abort,
 }
 
-/// <summary>One tensor of an update: a Hugging Face name, the type and full shape of the bytes sent, and where in the payload they stand.</summary>
-public readonly record struct ManifestTensor(string Name, DType Type, IReadOnlyList<long> Shape, long Offset)
+/// <summary>Where the bytes of an update land.</summary>
+public enum UpdateMode
 {
+    /// <summary>Staged where the device has memory for a second set of weights, else in place.</summary>
+    Auto,
+
+    /// <summary>Beside the weights in service, which serve on until the commit.</summary>
+    Staged,
+
+    /// <summary>In the weights in service, while no step runs.</summary>
+    InPlace,
+}
+
+/// <summary>One tensor of an update: a Hugging Face name, the type and full shape of the bytes sent, and where in the payload they stand.</summary>
+/// <param name="Name">The checkpoint's.</param>
+/// <param name="Type">Of the bytes sent.</param>
+/// <param name="Shape">Of the full tensor.</param>
+/// <param name="Offset">In the payload.</param>
+/// <param name="SparseCount">
+/// Null: all elements are sent. Else only so many: that many uint32 indices into the flattened tensor, ascending, then as many values.
+/// </param>
+public readonly record struct ManifestTensor(string Name, DType Type, IReadOnlyList<long> Shape, long Offset, long? SparseCount = null)
+{
+    /// <summary>Of the full tensor.</summary>
     public long Elements => Shape.Aggregate(1L, (product, dimension) => product * dimension);
 
-    public long Bytes => Elements * Type.Size();
+    /// <summary>In the payload.</summary>
+    public long Bytes => SparseCount is { } count ? count * (sizeof(uint) + Type.Size()) : Elements * Type.Size();
 }
 
 /// <summary>Everything the preflight needs to know before a byte moves.</summary>
@@ -41,8 +63,16 @@ public sealed record UpdateManifest
 
     public UpdatePolicy Policy { get; init; }
 
+    public UpdateMode Mode { get; init; }
+
+    /// <summary>Tensors that are not named keep their bytes; without this, one that is not named is a problem.</summary>
+    public bool Partial { get; init; }
+
     /// <summary>Named to a second updater that is refused.</summary>
     public string Owner { get; init; } = "";
+
+    /// <summary>Whether every byte of the model is sent, so that nothing of what is in service is needed.</summary>
+    public bool IsFull => !Partial && Tensors.All(tensor => tensor.SparseCount is null);
 }
 
 /// <summary>The preflight found these; no byte has moved.</summary>
@@ -52,8 +82,57 @@ public sealed class UpdateRejectedException(IReadOnlyList<Problem> problems)
     public IReadOnlyList<Problem> Problems { get; } = problems;
 }
 
-/// <summary>The update failed on the way; the old weights are still served.</summary>
-public sealed class UpdateFailedException(string reason) : Exception(reason);
+/// <summary>Why an update did not commit, in few words: what a metric is labelled with.</summary>
+public enum UpdateFailure
+{
+    /// <summary>The manifest did not fit.</summary>
+    Rejected,
+
+    /// <summary>Bytes came out of order, too few or too many, or messages did.</summary>
+    Protocol,
+
+    /// <summary>The bytes could not be read where the sender said they stand.</summary>
+    Source,
+
+    /// <summary>What arrived is not what was sent.</summary>
+    Digest,
+
+    /// <summary>The sender ended it, or is gone.</summary>
+    Sender,
+
+    /// <summary>It took longer than its deadline.</summary>
+    Deadline,
+
+    /// <summary>The engine stops or has failed.</summary>
+    Engine,
+}
+
+/// <summary>The update failed on the way. Staged, the old weights are still served; in place, the engine may be poisoned.</summary>
+public sealed class UpdateFailedException(UpdateFailure failure, string reason) : Exception(reason)
+{
+    public UpdateFailure Failure { get; } = failure;
+}
 
 /// <summary>What a commit did. Seconds are wall time.</summary>
-public sealed record CommitResult(ulong Version, byte[] Digest, double TransferSeconds, double SwapSeconds, double StallSeconds);
+public sealed record CommitResult
+{
+    public required ulong Version { get; init; }
+
+    /// <summary>Of all that was sent, as weights.proto combines it.</summary>
+    public required byte[] Digest { get; init; }
+
+    /// <summary>Checking the manifest and taking the seat.</summary>
+    public required double PreflightSeconds { get; init; }
+
+    /// <summary>From there to the last byte.</summary>
+    public required double TransferSeconds { get; init; }
+
+    /// <summary>Hashing and packing, summed over cores.</summary>
+    public required double ApplySeconds { get; init; }
+
+    /// <summary>From the order to commit to the step boundary where the new weights took over.</summary>
+    public required double SwapSeconds { get; init; }
+
+    /// <summary>How long no step could run: the swap itself, or all of an update in place from its first byte.</summary>
+    public required double StallSeconds { get; init; }
+}

@@ -1,18 +1,26 @@
 using System.Globalization;
+using Rollout.Kernels;
 
 namespace Rollout.Engine;
 
 /// <summary>Compares an update's manifest with the model before a byte moves, and lists every difference.</summary>
 internal static class UpdatePreflight
 {
-    public static IReadOnlyList<Problem> Check(UpdateManifest manifest, LoadPlan plan, ulong servedVersion)
+    /// <param name="manifest">What the sender is going to send.</param>
+    /// <param name="plan">What the model has.</param>
+    /// <param name="servedVersion">Of the weights in service.</param>
+    /// <param name="poison">Why they cannot be trusted, or null.</param>
+    public static IReadOnlyList<Problem> Check(UpdateManifest manifest, LoadPlan plan, ulong servedVersion, string? poison)
     {
         List<Problem> problems = [];
         if (manifest.BaseVersion != servedVersion)
             problems.Add(new("base_version", $"is {manifest.BaseVersion}, but version {servedVersion} is being served"));
         if (manifest.NewVersion <= servedVersion)
             problems.Add(new("new_version", $"must be greater than the version being served, {servedVersion}; is {manifest.NewVersion}"));
+        if (poison is not null && !manifest.IsFull)
+            problems.Add(new("manifest", $"only a full update, every tensor whole, can follow: {poison}"));
 
+        HashSet<string> named = [.. manifest.Tensors.Select(tensor => tensor.Name)];
         HashSet<string> seen = [];
         long end = 0;
         string? before = null;
@@ -20,18 +28,9 @@ internal static class UpdatePreflight
         {
             string field = $"manifest['{tensor.Name}']";
             if (!seen.Add(tensor.Name)) problems.Add(new(field, "named twice"));
-            if (!plan.TryFind(tensor.Name, out LoadEntry? entry))
-            {
-                problems.Add(new(field, "the model has no such tensor"));
-                continue;
-            }
-
-            if (!entry.Shape.SequenceEqual(tensor.Shape))
-            {
-                problems.Add(new(field, $"shape is {Format(tensor.Shape)}, the model's is {Format(entry.Shape)}"));
-                continue;
-            }
-
+            int found = problems.Count;
+            CheckTensor(tensor, field, plan, named, problems);
+            if (problems.Count > found) continue; // how many bytes it has is not known
             if (tensor.Offset < end)
             {
                 problems.Add(new(field, before is null
@@ -46,9 +45,12 @@ internal static class UpdatePreflight
             before = tensor.Name;
         }
 
-        foreach (LoadEntry entry in plan.Entries)
+        if (!manifest.Partial)
         {
-            if (!entry.Tied && !seen.Contains(entry.Source)) problems.Add(new($"manifest['{entry.Source}']", "missing"));
+            foreach (LoadEntry entry in plan.Entries)
+            {
+                if (!entry.Tied && !seen.Contains(entry.Source)) problems.Add(new($"manifest['{entry.Source}']", "missing"));
+            }
         }
 
         // Gaps serve alignment; a payload that is mostly gap is a mistake that would be paid for in memory.
@@ -56,6 +58,32 @@ internal static class UpdatePreflight
         if (problems.Count == 0 && manifest.PayloadBytes > most)
             problems.Add(new("payload_bytes", $"{manifest.PayloadBytes}, but the tensors end at {end}"));
         return problems;
+    }
+
+    private static void CheckTensor(ManifestTensor tensor, string field, LoadPlan plan, HashSet<string> named, List<Problem> problems)
+    {
+        if (!Enum.IsDefined(tensor.Type)) problems.Add(new(field, "dtype must be BF16, F16 or F32"));
+        if (!plan.TryFind(tensor.Name, out LoadEntry? entry))
+        {
+            problems.Add(new(field, "the model has no such tensor"));
+            return;
+        }
+
+        if (!entry.Shape.SequenceEqual(tensor.Shape))
+        {
+            problems.Add(new(field, $"shape is {Format(tensor.Shape)}, the model's is {Format(entry.Shape)}"));
+            return;
+        }
+
+        if (tensor.SparseCount is { } count)
+        {
+            if (entry.Elements > uint.MaxValue) problems.Add(new(field, "has more elements than a sparse index can name: send it whole"));
+            if (count < 0 || count > entry.Elements) problems.Add(new(field, $"sparse_count is {count} of {entry.Elements} elements"));
+            if (entry.Tied) problems.Add(new(field, $"is tied to '{plan.OriginalOf(entry).Source}': send it whole or not at all"));
+        }
+
+        if (entry.Tied && !named.Contains(plan.OriginalOf(entry).Source))
+            problems.Add(new(field, $"is tied to '{plan.OriginalOf(entry).Source}': send that too, or only that"));
     }
 
     private static string Format(IReadOnlyList<long> shape)

@@ -1,3 +1,4 @@
+using System.Collections.Concurrent;
 using Rollout.Kernels;
 
 namespace Rollout.Engine;
@@ -9,6 +10,9 @@ namespace Rollout.Engine;
 public sealed class WeightSet : IDisposable
 {
     private readonly Dictionary<WeightSlot, Weight> _weights = [];
+
+    // The version that last changed a weight; absent while its contents are not known.
+    private readonly ConcurrentDictionary<WeightSlot, ulong> _versions = new();
 
     private WeightSet(int layers) => Layers = new LayerWeights[layers];
 
@@ -62,6 +66,41 @@ public sealed class WeightSet : IDisposable
         }
 
         return set;
+    }
+
+    /// <summary>The version that brought what a weight holds; null while that is not known.</summary>
+    public ulong? VersionOf(WeightSlot slot) => _versions.TryGetValue(slot, out ulong version) ? version : null;
+
+    /// <summary>A weight holds what this version brought.</summary>
+    public void Holds(WeightSlot slot, ulong version) => _versions[slot] = version;
+
+    /// <summary>A weight is being written: what it holds is not known until <see cref="Holds"/>.</summary>
+    public void Changing(WeightSlot slot) => _versions.TryRemove(slot, out _);
+
+    /// <summary>Weights that do not hold what the other set's do.</summary>
+    public IEnumerable<WeightSlot> NotHolding(WeightSet other)
+        => _weights.Keys.Where(slot => other.VersionOf(slot) is { } version && VersionOf(slot) != version);
+
+    /// <summary>Gives the memory back to the machine, contents lost.</summary>
+    public void Discard()
+    {
+        _versions.Clear();
+        foreach (Weight weight in _weights.Values) weight.Discard();
+    }
+
+    /// <summary>Takes the memory again.</summary>
+    /// <exception cref="OutOfMemoryException">The device has not got it all; none is held.</exception>
+    public void Restore()
+    {
+        try
+        {
+            foreach (Weight weight in _weights.Values) weight.Restore();
+        }
+        catch
+        {
+            Discard();
+            throw;
+        }
     }
 
     public void Dispose()

@@ -1,4 +1,5 @@
 using System.Buffers;
+using System.Collections.Concurrent;
 using System.Diagnostics;
 using System.IO.Hashing;
 using Microsoft.Win32.SafeHandles;
@@ -7,42 +8,83 @@ using Rollout.Kernels;
 namespace Rollout.Engine;
 
 /// <summary>
-/// One transaction: new weights land in the spare set while the engine goes on with the set in service; a commit exchanges the two
-/// between two steps; anything else leaves the engine as it was.
+/// One transaction: what a manifest names lands in a weight set, and a commit between two steps makes it what is served.
 /// <code>
-///   BeginUpdate(manifest) -> [ receiving ] -- all bytes, digests as expected --> Commit: the loop swaps the sets
-///                                  |
-///                                  +-- Dispose, failure ------------------------> the spare set is free again
+///   BeginUpdate -> Open -> Write, ReadFrom -> Commit      staged: bytes land in the spare set, the commit exchanges the two
+///       |           |            |                        in place: Open stops the loop, bytes land in the set in service
+///       +-----------+------------+--> End, Dispose        staged, or in place before a byte: the old weights stay
+///                                                         in place after a byte: poisoned
 /// </code>
-/// A stream is written by one thread in ascending order (<see cref="Write"/>); a file is read by all cores (<see cref="ReadFrom"/>).
+/// One thread at a time. A stream is written in ascending order; a file is read by all cores.
 /// </summary>
 public sealed class WeightUpdate : IDisposable
 {
     // Fits a core's L2 beside what it is packed into.
-    private const int FileChunk = 512 * 1024;
+    private const int PieceBytes = 512 * 1024;
 
     private readonly RolloutEngine _engine;
-    private readonly WeightSet _staging;
-    private readonly Incoming[] _incoming;
-    private readonly long _started = Stopwatch.GetTimestamp();
-    private int _current;
-    private bool _failed;
-    private bool _ended;
+    private readonly WeightSet _destination;
+    private readonly IncomingTensor[] _incoming;
+    private readonly PayloadCursor _cursor;
+    private readonly double _preflightSeconds;
+    private readonly long _ready = Stopwatch.GetTimestamp();
+    private bool _open;
+    private UpdateFailure? _failed;
+    private bool _stopped; // in the middle of a read
+    private volatile bool _ended;
 
-    internal WeightUpdate(RolloutEngine engine, UpdateManifest manifest, LoadPlan plan, IBackend backend, WeightSet staging)
+    /// <param name="engine">Gives the moments between two steps.</param>
+    /// <param name="manifest">Has passed the preflight.</param>
+    /// <param name="mode">Decided.</param>
+    /// <param name="plan">Where each tensor goes.</param>
+    /// <param name="backend">Stores them.</param>
+    /// <param name="destination">The set they land in.</param>
+    /// <param name="preflightSeconds">What the preflight took.</param>
+    internal WeightUpdate(RolloutEngine engine, UpdateManifest manifest, UpdateMode mode, LoadPlan plan, IBackend backend,
+        WeightSet destination, double preflightSeconds)
     {
         _engine = engine;
-        _staging = staging;
+        _destination = destination;
+        _preflightSeconds = preflightSeconds;
         Manifest = manifest;
-        _incoming = [.. manifest.Tensors.Select(tensor => new Incoming(tensor, plan, backend, staging))];
+        Mode = mode;
+        _incoming = [.. manifest.Tensors.Select(tensor => new IncomingTensor(tensor, plan[tensor.Name], backend, destination))];
+        _cursor = new PayloadCursor(_incoming, 0, 0);
     }
 
     public UpdateManifest Manifest { get; }
 
-    public long StagingBytes => _staging.Bytes;
+    /// <summary>Staged or in place.</summary>
+    public UpdateMode Mode { get; }
+
+    /// <summary>Held beside the weights in service.</summary>
+    public long StagingBytes => Mode == UpdateMode.Staged ? _destination.Bytes : 0;
 
     /// <summary>Payload bytes taken so far.</summary>
-    public long ReceivedBytes { get; private set; }
+    public long ReceivedBytes => _cursor.Position;
+
+    /// <summary>Whether the weights in service may hold a byte of it: an end without a commit then poisons the engine.</summary>
+    public bool HasTouchedServedWeights { get; private set; }
+
+    /// <summary>Why it ended, for whoever reads the metrics.</summary>
+    internal UpdateFailure Failure => _failed ?? UpdateFailure.Sender;
+
+    /// <summary>When the loop stopped for it; in place only.</summary>
+    internal long StandsSince { get; set; }
+
+    /// <summary>
+    /// Makes the destination ready for bytes. In place: completes when no step runs any more, under DRAIN after what began has ended.
+    /// Staged: brings over what a partial update does not send. May be called again.
+    /// </summary>
+    /// <exception cref="UpdateFailedException">The moment did not come before <paramref name="cancellation"/>; nothing has happened.</exception>
+    public async Task OpenAsync(CancellationToken cancellation = default)
+    {
+        ThrowIfOver();
+        if (_open) return;
+        if (Mode == UpdateMode.InPlace) await _engine.StandStillAsync(this, cancellation).ConfigureAwait(false);
+        else await Task.Run(() => _engine.CarryOver(this), CancellationToken.None).ConfigureAwait(false);
+        _open = true;
+    }
 
     /// <summary>
     /// Takes payload bytes [<paramref name="payloadOffset"/>, + length). They must follow the last ones without a gap.
@@ -50,69 +92,50 @@ public sealed class WeightUpdate : IDisposable
     /// <exception cref="UpdateFailedException">Out of order, or past the payload's end. The update cannot go on.</exception>
     public void Write(long payloadOffset, ReadOnlySpan<byte> bytes)
     {
-        ThrowIfOver();
-        if (payloadOffset != ReceivedBytes) throw Fail($"expected payload byte {ReceivedBytes} next, got {payloadOffset}");
-        if (payloadOffset + bytes.Length > Manifest.PayloadBytes)
-            throw Fail($"{payloadOffset + bytes.Length} bytes received of a payload of {Manifest.PayloadBytes}");
-        ReceivedBytes += bytes.Length;
-        while (!bytes.IsEmpty && _current < _incoming.Length)
+        CheckNext(payloadOffset, bytes.Length);
+        try
         {
-            Incoming tensor = _incoming[_current];
-            long gap = tensor.Start + tensor.Taken - payloadOffset; // alignment before the tensor
-            if (gap >= bytes.Length) return;
-            bytes = bytes[(int)gap..];
-            ReadOnlySpan<byte> own = bytes[..(int)Math.Min(bytes.Length, tensor.Bytes - tensor.Taken)];
-            tensor.Take(own);
-            bytes = bytes[own.Length..];
-            payloadOffset += gap + own.Length;
-            if (tensor.Taken == tensor.Bytes) _current++;
+            _cursor.Take(bytes);
+        }
+        catch (UpdateFailedException e)
+        {
+            throw Fail(e.Failure, e.Message);
         }
     }
 
     /// <summary>
-    /// Takes the whole payload from a file (of /dev/shm, say), tensors in parallel. Read, not mapped: a file that shrinks meanwhile is an
-    /// error here and not a SIGBUS.
+    /// Takes payload bytes [<paramref name="payloadOffset"/>, + <paramref name="length"/>) from a file (of /dev/shm, say), on all cores.
+    /// They must follow the last ones. Read, not mapped: a file that shrinks meanwhile is an error here and not a SIGBUS.
     /// </summary>
-    public void ReadFrom(SafeFileHandle file, long fileOffset, CancellationToken cancellation = default)
+    /// <exception cref="UpdateFailedException">Out of order, past the payload's end, or the file ends before.</exception>
+    public void ReadFrom(SafeFileHandle file, long fileOffset, long payloadOffset, long length, CancellationToken cancellation = default)
     {
-        ThrowIfOver();
-        if (ReceivedBytes > 0) throw Fail("payload bytes had already come another way");
+        CheckNext(payloadOffset, length);
+        long end = payloadOffset + length;
+        long fileShift = fileOffset - payloadOffset;
         try
         {
             ParallelOptions options = new() { CancellationToken = cancellation, MaxDegreeOfParallelism = Environment.ProcessorCount };
-            // Largest first, so that the cores finish together.
-            Parallel.ForEach(_incoming.OrderByDescending(tensor => tensor.Bytes), options, tensor =>
-            {
-                byte[] buffer = ArrayPool<byte>.Shared.Rent((int)Math.Min(FileChunk, Math.Max(1, tensor.Bytes)));
-                try
-                {
-                    while (tensor.Taken < tensor.Bytes)
-                    {
-                        cancellation.ThrowIfCancellationRequested();
-                        int wanted = (int)Math.Min(FileChunk, tensor.Bytes - tensor.Taken);
-                        int read = RandomAccess.Read(file, buffer.AsSpan(0, wanted), fileOffset + tensor.Start + tensor.Taken);
-                        if (read == 0) throw new UpdateFailedException($"the file ends inside tensor '{tensor.Name}'");
-                        tensor.Take(buffer.AsSpan(0, read));
-                    }
-                }
-                finally
-                {
-                    ArrayPool<byte>.Shared.Return(buffer);
-                }
-            });
+            // Largest first, so that the cores finish together; one at a time, so that none waits for a lot that another was dealt.
+            IEnumerable<Lot> lots = Lots(end).OrderByDescending(lot => lot.End - lot.Cursor.Position);
+            Parallel.ForEach(Partitioner.Create(lots, EnumerablePartitionerOptions.NoBuffering), options,
+                lot => Read(lot, file, fileShift, cancellation));
         }
-        catch (AggregateException e) when (e.InnerExceptions[0] is UpdateFailedException or IOException)
+        catch (AggregateException e) when (e.InnerExceptions[0] is UpdateFailedException failed)
         {
-            throw Fail(e.InnerExceptions[0].Message);
+            throw Fail(failed.Failure, failed.Message);
+        }
+        catch (AggregateException e) when (e.InnerExceptions[0] is IOException)
+        {
+            throw Fail(UpdateFailure.Source, e.InnerExceptions[0].Message);
         }
         catch
         {
-            _failed = true;
+            _stopped = true;
             throw;
         }
 
-        _current = _incoming.Length;
-        ReceivedBytes = Manifest.PayloadBytes;
+        _cursor.MoveTo(end);
     }
 
     /// <summary>Puts the new weights in service between two steps and applies the manifest's policy to the samples in flight.</summary>
@@ -121,29 +144,41 @@ public sealed class WeightUpdate : IDisposable
     /// Takes the commit back if its moment has not come, as while draining. The answer is true either way: the task ends with the result
     /// when the weights were swapped, and with an exception when they never will be.
     /// </param>
-    /// <exception cref="UpdateFailedException">
-    /// Bytes are missing, the digest differs, or the commit was taken back. The old weights stay.
-    /// </exception>
+    /// <exception cref="UpdateFailedException">Bytes are missing, the digest differs, or the commit was taken back.</exception>
     public async Task<CommitResult> CommitAsync(ReadOnlyMemory<byte> expectedDigest, CancellationToken cancellation = default)
     {
-        ThrowIfOver();
-        Incoming? missing = _incoming.FirstOrDefault(tensor => tensor.Taken < tensor.Bytes);
-        if (missing is not null) throw Fail($"only {missing.Taken} of {missing.Bytes} bytes of tensor '{missing.Name}' have come");
+        await OpenAsync(cancellation).ConfigureAwait(false); // where there was nothing to send
+        IncomingTensor? missing = _incoming.FirstOrDefault(tensor => tensor.Taken < tensor.Bytes);
+        if (missing is not null)
+            throw Fail(UpdateFailure.Protocol, $"only {missing.Taken} of {missing.Bytes} bytes of tensor '{missing.Name}' have come");
 
         Dictionary<string, byte[]> digests = _incoming.ToDictionary(tensor => tensor.Name, tensor => tensor.Digest());
         CheckTied(digests);
         byte[] digest = Combine(_incoming.Select(tensor => digests[tensor.Name]));
         if (!expectedDigest.IsEmpty && !expectedDigest.Span.SequenceEqual(digest))
         {
-            throw Fail($"the digest of what arrived is {Convert.ToHexStringLower(digest)}, the sender's is "
+            throw Fail(UpdateFailure.Digest, $"the digest of what arrived is {Convert.ToHexStringLower(digest)}, the sender's is "
                 + Convert.ToHexStringLower(expectedDigest.Span));
         }
 
-        double transfer = Stopwatch.GetElapsedTime(_started).TotalSeconds;
+        double transfer = Stopwatch.GetElapsedTime(_ready).TotalSeconds;
         long committing = Stopwatch.GetTimestamp();
-        double stall = await _engine.SwapAsync(new WeightSwap(this, _staging, digests), cancellation).ConfigureAwait(false);
+        IReadOnlyList<DescribedWeight> described = [.. _incoming.Select(tensor =>
+            new DescribedWeight(tensor.Name, tensor.Manifest.Type, tensor.Manifest.Shape, tensor.Manifest.SparseCount is null ? digests[tensor.Name] : []))];
+        double stall = await _engine.CommitAsync(this, described, cancellation).ConfigureAwait(false);
         _ended = true;
-        return new CommitResult(Manifest.NewVersion, digest, transfer, Stopwatch.GetElapsedTime(committing).TotalSeconds, stall);
+        CommitResult result = new()
+        {
+            Version = Manifest.NewVersion,
+            Digest = digest,
+            PreflightSeconds = _preflightSeconds,
+            TransferSeconds = transfer,
+            ApplySeconds = Stopwatch.GetElapsedTime(0, _incoming.Sum(tensor => tensor.ApplyTicks)).TotalSeconds,
+            SwapSeconds = Stopwatch.GetElapsedTime(committing).TotalSeconds,
+            StallSeconds = stall,
+        };
+        _engine.Metrics.Committed(result, Manifest.PayloadBytes);
+        return result;
     }
 
     /// <summary>The combined digest of weights.proto: XxHash128 over the tensors' digests in manifest order.</summary>
@@ -154,85 +189,95 @@ public sealed class WeightUpdate : IDisposable
         return hash.GetCurrentHash();
     }
 
-    /// <summary>Gives the seat and the spare set back. After a commit this changes nothing.</summary>
-    public void Dispose()
+    /// <summary>Ends it for this reason, unless it has ended or failed for another.</summary>
+    public void End(UpdateFailure why)
     {
         if (_ended) return;
         _ended = true;
+        _failed ??= why;
         _engine.EndUpdate(this);
+    }
+
+    /// <summary>Gives the seat back. After a commit this changes nothing.</summary>
+    public void Dispose() => End(UpdateFailure.Sender);
+
+    // ---- Reading a file on all cores.
+
+    /// <summary>A part of the payload that one core reads from its first byte to its last.</summary>
+    private readonly record struct Lot(PayloadCursor Cursor, long End);
+
+    /// <summary>All that comes before <paramref name="end"/>, cut between tensors into lots of a few pieces or one large tensor.</summary>
+    private IEnumerable<Lot> Lots(long end)
+    {
+        int first = Array.FindIndex(_incoming, tensor => tensor.Taken < tensor.Bytes);
+        while (first >= 0 && first < _incoming.Length && _incoming[first].Start < end)
+        {
+            long start = _incoming[first].Start + _incoming[first].Taken;
+            int next = first + 1;
+            while (next < _incoming.Length && _incoming[next].Start + _incoming[next].Bytes - start <= PieceBytes) next++;
+            long lotEnd = _incoming[next - 1].Start + _incoming[next - 1].Bytes;
+            yield return new Lot(new PayloadCursor(_incoming, first, start), Math.Min(end, lotEnd));
+            first = next;
+        }
+    }
+
+    private static void Read(Lot lot, SafeFileHandle file, long fileShift, CancellationToken cancellation)
+    {
+        byte[] buffer = ArrayPool<byte>.Shared.Rent(PieceBytes);
+        try
+        {
+            while (lot.Cursor.Position < lot.End)
+            {
+                cancellation.ThrowIfCancellationRequested();
+                IncomingTensor tensor = lot.Cursor.Tensor!;
+                long left = lot.End - lot.Cursor.Position;
+                // Several small tensors at once, or whole units of a large one.
+                int wanted = left <= PieceBytes ? (int)left : tensor.PieceBytes(PieceBytes);
+                int read = RandomAccess.Read(file, buffer.AsSpan(0, wanted), fileShift + lot.Cursor.Position);
+                if (read == 0) throw new UpdateFailedException(UpdateFailure.Source, $"the file ends inside tensor '{tensor.Name}'");
+                lot.Cursor.Take(buffer.AsSpan(0, read));
+            }
+        }
+        finally
+        {
+            ArrayPool<byte>.Shared.Return(buffer);
+        }
+    }
+
+    // ---- Checks.
+
+    private void CheckNext(long payloadOffset, long length)
+    {
+        ThrowIfOver();
+        if (!_open) throw new InvalidOperationException($"{nameof(OpenAsync)} comes first.");
+        if (payloadOffset != ReceivedBytes) throw Fail(UpdateFailure.Protocol, $"expected payload byte {ReceivedBytes} next, got {payloadOffset}");
+        if (length < 0 || length > Manifest.PayloadBytes - payloadOffset)
+            throw Fail(UpdateFailure.Protocol, $"{(UInt128)payloadOffset + (UInt128)length} bytes received of a payload of {Manifest.PayloadBytes}");
+        HasTouchedServedWeights |= Mode == UpdateMode.InPlace && length > 0;
     }
 
     /// <summary>A head sent beside the embedding it is tied to has no place of its own: it must be the same bytes.</summary>
     private void CheckTied(Dictionary<string, byte[]> digests)
     {
-        foreach (Incoming tensor in _incoming)
+        foreach (IncomingTensor tensor in _incoming)
         {
             if (!tensor.Entry.Tied) continue;
-            Incoming original = _incoming.First(other => !other.Entry.Tied && other.Entry.Slot == tensor.Entry.Slot);
+            IncomingTensor original = _incoming.First(other => !other.Entry.Tied && other.Entry.Slot == tensor.Entry.Slot);
             if (digests[original.Name].AsSpan().SequenceEqual(digests[tensor.Name])) continue;
-            throw Fail($"the model ties '{tensor.Name}' to '{original.Name}', but their bytes differ");
+            throw Fail(UpdateFailure.Digest, $"the model ties '{tensor.Name}' to '{original.Name}', but their bytes differ");
         }
     }
 
-    private UpdateFailedException Fail(string reason)
+    private UpdateFailedException Fail(UpdateFailure failure, string reason)
     {
-        _failed = true;
-        return new UpdateFailedException(reason);
+        _failed = failure;
+        return new UpdateFailedException(failure, reason);
     }
 
     private void ThrowIfOver()
     {
-        if (_ended) throw new UpdateFailedException("the update is over");
-        if (_failed) throw new UpdateFailedException("the update has failed and cannot go on");
-    }
-
-    /// <summary>One tensor on its way from the payload into its place in the staging set.</summary>
-    private sealed class Incoming(ManifestTensor tensor, LoadPlan plan, IBackend backend, WeightSet staging)
-    {
-        private readonly int _elementSize = tensor.Type.Size();
-        private readonly XxHash128 _hash = new();
-        private readonly byte[] _split = new byte[4]; // an element whose bytes came in two pieces
-        private int _splitLength;
-
-        public string Name => tensor.Name;
-
-        public long Start => tensor.Offset;
-
-        public long Bytes { get; } = tensor.Bytes;
-
-        public long Taken { get; private set; }
-
-        public LoadEntry Entry { get; } = plan.TryFind(tensor.Name, out LoadEntry? entry)
-            ? entry
-            : throw new InvalidOperationException($"'{tensor.Name}' passed the preflight without being in the model");
-
-        public byte[] Digest() => _hash.GetCurrentHash();
-
-        public void Take(ReadOnlySpan<byte> bytes)
-        {
-            _hash.Append(bytes);
-            long element = Taken / _elementSize;
-            Taken += bytes.Length;
-            if (Entry.Tied) return;
-
-            if (_splitLength > 0)
-            {
-                int rest = Math.Min(_elementSize - _splitLength, bytes.Length);
-                bytes[..rest].CopyTo(_split.AsSpan(_splitLength));
-                _splitLength += rest;
-                bytes = bytes[rest..];
-                if (_splitLength < _elementSize) return;
-                Store(element++, _split.AsSpan(0, _elementSize));
-                _splitLength = 0;
-            }
-
-            int whole = bytes.Length / _elementSize * _elementSize;
-            if (whole > 0) Store(element, bytes[..whole]);
-            bytes[whole..].CopyTo(_split);
-            _splitLength = bytes.Length - whole;
-        }
-
-        private void Store(long element, ReadOnlySpan<byte> bytes)
-            => backend.WriteWeight(staging[Entry.Slot], Entry.FirstElement + element, bytes, tensor.Type);
+        if (_ended) throw new UpdateFailedException(_failed ?? UpdateFailure.Protocol, "the update is over");
+        if (_failed is { } failed) throw new UpdateFailedException(failed, "the update has failed and cannot go on");
+        if (_stopped) throw new UpdateFailedException(UpdateFailure.Sender, "the update was stopped half-way and cannot go on");
     }
 }

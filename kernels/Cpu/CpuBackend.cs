@@ -70,6 +70,8 @@ public sealed unsafe class CpuBackend : IBackend
 
     public long AvailableBytes => MachineMemory.AvailableBytes();
 
+    public long HeldBytes => MachineMemory.HeldBytes();
+
     /// <summary>Whether the machine has vectors this wide; narrower ones are then part of them. 128 bits always run.</summary>
     public static bool IsAccelerated(int vectorBits) => vectorBits switch
     {

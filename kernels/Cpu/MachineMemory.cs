@@ -8,17 +8,20 @@ internal static class MachineMemory
     /// <summary>Bytes that can be taken without swapping: the kernel's estimate, and what the control group's limit leaves.</summary>
     public static long AvailableBytes()
     {
-        long machine = MemInfo("MemAvailable:") ?? GC.GetGCMemoryInfo().TotalAvailableMemoryBytes;
+        long machine = Kilobytes("/proc/meminfo", "MemAvailable:") ?? GC.GetGCMemoryInfo().TotalAvailableMemoryBytes;
         long? limit = Number("/sys/fs/cgroup/memory.max");
         long? used = Number("/sys/fs/cgroup/memory.current");
         return limit is { } most && used is { } now ? Math.Min(machine, Math.Max(0, most - now)) : machine;
     }
 
-    private static long? MemInfo(string name)
+    /// <summary>Of this process, in memory now.</summary>
+    public static long HeldBytes() => Kilobytes("/proc/self/status", "VmRSS:") ?? Environment.WorkingSet;
+
+    private static long? Kilobytes(string file, string name)
     {
-        if (!File.Exists("/proc/meminfo"))
+        if (!File.Exists(file))
             return null;
-        foreach (string line in File.ReadLines("/proc/meminfo"))
+        foreach (string line in File.ReadLines(file))
         {
             if (line.StartsWith(name, StringComparison.Ordinal))
                 return long.Parse(line[name.Length..].Trim().Split(' ')[0], CultureInfo.InvariantCulture) * 1024;

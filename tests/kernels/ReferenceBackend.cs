@@ -13,6 +13,8 @@ public sealed class ReferenceBackend : IBackend
 
     public long AvailableBytes => long.MaxValue;
 
+    public long HeldBytes => 0;
+
     private StepLayout Step => _step ?? throw new InvalidOperationException("BeginStep comes first.");
 
     public void Dispose()

@@ -12,6 +12,8 @@ internal sealed class FailingBackend : IBackend
     /// <summary>What it claims to have left.</summary>
     public long AvailableBytes { get; set; } = long.MaxValue;
 
+    public long HeldBytes => _cpu.HeldBytes;
+
     public string Name => "failing";
 
     public Tensor AllocateTensor(int rows, int columns) => _cpu.AllocateTensor(rows, columns);

@@ -1,4 +1,3 @@
-using System.IO.Hashing;
 using Rollout.Kernels;
 using Xunit;
 
@@ -26,11 +25,11 @@ public sealed class WeightUpdateTests
     [InlineData("qwen3", 1 << 20)]
     public async Task After_a_commit_the_engine_is_one_that_loaded_the_new_weights(string family, int chunk)
     {
-        using Payload payload = Payload.Of(family);
+        using UpdatePayload payload = UpdatePayload.Of(family);
         await using RolloutEngine fresh = RolloutEngine.Load(payload.Folder, new CpuBackend(1), new EngineOptions());
         await using RolloutEngine engine = TestModels.Load(family);
         string old = (await engine.RunAsync(s_request))[0].Bits();
-        using (WeightUpdate update = engine.BeginUpdate(payload.Manifest(0, 1)))
+        using (WeightUpdate update = await engine.OpenUpdateAsync(payload.Manifest(0, 1)))
         {
             for (int at = 0; at < payload.Bytes.Length; at += chunk)
                 update.Write(at, payload.Bytes.AsSpan(at, Math.Min(chunk, payload.Bytes.Length - at)));
@@ -49,7 +48,7 @@ public sealed class WeightUpdateTests
     [Fact]
     public async Task Under_recompute_the_rest_of_a_sample_is_a_fresh_run_of_the_new_model_on_the_prefix()
     {
-        using Payload payload = Payload.Of("qwen3");
+        using UpdatePayload payload = UpdatePayload.Of("qwen3");
         await using RolloutEngine fresh = RolloutEngine.Load(payload.Folder, new CpuBackend(1), new EngineOptions());
         Group group = await UpdateInFlightAsync(payload, UpdatePolicy.Recompute);
         foreach (Sequence sample in group.Samples)
@@ -67,7 +66,7 @@ public sealed class WeightUpdateTests
     [Fact]
     public async Task Under_keep_a_sample_goes_on_with_the_keys_and_values_it_has_and_says_so()
     {
-        using Payload payload = Payload.Of("qwen3");
+        using UpdatePayload payload = UpdatePayload.Of("qwen3");
         await using RolloutEngine old = TestModels.Load("qwen3");
         await using RolloutEngine fresh = RolloutEngine.Load(payload.Folder, new CpuBackend(1), new EngineOptions());
         Group group = await UpdateInFlightAsync(payload, UpdatePolicy.Keep);
@@ -86,7 +85,7 @@ public sealed class WeightUpdateTests
     [Fact]
     public async Task Under_drain_what_began_ends_on_the_old_weights_and_what_waits_begins_on_the_new()
     {
-        using Payload payload = Payload.Of("qwen3");
+        using UpdatePayload payload = UpdatePayload.Of("qwen3");
         await using RolloutEngine engine = TestModels.Load("qwen3");
         (Group begun, Task<CommitResult> commit, WeightUpdate update) = await CommitInFlightAsync(engine, payload, UpdatePolicy.Drain, Cancelled);
         Group later = engine.Submit(s_request with { Id = "later" });
@@ -106,7 +105,7 @@ public sealed class WeightUpdateTests
     [Fact]
     public async Task A_drain_past_its_deadline_is_taken_back_and_service_goes_on()
     {
-        using Payload payload = Payload.Of("qwen3");
+        using UpdatePayload payload = UpdatePayload.Of("qwen3");
         await using RolloutEngine engine = TestModels.Load("qwen3");
         using CancellationTokenSource deadline = new();
         (Group begun, Task<CommitResult> commit, WeightUpdate update) =
@@ -125,7 +124,7 @@ public sealed class WeightUpdateTests
     [Fact]
     public async Task Under_abort_what_began_returns_its_partial_tokens()
     {
-        using Payload payload = Payload.Of("qwen3");
+        using UpdatePayload payload = UpdatePayload.Of("qwen3");
         await using RolloutEngine engine = TestModels.Load("qwen3");
         (Group begun, Task<CommitResult> commit, WeightUpdate update) = await CommitInFlightAsync(engine, payload, UpdatePolicy.Abort, Cancelled);
         await commit.WaitAsync(Cancelled);
@@ -141,7 +140,7 @@ public sealed class WeightUpdateTests
     [InlineData(UpdatePolicy.Recompute)]
     public async Task A_sample_ends_when_its_oldest_token_is_staler_than_it_allows(UpdatePolicy policy)
     {
-        using Payload payload = Payload.Of("qwen3");
+        using UpdatePayload payload = UpdatePayload.Of("qwen3");
         await using RolloutEngine engine = TestModels.Load("qwen3");
         Group strict = engine.Submit(s_request with { Id = "strict", MaxTokens = 400, MaxStaleness = 1 });
         Group loose = engine.Submit(s_request with { Id = "loose", MaxTokens = 400 });
@@ -150,7 +149,7 @@ public sealed class WeightUpdateTests
             // Every sample has drawn a token from the weights that are about to be replaced.
             SpinWait.SpinUntil(() => strict.Samples.All(sample =>
                 sample.Published is > 0 and int n && sample.Versions(n - 1, n)[0] == version - 1));
-            using WeightUpdate update = engine.BeginUpdate(payload.Manifest(version - 1, version) with { Policy = policy });
+            using WeightUpdate update = await engine.OpenUpdateAsync(payload.Manifest(version - 1, version) with { Policy = policy });
             update.Write(0, payload.Bytes);
             await update.CommitAsync(payload.Digest, Cancelled);
         }
@@ -164,7 +163,7 @@ public sealed class WeightUpdateTests
     [Fact]
     public async Task Every_difference_from_the_model_is_listed_before_a_byte_moves()
     {
-        using Payload payload = Payload.Of("qwen2");
+        using UpdatePayload payload = UpdatePayload.Of("qwen2");
         await using RolloutEngine engine = TestModels.Load("qwen2");
         List<ManifestTensor> tensors = [.. payload.Manifest(0, 1).Tensors];
         ManifestTensor first = tensors[0];
@@ -183,7 +182,7 @@ public sealed class WeightUpdateTests
     [Fact]
     public async Task A_second_updater_is_told_who_holds_the_seat()
     {
-        using Payload payload = Payload.Of("qwen3");
+        using UpdatePayload payload = UpdatePayload.Of("qwen3");
         await using RolloutEngine engine = TestModels.Load("qwen3");
         using (engine.BeginUpdate(payload.Manifest(0, 1) with { Owner = "trainer A" }))
         {
@@ -197,14 +196,14 @@ public sealed class WeightUpdateTests
     [Fact]
     public async Task What_fails_leaves_the_old_weights()
     {
-        using Payload payload = Payload.Of("qwen3");
+        using UpdatePayload payload = UpdatePayload.Of("qwen3");
         await using RolloutEngine engine = TestModels.Load("qwen3");
         string old = (await engine.RunAsync(s_request))[0].Bits();
         byte[] bytes = payload.Bytes;
 
         async Task Fails(string reason, Func<WeightUpdate, Task> act)
         {
-            using WeightUpdate update = engine.BeginUpdate(payload.Manifest(0, 1));
+            using WeightUpdate update = await engine.OpenUpdateAsync(payload.Manifest(0, 1));
             UpdateFailedException e = await Assert.ThrowsAsync<UpdateFailedException>(() => act(update));
             Assert.Contains(reason, e.Message, StringComparison.Ordinal);
             await Assert.ThrowsAsync<UpdateFailedException>(() => update.CommitAsync(default)); // it cannot be talked round
@@ -235,7 +234,7 @@ public sealed class WeightUpdateTests
             string file = Path.Combine(payload.Folder, "short");
             File.WriteAllBytes(file, bytes[..(bytes.Length / 2)]);
             using Microsoft.Win32.SafeHandles.SafeFileHandle handle = File.OpenHandle(file);
-            update.ReadFrom(handle, 0, Cancelled);
+            update.ReadFrom(handle, 0, 0, payload.Bytes.Length, Cancelled);
             return Task.CompletedTask;
         });
 
@@ -246,14 +245,14 @@ public sealed class WeightUpdateTests
     [Fact]
     public async Task Weights_that_are_no_numbers_end_samples_with_an_error_and_the_next_update_mends_it()
     {
-        using Payload payload = Payload.Of("qwen3");
+        using UpdatePayload payload = UpdatePayload.Of("qwen3");
         await using RolloutEngine engine = TestModels.Load("qwen3");
         byte[] broken = [.. payload.Bytes];
         long norm = payload.Manifest(0, 1).Tensors.Single(tensor => tensor.Name == "model.norm.weight").Offset;
         (broken[norm], broken[norm + 1]) = (0xFF, 0x7F); // NaN
         foreach ((byte[] bytes, ulong version) in ((byte[], ulong)[])[(broken, 1), (payload.Bytes, 2)])
         {
-            using WeightUpdate update = engine.BeginUpdate(payload.Manifest(version - 1, version));
+            using WeightUpdate update = await engine.OpenUpdateAsync(payload.Manifest(version - 1, version));
             update.Write(0, bytes);
             await update.CommitAsync(default, Cancelled);
             Sequence sample = (await engine.RunAsync(s_request))[0];
@@ -264,23 +263,23 @@ public sealed class WeightUpdateTests
 
     /// <summary>A group that has begun, all bytes staged, and the commit ordered.</summary>
     private static async Task<(Group Begun, Task<CommitResult> Commit, WeightUpdate Update)> CommitInFlightAsync(
-        RolloutEngine engine, Payload payload, UpdatePolicy policy, CancellationToken deadline)
+        RolloutEngine engine, UpdatePayload payload, UpdatePolicy policy, CancellationToken deadline)
     {
-        WeightUpdate update = engine.BeginUpdate(payload.Manifest(0, 1) with { Policy = policy });
+        WeightUpdate update = await engine.OpenUpdateAsync(payload.Manifest(0, 1) with { Policy = policy });
         update.Write(0, payload.Bytes);
         Group begun = engine.Submit(s_request);
         SpinWait.SpinUntil(() => begun.Samples.All(sample => sample.Published >= 20));
         return (begun, update.CommitAsync(payload.Digest, deadline), update);
     }
 
-    private static async Task<Group> UpdateInFlightAsync(Payload payload, UpdatePolicy policy)
+    private static async Task<Group> UpdateInFlightAsync(UpdatePayload payload, UpdatePolicy policy)
     {
         await using RolloutEngine engine = TestModels.Load("qwen3");
-        using WeightUpdate update = engine.BeginUpdate(payload.Manifest(0, 1) with { Policy = policy });
+        using WeightUpdate update = await engine.OpenUpdateAsync(payload.Manifest(0, 1) with { Policy = policy });
         string file = Path.Combine(payload.Folder, "payload");
         await File.WriteAllBytesAsync(file, payload.Bytes, Cancelled);
         using Microsoft.Win32.SafeHandles.SafeFileHandle handle = File.OpenHandle(file);
-        update.ReadFrom(handle, 0, Cancelled);
+        update.ReadFrom(handle, 0, 0, payload.Bytes.Length, Cancelled);
         Group group = engine.Submit(s_request);
         await foreach (SampleChunk chunk in group.ReadAsync(Cancelled))
             if (chunk.End >= 20 && chunk.Sample.Index == 2) break;
@@ -296,50 +295,5 @@ public sealed class WeightUpdateTests
         int swap = Array.IndexOf(versions, 1ul);
         Assert.InRange(swap, 20, 199);
         return swap;
-    }
-
-    /// <summary>New weights for a golden model: its own, some of them scaled, as a payload and as a folder to load.</summary>
-    private sealed class Payload : IDisposable
-    {
-        private readonly List<ManifestTensor> _tensors = [];
-
-        public required string Folder { get; init; }
-
-        public byte[] Bytes { get; private set; } = [];
-
-        public byte[] Digest { get; private set; } = [];
-
-        public UpdateManifest Manifest(ulong from, ulong to)
-            => new() { Tensors = _tensors, PayloadBytes = Bytes.Length, BaseVersion = from, NewVersion = to };
-
-        public static Payload Of(string family)
-        {
-            string folder = Directory.CreateTempSubdirectory("rollout-test-").FullName;
-            File.Copy(Path.Combine(TestModels.Folder(family), "config.json"), Path.Combine(folder, "config.json"));
-            Payload payload = new() { Folder = folder };
-            using Checkpoint checkpoint = Checkpoint.Open(TestModels.Folder(family));
-            MemoryStream stream = new();
-            List<(TensorDeclaration, byte[])> written = [];
-            List<byte[]> digests = [];
-            foreach ((string name, CheckpointTensor tensor) in checkpoint.Tensors.OrderBy(entry => entry.Key, StringComparer.Ordinal))
-            {
-                byte[] bytes = new byte[tensor.Info.Bytes];
-                tensor.Read(0, bytes);
-                if (name.Contains("mlp.down_proj", StringComparison.Ordinal) || name.Contains("q_proj", StringComparison.Ordinal))
-                    for (int i = 1; i < bytes.Length; i += 6) bytes[i] ^= 0x80; // the sign of every third bf16
-                while (stream.Length % 256 != 0) stream.WriteByte(0xAA);
-                payload._tensors.Add(new ManifestTensor(name, DType.BFloat16, tensor.Info.Shape, stream.Length));
-                stream.Write(bytes);
-                written.Add((new TensorDeclaration(name, DType.BFloat16, tensor.Info.Shape), bytes));
-                digests.Add(XxHash128.Hash(bytes));
-            }
-
-            SafetensorsWriter.Write(Path.Combine(folder, "model.safetensors"), written);
-            payload.Bytes = stream.ToArray();
-            payload.Digest = WeightUpdate.Combine(digests);
-            return payload;
-        }
-
-        public void Dispose() => Directory.Delete(Folder, recursive: true);
     }
 }

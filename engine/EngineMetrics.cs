@@ -1,0 +1,56 @@
+using System.Diagnostics.Metrics;
+
+namespace Rollout.Engine;
+
+/// <summary>What the engine counts, as System.Diagnostics.Metrics under the meter "Rollout.Engine".</summary>
+internal sealed class EngineMetrics : IDisposable
+{
+    private readonly Meter _meter;
+    private readonly Counter<long> _started;
+    private readonly Counter<long> _committed;
+    private readonly Counter<long> _failed;
+    private readonly Counter<long> _bytes;
+    private readonly Histogram<double> _seconds;
+
+    public EngineMetrics(string model, Func<ulong> version, Scheduler scheduler)
+    {
+        _meter = new Meter("Rollout.Engine", null, [new("model", model)]);
+        _started = _meter.CreateCounter<long>("rollout.updates.started", description: "Weight updates begun, refused ones included");
+        _committed = _meter.CreateCounter<long>("rollout.updates.committed", description: "Weight updates put in service");
+        _failed = _meter.CreateCounter<long>("rollout.updates.failed", description: "Weight updates not put in service, by reason");
+        _bytes = _meter.CreateCounter<long>("rollout.updates.bytes", "By", "Payload bytes of committed updates");
+        _seconds = _meter.CreateHistogram<double>("rollout.updates.seconds", "s", "Seconds of committed updates, by phase");
+        _meter.CreateObservableGauge("rollout.weights.version", () => (long)version(), description: "Version being served");
+        _meter.CreateObservableCounter("rollout.tokens.sampled", () => ByStaleness(scheduler),
+            description: "Sampled tokens of samples that have ended, by how many versions old they were then");
+    }
+
+    public void Started() => _started.Add(1);
+
+    public void Failed(string reason) => _failed.Add(1, new KeyValuePair<string, object?>("reason", reason));
+
+    public void Committed(CommitResult result, long payloadBytes)
+    {
+        _committed.Add(1);
+        _bytes.Add(payloadBytes);
+        Phase("preflight", result.PreflightSeconds);
+        Phase("transfer", result.TransferSeconds);
+        Phase("apply", result.ApplySeconds);
+        Phase("swap", result.SwapSeconds);
+        Phase("stall", result.StallSeconds);
+    }
+
+    public void Dispose() => _meter.Dispose();
+
+    private void Phase(string phase, double seconds) => _seconds.Record(seconds, new KeyValuePair<string, object?>("phase", phase));
+
+    private static IEnumerable<Measurement<long>> ByStaleness(Scheduler scheduler)
+    {
+        ReadOnlyMemory<long> counts = scheduler.TokensByStaleness;
+        for (int staleness = 0; staleness < counts.Length; staleness++)
+        {
+            string label = staleness == counts.Length - 1 ? $"{staleness}+" : $"{staleness}";
+            yield return new Measurement<long>(counts.Span[staleness], new KeyValuePair<string, object?>("staleness", label));
+        }
+    }
+}

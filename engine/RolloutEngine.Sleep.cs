@@ -1,0 +1,95 @@
+namespace Rollout.Engine;
+
+/// <summary>Memory that can be given back while the engine has nothing to do.</summary>
+[Flags]
+public enum MemoryTags
+{
+    None = 0,
+
+    /// <summary>The weights in service and the spare set.</summary>
+    Weights = 1,
+
+    /// <summary>Keys and values, cached prefixes included.</summary>
+    KvCache = 2,
+
+    All = Weights | KvCache,
+}
+
+/// <param name="Tag">One tag.</param>
+/// <param name="AllocatedBytes">Of address space.</param>
+/// <param name="FreedBytes">By which the process's use of the device fell, measured; pages never touched were never held.</param>
+public readonly record struct FreedMemory(MemoryTags Tag, long AllocatedBytes, long FreedBytes);
+
+/// <summary>Sleep: memory goes back to the machine, so that a trainer on the same device can have it.</summary>
+public sealed partial class RolloutEngine
+{
+    /// <summary>
+    /// Gives back the memory of these tags that do not sleep yet; completes when the machine has it. Weights are discarded: after waking
+    /// the engine is poisoned until a full update commits.
+    /// </summary>
+    /// <exception cref="EngineStateException">
+    /// Samples are in flight; under a pause the KV cache alone may sleep, and they recompute after it. Or an update is under way and the
+    /// weights were to sleep.
+    /// </exception>
+    public Task<IReadOnlyList<FreedMemory>> SleepAsync(MemoryTags tags) => OnLoop<IReadOnlyList<FreedMemory>>(() =>
+    {
+        ThrowIfDown();
+        tags &= ~_asleep;
+        bool frozen = _pause.State == EngineState.Paused && tags == MemoryTags.KvCache;
+        if (tags != MemoryTags.None && !_scheduler.IsEmpty && !frozen)
+        {
+            throw new EngineStateException(State, $"{_scheduler.Running + _scheduler.Waiting} samples are in flight: pause with ABORT or "
+                + "WAIT first (KEEP is enough for the KV cache alone)");
+        }
+
+        List<FreedMemory> freed = [];
+        if (tags.HasFlag(MemoryTags.Weights)) freed.Add(Free(MemoryTags.Weights, () => _weights.Discard(State)));
+        if (tags.HasFlag(MemoryTags.KvCache))
+        {
+            _scheduler.DropAllKv();
+            freed.Add(Free(MemoryTags.KvCache, () =>
+            {
+                _kv.Discard();
+                return _kv.Bytes;
+            }));
+        }
+
+        return freed;
+    });
+
+    /// <summary>Takes the memory of these tags again, where they sleep. Returns what still sleeps.</summary>
+    /// <exception cref="NoRoomException">The device has not got it; what sleeps goes on sleeping.</exception>
+    public Task<MemoryTags> WakeUpAsync(MemoryTags tags) => OnLoop(() =>
+    {
+        ThrowIfDown();
+        tags &= _asleep;
+        try
+        {
+            if (tags.HasFlag(MemoryTags.KvCache))
+            {
+                _kv.Restore();
+                _asleep &= ~MemoryTags.KvCache;
+            }
+
+            if (tags.HasFlag(MemoryTags.Weights))
+            {
+                _weights.Restore();
+                _asleep &= ~MemoryTags.Weights;
+            }
+        }
+        catch (OutOfMemoryException e)
+        {
+            throw new NoRoomException($"the device has no memory for {tags & _asleep}: {e.Message}");
+        }
+
+        return _asleep;
+    });
+
+    private FreedMemory Free(MemoryTags tag, Func<long> discard)
+    {
+        long before = Backend.HeldBytes;
+        long allocated = discard();
+        _asleep |= tag;
+        return new FreedMemory(tag, allocated, Math.Max(0, before - Backend.HeldBytes));
+    }
+}

@@ -1,0 +1,124 @@
+using System.Diagnostics;
+using System.IO.Hashing;
+using System.Runtime.InteropServices;
+using Rollout.Kernels;
+
+namespace Rollout.Engine;
+
+/// <summary>One tensor on its way from the payload into its place in a weight set: hashed as sent, stored as the device likes it.</summary>
+internal sealed class IncomingTensor
+{
+    private readonly ManifestTensor _tensor;
+    private readonly IBackend _backend;
+    private readonly Weight _destination;
+    private readonly int _elementSize;
+    private readonly uint[]? _indices; // of the values that follow; null: all elements, in order
+    private readonly long _indexBytes;
+    private readonly XxHash128 _hash = new();
+    private readonly byte[] _split = new byte[4]; // an element whose bytes came in two pieces
+    private int _splitLength;
+
+    public IncomingTensor(ManifestTensor tensor, LoadEntry entry, IBackend backend, WeightSet set)
+    {
+        _tensor = tensor;
+        _backend = backend;
+        _destination = set[entry.Slot];
+        _elementSize = tensor.Type.Size();
+        Entry = entry;
+        Bytes = tensor.Bytes;
+        if (tensor.SparseCount is not { } count) return;
+        _indices = new uint[count];
+        _indexBytes = count * sizeof(uint);
+    }
+
+    public string Name => _tensor.Name;
+
+    public ManifestTensor Manifest => _tensor;
+
+    public LoadEntry Entry { get; }
+
+    /// <summary>Where in the payload it begins.</summary>
+    public long Start => _tensor.Offset;
+
+    public long Bytes { get; }
+
+    public long Taken { get; private set; }
+
+    /// <summary>Stopwatch ticks spent on hashing and storing.</summary>
+    public long ApplyTicks { get; private set; }
+
+    public byte[] Digest() => _hash.GetCurrentHash();
+
+    /// <summary>How much to take at once, of <paramref name="most"/> bytes: whole units of what the device stores fastest.</summary>
+    public int PieceBytes(int most)
+    {
+        long unit = _indices is null && Entry.Shape.Count == 2 ? _backend.WriteRows * Entry.Shape[1] * _elementSize : 1;
+        return (int)Math.Min(Bytes - Taken, unit > most ? most : (Taken / unit * unit) + (most / unit * unit) - Taken);
+    }
+
+    /// <summary>Takes the tensor's next bytes, in any pieces.</summary>
+    /// <exception cref="UpdateFailedException">The indices of a sparse tensor do not ascend or leave the tensor.</exception>
+    public void Take(ReadOnlySpan<byte> bytes)
+    {
+        long started = Stopwatch.GetTimestamp();
+        _hash.Append(bytes);
+        if (Taken < _indexBytes)
+        {
+            ReadOnlySpan<byte> own = bytes[..(int)Math.Min(bytes.Length, _indexBytes - Taken)];
+            own.CopyTo(MemoryMarshal.AsBytes(_indices.AsSpan())[(int)Taken..]);
+            Taken += own.Length;
+            bytes = bytes[own.Length..];
+            if (Taken == _indexBytes) CheckIndices();
+        }
+
+        long element = (Taken - _indexBytes) / _elementSize;
+        Taken += bytes.Length;
+        if (!Entry.Tied) StoreWhole(element, bytes);
+        ApplyTicks += Stopwatch.GetTimestamp() - started;
+    }
+
+    /// <summary>Stores whole elements and keeps what is left of a split one for the next call.</summary>
+    private void StoreWhole(long element, ReadOnlySpan<byte> bytes)
+    {
+        if (_splitLength > 0)
+        {
+            int rest = Math.Min(_elementSize - _splitLength, bytes.Length);
+            bytes[..rest].CopyTo(_split.AsSpan(_splitLength));
+            _splitLength += rest;
+            bytes = bytes[rest..];
+            if (_splitLength < _elementSize) return;
+            Store(element++, _split.AsSpan(0, _elementSize));
+            _splitLength = 0;
+        }
+
+        int whole = bytes.Length / _elementSize * _elementSize;
+        if (whole > 0) Store(element, bytes[..whole]);
+        bytes[whole..].CopyTo(_split);
+        _splitLength = bytes.Length - whole;
+    }
+
+    private void Store(long element, ReadOnlySpan<byte> values)
+    {
+        if (_indices is null)
+        {
+            _backend.WriteWeight(_destination, Entry.FirstElement + element, values, _tensor.Type);
+            return;
+        }
+
+        ReadOnlySpan<uint> indices = _indices.AsSpan((int)element, values.Length / _elementSize);
+        _backend.WriteWeightElements(_destination, Entry.FirstElement, indices, values, _tensor.Type);
+    }
+
+    private void CheckIndices()
+    {
+        for (int i = 0; i < _indices!.Length; i++)
+        {
+            if (_indices[i] >= Entry.Elements)
+                throw Wrong($"index {i} is {_indices[i]}, the tensor has {Entry.Elements} elements");
+            if (i > 0 && _indices[i] <= _indices[i - 1])
+                throw Wrong($"index {i} is {_indices[i]} after {_indices[i - 1]}, they must ascend");
+        }
+    }
+
+    private UpdateFailedException Wrong(string what) => new(UpdateFailure.Protocol, $"sparse tensor '{Name}': {what}");
+}

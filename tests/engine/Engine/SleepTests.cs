@@ -1,0 +1,113 @@
+using Rollout.Kernels;
+using Xunit;
+
+namespace Rollout.Engine.Tests;
+
+/// <summary>Sleep gives memory back; nothing is served from what is not there.</summary>
+public sealed class SleepTests
+{
+    private static readonly GroupRequest s_request = new()
+    {
+        Id = "probe",
+        Prompt = [.. Enumerable.Range(3, 40)],
+        N = 3,
+        MaxTokens = 200,
+        Seed = 9,
+        IgnoreEos = true,
+        StreamTokens = true,
+    };
+
+    private static CancellationToken Cancelled => TestContext.Current.CancellationToken;
+
+    [Fact]
+    public async Task Sleep_and_wake_are_idempotent_and_refuse_by_state()
+    {
+        using UpdatePayload payload = UpdatePayload.Of("qwen3");
+        await using RolloutEngine fresh = RolloutEngine.Load(payload.Folder, new CpuBackend(1), new EngineOptions());
+        await using RolloutEngine engine = TestModels.Load("qwen3");
+        await engine.RunAsync(s_request); // leaves a cached prefix behind
+        Assert.Equal([MemoryTags.Weights, MemoryTags.KvCache], (await engine.SleepAsync(MemoryTags.All)).Select(freed => freed.Tag));
+        Assert.Empty(await engine.SleepAsync(MemoryTags.All));
+        Assert.Equal((EngineState.Sleeping, MemoryTags.All, 0), (engine.Status.State, engine.Status.Asleep, engine.Status.KvBlocksCached));
+        Assert.Equal(EngineState.Sleeping, Assert.Throws<EngineStateException>(() => engine.Submit(s_request)).State);
+        Assert.Equal(EngineState.Sleeping, Assert.Throws<EngineStateException>(() => engine.BeginUpdate(payload.Manifest(0, 1))).State);
+
+        // The order of a trainer that shares the device: weights first, then the update, then room for keys and values.
+        Assert.Equal(MemoryTags.KvCache, await engine.WakeUpAsync(MemoryTags.Weights));
+        Assert.Equal(MemoryTags.KvCache, await engine.WakeUpAsync(MemoryTags.Weights));
+        using (WeightUpdate update = await engine.OpenUpdateAsync(payload.Manifest(0, 1)))
+        {
+            update.Write(0, payload.Bytes);
+            await update.CommitAsync(payload.Digest, Cancelled);
+        }
+
+        Assert.Equal((EngineState.Sleeping, 1ul), (engine.Status.State, engine.Version));
+        Assert.Equal(MemoryTags.None, await engine.WakeUpAsync(MemoryTags.All));
+        Assert.Equal(EngineState.Running, engine.Status.State);
+        Assert.Equal((await fresh.RunAsync(s_request))[0].Bits(), (await engine.RunAsync(s_request))[0].Bits());
+    }
+
+    [Fact]
+    public async Task Weights_that_slept_are_no_weights()
+    {
+        await using RolloutEngine engine = TestModels.Load("qwen3");
+        await engine.SleepAsync(MemoryTags.Weights);
+        await engine.WakeUpAsync(MemoryTags.All);
+        Assert.Equal(EngineState.Poisoned, engine.Status.State);
+        Assert.Contains("sleep", Assert.Throws<EngineStateException>(() => engine.Submit(s_request)).Message, StringComparison.Ordinal);
+    }
+
+    [Fact]
+    public async Task Samples_in_flight_keep_the_weights_awake_and_outlive_the_sleep_of_their_keys_and_values_under_a_pause()
+    {
+        await using RolloutEngine undisturbed = TestModels.Load("qwen3");
+        await using RolloutEngine engine = TestModels.Load("qwen3");
+        Group group = engine.Submit(s_request);
+        SpinWait.SpinUntil(() => group.Samples.All(sample => sample.Published >= 20));
+        await Assert.ThrowsAsync<EngineStateException>(() => engine.SleepAsync(MemoryTags.KvCache));
+        await engine.PauseAsync(PauseMode.Keep, "sleeper", TimeSpan.FromMinutes(1), Cancelled);
+        EngineStateException e = await Assert.ThrowsAsync<EngineStateException>(() => engine.SleepAsync(MemoryTags.All));
+        Assert.Equal(EngineState.Paused, e.State);
+        await engine.SleepAsync(MemoryTags.KvCache);
+        await engine.ResumeAsync();
+        Assert.Equal(EngineState.Sleeping, engine.Status.State);
+        await engine.WakeUpAsync(MemoryTags.KvCache);
+        await group.Completed.WaitAsync(Cancelled);
+        Assert.Equal((await undisturbed.RunAsync(s_request)).Select(sample => sample.Bits()), group.Samples.Select(sample => sample.Bits()));
+    }
+
+    [Fact]
+    public async Task An_update_under_way_keeps_the_weights_awake()
+    {
+        using UpdatePayload payload = UpdatePayload.Of("qwen3");
+        await using RolloutEngine engine = TestModels.Load("qwen3");
+        using WeightUpdate update = engine.BeginUpdate(payload.Manifest(0, 1) with { Owner = "trainer A" });
+        EngineStateException e = await Assert.ThrowsAsync<EngineStateException>(() => engine.SleepAsync(MemoryTags.Weights));
+        Assert.Contains("trainer A", e.Message, StringComparison.Ordinal);
+    }
+
+    [Fact]
+    public async Task The_machine_really_has_the_memory()
+    {
+        using TemporaryFolder folder = new();
+        File.WriteAllText(folder["config.json"], """
+            {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": 1024,
+             "intermediate_size": 4096, "num_hidden_layers": 2, "num_attention_heads": 16, "num_key_value_heads": 16,
+             "vocab_size": 4096, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "tie_word_embeddings": true}
+            """);
+        TensorDeclaration[] tensors = [.. ModelSpec.Load(folder.Path).CheckpointTensors()
+            .Select(tensor => new TensorDeclaration(tensor.Name, DType.BFloat16, tensor.Shape))];
+        SafetensorsWriter.Write(folder["model.safetensors"], [.. tensors.Select(tensor => (tensor, new byte[tensor.Bytes]))]);
+        EngineOptions options = new() { MaxSequences = 1, KvCacheBytes = 64 << 20 };
+        await using RolloutEngine engine = RolloutEngine.Load(folder.Path, new CpuBackend(1), options);
+        await engine.RunAsync(new GroupRequest { Id = "fill", Prompt = [.. Enumerable.Range(0, 1000)], MaxTokens = 1 });
+        IReadOnlyList<FreedMemory> freed = await engine.SleepAsync(MemoryTags.All);
+        long weights = tensors.Sum(tensor => tensor.Bytes);
+        const long KeysValues = 1000 * 2 * 2 * 1024 * sizeof(float); // touched; more was allocated
+
+        // Of the process as a whole, which does a little else: nine tenths.
+        Assert.InRange(freed[0].FreedBytes, weights * 9 / 10, weights * 12 / 10);
+        Assert.InRange(freed[1].FreedBytes, KeysValues * 9 / 10, 64 << 20);
+        Assert.InRange(freed[1].AllocatedBytes, 60 << 20, 64 << 20);
+    }
+}

@@ -1,0 +1,61 @@
+using System.IO.Hashing;
+using Rollout.Kernels;
+using Xunit;
+
+namespace Rollout.Engine.Tests;
+
+/// <summary>New weights for a golden model: its own, some of them scaled, as a payload and as a folder to load.</summary>
+internal sealed class UpdatePayload : IDisposable
+{
+    private readonly List<ManifestTensor> _tensors = [];
+
+    public required string Folder { get; init; }
+
+    public byte[] Bytes { get; private set; } = [];
+
+    public byte[] Digest { get; private set; } = [];
+
+    public UpdateManifest Manifest(ulong from, ulong to)
+        => new() { Tensors = _tensors, PayloadBytes = Bytes.Length, BaseVersion = from, NewVersion = to };
+
+    public static UpdatePayload Of(string family)
+    {
+        string folder = Directory.CreateTempSubdirectory("rollout-test-").FullName;
+        File.Copy(Path.Combine(TestModels.Folder(family), "config.json"), Path.Combine(folder, "config.json"));
+        UpdatePayload payload = new() { Folder = folder };
+        using Checkpoint checkpoint = Checkpoint.Open(TestModels.Folder(family));
+        MemoryStream stream = new();
+        List<(TensorDeclaration, byte[])> written = [];
+        List<byte[]> digests = [];
+        foreach ((string name, CheckpointTensor tensor) in checkpoint.Tensors.OrderBy(entry => entry.Key, StringComparer.Ordinal))
+        {
+            byte[] bytes = new byte[tensor.Info.Bytes];
+            tensor.Read(0, bytes);
+            if (name.Contains("mlp.down_proj", StringComparison.Ordinal) || name.Contains("q_proj", StringComparison.Ordinal))
+                for (int i = 1; i < bytes.Length; i += 6) bytes[i] ^= 0x80; // the sign of every third bf16
+            while (stream.Length % 256 != 0) stream.WriteByte(0xAA);
+            payload._tensors.Add(new ManifestTensor(name, DType.BFloat16, tensor.Info.Shape, stream.Length));
+            stream.Write(bytes);
+            written.Add((new TensorDeclaration(name, DType.BFloat16, tensor.Info.Shape), bytes));
+            digests.Add(XxHash128.Hash(bytes));
+        }
+
+        SafetensorsWriter.Write(Path.Combine(folder, "model.safetensors"), written);
+        payload.Bytes = stream.ToArray();
+        payload.Digest = WeightUpdate.Combine(digests);
+        return payload;
+    }
+
+    public void Dispose() => Directory.Delete(Folder, recursive: true);
+}
+
+internal static class UpdateExtensions
+{
+    /// <summary>Begins an update and makes it ready for bytes.</summary>
+    public static async Task<WeightUpdate> OpenUpdateAsync(this RolloutEngine engine, UpdateManifest manifest)
+    {
+        WeightUpdate update = engine.BeginUpdate(manifest);
+        await update.OpenAsync(TestContext.Current.CancellationToken);
+        return update;
+    }
+}
