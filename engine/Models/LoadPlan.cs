@@ -74,7 +74,16 @@ public readonly record struct WeightShape(WeightSlot Slot, int Outputs, int Inpu
 public sealed record LoadEntry(string Source, IReadOnlyList<long> Shape, WeightSlot Slot, long FirstElement, bool Tied = false)
 {
     /// <summary>The number of elements.</summary>
-    public long Elements => Shape.Aggregate(1L, (product, length) => product * length);
+    public long Elements { get; } = Shape.Aggregate(1L, (product, length) => product * length);
+
+    /// <summary>Whether a tensor sent for it has its shape.</summary>
+    public bool HasShape(IReadOnlyList<long> shape)
+    {
+        if (shape.Count != Shape.Count) return false;
+        for (int i = 0; i < Shape.Count; i++)
+            if (shape[i] != Shape[i]) return false;
+        return true;
+    }
 }
 
 /// <summary>

@@ -1,3 +1,4 @@
+using System.Buffers.Binary;
 using System.Diagnostics;
 using System.IO.Hashing;
 using System.Runtime.InteropServices;
@@ -14,8 +15,9 @@ internal sealed class IncomingTensor
     private readonly int _elementSize;
     private readonly uint[]? _indices; // of the values that follow; null: all elements, in order
     private readonly long _indexBytes;
-    private readonly XxHash128 _hash = new();
-    private readonly byte[] _split = new byte[4]; // an element whose bytes came in two pieces
+    private XxHash128? _hash; // only while a tensor is half here: there may be many tensors
+    private UInt128 _digest;
+    private uint _split;      // an element whose bytes came in two pieces
     private int _splitLength;
 
     public IncomingTensor(ManifestTensor tensor, LoadEntry entry, IBackend backend, WeightSet set)
@@ -33,8 +35,6 @@ internal sealed class IncomingTensor
 
     public string Name => _tensor.Name;
 
-    public ManifestTensor Manifest => _tensor;
-
     public LoadEntry Entry { get; }
 
     /// <summary>Where in the payload it begins.</summary>
@@ -47,7 +47,17 @@ internal sealed class IncomingTensor
     /// <summary>Stopwatch ticks spent on hashing and storing.</summary>
     public long ApplyTicks { get; private set; }
 
-    public byte[] Digest() => _hash.GetCurrentHash();
+    /// <summary>XxHash128 of what was sent, in its canonical order; once all has been taken.</summary>
+    public byte[] Digest()
+    {
+        byte[] digest = new byte[16];
+        BinaryPrimitives.WriteUInt128BigEndian(digest, Bytes == 0 ? XxHash128.HashToUInt128([]) : _digest);
+        return digest;
+    }
+
+    /// <summary>As it will be served. Of a tensor that came in part, the digest of the whole is not known.</summary>
+    public DescribedWeight Describe(byte[] digest)
+        => new(_tensor.Name, _tensor.Type, _tensor.Shape, _tensor.SparseCount is null ? digest : []);
 
     /// <summary>How much to take at once, of <paramref name="most"/> bytes: whole units of what the device stores fastest.</summary>
     public int PieceBytes(int most)
@@ -60,8 +70,9 @@ internal sealed class IncomingTensor
     /// <exception cref="UpdateFailedException">The indices of a sparse tensor do not ascend or leave the tensor.</exception>
     public void Take(ReadOnlySpan<byte> bytes)
     {
+        if (bytes.IsEmpty) return;
         long started = Stopwatch.GetTimestamp();
-        _hash.Append(bytes);
+        Hash(bytes);
         if (Taken < _indexBytes)
         {
             ReadOnlySpan<byte> own = bytes[..(int)Math.Min(bytes.Length, _indexBytes - Taken)];
@@ -77,23 +88,40 @@ internal sealed class IncomingTensor
         ApplyTicks += Stopwatch.GetTimestamp() - started;
     }
 
+    private void Hash(ReadOnlySpan<byte> bytes)
+    {
+        bool last = Taken + bytes.Length == Bytes;
+        if (last && _hash is null)
+        {
+            _digest = XxHash128.HashToUInt128(bytes);
+            return;
+        }
+
+        _hash ??= new XxHash128();
+        _hash.Append(bytes);
+        if (!last) return;
+        _digest = _hash.GetCurrentHashAsUInt128();
+        _hash = null;
+    }
+
     /// <summary>Stores whole elements and keeps what is left of a split one for the next call.</summary>
     private void StoreWhole(long element, ReadOnlySpan<byte> bytes)
     {
+        Span<byte> split = MemoryMarshal.AsBytes(new Span<uint>(ref _split));
         if (_splitLength > 0)
         {
             int rest = Math.Min(_elementSize - _splitLength, bytes.Length);
-            bytes[..rest].CopyTo(_split.AsSpan(_splitLength));
+            bytes[..rest].CopyTo(split[_splitLength..]);
             _splitLength += rest;
             bytes = bytes[rest..];
             if (_splitLength < _elementSize) return;
-            Store(element++, _split.AsSpan(0, _elementSize));
+            Store(element++, split[.._elementSize]);
             _splitLength = 0;
         }
 
         int whole = bytes.Length / _elementSize * _elementSize;
         if (whole > 0) Store(element, bytes[..whole]);
-        bytes[whole..].CopyTo(_split);
+        bytes[whole..].CopyTo(split);
         _splitLength = bytes.Length - whole;
     }
 

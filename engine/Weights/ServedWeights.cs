@@ -62,7 +62,7 @@ internal sealed class ServedWeights(IBackend backend, LoadPlan plan, int layers,
     public void Open(WeightUpdate update)
     {
         WeightSet destination = update.Mode == UpdateMode.Staged ? _spare! : _current;
-        if (update.Mode == UpdateMode.Staged)
+        if (update.Mode == UpdateMode.Staged && !update.Manifest.IsFull)
         {
             WeightSlot[] behind = [.. destination.NotHolding(_current).Except(WholeSlots(update.Manifest))];
             Parallel.ForEach(behind.OrderByDescending(slot => _current[slot].Bytes), slot =>
@@ -85,9 +85,7 @@ internal sealed class ServedWeights(IBackend backend, LoadPlan plan, int layers,
             if (update.Mode == UpdateMode.Staged) (_spare, _current) = (_current, _spare!);
             foreach (ManifestTensor tensor in update.Manifest.Tensors)
                 _current.Holds(plan[tensor.Name].Slot, update.Manifest.NewVersion);
-            Dictionary<string, DescribedWeight> changed = described.ToDictionary(weight => weight.Name);
-            _described = !update.Manifest.Partial ? described
-                : [.. _described.Select(weight => changed.GetValueOrDefault(weight.Name, weight))];
+            _described = update.Manifest.Partial ? Merge(_described, described) : described;
             Volatile.Write(ref _version, update.Manifest.NewVersion);
             _poison = null; // only a full update gets here while there is one
             _update = null;
@@ -160,6 +158,12 @@ internal sealed class ServedWeights(IBackend backend, LoadPlan plan, int layers,
         if (_current.Bytes / 4 * 5 <= available) return UpdateMode.Staged;
         return manifest.Mode == UpdateMode.Auto ? UpdateMode.InPlace
             : throw new NoRoomException($"staging takes {_current.Bytes} bytes, the device has {available} left: update in place");
+    }
+
+    private static DescribedWeight[] Merge(IReadOnlyList<DescribedWeight> old, IReadOnlyList<DescribedWeight> changed)
+    {
+        Dictionary<string, DescribedWeight> byName = changed.ToDictionary(weight => weight.Name);
+        return [.. old.Select(weight => byName.GetValueOrDefault(weight.Name, weight))];
     }
 
     /// <summary>Slots of which the update sends every element.</summary>

@@ -42,7 +42,15 @@ public enum UpdateMode
 public readonly record struct ManifestTensor(string Name, DType Type, IReadOnlyList<long> Shape, long Offset, long? SparseCount = null)
 {
     /// <summary>Of the full tensor.</summary>
-    public long Elements => Shape.Aggregate(1L, (product, dimension) => product * dimension);
+    public long Elements
+    {
+        get
+        {
+            long product = 1;
+            for (int i = 0; i < Shape.Count; i++) product *= Shape[i];
+            return product;
+        }
+    }
 
     /// <summary>In the payload.</summary>
     public long Bytes => SparseCount is { } count ? count * (sizeof(uint) + Type.Size()) : Elements * Type.Size();

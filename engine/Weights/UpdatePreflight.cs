@@ -20,37 +20,34 @@ internal static class UpdatePreflight
         if (poison is not null && !manifest.IsFull)
             problems.Add(new("manifest", $"only a full update, every tensor whole, can follow: {poison}"));
 
-        HashSet<string> named = [.. manifest.Tensors.Select(tensor => tensor.Name)];
-        HashSet<string> seen = [];
+        HashSet<string> seen = new(manifest.Tensors.Count);
         long end = 0;
         string? before = null;
         foreach (ManifestTensor tensor in manifest.Tensors)
         {
-            string field = $"manifest['{tensor.Name}']";
-            if (!seen.Add(tensor.Name)) problems.Add(new(field, "named twice"));
+            if (!seen.Add(tensor.Name)) problems.Add(new(Field(tensor.Name), "named twice"));
             int found = problems.Count;
-            CheckTensor(tensor, field, plan, named, problems);
+            CheckTensor(tensor, plan, problems);
             if (problems.Count > found) continue; // how many bytes it has is not known
             if (tensor.Offset < end)
             {
-                problems.Add(new(field, before is null
+                problems.Add(new(Field(tensor.Name), before is null
                     ? $"offset {tensor.Offset} is negative"
                     : $"offset {tensor.Offset} lies inside or before tensor '{before}', which ends at {end}"));
                 continue;
             }
 
             if (tensor.Offset > manifest.PayloadBytes - tensor.Bytes)
-                problems.Add(new(field, $"ends past the payload of {manifest.PayloadBytes} bytes"));
+                problems.Add(new(Field(tensor.Name), $"ends past the payload of {manifest.PayloadBytes} bytes"));
             end = Math.Max(end, tensor.Offset) + tensor.Bytes;
             before = tensor.Name;
         }
 
-        if (!manifest.Partial)
+        foreach (LoadEntry entry in plan.Entries)
         {
-            foreach (LoadEntry entry in plan.Entries)
-            {
-                if (!entry.Tied && !seen.Contains(entry.Source)) problems.Add(new($"manifest['{entry.Source}']", "missing"));
-            }
+            if (entry.Tied && seen.Contains(entry.Source) && !seen.Contains(plan.OriginalOf(entry).Source))
+                problems.Add(new(Field(entry.Source), $"is tied to '{plan.OriginalOf(entry).Source}': send that too, or only that"));
+            if (!manifest.Partial && !entry.Tied && !seen.Contains(entry.Source)) problems.Add(new(Field(entry.Source), "missing"));
         }
 
         // Gaps serve alignment; a payload that is mostly gap is a mistake that would be paid for in memory.
@@ -60,31 +57,29 @@ internal static class UpdatePreflight
         return problems;
     }
 
-    private static void CheckTensor(ManifestTensor tensor, string field, LoadPlan plan, HashSet<string> named, List<Problem> problems)
+    private static void CheckTensor(ManifestTensor tensor, LoadPlan plan, List<Problem> problems)
     {
-        if (!Enum.IsDefined(tensor.Type)) problems.Add(new(field, "dtype must be BF16, F16 or F32"));
+        if (tensor.Type is not (DType.BFloat16 or DType.Float16 or DType.Float32))
+            problems.Add(new(Field(tensor.Name), "dtype must be BF16, F16 or F32"));
         if (!plan.TryFind(tensor.Name, out LoadEntry? entry))
         {
-            problems.Add(new(field, "the model has no such tensor"));
+            problems.Add(new(Field(tensor.Name), "the model has no such tensor"));
             return;
         }
 
-        if (!entry.Shape.SequenceEqual(tensor.Shape))
+        if (!entry.HasShape(tensor.Shape))
         {
-            problems.Add(new(field, $"shape is {Format(tensor.Shape)}, the model's is {Format(entry.Shape)}"));
+            problems.Add(new(Field(tensor.Name), $"shape is {Format(tensor.Shape)}, the model's is {Format(entry.Shape)}"));
             return;
         }
 
-        if (tensor.SparseCount is { } count)
-        {
-            if (entry.Elements > uint.MaxValue) problems.Add(new(field, "has more elements than a sparse index can name: send it whole"));
-            if (count < 0 || count > entry.Elements) problems.Add(new(field, $"sparse_count is {count} of {entry.Elements} elements"));
-            if (entry.Tied) problems.Add(new(field, $"is tied to '{plan.OriginalOf(entry).Source}': send it whole or not at all"));
-        }
-
-        if (entry.Tied && !named.Contains(plan.OriginalOf(entry).Source))
-            problems.Add(new(field, $"is tied to '{plan.OriginalOf(entry).Source}': send that too, or only that"));
+        if (tensor.SparseCount is not { } count) return;
+        if (entry.Elements > uint.MaxValue) problems.Add(new(Field(tensor.Name), "has more elements than a sparse index can name: send it whole"));
+        if (count < 0 || count > entry.Elements) problems.Add(new(Field(tensor.Name), $"sparse_count is {count} of {entry.Elements} elements"));
+        if (entry.Tied) problems.Add(new(Field(tensor.Name), $"is tied to '{plan.OriginalOf(entry).Source}': send it whole or not at all"));
     }
+
+    private static string Field(string tensor) => $"manifest['{tensor}']";
 
     private static string Format(IReadOnlyList<long> shape)
         => $"[{string.Join(", ", shape.Select(dimension => dimension.ToString(CultureInfo.InvariantCulture)))}]";

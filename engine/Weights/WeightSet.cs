@@ -1,4 +1,3 @@
-using System.Collections.Concurrent;
 using Rollout.Kernels;
 
 namespace Rollout.Engine;
@@ -9,10 +8,7 @@ namespace Rollout.Engine;
 /// </summary>
 public sealed class WeightSet : IDisposable
 {
-    private readonly Dictionary<WeightSlot, Weight> _weights = [];
-
-    // The version that last changed a weight; absent while its contents are not known.
-    private readonly ConcurrentDictionary<WeightSlot, ulong> _versions = new();
+    private readonly Dictionary<WeightSlot, Held> _weights = [];
 
     private WeightSet(int layers) => Layers = new LayerWeights[layers];
 
@@ -25,9 +21,9 @@ public sealed class WeightSet : IDisposable
 
     public LayerWeights[] Layers { get; }
 
-    public long Bytes => _weights.Values.Sum(weight => weight.Bytes);
+    public long Bytes => _weights.Values.Sum(held => held.Weight.Bytes);
 
-    public Weight this[WeightSlot slot] => _weights[slot];
+    public Weight this[WeightSlot slot] => _weights[slot].Weight;
 
     /// <summary>Takes the memory; the contents come later.</summary>
     public static WeightSet Allocate(IBackend backend, LoadPlan plan, int layers)
@@ -35,7 +31,7 @@ public sealed class WeightSet : IDisposable
         WeightSet set = new(layers);
         try
         {
-            foreach (WeightShape shape in plan.Weights) set._weights.Add(shape.Slot, backend.AllocateWeight(shape.Outputs, shape.Inputs));
+            foreach (WeightShape shape in plan.Weights) set._weights.Add(shape.Slot, new Held(backend.AllocateWeight(shape.Outputs, shape.Inputs)));
         }
         catch
         {
@@ -69,13 +65,13 @@ public sealed class WeightSet : IDisposable
     }
 
     /// <summary>The version that brought what a weight holds; null while that is not known.</summary>
-    public ulong? VersionOf(WeightSlot slot) => _versions.TryGetValue(slot, out ulong version) ? version : null;
+    public ulong? VersionOf(WeightSlot slot) => _weights[slot].Version;
 
     /// <summary>A weight holds what this version brought.</summary>
-    public void Holds(WeightSlot slot, ulong version) => _versions[slot] = version;
+    public void Holds(WeightSlot slot, ulong version) => _weights[slot].Version = version;
 
     /// <summary>A weight is being written: what it holds is not known until <see cref="Holds"/>.</summary>
-    public void Changing(WeightSlot slot) => _versions.TryRemove(slot, out _);
+    public void Changing(WeightSlot slot) => _weights[slot].Version = null;
 
     /// <summary>Weights that do not hold what the other set's do.</summary>
     public IEnumerable<WeightSlot> NotHolding(WeightSet other)
@@ -84,8 +80,11 @@ public sealed class WeightSet : IDisposable
     /// <summary>Gives the memory back to the machine, contents lost.</summary>
     public void Discard()
     {
-        _versions.Clear();
-        foreach (Weight weight in _weights.Values) weight.Discard();
+        foreach (Held held in _weights.Values)
+        {
+            held.Version = null;
+            held.Weight.Discard();
+        }
     }
 
     /// <summary>Takes the memory again.</summary>
@@ -94,7 +93,7 @@ public sealed class WeightSet : IDisposable
     {
         try
         {
-            foreach (Weight weight in _weights.Values) weight.Restore();
+            foreach (Held held in _weights.Values) held.Weight.Restore();
         }
         catch
         {
@@ -105,10 +104,18 @@ public sealed class WeightSet : IDisposable
 
     public void Dispose()
     {
-        foreach (Weight weight in _weights.Values) weight.Dispose();
+        foreach (Held held in _weights.Values) held.Weight.Dispose();
     }
 
-    private Weight? At(int layer, WeightKind kind) => _weights.GetValueOrDefault(new WeightSlot(layer, kind));
+    private Weight? At(int layer, WeightKind kind) => _weights.GetValueOrDefault(new WeightSlot(layer, kind))?.Weight;
+
+    /// <summary>A weight, and the version that last changed it; null while what it holds is not known.</summary>
+    private sealed class Held(Weight weight)
+    {
+        public Weight Weight => weight;
+
+        public ulong? Version { get; set; }
+    }
 }
 
 /// <summary>One block of the transformer. What a family does not have is null.</summary>

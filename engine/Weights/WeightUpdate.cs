@@ -152,9 +152,9 @@ public sealed class WeightUpdate : IDisposable
         if (missing is not null)
             throw Fail(UpdateFailure.Protocol, $"only {missing.Taken} of {missing.Bytes} bytes of tensor '{missing.Name}' have come");
 
-        Dictionary<string, byte[]> digests = _incoming.ToDictionary(tensor => tensor.Name, tensor => tensor.Digest());
+        byte[][] digests = [.. _incoming.Select(tensor => tensor.Digest())];
         CheckTied(digests);
-        byte[] digest = Combine(_incoming.Select(tensor => digests[tensor.Name]));
+        byte[] digest = Combine(digests);
         if (!expectedDigest.IsEmpty && !expectedDigest.Span.SequenceEqual(digest))
         {
             throw Fail(UpdateFailure.Digest, $"the digest of what arrived is {Convert.ToHexStringLower(digest)}, the sender's is "
@@ -163,8 +163,7 @@ public sealed class WeightUpdate : IDisposable
 
         double transfer = Stopwatch.GetElapsedTime(_ready).TotalSeconds;
         long committing = Stopwatch.GetTimestamp();
-        IReadOnlyList<DescribedWeight> described = [.. _incoming.Select(tensor =>
-            new DescribedWeight(tensor.Name, tensor.Manifest.Type, tensor.Manifest.Shape, tensor.Manifest.SparseCount is null ? digests[tensor.Name] : []))];
+        DescribedWeight[] described = [.. _incoming.Select((tensor, i) => tensor.Describe(digests[i]))];
         double stall = await _engine.CommitAsync(this, described, cancellation).ConfigureAwait(false);
         _ended = true;
         CommitResult result = new()
@@ -257,14 +256,14 @@ public sealed class WeightUpdate : IDisposable
     }
 
     /// <summary>A head sent beside the embedding it is tied to has no place of its own: it must be the same bytes.</summary>
-    private void CheckTied(Dictionary<string, byte[]> digests)
+    private void CheckTied(byte[][] digests)
     {
-        foreach (IncomingTensor tensor in _incoming)
+        for (int i = 0; i < _incoming.Length; i++)
         {
-            if (!tensor.Entry.Tied) continue;
-            IncomingTensor original = _incoming.First(other => !other.Entry.Tied && other.Entry.Slot == tensor.Entry.Slot);
-            if (digests[original.Name].AsSpan().SequenceEqual(digests[tensor.Name])) continue;
-            throw Fail(UpdateFailure.Digest, $"the model ties '{tensor.Name}' to '{original.Name}', but their bytes differ");
+            if (!_incoming[i].Entry.Tied) continue;
+            int original = Array.FindIndex(_incoming, other => !other.Entry.Tied && other.Entry.Slot == _incoming[i].Entry.Slot);
+            if (digests[original].AsSpan().SequenceEqual(digests[i])) continue;
+            throw Fail(UpdateFailure.Digest, $"the model ties '{_incoming[i].Name}' to '{_incoming[original].Name}', but their bytes differ");
         }
     }
 

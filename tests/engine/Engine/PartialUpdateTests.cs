@@ -112,14 +112,14 @@ public sealed class PartialUpdateTests
     }
 
     [Fact]
-    public async Task Twenty_thousand_small_tensors_cost_no_more_than_twice_the_bytes_in_few()
+    public async Task Twenty_thousand_small_tensors_cost_microseconds_each_beside_the_bytes_in_few()
     {
         // 9 tensors a layer; the same number of bytes either way.
         double many = await SecondsAsync(layers: 2222, hidden: 16, vocabulary: 32);
         double few = await SecondsAsync(layers: 2, hidden: 544, vocabulary: 32);
         TestContext.Current.TestOutputHelper!.WriteLine($"20,000 tensors: {many * 1e3:F1} ms, few: {few * 1e3:F1} ms");
-        // An absolute floor beside the ratio: what is compared are milliseconds.
-        Assert.True(many < (2 * few) + 0.1, $"{many} s against {few} s");
+        // 1 us measured; what this would catch is a cost that grows with the number of tensors, or a system call for each.
+        Assert.InRange((many - few) / 20_000, -1, 8e-6);
     }
 
     private static async Task<double> SecondsAsync(int layers, int hidden, int vocabulary)
@@ -145,7 +145,7 @@ public sealed class PartialUpdateTests
         await File.WriteAllBytesAsync(folder["payload"], new byte[offset], Cancelled);
         using Microsoft.Win32.SafeHandles.SafeFileHandle handle = File.OpenHandle(folder["payload"]);
         List<double> seconds = [];
-        for (ulong version = 1; version <= 4; version++)
+        for (ulong version = 1; version <= 8; version++)
         {
             UpdateManifest update = new() { Tensors = manifest, PayloadBytes = offset, BaseVersion = version - 1, NewVersion = version };
             long started = Stopwatch.GetTimestamp();
