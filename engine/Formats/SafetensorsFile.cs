@@ -24,17 +24,26 @@ public sealed class SafetensorsFile : IDisposable
     private const int MostProblems = 1000;
     private const int LengthBytes = 8;
 
-    private readonly SafeFileHandle _handle;
-
     private SafetensorsFile(string path, SafeFileHandle handle, Header header)
     {
         Path = path;
-        _handle = handle;
+        Handle = handle;
+        DataBytes = RandomAccess.GetLength(handle) - header.DataStart;
+        DataStart = header.DataStart;
         Tensors = header.Tensors;
         Metadata = header.Metadata;
     }
 
     public string Path { get; }
+
+    /// <summary>Open for reading as long as this is.</summary>
+    public SafeFileHandle Handle { get; }
+
+    /// <summary>Position of the data section, which all tensors fill without a gap.</summary>
+    public long DataStart { get; }
+
+    /// <summary>Length of the data section.</summary>
+    public long DataBytes { get; }
 
     /// <summary>Tensors by name.</summary>
     public IReadOnlyDictionary<string, TensorInfo> Tensors { get; }
@@ -79,14 +88,14 @@ public sealed class SafetensorsFile : IDisposable
             throw new InvalidModelException(Path,
                 $"tensor {InvalidModelException.Quote(tensor.Name)} has dtype {tensor.DTypeName}; weights must be BF16, F16 or F32");
         }
-        if (ReadFully(_handle, tensor.Offset + byteOffset, destination) < destination.Length)
+        if (ReadFully(Handle, tensor.Offset + byteOffset, destination) < destination.Length)
         {
             throw new InvalidModelException(Path,
                 $"the file has become shorter: tensor {InvalidModelException.Quote(tensor.Name)} is cut off");
         }
     }
 
-    public void Dispose() => _handle.Dispose();
+    public void Dispose() => Handle.Dispose();
 
     private static Header ReadHeader(string path, SafeFileHandle handle)
     {
@@ -167,8 +176,11 @@ public sealed class SafetensorsFile : IDisposable
 
         public List<string> Problems { get; } = [];
 
+        public long DataStart { get; private set; }
+
         public void Parse(ref Utf8JsonReader reader, long dataStart)
         {
+            DataStart = dataStart;
             if (!reader.Read() || reader.TokenType != JsonTokenType.StartObject)
             {
                 Report("the header is not a JSON object");

@@ -18,7 +18,7 @@ internal static class ModelLoader
         long total = work.Sum(item => item.Source.Info.Bytes);
         long done = 0;
         DescribedWeight[] described = new DescribedWeight[work.Count];
-        Parallel.For(0, work.Count, new ParallelOptions { MaxDegreeOfParallelism = Environment.ProcessorCount }, i =>
+        AllCores.ForEach([.. Enumerable.Range(0, work.Count).OrderByDescending(i => work[i].Source.Info.Bytes)], i =>
         {
             (LoadEntry entry, CheckpointTensor source) = work[i];
             DType type = source.Info.DType!.Value;

@@ -65,7 +65,7 @@ internal sealed class ServedWeights(IBackend backend, LoadPlan plan, int layers,
         if (update.Mode == UpdateMode.Staged && !update.Manifest.IsFull)
         {
             WeightSlot[] behind = [.. destination.NotHolding(_current).Except(WholeSlots(update.Manifest))];
-            Parallel.ForEach(behind.OrderByDescending(slot => _current[slot].Bytes), slot =>
+            AllCores.ForEach([.. behind.OrderByDescending(slot => _current[slot].Bytes)], slot =>
             {
                 backend.CopyWeight(_current[slot], destination[slot]);
                 destination.Holds(slot, _current.VersionOf(slot)!.Value);

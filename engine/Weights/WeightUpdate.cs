@@ -1,5 +1,4 @@
 using System.Buffers;
-using System.Collections.Concurrent;
 using System.Diagnostics;
 using System.IO.Hashing;
 using Microsoft.Win32.SafeHandles;
@@ -115,19 +114,17 @@ public sealed class WeightUpdate : IDisposable
         long fileShift = fileOffset - payloadOffset;
         try
         {
-            ParallelOptions options = new() { CancellationToken = cancellation, MaxDegreeOfParallelism = Environment.ProcessorCount };
-            // Largest first, so that the cores finish together; one at a time, so that none waits for a lot that another was dealt.
-            IEnumerable<Lot> lots = Lots(end).OrderByDescending(lot => lot.End - lot.Cursor.Position);
-            Parallel.ForEach(Partitioner.Create(lots, EnumerablePartitionerOptions.NoBuffering), options,
-                lot => Read(lot, file, fileShift, cancellation));
+            // Largest first, so that the cores finish together.
+            Lot[] lots = [.. Lots(end).OrderByDescending(lot => lot.End - lot.Cursor.Position)];
+            AllCores.ForEach(lots, lot => Read(lot, file, fileShift, cancellation));
         }
-        catch (AggregateException e) when (e.InnerExceptions[0] is UpdateFailedException failed)
+        catch (UpdateFailedException e)
         {
-            throw Fail(failed.Failure, failed.Message);
+            throw Fail(e.Failure, e.Message);
         }
-        catch (AggregateException e) when (e.InnerExceptions[0] is IOException)
+        catch (IOException e)
         {
-            throw Fail(UpdateFailure.Source, e.InnerExceptions[0].Message);
+            throw Fail(UpdateFailure.Source, e.Message);
         }
         catch
         {

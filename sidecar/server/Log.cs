@@ -51,9 +51,9 @@ internal static partial class Log
     // ---- 200..: weights.
 
     [LoggerMessage(EventId = 200, Level = LogLevel.Information,
-        Message = "Update {Base} -> {New} by '{Owner}': {Tensors} tensors, {Bytes} bytes, {Milliseconds} ms to finish")]
+        Message = "Update {Base} -> {New} by '{Owner}': {Tensors} tensors, {Bytes} bytes, {Mode}, {Milliseconds} ms to finish")]
     public static partial void UpdateBegun(
-        ILogger logger, ulong @base, ulong @new, string owner, int tensors, ulong bytes, uint milliseconds);
+        ILogger logger, ulong @base, ulong @new, string owner, int tensors, ulong bytes, string mode, uint milliseconds);
 
     [LoggerMessage(EventId = 201, Level = LogLevel.Warning, Message = "Update by '{Owner}' rejected: {Problems}")]
     public static partial void UpdateRejected(ILogger logger, string owner, string problems);
@@ -62,11 +62,11 @@ internal static partial class Log
         Message = "Update to {Version} committed: {Transfer:F3} s transfer, {Swap:F3} s to the swap, {Stall:F3} s of it stalled")]
     public static partial void UpdateCommitted(ILogger logger, ulong version, double transfer, double swap, double stall);
 
-    [LoggerMessage(EventId = 203, Level = LogLevel.Warning, Message = "Update by '{Owner}' failed, the old weights stay: {Reason}")]
-    public static partial void UpdateFailed(ILogger logger, string owner, string reason);
+    [LoggerMessage(EventId = 203, Level = LogLevel.Warning, Message = "Update by '{Owner}' failed, {Outcome}: {Reason}")]
+    public static partial void UpdateFailed(ILogger logger, string owner, string outcome, string reason);
 
-    [LoggerMessage(EventId = 204, Level = LogLevel.Warning, Message = "Update by '{Owner}' aborted, the old weights stay: {Reason}")]
-    public static partial void UpdateAborted(ILogger logger, string owner, string reason);
+    [LoggerMessage(EventId = 204, Level = LogLevel.Warning, Message = "Update by '{Owner}' aborted, {Outcome}: {Reason}")]
+    public static partial void UpdateAborted(ILogger logger, string owner, string outcome, string reason);
 
     // ---- 300..: control.
 
@@ -76,4 +76,10 @@ internal static partial class Log
 
     [LoggerMessage(EventId = 301, Level = LogLevel.Information, Message = "Resumed")]
     public static partial void Resumed(ILogger logger);
+
+    [LoggerMessage(EventId = 302, Level = LogLevel.Information, Message = "{Tag} sleeps: {Freed} bytes freed of {Allocated} allocated")]
+    public static partial void Slept(ILogger logger, string tag, long freed, long allocated);
+
+    [LoggerMessage(EventId = 303, Level = LogLevel.Information, Message = "Woken up; asleep now: {Asleep}")]
+    public static partial void WokenUp(ILogger logger, string asleep);
 }

@@ -46,7 +46,49 @@ internal sealed class ControlGrpcService(EngineHost host, ILogger<ControlGrpcSer
         return new ResumeReply { State = ToWire(state) };
     }
 
+    public override async Task<SleepReply> Sleep(SleepRequest request, ServerCallContext context)
+    {
+        IReadOnlyList<Engine.FreedMemory> freed = await host.Engine.SleepAsync(Tags(request.Tags));
+        EngineStatus status = host.Engine.Status;
+        SleepReply reply = new() { State = ToWire(status.State), Asleep = { ToWire(status.Asleep) } };
+        foreach (Engine.FreedMemory memory in freed)
+        {
+            Log.Slept(logger, memory.Tag.ToString(), memory.FreedBytes, memory.AllocatedBytes);
+            reply.Freed.Add(new V1.FreedMemory
+            {
+                Tag = ToWire(memory.Tag).Single(),
+                AllocatedBytes = (ulong)memory.AllocatedBytes,
+                FreedBytes = (ulong)memory.FreedBytes,
+            });
+        }
+
+        return reply;
+    }
+
+    public override async Task<WakeUpReply> WakeUp(WakeUpRequest request, ServerCallContext context)
+    {
+        MemoryTags asleep = await host.Engine.WakeUpAsync(Tags(request.Tags));
+        Log.WokenUp(logger, asleep.ToString());
+        return new WakeUpReply { State = ToWire(host.Engine.Status.State), Asleep = { ToWire(asleep) } };
+    }
+
     private const int MaxOwner = 256;
+
+    /// <summary>None means all.</summary>
+    private static MemoryTags Tags(IReadOnlyCollection<MemoryTag> tags)
+    {
+        Problem[] problems = [.. tags.Where(tag => tag is not (MemoryTag.Weights or MemoryTag.KvCache))
+            .Select(tag => new Problem("tags", $"this server knows no memory tag {(int)tag}: WEIGHTS, KV_CACHE, or none for all"))];
+        if (problems.Length > 0) throw new InvalidRequestException(problems);
+        return tags.Count == 0 ? MemoryTags.All
+            : tags.Aggregate(MemoryTags.None, (all, tag) => all | (tag == MemoryTag.Weights ? MemoryTags.Weights : MemoryTags.KvCache));
+    }
+
+    private static IEnumerable<MemoryTag> ToWire(MemoryTags tags)
+    {
+        if (tags.HasFlag(MemoryTags.Weights)) yield return MemoryTag.Weights;
+        if (tags.HasFlag(MemoryTags.KvCache)) yield return MemoryTag.KvCache;
+    }
 
     private static StatusReply Describe(RolloutEngine engine)
     {
@@ -72,6 +114,7 @@ internal sealed class ControlGrpcService(EngineHost host, ILogger<ControlGrpcSer
             UpdateOwner = status.UpdateOwner ?? "",
             VocabSize = (uint)engine.Model.VocabSize,
             MaxContext = (uint)engine.MaxContext,
+            Asleep = { ToWire(status.Asleep) },
         };
     }
 
@@ -80,6 +123,9 @@ internal sealed class ControlGrpcService(EngineHost host, ILogger<ControlGrpcSer
         Engine.EngineState.Running => EngineState.Running,
         Engine.EngineState.Pausing => EngineState.Pausing,
         Engine.EngineState.Paused => EngineState.Paused,
+        Engine.EngineState.Updating => EngineState.Updating,
+        Engine.EngineState.Sleeping => EngineState.Sleeping,
+        Engine.EngineState.Poisoned => EngineState.Poisoned,
         _ => EngineState.Faulted,
     };
 }

@@ -13,7 +13,7 @@ internal static class Errors
         RpcException rpc => rpc.Status,
         InvalidRequestException or UpdateRejectedException => new Status(StatusCode.InvalidArgument, exception.Message),
         NoRoomException => new Status(StatusCode.ResourceExhausted, exception.Message),
-        EngineStateException => new Status(StatusCode.FailedPrecondition, exception.Message),
+        EngineStateException state => new Status(StatusCode.FailedPrecondition, $"{state.State.ToString().ToUpperInvariant()}: {state.Message}"),
         UpdateFailedException => new Status(StatusCode.Aborted, exception.Message),
         EngineFaultedException or NotServingException => new Status(StatusCode.Unavailable, exception.Message),
         OperationCanceledException => new Status(StatusCode.Cancelled, "the call was cancelled"),

@@ -7,8 +7,8 @@ using ServingStatus = Grpc.Health.V1.HealthCheckResponse.Types.ServingStatus;
 namespace Rollout.Server.Services;
 
 /// <summary>
-/// grpc.health.v1, asked of the engine itself at every call. The server as a whole and the services that need weights follow the engine;
-/// control answers as long as the process does.
+/// grpc.health.v1, asked of the engine itself at every call. The server as a whole and its weights follow the engine, generation also
+/// needs weights that are awake and sound; control answers as long as the process does.
 /// </summary>
 internal sealed class HealthGrpcService(EngineHost host) : Health.HealthBase
 {
@@ -51,6 +51,8 @@ internal sealed class HealthGrpcService(EngineHost host) : Health.HealthBase
         if (service == ControlService.Descriptor.FullName) return ServingStatus.Serving;
         bool known = service.Length == 0 || service == RolloutService.Descriptor.FullName || service == WeightsService.Descriptor.FullName;
         if (!known) return ServingStatus.ServiceUnknown;
-        return host.Serving ? ServingStatus.Serving : ServingStatus.NotServing;
+        bool generates = host.Loaded?.Status.State is not (Engine.EngineState.Sleeping or Engine.EngineState.Poisoned);
+        bool serving = host.Serving && (generates || service != RolloutService.Descriptor.FullName);
+        return serving ? ServingStatus.Serving : ServingStatus.NotServing;
     }
 }

@@ -1,4 +1,3 @@
-using Google.Protobuf.Collections;
 using Rollout.Engine;
 using Rollout.Kernels;
 using Rollout.V1;
@@ -11,36 +10,42 @@ internal static class ManifestConverter
     private const int MaxOwner = 256;
     private const int MaxDimensions = 8;
 
-    /// <exception cref="UpdateRejectedException">Lists every value that is not understood.</exception>
-    public static UpdateManifest Convert(BeginUpdate begin)
+    /// <summary>The manifest, and what could not be said in the engine's words; the preflight finds the rest.</summary>
+    public static (UpdateManifest Manifest, IReadOnlyList<Engine.Problem> Problems) Convert(BeginUpdate begin)
     {
         List<Engine.Problem> problems = UnknownFields.Of(begin);
-        Engine.ManifestTensor[] tensors = new Engine.ManifestTensor[begin.Manifest.Count];
-        for (int i = 0; i < tensors.Length; i++) tensors[i] = Convert(begin.Manifest[i], problems);
-        if (tensors.Length == 0) problems.Add(new("manifest", "names no tensor"));
+        if (begin.Manifest.Count == 0) problems.Add(new("manifest", "names no tensor"));
         if (begin.PayloadBytes > long.MaxValue) problems.Add(new("payload_bytes", $"{begin.PayloadBytes} is more than any file can hold"));
         if (begin.Owner.Length > MaxOwner) problems.Add(new("owner", $"at most {MaxOwner} characters, has {begin.Owner.Length}"));
-        Engine.UpdatePolicy policy = Engine.UpdatePolicy.Recompute;
-        switch (begin.Policy)
+        if (!Enum.IsDefined(begin.Policy)) problems.Add(new("policy", $"this server knows no update policy {(int)begin.Policy}"));
+        if (!Enum.IsDefined(begin.Mode)) problems.Add(new("mode", $"this server knows no update mode {(int)begin.Mode}"));
+        UpdateManifest manifest = new()
         {
-            case V1.UpdatePolicy.Unspecified or V1.UpdatePolicy.Recompute: break;
-            case V1.UpdatePolicy.Keep: policy = Engine.UpdatePolicy.Keep; break;
-            case V1.UpdatePolicy.Drain: policy = Engine.UpdatePolicy.Drain; break;
-            case V1.UpdatePolicy.Abort: policy = Engine.UpdatePolicy.Abort; break;
-            default: problems.Add(new("policy", $"this server knows no update policy {(int)begin.Policy}")); break;
-        }
-
-        if (problems.Count > 0) throw new UpdateRejectedException(problems);
-        return new UpdateManifest
-        {
-            Tensors = tensors,
-            PayloadBytes = (long)begin.PayloadBytes,
+            Tensors = [.. begin.Manifest.Select(tensor => Convert(tensor, problems))],
+            PayloadBytes = (long)(begin.PayloadBytes & long.MaxValue),
             BaseVersion = begin.BaseVersion,
             NewVersion = begin.NewVersion,
-            Policy = policy,
+            Policy = begin.Policy switch
+            {
+                V1.UpdatePolicy.Keep => Engine.UpdatePolicy.Keep,
+                V1.UpdatePolicy.Drain => Engine.UpdatePolicy.Drain,
+                V1.UpdatePolicy.Abort => Engine.UpdatePolicy.Abort,
+                _ => Engine.UpdatePolicy.Recompute,
+            },
+            Mode = begin.Mode switch
+            {
+                V1.UpdateMode.Staged => Engine.UpdateMode.Staged,
+                V1.UpdateMode.InPlace => Engine.UpdateMode.InPlace,
+                _ => Engine.UpdateMode.Auto,
+            },
+            Partial = begin.Partial,
             Owner = begin.Owner,
         };
+        return (manifest, problems);
     }
+
+    public static V1.UpdateMode ToWire(Engine.UpdateMode mode)
+        => mode == Engine.UpdateMode.InPlace ? V1.UpdateMode.InPlace : V1.UpdateMode.Staged;
 
     public static TensorDType ToWire(DType type) => type switch
     {
@@ -51,41 +56,31 @@ internal static class ManifestConverter
 
     private static Engine.ManifestTensor Convert(V1.ManifestTensor tensor, List<Engine.Problem> problems)
     {
-        string field = $"manifest['{tensor.Name}']";
-        DType type = DType.Float32;
-        switch (tensor.Dtype)
+        // One that is not known fails the preflight, with all else that is wrong with the tensor.
+        DType type = tensor.Dtype switch
         {
-            case TensorDType.Bf16: type = DType.BFloat16; break;
-            case TensorDType.F16: type = DType.Float16; break;
-            case TensorDType.F32: type = DType.Float32; break;
-            case TensorDType.Unspecified: problems.Add(new(field, "has no dtype")); break;
-            default: problems.Add(new(field, $"this server knows no dtype {(int)tensor.Dtype}")); break;
-        }
-
-        if (tensor.Offset > long.MaxValue) problems.Add(new(field, $"offset {tensor.Offset} is more than any file can hold"));
-        long[] shape = Shape(tensor.Shape, type, field, problems);
-        return new Engine.ManifestTensor(tensor.Name, type, shape, (long)(tensor.Offset & long.MaxValue));
+            TensorDType.Bf16 => DType.BFloat16,
+            TensorDType.F16 => DType.Float16,
+            TensorDType.F32 => DType.Float32,
+            _ => (DType)(-1),
+        };
+        if (tensor.Offset > long.MaxValue)
+            problems.Add(new($"manifest['{tensor.Name}']", $"offset {tensor.Offset} is more than any file can hold"));
+        long? sparse = tensor.HasSparseCount ? (long)Math.Min(tensor.SparseCount, long.MaxValue) : null;
+        return new Engine.ManifestTensor(tensor.Name, type, Shape(tensor, problems), (long)(tensor.Offset & long.MaxValue), sparse);
     }
 
-    private static long[] Shape(RepeatedField<ulong> wire, DType type, string field, List<Engine.Problem> problems)
+    private static long[] Shape(V1.ManifestTensor tensor, List<Engine.Problem> problems)
     {
-        if (wire.Count > MaxDimensions)
+        if (tensor.Shape.Count > MaxDimensions)
         {
-            problems.Add(new(field, $"at most {MaxDimensions} dimensions, has {wire.Count}"));
+            problems.Add(new($"manifest['{tensor.Name}']", $"at most {MaxDimensions} dimensions, has {tensor.Shape.Count}"));
             return [];
         }
 
-        // The product must fit too: later arithmetic relies on it.
-        UInt128 bytes = (UInt128)type.Size();
-        long[] shape = new long[wire.Count];
-        for (int i = 0; i < shape.Length; i++)
-        {
-            bytes = wire[i] == 0 ? 0 : bytes > long.MaxValue ? bytes : bytes * wire[i];
-            shape[i] = (long)(wire[i] & long.MaxValue);
-        }
-
-        if (bytes <= long.MaxValue) return shape;
-        problems.Add(new(field, $"shape [{string.Join(", ", wire)}] holds more bytes than any file can"));
-        return [];
+        // Too large for the engine's type is as wrong as any other shape that is not the model's.
+        long[] shape = new long[tensor.Shape.Count];
+        for (int i = 0; i < shape.Length; i++) shape[i] = (long)Math.Min(tensor.Shape[i], long.MaxValue);
+        return shape;
     }
 }

@@ -1,7 +1,7 @@
 using Google.Protobuf;
 using Grpc.Core;
-using Microsoft.Win32.SafeHandles;
 using Rollout.Engine;
+using Rollout.Server.Transports;
 using Rollout.V1;
 
 namespace Rollout.Server.Services;
@@ -9,10 +9,10 @@ namespace Rollout.Server.Services;
 /// <summary>
 /// One Weights.Update call, step by step as weights.proto has it:
 /// <code>
-///   :: 1  Begin            -> Ready | Rejected, and the call is over
-///   :: 2  Chunk* | Shared  -> Progress*
-///   :: 3  Commit           -> Committed
-///   anything else, at any step: Failed or Aborted, the staging is dropped, the old weights stay
+///   :: 1  Begin                    -> Ready | Rejected, and the call is over
+///   :: 2  what a transport brings  -> Progress*
+///   :: 3  Commit                   -> Committed
+///   anything else, at any step: Failed or Aborted; the old weights stay, or, in place, the engine is poisoned and says so
 /// </code>
 /// One deadline covers all of it, waiting for the client included. Disposing gives the engine's update seat back.
 /// </summary>
@@ -30,8 +30,8 @@ internal sealed class UpdateTransaction(
     /// <summary>Progress is reported about this often, so that replies stay few however small the chunks are.</summary>
     private const long ProgressBytes = 16 << 20;
 
+    private readonly Dictionary<UpdateRequest.StepOneofCase, ITransport> _transports = [];
     private WeightUpdate? _update;
-    private UpdateManifest? _manifest;
     private string _owner = "";
     private long _reported;
 
@@ -44,18 +44,19 @@ internal sealed class UpdateTransaction(
         try
         {
             // :: 1
-            if (!await requests.MoveNext(linked.Token)) throw new UpdateFailedException("the client closed its side before begin");
+            if (!await requests.MoveNext(linked.Token)) throw Failed("the client closed its side before begin");
             if (requests.Current.StepCase != UpdateRequest.StepOneofCase.Begin)
-                throw new UpdateFailedException($"the first message must be begin, not {Name(requests.Current)}");
+                throw Failed($"the first message must be begin, not {Name(requests.Current)}");
             BeginUpdate begin = requests.Current.Begin;
             uint milliseconds = begin.DeadlineMilliseconds == 0 ? DefaultDeadline : begin.DeadlineMilliseconds;
             deadline.CancelAfter(TimeSpan.FromMilliseconds(Math.Min(milliseconds, uint.MaxValue - 1)));
             late = $"the deadline of {milliseconds} ms for the whole update passed";
             _owner = begin.Owner;
-            _manifest = ManifestConverter.Convert(begin);
-            _update = engine.BeginUpdate(_manifest);
-            Log.UpdateBegun(logger, begin.BaseVersion, begin.NewVersion, _owner, begin.Manifest.Count, begin.PayloadBytes, milliseconds);
-            await ReplyAsync(new UpdateReply { Ready = new Ready { StagingBytes = (ulong)_update.StagingBytes } }, linked.Token);
+            (UpdateManifest manifest, IReadOnlyList<Engine.Problem> problems) = ManifestConverter.Convert(begin);
+            _update = engine.BeginUpdate(manifest, problems);
+            V1.UpdateMode mode = ManifestConverter.ToWire(_update.Mode);
+            Log.UpdateBegun(logger, begin.BaseVersion, begin.NewVersion, _owner, begin.Manifest.Count, begin.PayloadBytes, mode.ToString(), milliseconds);
+            await ReplyAsync(new UpdateReply { Ready = new Ready { StagingBytes = (ulong)_update.StagingBytes, Mode = mode } }, linked.Token);
 
             // :: 2 and 3
             while (await NextAsync(linked.Token))
@@ -72,75 +73,94 @@ internal sealed class UpdateTransaction(
         }
         catch (UpdateFailedException e)
         {
-            Log.UpdateFailed(logger, _owner, e.Message);
-            await EndAsync(new UpdateReply { Failed = new UpdateFailed { Reason = e.Message } });
+            bool poisoned = End(e.Failure);
+            Log.UpdateFailed(logger, _owner, Outcome(poisoned), e.Message);
+            await EndAsync(new UpdateReply { Failed = new UpdateFailed { Reason = e.Message, Poisoned = poisoned } });
         }
         catch (Exception e) when (client.IsCancellationRequested || e is IOException)
         {
-            Log.UpdateAborted(logger, _owner, "the stream broke");
+            bool poisoned = End(UpdateFailure.Sender);
+            Log.UpdateAborted(logger, _owner, Outcome(poisoned), "the stream broke");
             throw;
         }
         catch (Exception) when (linked.IsCancellationRequested)
         {
-            await AbortAsync(deadline.IsCancellationRequested ? late : "the server is stopping");
+            if (deadline.IsCancellationRequested) await AbortAsync(UpdateFailure.Deadline, late);
+            else await AbortAsync(UpdateFailure.Engine, "the server is stopping");
         }
     }
 
-    public void Dispose() => _update?.Dispose();
+    public void Dispose()
+    {
+        _update?.Dispose();
+        foreach (ITransport transport in _transports.Values) transport.Dispose();
+        _transports.Clear();
+    }
 
     /// <summary>Takes the client's next step. False when it was the last.</summary>
     private async Task<bool> NextAsync(CancellationToken cancellation)
     {
-        WeightUpdate update = _update!;
         if (!await requests.MoveNext(cancellation))
         {
-            await AbortAsync("the client closed its side before commit");
+            await AbortAsync(UpdateFailure.Sender, "the client closed its side before commit");
             return false;
         }
 
         UpdateRequest request = requests.Current;
         switch (request.StepCase)
         {
-            case UpdateRequest.StepOneofCase.Chunk:
-                if (request.Chunk.Offset > long.MaxValue)
-                    throw new UpdateFailedException($"chunk offset {request.Chunk.Offset} is past any payload");
-                update.Write((long)request.Chunk.Offset, request.Chunk.Data.Span);
-                await ReportAsync(cancellation);
-                return true;
-
-            case UpdateRequest.StepOneofCase.SharedMemory:
-                await ReadAsync(request.SharedMemory, cancellation);
-                await ReportAsync(cancellation);
+            case UpdateRequest.StepOneofCase.Chunk or UpdateRequest.StepOneofCase.SharedMemory or UpdateRequest.StepOneofCase.File
+                or UpdateRequest.StepOneofCase.CudaIpc or UpdateRequest.StepOneofCase.Nccl:
+                await ReceiveAsync(request, cancellation);
                 return true;
 
             case UpdateRequest.StepOneofCase.Commit:
+                RefuseUnknownFields(request);
                 await CommitAsync(request.Commit.Digest, cancellation);
                 return false;
 
             case UpdateRequest.StepOneofCase.Abort:
-                await AbortAsync(request.Abort.Reason.Length > 0 ? request.Abort.Reason : "the client said so");
+                await AbortAsync(UpdateFailure.Sender, request.Abort.Reason.Length > 0 ? request.Abort.Reason : "the client said so");
                 return false;
 
             default:
-                throw new UpdateFailedException($"expected chunk, shared_memory, commit or abort, got {Name(request)}");
+                throw Failed($"expected a payload message, commit or abort, got {Name(request)}");
         }
     }
 
-    private async Task ReadAsync(SharedMemory source, CancellationToken cancellation)
+    private async Task ReceiveAsync(UpdateRequest request, CancellationToken cancellation)
     {
-        using SafeFileHandle file = SharedMemoryFile.Open(source.Path, source.Offset, _manifest!.PayloadBytes);
+        bool chunk = request.StepCase == UpdateRequest.StepOneofCase.Chunk;
+        if (!chunk) RefuseUnknownFields(request);
+        if (!_transports.TryGetValue(request.StepCase, out ITransport? transport))
+            _transports.Add(request.StepCase, transport = Transport(request.StepCase));
+        if (transport is not DeviceTransport) await _update!.OpenAsync(cancellation);
+        await transport.ReceiveAsync(request, _update!, cancellation);
 
-        // Uses every core and blocks meanwhile: not on the thread that serves the connection.
-        await Task.Run(() => _update!.ReadFrom(file, (long)source.Offset, cancellation), CancellationToken.None);
+        // After a window its place may be written again; small chunks are not worth a reply each.
+        long received = _update!.ReceivedBytes;
+        if (chunk && received < _reported + ProgressBytes && received < _update.Manifest.PayloadBytes) return;
+        _reported = received;
+        await ReplyAsync(new UpdateReply { Progress = new Progress { PayloadBytes = (ulong)received } }, cancellation);
     }
+
+    private ITransport Transport(UpdateRequest.StepOneofCase step) => step switch
+    {
+        UpdateRequest.StepOneofCase.Chunk => new InlineTransport(),
+        UpdateRequest.StepOneofCase.SharedMemory => new SharedMemoryTransport(),
+        UpdateRequest.StepOneofCase.File => new SafetensorsTransport(),
+        _ => new DeviceTransport(engine.Backend.Name),
+    };
 
     private async Task CommitAsync(ByteString digest, CancellationToken cancellation)
     {
-        if (digest.Length is not (0 or 16)) throw new UpdateFailedException($"a digest has 16 bytes, this one has {digest.Length}");
+        if (digest.Length is not (0 or 16)) throw Failed($"a digest has 16 bytes, this one has {digest.Length}");
         // The deadline takes a commit back whose moment has not come, as while draining; what the client is told is what happened.
         CommitResult result = await _update!.CommitAsync(digest.Memory, cancellation);
         UpdateTimings timings = new()
         {
+            PreflightSeconds = result.PreflightSeconds,
+            ApplySeconds = result.ApplySeconds,
             TransferSeconds = result.TransferSeconds,
             SwapSeconds = result.SwapSeconds,
             StallSeconds = result.StallSeconds,
@@ -150,18 +170,28 @@ internal sealed class UpdateTransaction(
         await EndAsync(new UpdateReply { Committed = committed });
     }
 
-    private async Task ReportAsync(CancellationToken cancellation)
+    private Task AbortAsync(UpdateFailure why, string reason)
     {
-        long received = _update!.ReceivedBytes;
-        if (received < _reported + ProgressBytes && received < _manifest!.PayloadBytes) return;
-        _reported = received;
-        await ReplyAsync(new UpdateReply { Progress = new Progress { PayloadBytes = (ulong)received } }, cancellation);
+        bool poisoned = End(why);
+        Log.UpdateAborted(logger, _owner, Outcome(poisoned), reason);
+        return EndAsync(new UpdateReply { Aborted = new Aborted { Reason = reason, Poisoned = poisoned } });
     }
 
-    private Task AbortAsync(string reason)
+    /// <summary>Ends the update without a commit. Whether the engine is poisoned by it.</summary>
+    private bool End(UpdateFailure why)
     {
-        Log.UpdateAborted(logger, _owner, reason);
-        return EndAsync(new UpdateReply { Aborted = new Aborted { Reason = reason } });
+        _update?.End(why);
+        return _update?.HasTouchedServedWeights ?? false;
+    }
+
+    private static string Outcome(bool poisoned) => poisoned ? "the engine is poisoned until a full update" : "the old weights stay";
+
+    private static UpdateFailedException Failed(string reason) => new(UpdateFailure.Protocol, reason);
+
+    private static void RefuseUnknownFields(UpdateRequest request)
+    {
+        List<Engine.Problem> unknown = UnknownFields.Of(request);
+        if (unknown.Count > 0) throw Failed(string.Join("; ", unknown));
     }
 
     /// <summary>The last reply. The seat is free before the client can see it, so that its next update finds it so.</summary>

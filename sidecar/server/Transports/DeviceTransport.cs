@@ -1,0 +1,45 @@
+using Google.Protobuf;
+using Grpc.Core;
+using Rollout.Engine;
+using Rollout.V1;
+
+namespace Rollout.Server.Transports;
+
+/// <summary>CUDA IPC and NCCL where there is no CUDA device: what is malformed is said to be, the rest is not implemented.</summary>
+internal sealed class DeviceTransport(string backend) : ITransport
+{
+    private const int IpcHandleBytes = 64;   // cudaIpcMemHandle_t
+    private const int NcclIdBytes = 128;     // ncclUniqueId
+    private const int DeviceUuidBytes = 16;
+
+    public Task ReceiveAsync(UpdateRequest message, WeightUpdate update, CancellationToken cancellation)
+    {
+        if (message.StepCase == UpdateRequest.StepOneofCase.CudaIpc)
+        {
+            foreach (CudaIpcTensor tensor in message.CudaIpc.Tensors)
+            {
+                CheckLength($"cuda_ipc '{tensor.Name}': handle", tensor.Handle, IpcHandleBytes);
+                CheckLength($"cuda_ipc '{tensor.Name}': device_uuid", tensor.DeviceUuid, DeviceUuidBytes);
+            }
+        }
+        else
+        {
+            CheckLength("nccl: unique_id", message.Nccl.UniqueId, NcclIdBytes);
+            if (message.Nccl.DeviceUuid.Length > 0) CheckLength("nccl: device_uuid", message.Nccl.DeviceUuid, DeviceUuidBytes);
+        }
+
+        string name = message.StepCase == UpdateRequest.StepOneofCase.CudaIpc ? "cuda_ipc" : "nccl";
+        throw new RpcException(new Status(StatusCode.Unimplemented,
+            $"{name} needs a CUDA device, and this server runs on {backend}: send chunk, shared_memory or file. The old weights stay"));
+    }
+
+    public void Dispose()
+    {
+    }
+
+    private static void CheckLength(string field, ByteString value, int bytes)
+    {
+        if (value.Length != bytes)
+            throw new UpdateFailedException(UpdateFailure.Protocol, $"{field} has {value.Length} bytes, it must have {bytes}");
+    }
+}

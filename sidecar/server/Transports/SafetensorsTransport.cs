@@ -1,0 +1,64 @@
+using Rollout.Engine;
+using Rollout.Kernels;
+using Rollout.V1;
+
+namespace Rollout.Server.Transports;
+
+/// <summary>A safetensors file of this machine: its data section is a part of the payload, and its header must say the same as the manifest.</summary>
+internal sealed class SafetensorsTransport : ITransport
+{
+    public async Task ReceiveAsync(UpdateRequest message, WeightUpdate update, CancellationToken cancellation)
+    {
+        CheckpointFile source = message.File;
+        if (!Path.IsPathFullyQualified(source.Path) || source.Path.Contains('\0'))
+            throw Refused(source.Path, "the path must be absolute");
+        if (!File.Exists(source.Path)) throw Refused(source.Path, "there is no such file");
+        if ((File.GetAttributes(source.Path) & FileAttributes.Device) != 0) throw Refused(source.Path, "it is not a regular file");
+        if (source.PayloadOffset > long.MaxValue) throw Refused(source.Path, $"payload_offset {source.PayloadOffset} is past any payload");
+        try
+        {
+            using SafetensorsFile file = SafetensorsFile.Open(source.Path);
+            long payloadOffset = (long)source.PayloadOffset;
+            CheckHeader(file, payloadOffset, update.Manifest);
+            await Task.Run(() => update.ReadFrom(file.Handle, file.DataStart, payloadOffset, file.DataBytes, cancellation), CancellationToken.None);
+        }
+        catch (InvalidModelException e)
+        {
+            throw Refused(source.Path, string.Join("; ", e.Problems));
+        }
+    }
+
+    public void Dispose()
+    {
+    }
+
+    /// <summary>Every tensor of the manifest that lies in the file's part of the payload, and no other, stands there as the manifest has it.</summary>
+    private static void CheckHeader(SafetensorsFile file, long payloadOffset, UpdateManifest manifest)
+    {
+        List<string> problems = [];
+        int found = 0;
+        foreach (Engine.ManifestTensor tensor in manifest.Tensors)
+        {
+            if (tensor.Offset < payloadOffset || tensor.Offset >= payloadOffset + file.DataBytes) continue;
+            if (!file.Tensors.TryGetValue(tensor.Name, out TensorInfo? info))
+            {
+                problems.Add($"'{tensor.Name}' is not in it");
+                continue;
+            }
+
+            found++;
+            if (tensor.SparseCount is not null) problems.Add($"'{tensor.Name}' is sparse in the manifest: a file has whole tensors");
+            if (info.DType != tensor.Type) problems.Add($"'{tensor.Name}' is {info.DTypeName}, in the manifest {tensor.Type.SafetensorsName()}");
+            if (!info.Shape.SequenceEqual(tensor.Shape))
+                problems.Add($"'{tensor.Name}' has shape [{string.Join(", ", info.Shape)}], in the manifest [{string.Join(", ", tensor.Shape)}]");
+            if (info.Offset - file.DataStart + payloadOffset != tensor.Offset)
+                problems.Add($"'{tensor.Name}' stands at payload byte {info.Offset - file.DataStart + payloadOffset}, in the manifest {tensor.Offset}");
+        }
+
+        if (found < file.Tensors.Count) problems.Add($"{file.Tensors.Count - found} of its tensors are not in the manifest");
+        if (problems.Count > 0) throw Refused(file.Path, string.Join("; ", problems));
+    }
+
+    private static UpdateFailedException Refused(string path, string reason)
+        => new(UpdateFailure.Source, $"file '{path.Replace('\0', '?')}' refused: {reason}");
+}
