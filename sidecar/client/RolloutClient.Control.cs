@@ -76,12 +76,51 @@ public sealed partial class RolloutClient
         return SidecarStatus.From(reply.State);
     }
 
+    /// <summary>
+    /// Makes the sidecar give memory back, for a trainer on the same machine, and returns when it is free. Nothing may be in flight; the KV
+    /// cache alone may also sleep under a pause.
+    /// </summary>
+    /// <param name="tags">What sleeps already is left alone.</param>
+    /// <exception cref="RolloutStateException">Samples are in flight, or a weight update is under way.</exception>
+    public async Task<SleepResult> SleepAsync(
+        MemoryTags tags = MemoryTags.All, TimeSpan? timeout = null, CancellationToken cancellationToken = default)
+    {
+        ThrowIfNone(tags);
+        var request = new V1.SleepRequest { Tags = { tags.ToProto() } };
+        V1.SleepReply reply = await CallAsync(
+            options => _control.SleepAsync(request, options), timeout ?? DefaultControlTimeout, cancellationToken);
+        return new SleepResult(
+            SidecarStatus.From(reply.State),
+            [.. reply.Freed.Select(freed =>
+                new FreedMemory(MemoryTagsExtensions.From(freed.Tag), (long)freed.AllocatedBytes, (long)freed.FreedBytes))],
+            MemoryTagsExtensions.From(reply.Asleep));
+    }
+
+    /// <summary>Takes memory again where it sleeps. After the weights have slept, a full push comes before anything else.</summary>
+    /// <returns>What still sleeps.</returns>
+    public async Task<MemoryTags> WakeUpAsync(
+        MemoryTags tags = MemoryTags.All, TimeSpan? timeout = null, CancellationToken cancellationToken = default)
+    {
+        ThrowIfNone(tags);
+        var request = new V1.WakeUpRequest { Tags = { tags.ToProto() } };
+        V1.WakeUpReply reply = await CallAsync(
+            options => _control.WakeUpAsync(request, options), timeout ?? DefaultControlTimeout, cancellationToken);
+        return MemoryTagsExtensions.From(reply.Asleep);
+    }
+
     /// <summary>Names, shapes, types and digests of the weights being served, as an update would send them.</summary>
     public async Task<WeightsDescription> DescribeWeightsAsync(TimeSpan? timeout = null, CancellationToken cancellationToken = default)
     {
         V1.DescribeReply reply = await CallAsync(
             options => Weights.DescribeAsync(new V1.DescribeRequest(), options), timeout ?? DefaultControlTimeout, cancellationToken);
         return WeightsDescription.From(reply);
+    }
+
+    // On the wire no tag means all of them.
+    private static void ThrowIfNone(MemoryTags tags)
+    {
+        if (tags is MemoryTags.None or > MemoryTags.All)
+            throw new ArgumentOutOfRangeException(nameof(tags), tags, null);
     }
 
     private async Task<AbortResult> AbortAsync(V1.AbortRequest request, TimeSpan? timeout, CancellationToken cancellationToken)

@@ -7,6 +7,15 @@ public enum EngineState
     Pausing,
     Paused,
 
+    /// <summary>No sample goes on until an update in place ends.</summary>
+    Updating,
+
+    /// <summary>Some memory was given back; see <see cref="SidecarStatus.Asleep"/>.</summary>
+    Sleeping,
+
+    /// <summary>An update in place ended half-way, or the weights slept: only a full push makes it generate again.</summary>
+    Poisoned,
+
     /// <summary>The device or an invariant failed; the sidecar must be restarted.</summary>
     Faulted,
 
@@ -31,7 +40,7 @@ public sealed record SidecarStatus
 {
     public required EngineState State { get; init; }
 
-    /// <summary>Why faulted, or who paused; else "".</summary>
+    /// <summary>Why faulted or poisoned, who paused or updates, what sleeps; else "".</summary>
     public string Reason { get; init; } = "";
 
     /// <summary>Of the weights being served.</summary>
@@ -65,7 +74,7 @@ public sealed record SidecarStatus
 
     public long Preemptions { get; init; }
 
-    /// <summary>A weight update is being staged, by <see cref="UpdateOwner"/>.</summary>
+    /// <summary>A weight update is under way, by <see cref="UpdateOwner"/>.</summary>
     public bool Updating { get; init; }
 
     public string UpdateOwner { get; init; } = "";
@@ -75,12 +84,17 @@ public sealed record SidecarStatus
     /// <summary>Tokens of one sample, prompt included.</summary>
     public int MaxContext { get; init; }
 
+    public MemoryTags Asleep { get; init; }
+
     internal static EngineState From(V1.EngineState state) => state switch
     {
         V1.EngineState.Loading => EngineState.Loading,
         V1.EngineState.Running => EngineState.Running,
         V1.EngineState.Pausing => EngineState.Pausing,
         V1.EngineState.Paused => EngineState.Paused,
+        V1.EngineState.Updating => EngineState.Updating,
+        V1.EngineState.Sleeping => EngineState.Sleeping,
+        V1.EngineState.Poisoned => EngineState.Poisoned,
         V1.EngineState.Faulted => EngineState.Faulted,
         _ => EngineState.Other,
     };
@@ -106,5 +120,6 @@ public sealed record SidecarStatus
         UpdateOwner = reply.UpdateOwner,
         VocabSize = (int)reply.VocabSize,
         MaxContext = (int)reply.MaxContext,
+        Asleep = MemoryTagsExtensions.From(reply.Asleep),
     };
 }

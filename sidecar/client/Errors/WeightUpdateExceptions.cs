@@ -9,6 +9,9 @@ public enum UpdateOutcome
     /// <summary>The new version is served.</summary>
     Committed,
 
+    /// <summary>An update in place ended half-way: the sidecar refuses to generate until a full push has ended well.</summary>
+    Poisoned,
+
     /// <summary>The sidecar could not be asked. <see cref="RolloutClient.StatusAsync"/> tells once it answers again.</summary>
     Unknown,
 }

@@ -9,8 +9,11 @@ internal sealed class PayloadLayout
     /// <summary>Of each tensor's offset: a cache line, and what a device copy likes.</summary>
     public const int Alignment = 256;
 
-    private PayloadLayout(IReadOnlyList<V1.ManifestTensor> manifest, IReadOnlyList<long> sizes, long payloadBytes)
+    private readonly int _alignment;
+
+    private PayloadLayout(IReadOnlyList<V1.ManifestTensor> manifest, IReadOnlyList<long> sizes, long payloadBytes, int alignment)
     {
+        _alignment = alignment;
         Manifest = manifest;
         Sizes = sizes;
         PayloadBytes = payloadBytes;
@@ -24,8 +27,10 @@ internal sealed class PayloadLayout
     /// <summary>Up to the end of the last tensor.</summary>
     public long PayloadBytes { get; }
 
+    /// <param name="tensors">In payload order.</param>
+    /// <param name="alignment">1 where no gaps are allowed.</param>
     /// <exception cref="ArgumentException">No tensors, or two of the same name; lists all of them.</exception>
-    public static PayloadLayout Of(IReadOnlyList<TensorSource> tensors)
+    public static PayloadLayout Of(IReadOnlyList<TensorSource> tensors, int alignment = Alignment)
     {
         if (tensors.Count == 0)
             throw new ArgumentException("an update without tensors", nameof(tensors));
@@ -37,26 +42,29 @@ internal sealed class PayloadLayout
         long end = 0;
         foreach (TensorSource tensor in tensors)
         {
-            long offset = (end + Alignment - 1) / Alignment * Alignment;
+            long offset = (end + alignment - 1) / alignment * alignment;
             var entry = new V1.ManifestTensor { Name = tensor.Name, Dtype = tensor.DType.ToProto(), Offset = (ulong)offset };
             entry.Shape.AddRange(tensor.Shape.Select(dimension => (ulong)dimension));
+            if (tensor.SparseCount is { } count)
+                entry.SparseCount = (ulong)count;
             manifest.Add(entry);
             end = checked(offset + tensor.Bytes);
         }
 
-        return new PayloadLayout(manifest, [.. tensors.Select(tensor => tensor.Bytes)], end);
+        return new PayloadLayout(manifest, [.. tensors.Select(tensor => tensor.Bytes)], end, alignment);
     }
 
     /// <summary>Whether these tensors have this layout.</summary>
-    public bool Fits(IReadOnlyList<TensorSource> tensors)
+    public bool Fits(IReadOnlyList<TensorSource> tensors, int alignment)
     {
-        if (tensors.Count != Manifest.Count)
+        if (tensors.Count != Manifest.Count || alignment != _alignment)
             return false;
         for (int i = 0; i < tensors.Count; i++)
         {
             V1.ManifestTensor entry = Manifest[i];
             TensorSource tensor = tensors[i];
-            if (entry.Name != tensor.Name || entry.Dtype != tensor.DType.ToProto()
+            long? sparse = entry.HasSparseCount ? (long)entry.SparseCount : null;
+            if (entry.Name != tensor.Name || entry.Dtype != tensor.DType.ToProto() || sparse != tensor.SparseCount
                 || !entry.Shape.SequenceEqual(tensor.Shape.Select(dimension => (ulong)dimension)))
                 return false;
         }

@@ -12,20 +12,41 @@ internal sealed class PayloadWriter(PayloadLayout layout, IReadOnlyList<TensorSo
     public const int Piece = 1 << 20;
 
     private readonly byte[] _digests = new byte[tensors.Count * WeightDigest.Length];
+    private readonly XxHash128?[] _hashes = new XxHash128?[tensors.Count]; // of tensors that are half-way
+
+    /// <summary>Of the payload.</summary>
+    public long Bytes => layout.PayloadBytes;
 
     /// <summary>Of everything written; empty where hashing is off.</summary>
-    public byte[] Digest() => hash ? WeightDigest.Combine(_digests) : [];
+    public byte[] Digest()
+    {
+        if (!hash)
+            return [];
+        for (int i = 0; i < tensors.Count; i++)
+        {
+            if (layout.Sizes[i] == 0)
+                XxHash128.Hash([], DigestOf(i));
+        }
 
-    /// <summary>Each tensor at its offset, several at once if wanted.</summary>
-    public Task WriteToAsync(SharedMemoryFile file, int parallelism, CancellationToken cancellationToken)
+        return WeightDigest.Combine(_digests);
+    }
+
+    /// <summary>Payload bytes [from, to) to a place in a file, several tensors at once if wanted. Parts come in ascending order.</summary>
+    /// <param name="file">Where to.</param>
+    /// <param name="from">Where the part before this one ended.</param>
+    /// <param name="to">Behind the last byte.</param>
+    /// <param name="at">Where in the file byte <paramref name="from"/> goes.</param>
+    /// <param name="parallelism">Tensors at once.</param>
+    public Task WriteToAsync(PayloadFile file, long from, long to, long at, int parallelism, CancellationToken cancellationToken)
     {
         var options = new ParallelOptions { MaxDegreeOfParallelism = parallelism, CancellationToken = cancellationToken };
-        return Parallel.ForEachAsync(Enumerable.Range(0, tensors.Count), options, (i, token) =>
+        return Parallel.ForEachAsync(Overlapping(from, to), options, (i, token) =>
         {
+            long start = (long)layout.Manifest[i].Offset;
             byte[] piece = ArrayPool<byte>.Shared.Rent(Piece);
             try
             {
-                Write(i, file, piece, token);
+                Write(i, Math.Max(from, start) - start, Math.Min(to, start + layout.Sizes[i]) - start, file, at - from + start, piece, token);
             }
             finally
             {
@@ -46,7 +67,6 @@ internal sealed class PayloadWriter(PayloadLayout layout, IReadOnlyList<TensorSo
         for (int i = 0; i < tensors.Count; i++)
         {
             long gap = (long)layout.Manifest[i].Offset - (start + filled);
-            var digest = new XxHash128();
             for (long at = -gap; at < layout.Sizes[i];)
             {
                 int take = (int)Math.Min(Piece - filled, at < 0 ? -at : layout.Sizes[i] - at);
@@ -54,7 +74,7 @@ internal sealed class PayloadWriter(PayloadLayout layout, IReadOnlyList<TensorSo
                 if (at < 0)
                     destination.Clear();
                 else
-                    Take(i, at, destination, digest);
+                    Take(i, at, destination);
                 at += take;
                 filled += take;
                 if (filled < Piece)
@@ -64,35 +84,39 @@ internal sealed class PayloadWriter(PayloadLayout layout, IReadOnlyList<TensorSo
                 filled = 0;
                 turn ^= 1;
             }
-
-            digest.GetHashAndReset(DigestOf(i));
         }
 
         if (filled > 0)
             yield return (start, buffers[turn].AsMemory(0, filled));
     }
 
-    private void Write(int tensor, SharedMemoryFile file, byte[] piece, CancellationToken cancellationToken)
+    private IEnumerable<int> Overlapping(long from, long to) => Enumerable.Range(0, tensors.Count).Where(i =>
+        (long)layout.Manifest[i].Offset < to && (long)layout.Manifest[i].Offset + layout.Sizes[i] > from);
+
+    /// <summary>Bytes [begin, end) of a tensor, whose first byte has its place in the file at start.</summary>
+    private void Write(int tensor, long begin, long end, PayloadFile file, long start, byte[] piece, CancellationToken cancellationToken)
     {
-        var digest = new XxHash128();
-        long size = layout.Sizes[tensor];
-        for (long at = 0; at < size;)
+        for (long at = begin; at < end;)
         {
             cancellationToken.ThrowIfCancellationRequested();
-            Span<byte> bytes = piece.AsSpan(0, (int)Math.Min(Piece, size - at));
-            Take(tensor, at, bytes, digest);
-            file.Write(bytes, (long)layout.Manifest[tensor].Offset + at);
+            Span<byte> bytes = piece.AsSpan(0, (int)Math.Min(Piece, end - at));
+            Take(tensor, at, bytes);
+            file.Write(bytes, start + at);
             at += bytes.Length;
         }
-
-        digest.GetHashAndReset(DigestOf(tensor));
     }
 
-    private void Take(int tensor, long at, Span<byte> destination, XxHash128 digest)
+    private void Take(int tensor, long at, Span<byte> destination)
     {
         tensors[tensor].CopyTo(at, destination);
-        if (hash)
-            digest.Append(destination);
+        if (!hash)
+            return;
+        XxHash128 digest = _hashes[tensor] ??= new XxHash128();
+        digest.Append(destination);
+        if (at + destination.Length < layout.Sizes[tensor])
+            return;
+        digest.GetHashAndReset(DigestOf(tensor));
+        _hashes[tensor] = null;
     }
 
     private Span<byte> DigestOf(int tensor) => _digests.AsSpan(tensor * WeightDigest.Length, WeightDigest.Length);

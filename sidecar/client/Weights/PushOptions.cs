@@ -24,6 +24,25 @@ public enum PushTransport
 
     /// <summary>In the gRPC stream: works anywhere, slower.</summary>
     Inline,
+
+    /// <summary>Through a safetensors file in <see cref="PushOptions.Folder"/>, on a disk that trainer and sidecar both see.</summary>
+    File,
+}
+
+/// <summary>Where the bytes land.</summary>
+public enum UpdateMode
+{
+    /// <summary>Staged where the sidecar's device has memory for a second set of weights, else in place.</summary>
+    Auto,
+
+    /// <summary>Beside the weights in service: samples go on meanwhile, and whatever fails leaves the old weights served.</summary>
+    Staged,
+
+    /// <summary>
+    /// In the weights in service, while no sample goes on. Needs no memory, but a push that breaks half-way leaves the sidecar poisoned: it
+    /// refuses to generate until a full push has ended well.
+    /// </summary>
+    InPlace,
 }
 
 /// <summary>How one push is done.</summary>
@@ -34,6 +53,14 @@ public sealed record PushOptions
     public UpdatePolicy Policy { get; init; } = UpdatePolicy.Recompute;
 
     public PushTransport Transport { get; init; } = PushTransport.SharedMemory;
+
+    public UpdateMode Mode { get; init; } = UpdateMode.Auto;
+
+    /// <summary>Tensors that are not given keep their values. Without it, one that is missing is a mistake that is refused.</summary>
+    public bool Partial { get; init; }
+
+    /// <summary>For <see cref="PushTransport.File"/>, which has no other default.</summary>
+    public string? Folder { get; init; }
 
     /// <summary>Named to a second updater that is refused.</summary>
     public string Owner { get; init; } = $"{Environment.MachineName}/{Environment.ProcessId}";
@@ -48,7 +75,7 @@ public sealed record PushOptions
     public bool VerifyDigest { get; init; } = true;
 
     /// <summary>
-    /// Tensors written to shared memory at once. Above 1, sources are called from several threads, each source from one at a time.
+    /// Tensors written to shared memory or a file at once. Above 1, sources are called from several threads, each source from one at a time.
     /// </summary>
     public int Parallelism { get; init; } = 1;
 
@@ -65,7 +92,7 @@ public sealed record PushTimings
     /// <summary>Copying tensors out of the trainer, hashing and writing or sending them.</summary>
     public double Write { get; init; }
 
-    /// <summary>Waiting for the sidecar to have read the shared memory; 0 inline, where it reads while we write.</summary>
+    /// <summary>From there until the sidecar has read all of it.</summary>
     public double Transfer { get; init; }
 
     /// <summary>From commit to the sidecar's answer that the new weights are served.</summary>
@@ -79,7 +106,7 @@ public sealed record PushTimings
     /// <summary>The sidecar's: from commit to the step boundary where the new weights took over.</summary>
     public double ServerSwap { get; init; }
 
-    /// <summary>The sidecar's: of it, how long decoding stood still.</summary>
+    /// <summary>The sidecar's: how long decoding stood still; in place, all the time from the first byte on.</summary>
     public double ServerStall { get; init; }
 }
 
@@ -92,6 +119,9 @@ public sealed record PushResult
     public required string Digest { get; init; }
 
     public required long PayloadBytes { get; init; }
+
+    /// <summary>What the sidecar chose: staged or in place.</summary>
+    public required UpdateMode Mode { get; init; }
 
     /// <summary>The sidecar's own are 0 with <see cref="ConfirmedByStatus"/>.</summary>
     public required PushTimings Timings { get; init; }

@@ -1,3 +1,5 @@
+using System.Runtime.InteropServices;
+
 namespace Rollout.Client;
 
 /// <summary>Copies a tensor's bytes [offset, offset + destination.Length), row-major and little-endian, to a destination.</summary>
@@ -15,9 +17,15 @@ public sealed class TensorSource
 
     /// <exception cref="ArgumentException">A dimension is negative or the tensor has more than 2^63 bytes.</exception>
     public TensorSource(string name, TensorDType dtype, IReadOnlyList<long> shape, TensorCopy copy)
+        : this(name, dtype, shape, copy, sparseCount: null)
+    {
+    }
+
+    private TensorSource(string name, TensorDType dtype, IReadOnlyList<long> shape, TensorCopy copy, long? sparseCount)
     {
         ArgumentException.ThrowIfNullOrEmpty(name);
         ArgumentNullException.ThrowIfNull(copy);
+        SparseCount = sparseCount;
         Name = name;
         DType = dtype;
         Shape = [.. shape];
@@ -31,7 +39,36 @@ public sealed class TensorSource
 
     public IReadOnlyList<long> Shape { get; }
 
+    /// <summary>What is sent of it.</summary>
     public long Bytes { get; }
+
+    /// <summary>How many of its elements are sent; null: all.</summary>
+    public long? SparseCount { get; }
+
+    /// <summary>Some elements of a tensor; the others keep the values they have in the sidecar.</summary>
+    /// <param name="name">The Hugging Face checkpoint's.</param>
+    /// <param name="dtype">Of the values.</param>
+    /// <param name="shape">Of the full tensor.</param>
+    /// <param name="indices">Into the flattened tensor, strictly ascending; read at each push.</param>
+    /// <param name="values">As many, little-endian; read at each push.</param>
+    /// <exception cref="ArgumentException">There is not a value for every index.</exception>
+    public static TensorSource Sparse(
+        string name, TensorDType dtype, IReadOnlyList<long> shape, ReadOnlyMemory<uint> indices, ReadOnlyMemory<byte> values)
+    {
+        if (values.Length != (long)indices.Length * dtype.Size())
+            throw new ArgumentException($"tensor '{name}': {values.Length} bytes of values for {indices.Length} indices", nameof(values));
+        return new TensorSource(name, dtype, shape, Copy, indices.Length);
+
+        // The payload is the indices, then the values; a piece may hold the end of the one and the start of the other.
+        void Copy(long offset, Span<byte> destination)
+        {
+            ReadOnlySpan<byte> first = MemoryMarshal.AsBytes(indices.Span);
+            int ofFirst = (int)Math.Clamp(first.Length - offset, 0, destination.Length);
+            if (ofFirst > 0)
+                first.Slice((int)offset, ofFirst).CopyTo(destination);
+            values.Span.Slice((int)Math.Max(0, offset - first.Length), destination.Length - ofFirst).CopyTo(destination[ofFirst..]);
+        }
+    }
 
     /// <param name="bytes">Row-major, little-endian; read at each push, so a trainer may update them in place between pushes.</param>
     /// <exception cref="ArgumentException">The shape asks for another number of bytes.</exception>
@@ -50,6 +87,8 @@ public sealed class TensorSource
     {
         try
         {
+            if (SparseCount is { } count)
+                return count * (sizeof(uint) + DType.Size());
             long bytes = DType.Size();
             foreach (long dimension in Shape)
             {

@@ -13,6 +13,7 @@ internal sealed class UpdateCall : IAsyncDisposable
     private readonly Channel<V1.UpdateReply> _replies = Channel.CreateUnbounded<V1.UpdateReply>();
     private readonly CancellationTokenSource _ended = new();
     private readonly Task _reading;
+    private long _received;
 
     public UpdateCall(V1.WeightsService.WeightsServiceClient weights, CallOptions options)
     {
@@ -67,12 +68,21 @@ internal sealed class UpdateCall : IAsyncDisposable
         {
             V1.UpdateReply.StepOneofCase.Rejected => throw new WeightUpdateRejectedException(
                 [.. reply.Rejected.Problems.Select(problem => new UpdateProblem(problem.Field, problem.Message))]),
-            V1.UpdateReply.StepOneofCase.Failed => throw new WeightUpdateFailedException(
-                $"the update failed, the old weights are still served: {reply.Failed.Reason}", UpdateOutcome.NotCommitted),
-            V1.UpdateReply.StepOneofCase.Aborted => throw new WeightUpdateFailedException(
-                $"the update was aborted, the old weights are still served: {reply.Aborted.Reason}", UpdateOutcome.NotCommitted),
+            V1.UpdateReply.StepOneofCase.Failed => throw Failure("failed", reply.Failed.Poisoned, reply.Failed.Reason),
+            V1.UpdateReply.StepOneofCase.Aborted => throw Failure("was aborted", reply.Aborted.Poisoned, reply.Aborted.Reason),
             _ => reply,
         };
+    }
+
+    /// <summary>Waits until the sidecar has taken this much of the payload.</summary>
+    /// <inheritdoc cref="SendAsync"/>
+    public async Task ReceivedAsync(long bytes, CancellationToken cancellationToken = default)
+    {
+        while (_received < bytes)
+        {
+            if ((await NextAsync(cancellationToken)).Progress is { } progress)
+                _received = (long)progress.PayloadBytes;
+        }
     }
 
     /// <summary>Tells the sidecar why, where it still listens; disposing alone would do, without a reason in its log.</summary>
@@ -96,6 +106,10 @@ internal sealed class UpdateCall : IAsyncDisposable
         await _reading;
         _ended.Dispose();
     }
+
+    private static WeightUpdateFailedException Failure(string how, bool poisoned, string reason) => poisoned
+        ? new($"the update {how}, and the sidecar is poisoned until a full push ends well: {reason}", UpdateOutcome.Poisoned)
+        : new($"the update {how}, the old weights are still served: {reason}", UpdateOutcome.NotCommitted);
 
     private async Task ReadAsync()
     {

@@ -12,10 +12,14 @@ namespace Rollout.Client;
 /// </remarks>
 public sealed class WeightPublisher : IAsyncDisposable
 {
+    // Less is not worth going round and round for: then the error says what to do.
+    private const long LeastRing = 4 << 20;
+
     private readonly RolloutClient _client;
     private readonly SemaphoreSlim _oneAtATime = new(1, 1);
     private PayloadLayout? _layout;
-    private SharedMemoryFile? _file;
+    private PayloadFile? _file;
+    private long _fileFor; // the payload it was made for; the file may be smaller
     private ulong? _served;
     private bool _disposed;
 
@@ -29,6 +33,12 @@ public sealed class WeightPublisher : IAsyncDisposable
     /// <summary>How long to ask a sidecar that broke off during a commit whether it committed.</summary>
     internal TimeSpan ResolveWithin { get; init; } = TimeSpan.FromSeconds(10);
 
+    /// <summary>
+    /// Most bytes of /dev/shm to take; null: as many as a push has, or three quarters of what is free. A push larger than that goes through
+    /// in turns.
+    /// </summary>
+    public long? MaxSharedMemoryBytes { get; init; }
+
     /// <summary>Makes these tensors the weights the next token is drawn from: all of them or none.</summary>
     /// <param name="tensors">
     /// Full tensors under the Hugging Face checkpoint's names; read during the call only. The sidecar says which are missing.
@@ -41,8 +51,8 @@ public sealed class WeightPublisher : IAsyncDisposable
     /// sidecar is found out; the first push, and one after a push that failed, asks the sidecar what it serves.
     /// </para>
     /// <para>
-    /// Cancelling, a failing tensor copy and the timeout leave the old weights served, until the commit has been sent: then only the
-    /// timeout counts. If the connection breaks after that, the sidecar is asked which version it serves.
+    /// Cancelling, a failing tensor copy and the timeout leave the old weights served (in place, the sidecar poisoned), until the commit has
+    /// been sent: then only the timeout counts. If the connection breaks after that, the sidecar is asked which version it serves.
     /// </para>
     /// </remarks>
     /// <exception cref="WeightUpdateRejectedException">Names, shapes, types or versions are wrong; lists everything found.</exception>
@@ -61,18 +71,24 @@ public sealed class WeightPublisher : IAsyncDisposable
         options ??= PushOptions.Default;
         ArgumentOutOfRangeException.ThrowIfLessThanOrEqual(options.Timeout, TimeSpan.Zero);
         ArgumentOutOfRangeException.ThrowIfLessThan(options.Parallelism, 1);
+        if (options.Transport == PushTransport.File)
+            CheckFile(tensors, options);
         await _oneAtATime.WaitAsync(cancellationToken);
         try
         {
             ObjectDisposedException.ThrowIf(_disposed, this);
-            if (_layout is null || !_layout.Fits(tensors))
-                _layout = PayloadLayout.Of(tensors);
+            // A safetensors file has no room between tensors.
+            int alignment = options.Transport == PushTransport.File ? 1 : PayloadLayout.Alignment;
+            if (_layout is null || !_layout.Fits(tensors, alignment))
+                _layout = PayloadLayout.Of(tensors, alignment);
 
             DateTime deadline = DateTime.UtcNow + options.Timeout;
             ulong baseVersion = options.BaseVersion ?? _served ?? await ServedAsync(options.Timeout, cancellationToken);
             // Until this push has ended well it is not known what is served.
             _served = null;
-            var push = new WeightPush(_client, _layout, tensors, options, SharedMemory)
+            IPayloadSender sender = Sender(options, _layout);
+            using var file = sender as FileSender;
+            var push = new WeightPush(_client, _layout, tensors, options, sender)
             {
                 BaseVersion = baseVersion,
                 NewVersion = newVersion ?? checked(baseVersion + 1),
@@ -105,16 +121,35 @@ public sealed class WeightPublisher : IAsyncDisposable
         return (await _client.StatusAsync(wait, cancellationToken)).Version;
     }
 
-    private SharedMemoryFile SharedMemory(long bytes)
+    private IPayloadSender Sender(PushOptions options, PayloadLayout layout) => options.Transport switch
     {
-        if (_file is null || _file.Capacity < bytes || !_file.Exists)
-        {
-            // First give back the old one: there may not be room for both.
-            _file?.Dispose();
-            _file = null;
-            _file = SharedMemoryFile.Create(bytes);
-        }
+        PushTransport.SharedMemory => new SharedMemorySender(SharedMemory(layout.PayloadBytes), options.Parallelism),
+        PushTransport.Inline => new InlineSender(),
+        PushTransport.File => new FileSender(layout, options.Folder!, options.Parallelism),
+        _ => throw new ArgumentException($"unknown transport {options.Transport}"),
+    };
 
+    private static void CheckFile(IReadOnlyList<TensorSource> tensors, PushOptions options)
+    {
+        if (string.IsNullOrEmpty(options.Folder))
+            throw new ArgumentException($"{nameof(PushTransport)}.{nameof(PushTransport.File)} needs a {nameof(PushOptions.Folder)}", nameof(options));
+        string[] sparse = [.. tensors.Where(tensor => tensor.SparseCount is not null).Select(tensor => tensor.Name)];
+        if (sparse.Length > 0)
+            throw new ArgumentException($"a safetensors file holds whole tensors, these are sparse: {string.Join(", ", sparse)}", nameof(tensors));
+    }
+
+    private PayloadFile SharedMemory(long payload)
+    {
+        if (_file is not null && _fileFor >= payload && _file.Exists)
+            return _file;
+
+        // First give back the old one: there may not be room for both.
+        _file?.Dispose();
+        _file = null;
+        long wanted = Math.Clamp(payload, 1, MaxSharedMemoryBytes ?? long.MaxValue);
+        long free = PayloadFile.FreeBytes(PayloadFile.DefaultFolder);
+        _file = PayloadFile.Create(wanted > free && free >= LeastRing ? free / 4 * 3 : wanted);
+        _fileFor = payload;
         return _file;
     }
 }

@@ -10,13 +10,14 @@ internal sealed class WeightPush(
     PayloadLayout layout,
     IReadOnlyList<TensorSource> tensors,
     PushOptions options,
-    Func<long, SharedMemoryFile> sharedMemory)
+    IPayloadSender sender)
 {
     private static readonly TimeSpan s_resolvePoll = TimeSpan.FromMilliseconds(100);
 
     private readonly Stopwatch _clock = Stopwatch.StartNew();
     private double _lapsed;
     private readonly PayloadWriter _payload = new(layout, tensors, options.VerifyDigest);
+    private bool _inPlace;
     private bool _commitSent;
 
     public required ulong BaseVersion { get; init; }
@@ -39,7 +40,8 @@ internal sealed class WeightPush(
             catch (RpcException e) when (!_commitSent)
             {
                 cancellationToken.ThrowIfCancellationRequested();
-                throw Broken(e, UpdateOutcome.NotCommitted);
+                // Whether bytes had landed in place only the sidecar knows.
+                throw Broken(e, _inPlace ? UpdateOutcome.Unknown : UpdateOutcome.NotCommitted);
             }
             catch (Exception e) when (!_commitSent && e is not RolloutException)
             {
@@ -53,17 +55,16 @@ internal sealed class WeightPush(
     {
         // :: Step 1: the sidecar agrees to the manifest, before a byte moves.
         await call.SendAsync(new V1.UpdateRequest { Begin = Begin() }, cancellationToken);
-        await UntilAsync(call, reply => reply.StepCase == V1.UpdateReply.StepOneofCase.Ready, cancellationToken);
+        V1.UpdateReply agreed = await UntilAsync(call, reply => reply.StepCase == V1.UpdateReply.StepOneofCase.Ready, cancellationToken);
+        _inPlace = agreed.Ready.Mode == V1.UpdateMode.InPlace;
         var timings = new PushTimings { Preflight = Lap() };
 
         // :: Step 2: the bytes leave the trainer. A sidecar that gives up meanwhile ends this at once.
-        bool inline = options.Transport == PushTransport.Inline;
-        SharedMemoryFile? file = inline ? null : sharedMemory(Math.Max(layout.PayloadBytes, 1));
         using (var stop = CancellationTokenSource.CreateLinkedTokenSource(cancellationToken, call.Ended))
         {
             try
             {
-                await (file is null ? SendAsync(call, stop.Token) : _payload.WriteToAsync(file, options.Parallelism, stop.Token));
+                await sender.SendAsync(call, _payload, agreed.Ready.Mode, stop.Token);
             }
             catch (OperationCanceledException) when (call.Ended.IsCancellationRequested)
             {
@@ -73,14 +74,9 @@ internal sealed class WeightPush(
 
         timings = timings with { Write = Lap() };
 
-        // :: Step 3: the sidecar reads the shared memory. Waiting for that here keeps the commit, where an answer may be lost, short.
-        if (file is not null)
-        {
-            await call.SendAsync(
-                new V1.UpdateRequest { SharedMemory = new V1.SharedMemory { Path = file.Path, Offset = 0 } }, cancellationToken);
-            await UntilAsync(call, reply => reply.Progress?.PayloadBytes >= (ulong)layout.PayloadBytes, cancellationToken);
-            timings = timings with { Transfer = Lap() };
-        }
+        // :: Step 3: the sidecar has them. Waiting for that here keeps the commit, where an answer may be lost, short.
+        await call.ReceivedAsync(layout.PayloadBytes, cancellationToken);
+        timings = timings with { Transfer = Lap() };
 
         // :: Step 4: commit. From here on only the deadline ends the wait.
         cancellationToken.ThrowIfCancellationRequested();
@@ -107,6 +103,7 @@ internal sealed class WeightPush(
             Version = committed.Version,
             Digest = received,
             PayloadBytes = layout.PayloadBytes,
+            Mode = _inPlace ? UpdateMode.InPlace : UpdateMode.Staged,
             Timings = timings with
             {
                 Commit = Lap(),
@@ -133,33 +130,19 @@ internal sealed class WeightPush(
                 UpdatePolicy.Abort => V1.UpdatePolicy.Abort,
                 _ => throw new ArgumentException($"unknown policy {options.Policy}"),
             },
+            Mode = options.Mode switch
+            {
+                UpdateMode.Auto => V1.UpdateMode.Unspecified,
+                UpdateMode.Staged => V1.UpdateMode.Staged,
+                UpdateMode.InPlace => V1.UpdateMode.InPlace,
+                _ => throw new ArgumentException($"unknown mode {options.Mode}"),
+            },
+            Partial = options.Partial,
             Owner = options.Owner,
             DeadlineMilliseconds = (uint)Math.Clamp((Deadline - DateTime.UtcNow).TotalMilliseconds, 1, uint.MaxValue),
         };
         begin.Manifest.AddRange(layout.Manifest);
         return begin;
-    }
-
-    /// <summary>Fills one piece while the one before it is on its way.</summary>
-    private async Task SendAsync(UpdateCall call, CancellationToken cancellationToken)
-    {
-        Task sending = Task.CompletedTask;
-        try
-        {
-            foreach ((long offset, Memory<byte> bytes) in _payload.Pieces())
-            {
-                await sending;
-                cancellationToken.ThrowIfCancellationRequested();
-                // gRPC has copied the bytes when the write completes, which is before the buffer's next turn.
-                var chunk = new V1.Chunk { Offset = (ulong)offset, Data = UnsafeByteOperations.UnsafeWrap(bytes) };
-                // On another thread, since gRPC serializes on the caller's.
-                sending = Task.Run(() => call.SendAsync(new V1.UpdateRequest { Chunk = chunk }, cancellationToken), CancellationToken.None);
-            }
-        }
-        finally
-        {
-            await sending;
-        }
     }
 
     private static async Task<V1.UpdateReply> UntilAsync(
@@ -186,6 +169,8 @@ internal sealed class WeightPush(
                     return await ConfirmedAsync(digest, timings, ResolveWithin - asking.Elapsed);
                 if (status.Version != BaseVersion)
                     break; // Somebody else has pushed since, over ours or over the old one.
+                if (status.State == EngineState.Poisoned)
+                    throw Broken(cause, UpdateOutcome.Poisoned);
                 if (!status.Updating)
                     throw Broken(cause, UpdateOutcome.NotCommitted);
             }
@@ -214,6 +199,7 @@ internal sealed class WeightPush(
             Version = NewVersion,
             Digest = received,
             PayloadBytes = layout.PayloadBytes,
+            Mode = _inPlace ? UpdateMode.InPlace : UpdateMode.Staged,
             Timings = timings with { Commit = Lap(), Total = _clock.Elapsed.TotalSeconds },
             ConfirmedByStatus = true,
         };
@@ -241,9 +227,13 @@ internal sealed class WeightPush(
         string what = cause.StatusCode == StatusCode.DeadlineExceeded
             ? $"it took longer than its timeout of {options.Timeout.TotalSeconds:0.###} s"
             : $"{cause.StatusCode}, {cause.Status.Detail}";
-        string served = outcome == UpdateOutcome.NotCommitted
-            ? $"nothing has replaced version {BaseVersion}"
-            : $"the sidecar did not say within {ResolveWithin.TotalSeconds:0.###} s whether version {NewVersion} is served";
+        string served = outcome switch
+        {
+            UpdateOutcome.NotCommitted => $"nothing has replaced version {BaseVersion}",
+            UpdateOutcome.Poisoned => "the sidecar is poisoned until a full push ends well",
+            _ when !_commitSent => "it was in place, and may have left the sidecar poisoned",
+            _ => $"the sidecar did not say within {ResolveWithin.TotalSeconds:0.###} s whether version {NewVersion} is served",
+        };
         return new WeightUpdateFailedException($"the update to version {NewVersion} broke off: {what}; {served}", outcome, cause)
         {
             StatusCode = cause.StatusCode,

@@ -22,6 +22,8 @@ internal sealed class FakeWeights
 
     public int Chunks { get; private set; }
 
+    public int Windows { get; private set; }
+
     public V1.Problem[] Reject { get; set; } = [];
 
     public string? FailAtCommit { get; set; }
@@ -103,8 +105,24 @@ internal sealed class FakeWeights
 
             case V1.UpdateRequest.StepOneofCase.SharedMemory:
                 SharedMemoryPath = request.SharedMemory.Path;
+                int from = (int)request.SharedMemory.PayloadOffset;
+                int length = (int)request.SharedMemory.Bytes;
+                Windows++;
                 await using (FileStream file = File.OpenRead(SharedMemoryPath))
+                {
+                    file.Position = (long)request.SharedMemory.Offset;
+                    file.ReadExactly(_payload, from, length);
+                }
+
+                return Progress(from + length);
+
+            case V1.UpdateRequest.StepOneofCase.File:
+                await using (FileStream file = File.OpenRead(request.File.Path))
+                {
+                    file.Position = file.Length - _payload.Length;
                     file.ReadExactly(_payload);
+                }
+
                 return Progress(_payload.Length);
 
             case V1.UpdateRequest.StepOneofCase.Commit:
@@ -126,6 +144,8 @@ internal sealed class FakeWeights
             foreach (V1.ManifestTensor tensor in Begin.Manifest)
             {
                 int size = (int)tensor.Shape.Aggregate(1UL, (a, b) => a * b) * (tensor.Dtype == V1.TensorDType.F32 ? 4 : 2);
+                if (tensor.HasSparseCount)
+                    size = (int)tensor.SparseCount * 6;
                 Tensors[tensor.Name] = _payload.AsSpan((int)tensor.Offset, size).ToArray();
             }
         }

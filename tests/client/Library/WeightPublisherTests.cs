@@ -70,6 +70,47 @@ public sealed class WeightPublisherTests : IAsyncLifetime
     }
 
     [Fact]
+    public async Task Shared_memory_smaller_than_the_payload_is_a_ring()
+    {
+        await using var publisher = new WeightPublisher(_client) { MaxSharedMemoryBytes = 300_001 };
+        byte[][] contents = [Bytes(1_000_000, 1), Bytes(2, 2), Bytes(500_000, 3)];
+        await publisher.PushAsync(Tensors(contents), cancellationToken: Token);
+        await publisher.PushAsync(Tensors(contents), cancellationToken: Token);
+        Assert.Equal(300_001, new FileInfo(_fake.Weights.SharedMemoryPath!).Length);
+        Assert.Equal(2 * 11, _fake.Weights.Windows);
+        for (int i = 0; i < contents.Length; i++)
+            Assert.True(contents[i].AsSpan().SequenceEqual(_fake.Weights.Tensors[$"t{i}"]));
+    }
+
+    [Fact]
+    public async Task A_file_goes_through_a_folder_and_is_gone_afterwards()
+    {
+        string folder = Directory.CreateTempSubdirectory("rollout-test-").FullName;
+        byte[][] contents = [Bytes(10, 1), Bytes(300_000, 3)];
+        await PushAsync(Tensors(contents), options: new PushOptions { Transport = PushTransport.File, Folder = folder });
+        Assert.Equal(300_010ul, _fake.Weights.Begin!.PayloadBytes);
+        for (int i = 0; i < contents.Length; i++)
+            Assert.True(contents[i].AsSpan().SequenceEqual(_fake.Weights.Tensors[$"t{i}"]));
+        Assert.Empty(Directory.GetFiles(folder));
+        Directory.Delete(folder);
+
+        await Assert.ThrowsAsync<ArgumentException>(() => PushAsync(Tensors(contents), options: new PushOptions { Transport = PushTransport.File }));
+    }
+
+    [Fact]
+    public async Task Sparse_tensors_are_indices_then_values()
+    {
+        uint[] indices = [.. Enumerable.Range(0, 700_000).Select(i => (uint)(3 * i))];
+        byte[] values = Bytes(1_400_000, 5);
+        var sparse = TensorSource.Sparse("s", TensorDType.BF16, [1000, 3000], indices, values);
+        await PushAsync([sparse], options: s_inline with { Partial = true });
+        V1.ManifestTensor tensor = Assert.Single(_fake.Weights.Begin!.Manifest);
+        Assert.Equal((700_000ul, true), (tensor.SparseCount, _fake.Weights.Begin.Partial));
+        Assert.True(_fake.Weights.Tensors["s"].AsSpan().SequenceEqual([.. System.Runtime.InteropServices.MemoryMarshal.AsBytes<uint>(indices), .. values]));
+        Assert.Throws<ArgumentException>(() => TensorSource.Sparse("s", TensorDType.F32, [9], indices, values));
+    }
+
+    [Fact]
     public async Task A_rejection_has_every_problem_and_no_byte_moves()
     {
         _fake.Weights.Reject =

@@ -3,7 +3,7 @@ using Xunit;
 
 namespace Rollout.Client.Tests;
 
-public sealed class SharedMemoryFileTests : IDisposable
+public sealed class PayloadFileTests : IDisposable
 {
     private readonly string _folder = Directory.CreateTempSubdirectory("shm-").FullName;
 
@@ -13,7 +13,7 @@ public sealed class SharedMemoryFileTests : IDisposable
     public void Nobody_else_can_read_it_and_it_goes_when_disposed()
     {
         string path;
-        using (SharedMemoryFile file = SharedMemoryFile.Create(12_345, _folder))
+        using (PayloadFile file = PayloadFile.Create(12_345, _folder))
         {
             path = file.Path;
             Assert.StartsWith($"rollout-{Environment.ProcessId}-", Path.GetFileName(path));
@@ -38,21 +38,21 @@ public sealed class SharedMemoryFileTests : IDisposable
         // As held by a process of another container, whose id means nothing here.
         using (File.OpenHandle(locked, FileMode.Open, FileAccess.ReadWrite, FileShare.ReadWrite))
         {
-            using SharedMemoryFile file = SharedMemoryFile.Create(1, _folder);
+            using PayloadFile file = PayloadFile.Create(1, _folder);
             Assert.False(File.Exists(leftover));
             Assert.All([mine, otherName, locked, file.Path], path => Assert.True(File.Exists(path)));
-            Assert.Equal(0, SharedMemoryFile.RemoveLeftovers(_folder));
+            Assert.Equal(0, PayloadFile.RemoveLeftovers(_folder));
         }
 
-        Assert.Equal(1, SharedMemoryFile.RemoveLeftovers(_folder));
+        Assert.Equal(1, PayloadFile.RemoveLeftovers(_folder));
         Assert.False(File.Exists(locked));
     }
 
     [Fact]
     public void Too_little_room_is_an_error_that_says_what_to_do_and_leaves_nothing()
     {
-        var error = Assert.Throws<IOException>(() => SharedMemoryFile.Create(1L << 55, _folder));
-        Assert.Contains("--shm-size", error.Message);
+        var error = Assert.Throws<IOException>(() => PayloadFile.Create(1L << 55, _folder));
+        Assert.Contains("another folder", error.Message);
         Assert.Contains("PushTransport.Inline", error.Message);
         Assert.Empty(Directory.GetFiles(_folder));
     }

@@ -1,0 +1,46 @@
+namespace Rollout.Client;
+
+/// <summary>Memory that the sidecar can give back while it has nothing to do.</summary>
+[Flags]
+public enum MemoryTags
+{
+    None = 0,
+
+    /// <summary>Discarded: after waking, a full push comes first.</summary>
+    Weights = 1,
+
+    /// <summary>Keys and values, cached prefixes included.</summary>
+    KvCache = 2,
+
+    All = Weights | KvCache,
+}
+
+/// <param name="Tag">One tag.</param>
+/// <param name="AllocatedBytes">Of address space.</param>
+/// <param name="FreedBytes">By which the sidecar's resident memory fell, measured; pages never touched were never held.</param>
+public readonly record struct FreedMemory(MemoryTags Tag, long AllocatedBytes, long FreedBytes);
+
+/// <param name="State">Of the engine now.</param>
+/// <param name="Freed">What was awake before and sleeps now.</param>
+/// <param name="Asleep">All that sleeps now.</param>
+public sealed record SleepResult(EngineState State, IReadOnlyList<FreedMemory> Freed, MemoryTags Asleep);
+
+internal static class MemoryTagsExtensions
+{
+    public static IEnumerable<V1.MemoryTag> ToProto(this MemoryTags tags)
+    {
+        if (tags.HasFlag(MemoryTags.Weights))
+            yield return V1.MemoryTag.Weights;
+        if (tags.HasFlag(MemoryTags.KvCache))
+            yield return V1.MemoryTag.KvCache;
+    }
+
+    public static MemoryTags From(IEnumerable<V1.MemoryTag> tags) => tags.Aggregate(MemoryTags.None, (all, tag) => all | From(tag));
+
+    public static MemoryTags From(V1.MemoryTag tag) => tag switch
+    {
+        V1.MemoryTag.Weights => MemoryTags.Weights,
+        V1.MemoryTag.KvCache => MemoryTags.KvCache,
+        _ => throw new RolloutException($"the sidecar is newer than this client: unknown memory tag {(int)tag}"),
+    };
+}

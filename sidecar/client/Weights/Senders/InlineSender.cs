@@ -1,0 +1,28 @@
+using Google.Protobuf;
+
+namespace Rollout.Client;
+
+/// <summary>In the stream itself: fills one piece while the one before it is on its way.</summary>
+internal sealed class InlineSender : IPayloadSender
+{
+    public async Task SendAsync(UpdateCall call, PayloadWriter payload, V1.UpdateMode mode, CancellationToken cancellationToken)
+    {
+        Task sending = Task.CompletedTask;
+        try
+        {
+            foreach ((long offset, Memory<byte> bytes) in payload.Pieces())
+            {
+                await sending;
+                cancellationToken.ThrowIfCancellationRequested();
+                // gRPC has copied the bytes when the write completes, which is before the buffer's next turn.
+                var chunk = new V1.Chunk { Offset = (ulong)offset, Data = UnsafeByteOperations.UnsafeWrap(bytes) };
+                // On another thread, since gRPC serializes on the caller's.
+                sending = Task.Run(() => call.SendAsync(new V1.UpdateRequest { Chunk = chunk }, cancellationToken), CancellationToken.None);
+            }
+        }
+        finally
+        {
+            await sending;
+        }
+    }
+}
