@@ -29,10 +29,34 @@ shapeS.SetAction(async (arguments, _) =>
     return 0;
 });
 
+Option<int> repeats = new("--repeats") { Description = "Rounds a number is the median of, after one to warm up.", DefaultValueFactory = _ => 5 };
+repeats.Validators.Add(result =>
+{
+    if (result.GetValueOrDefault<int>() < 1) result.AddError("--repeats: must be at least 1");
+});
+Command weights = new("weights", "Weight updates of Shape S into a sidecar of its own, beside the machine's own copies.") { json, repeats };
+weights.SetAction(async (arguments, cancellation) =>
+{
+    int rounds = arguments.GetValue(repeats);
+    if (arguments.GetValue(json))
+    {
+        WeightUpdatesResult result = await WeightUpdates.MeasureAsync(rounds, new Progress<string>(), cancellation);
+        if (result.NoInPlace is not null) await Console.Error.WriteLineAsync($"in_place_s: {result.NoInPlace}");
+        WeightUpdatesReport.PrintJson(result);
+        return 0;
+    }
+
+    WeightUpdatesReport.PrintTable(await AnsiConsole.Status().StartAsync("Weight updates", status =>
+        WeightUpdates.MeasureAsync(rounds, new Progress<string>(text => status.Status(text)), cancellation)));
+    return 0;
+});
+
+// Long enough to stop the sidecar and remove what was made, when Ctrl+C ends a measurement.
+InvocationConfiguration configuration = new() { ProcessTerminationTimeout = TimeSpan.FromSeconds(15) };
 return await new RootCommand("Measures Rollout on this machine. Results are written to perf/RESULTS.md by hand, with machine and commit.")
 {
-    shapeS,
-}.Parse(args).InvokeAsync();
+    shapeS, weights,
+}.Parse(args).InvokeAsync(configuration);
 
 static void PrintJson(ShapeSResult result) => Console.WriteLine(JsonSerializer.Serialize(new
 {

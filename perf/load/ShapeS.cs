@@ -11,6 +11,8 @@ namespace Rollout.Load;
 /// </summary>
 internal static class ShapeS
 {
+    public const string WeightsFile = "model.safetensors";
+
     private const int PromptTokens = 128;
     private const int DecodeSteps = 32;
     private const int PrefillTokens = 256;
@@ -29,8 +31,14 @@ internal static class ShapeS
     public static string Folder()
     {
         string folder = Path.Combine(Path.GetTempPath(), "rollout-shape-s-1");
-        string weights = Path.Combine(folder, "model.safetensors");
-        if (File.Exists(weights)) return folder;
+        if (!File.Exists(Path.Combine(folder, WeightsFile))) Write(folder);
+        return folder;
+    }
+
+    /// <summary>Writes the model: config.json, then the tensors of <see cref="ModelSpec.CheckpointTensors"/> in one file, in order.</summary>
+    public static void Write(string folder)
+    {
+        string weights = Path.Combine(folder, WeightsFile);
         Directory.CreateDirectory(folder);
         File.WriteAllText(Path.Combine(folder, "config.json"), Config);
         ModelSpec spec = ModelSpec.Load(folder);
@@ -56,7 +64,6 @@ internal static class ShapeS
         }
 
         File.Move(partial, weights);
-        return folder;
     }
 
     public static async Task<ShapeSResult> MeasureAsync(IReadOnlyList<int> batches, int threads, int repetitions, IProgress<string> progress)
