@@ -117,7 +117,7 @@ internal sealed class WeightUpdates : IDisposable
     private async Task<Round> MeasureRoundAsync()
     {
         double memcpy = MachineCopies.Memcpy(_payload.Bytes, _copy);
-        double shared = (await SharedMemoryAsync(UpdateMode.Staged)).Latency;
+        double shared = (await SharedMemoryAsync(V1.UpdateMode.Staged)).Latency;
         LoadedUpdate loaded = await LoadedAsync();
         double? inPlace = _noInPlace is null ? await InPlaceAsync() : null;
         double inline = await InlineAsync();
@@ -127,7 +127,7 @@ internal sealed class WeightUpdates : IDisposable
     }
 
     /// <summary>The payload stands in shared memory: from telling the server where, to its word that the weights are served.</summary>
-    private async Task<TimedUpdate> SharedMemoryAsync(UpdateMode mode)
+    private async Task<TimedUpdate> SharedMemoryAsync(V1.UpdateMode mode)
     {
         using UpdateCall update = await BeginAsync(mode);
         return await SendSharedMemoryAsync(update);
@@ -151,7 +151,7 @@ internal sealed class WeightUpdates : IDisposable
         double step = await decode.MeasureStepAsync(s_stepWindow);
         double usual = Median(decode.Gaps(quietFrom, Stopwatch.GetTimestamp()), gap => gap);
 
-        TimedUpdate update = await SharedMemoryAsync(UpdateMode.Staged);
+        TimedUpdate update = await SharedMemoryAsync(V1.UpdateMode.Staged);
         await decode.NextStepAsync();
         await decode.NextStepAsync();
 
@@ -164,8 +164,8 @@ internal sealed class WeightUpdates : IDisposable
 
     private async Task<double?> InPlaceAsync()
     {
-        using UpdateCall update = await BeginAsync(UpdateMode.InPlace);
-        if (update.Ready.Mode == UpdateMode.InPlace) return (await SendSharedMemoryAsync(update)).Timings.StallSeconds;
+        using UpdateCall update = await BeginAsync(V1.UpdateMode.InPlace);
+        if (update.Ready.Mode == V1.UpdateMode.InPlace) return (await SendSharedMemoryAsync(update)).Timings.StallSeconds;
         _noInPlace = $"the server was asked to update in place and answered with mode {update.Ready.Mode}";
         await update.AbortAsync("measured in place only");
         return null;
@@ -174,7 +174,7 @@ internal sealed class WeightUpdates : IDisposable
     /// <summary>From the first chunk to the server's word that the weights are served.</summary>
     private async Task<double> InlineAsync()
     {
-        using UpdateCall update = await BeginAsync(UpdateMode.Staged);
+        using UpdateCall update = await BeginAsync(V1.UpdateMode.Staged);
         long begun = Stopwatch.GetTimestamp();
         for (int at = 0; at < _payload.Bytes.Length; at += ChunkBytes)
         {
@@ -187,7 +187,7 @@ internal sealed class WeightUpdates : IDisposable
         return Stopwatch.GetElapsedTime(begun).TotalSeconds;
     }
 
-    private Task<UpdateCall> BeginAsync(UpdateMode mode)
+    private Task<UpdateCall> BeginAsync(V1.UpdateMode mode)
     {
         BeginUpdate begin = new()
         {
