@@ -2,9 +2,11 @@ using System.Diagnostics.Metrics;
 
 namespace Rollout.Engine;
 
-/// <summary>What the engine counts, as System.Diagnostics.Metrics under the meter "Rollout.Engine".</summary>
-internal sealed class EngineMetrics : IDisposable
+/// <summary>What the engine counts, as System.Diagnostics.Metrics: weight updates, and how stale the tokens are that it returns.</summary>
+public sealed class EngineMetrics : IDisposable
 {
+    public const string MeterName = "Rollout.Engine";
+
     private readonly Meter _meter;
     private readonly Counter<long> _started;
     private readonly Counter<long> _committed;
@@ -12,24 +14,25 @@ internal sealed class EngineMetrics : IDisposable
     private readonly Counter<long> _bytes;
     private readonly Histogram<double> _seconds;
 
-    public EngineMetrics(string model, Func<ulong> version, Scheduler scheduler)
+    internal EngineMetrics(string model, Func<ulong> version, Scheduler scheduler)
     {
-        _meter = new Meter("Rollout.Engine", null, [new("model", model)]);
+        _meter = new Meter(MeterName, null, [new("model", model)]);
         _started = _meter.CreateCounter<long>("rollout.updates.started", description: "Weight updates begun, refused ones included");
         _committed = _meter.CreateCounter<long>("rollout.updates.committed", description: "Weight updates put in service");
         _failed = _meter.CreateCounter<long>("rollout.updates.failed", description: "Weight updates not put in service, by reason");
         _bytes = _meter.CreateCounter<long>("rollout.updates.bytes", "By", "Payload bytes of committed updates");
-        _seconds = _meter.CreateHistogram<double>("rollout.updates.seconds", "s", "Seconds of committed updates, by phase");
+        _seconds = _meter.CreateHistogram<double>("rollout.updates.seconds", "s", "Seconds of committed updates, by phase",
+            tags: null, new InstrumentAdvice<double> { HistogramBucketBoundaries = [1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100] });
         _meter.CreateObservableGauge("rollout.weights.version", () => (long)version(), description: "Version being served");
         _meter.CreateObservableCounter("rollout.tokens.sampled", () => ByStaleness(scheduler),
             description: "Sampled tokens of samples that have ended, by how many versions old they were then");
     }
 
-    public void Started() => _started.Add(1);
+    internal void Started() => _started.Add(1);
 
-    public void Failed(string reason) => _failed.Add(1, new KeyValuePair<string, object?>("reason", reason));
+    internal void Failed(string reason) => _failed.Add(1, new KeyValuePair<string, object?>("reason", reason));
 
-    public void Committed(CommitResult result, long payloadBytes)
+    internal void Committed(CommitResult result, long payloadBytes)
     {
         _committed.Add(1);
         _bytes.Add(payloadBytes);

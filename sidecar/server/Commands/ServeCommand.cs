@@ -19,6 +19,7 @@ internal static class ServeCommand
             Description = $"TCP address to listen on; port 0 takes a free one. Default without --socket: {ServeOptions.DefaultEndPoint}.",
             HelpName = "HOST:PORT",
         };
+        Option<string?> metrics = new("--metrics") { Description = "TCP address to serve /metrics on, for Prometheus.", HelpName = "HOST:PORT" };
         Option<int?> maxSequences = Arguments.Number("--max-sequences", "Most samples in one step. Default: 256.", 1, 65_536);
         Option<int?> maxBatchTokens = Arguments.Number("--max-batch-tokens", "Most tokens in one step. Default: 512.", 1, 1 << 20);
         Option<long?> kvCacheBytes = Arguments.Size(
@@ -27,17 +28,22 @@ internal static class ServeCommand
         {
             if (Arguments.Value(result) is { } path && SocketFile.FindProblem(path) is { } problem) result.AddError($"--socket: {problem}");
         });
-        listen.Validators.Add(result =>
+        foreach (Option<string?> address in (Option<string?>[])[listen, metrics])
         {
-            if (Arguments.Value(result) is not { } text) return;
-            ListenAddress.Parse(text, out string? problem);
-            if (problem is not null) result.AddError($"--listen: {problem}");
-        });
+            address.Validators.Add(result =>
+            {
+                if (Arguments.Value(result) is not { } text) return;
+                ListenAddress.Parse(text, out string? problem);
+                if (problem is not null) result.AddError($"{address.Name}: {problem}");
+            });
+        }
+
 
         Command command = new(Name, "Serve a model over gRPC until SIGTERM or Ctrl+C.");
         engine.AddTo(command);
         command.Add(socket);
         command.Add(listen);
+        command.Add(metrics);
         command.Add(maxSequences);
         command.Add(maxBatchTokens);
         command.Add(kvCacheBytes);
@@ -65,6 +71,7 @@ internal static class ServeCommand
                 },
                 Socket = path is null ? null : Path.GetFullPath(path),
                 Listen = endPoint,
+                Metrics = result.GetValue(metrics) is { } scraped ? ListenAddress.Parse(scraped, out _) : null,
             });
         });
         return command;

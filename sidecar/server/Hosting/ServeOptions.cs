@@ -18,6 +18,9 @@ internal sealed record ServeOptions
 
     /// <summary>TCP endpoint, or null.</summary>
     public IPEndPoint? Listen { get; init; }
+
+    /// <summary>Where Prometheus may ask, or null.</summary>
+    public IPEndPoint? Metrics { get; init; }
 }
 
 /// <summary>Which model to load, and how to compute it.</summary>

@@ -5,6 +5,7 @@ using Microsoft.AspNetCore.Hosting.Server;
 using Microsoft.AspNetCore.Hosting.Server.Features;
 using Microsoft.AspNetCore.Server.Kestrel.Core;
 using Microsoft.Extensions.Logging.Console;
+using OpenTelemetry.Metrics;
 using Rollout.Engine;
 using Rollout.Server.Commands;
 using Rollout.Server.Services;
@@ -90,6 +91,7 @@ internal static class ServerApp
         {
             if (options.Socket is not null) kestrel.ListenUnixSocket(options.Socket, listen => listen.Protocols = HttpProtocols.Http2);
             if (options.Listen is not null) kestrel.Listen(options.Listen, listen => listen.Protocols = HttpProtocols.Http2);
+            if (options.Metrics is not null) kestrel.Listen(options.Metrics, listen => listen.Protocols = HttpProtocols.Http1);
             KestrelServerLimits limits = kestrel.Limits;
             limits.MaxRequestBodySize = null;
             limits.MinRequestBodyDataRate = null;
@@ -111,6 +113,13 @@ internal static class ServerApp
             grpc.Interceptors.Add<ErrorInterceptor>();
         });
         builder.Services.AddGrpcReflection();
+        if (options.Metrics is not null)
+        {
+            builder.Services.AddOpenTelemetry().WithMetrics(metrics => metrics
+                .AddMeter(EngineMetrics.MeterName, "System.Runtime", "Microsoft.AspNetCore.Server.Kestrel")
+                .AddPrometheusExporter());
+        }
+
 
         WebApplication app = builder.Build();
         app.MapGrpcService<RolloutGrpcService>();
@@ -118,6 +127,7 @@ internal static class ServerApp
         app.MapGrpcService<ControlGrpcService>();
         app.MapGrpcService<HealthGrpcService>();
         app.MapGrpcReflectionService();
+        if (options.Metrics is not null) app.MapPrometheusScrapingEndpoint();
         return app;
     }
 
@@ -135,7 +145,7 @@ internal static class ServerApp
 
     private static async Task LoadAsync(ServeOptions options, WebApplication app, EngineHost host, ILogger logger)
     {
-        string[] addresses = Addresses(app);
+        (string[] addresses, string? metrics) = Addresses(app, options);
         Log.Listening(logger, string.Join(", ", addresses), options.Model.Folder);
         if (options.Listen is { } listen && !IPAddress.IsLoopback(listen.Address)) Log.OpenToNetwork(logger, listen.ToString());
 
@@ -149,7 +159,7 @@ internal static class ServerApp
         host.Publish(engine);
         ulong version = engine.Status.Version;
         Log.Ready(logger, engine.ModelName, version, engine.Backend.Name, Stopwatch.GetElapsedTime(started).TotalSeconds);
-        await WriteReadyAsync(engine, version, addresses);
+        await WriteReadyAsync(engine, version, addresses, metrics);
     }
 
     /// <summary>Completes at SIGTERM or SIGINT.</summary>
@@ -157,7 +167,7 @@ internal static class ServerApp
         => await Task.Delay(Timeout.Infinite, app.Lifetime.ApplicationStopping).ConfigureAwait(ConfigureAwaitOptions.SuppressThrowing);
 
     /// <summary>The one line on standard output: a parent waits for it. `ready` and a JSON object.</summary>
-    private static async Task WriteReadyAsync(RolloutEngine engine, ulong version, string[] addresses)
+    private static async Task WriteReadyAsync(RolloutEngine engine, ulong version, string[] addresses, string? metrics)
     {
         using MemoryStream line = new();
         line.Write("ready "u8);
@@ -170,6 +180,7 @@ internal static class ServerApp
             json.WriteStartArray("addresses");
             foreach (string address in addresses) json.WriteStringValue(address);
             json.WriteEndArray();
+            if (metrics is not null) json.WriteString("metrics", $"{metrics}/metrics");
             json.WriteNumber("pid", Environment.ProcessId);
             json.WriteEndObject();
         }
@@ -179,10 +190,12 @@ internal static class ServerApp
         await output.WriteAsync(line.ToArray());
     }
 
-    private static string[] Addresses(WebApplication app)
+    /// <summary>Where gRPC is listened for, and where Prometheus may ask: the last one bound.</summary>
+    private static (string[] Grpc, string? Metrics) Addresses(WebApplication app, ServeOptions options)
     {
         const string KestrelUnix = "http://unix:";
-        ICollection<string> bound = app.Services.GetRequiredService<IServer>().Features.Get<IServerAddressesFeature>()!.Addresses;
-        return [.. bound.Select(a => a.StartsWith(KestrelUnix, StringComparison.Ordinal) ? $"unix:{a[KestrelUnix.Length..]}" : a)];
+        string[] bound = [.. app.Services.GetRequiredService<IServer>().Features.Get<IServerAddressesFeature>()!.Addresses
+            .Select(a => a.StartsWith(KestrelUnix, StringComparison.Ordinal) ? $"unix:{a[KestrelUnix.Length..]}" : a)];
+        return options.Metrics is null ? (bound, null) : (bound[..^1], bound[^1]);
     }
 }
