@@ -82,6 +82,23 @@ public sealed class WeightUpdateTests
         }
     }
 
+    [Theory]
+    [InlineData(UpdateMode.Staged)]
+    [InlineData(UpdateMode.InPlace)]
+    public async Task Under_keep_the_tokens_after_the_swap_are_the_new_models_on_the_old_models_keys_and_values(UpdateMode mode)
+    {
+        using UpdatePayload payload = UpdatePayload.Of("qwen3");
+        using CpuBackend backend = new(1);
+        using TwoModels models = new(backend, TestModels.Folder("qwen3"), payload.Folder);
+        Group group = await UpdateInFlightAsync(payload, UpdatePolicy.Keep, mode);
+        foreach (Sequence sample in group.Samples)
+        {
+            (int[] tokens, float[] logProbs) = models.Run(s_request, sample.Index, SwapAt(sample));
+            Assert.Equal(tokens, sample.Tokens(0, 200).ToArray());
+            Assert.Equal(logProbs, sample.LogProbs(0, 200).ToArray());
+        }
+    }
+
     [Fact]
     public async Task Under_drain_what_began_ends_on_the_old_weights_and_what_waits_begins_on_the_new()
     {
@@ -272,17 +289,18 @@ public sealed class WeightUpdateTests
         return (begun, update.CommitAsync(payload.Digest, deadline), update);
     }
 
-    private static async Task<Group> UpdateInFlightAsync(UpdatePayload payload, UpdatePolicy policy)
+    private static async Task<Group> UpdateInFlightAsync(UpdatePayload payload, UpdatePolicy policy, UpdateMode mode = UpdateMode.Staged)
     {
         await using RolloutEngine engine = TestModels.Load("qwen3");
-        using WeightUpdate update = await engine.OpenUpdateAsync(payload.Manifest(0, 1) with { Policy = policy });
+        using WeightUpdate update = engine.BeginUpdate(payload.Manifest(0, 1) with { Policy = policy, Mode = mode });
         string file = Path.Combine(payload.Folder, "payload");
         await File.WriteAllBytesAsync(file, payload.Bytes, Cancelled);
         using Microsoft.Win32.SafeHandles.SafeFileHandle handle = File.OpenHandle(file);
-        update.ReadFrom(handle, 0, 0, payload.Bytes.Length, Cancelled);
         Group group = engine.Submit(s_request);
         await foreach (SampleChunk chunk in group.ReadAsync(Cancelled))
             if (chunk.End >= 20 && chunk.Sample.Index == 2) break;
+        await update.OpenAsync(Cancelled);
+        update.ReadFrom(handle, 0, 0, payload.Bytes.Length, Cancelled);
         await update.CommitAsync(payload.Digest, Cancelled);
         await group.Completed.WaitAsync(Cancelled);
         return group;
