@@ -109,14 +109,30 @@ public sealed class WeightUpdate : IDisposable
     /// <exception cref="UpdateFailedException">Out of order, past the payload's end, or the file ends before.</exception>
     public void ReadFrom(SafeFileHandle file, long fileOffset, long payloadOffset, long length, CancellationToken cancellation = default)
     {
+        long fileShift = fileOffset - payloadOffset;
+        TakeOnAllCores(payloadOffset, length, lot => Read(lot, file, fileShift, cancellation), cancellation);
+    }
+
+    /// <summary>
+    /// Takes payload bytes [<paramref name="payloadOffset"/>, + <paramref name="length"/>) from memory that nobody can take away, on all
+    /// cores. They must follow the last ones.
+    /// </summary>
+    /// <exception cref="UpdateFailedException">Out of order, or past the payload's end.</exception>
+    public void ReadFrom(SealedMemory memory, long memoryOffset, long payloadOffset, long length, CancellationToken cancellation = default)
+    {
+        long shift = memoryOffset - payloadOffset;
+        TakeOnAllCores(payloadOffset, length, lot => Read(lot, memory, shift, cancellation), cancellation);
+    }
+
+    private void TakeOnAllCores(long payloadOffset, long length, Action<Lot> read, CancellationToken cancellation)
+    {
         CheckNext(payloadOffset, length);
         long end = payloadOffset + length;
-        long fileShift = fileOffset - payloadOffset;
         try
         {
             // Largest first, so that the cores finish together.
             Lot[] lots = [.. Lots(end).OrderByDescending(lot => lot.End - lot.Cursor.Position)];
-            AllCores.ForEach(lots, lot => Read(lot, file, fileShift, cancellation));
+            AllCores.ForEach(lots, read);
         }
         catch (UpdateFailedException e)
         {
@@ -237,6 +253,17 @@ public sealed class WeightUpdate : IDisposable
         finally
         {
             ArrayPool<byte>.Shared.Return(buffer);
+        }
+    }
+
+    private static void Read(Lot lot, SealedMemory memory, long shift, CancellationToken cancellation)
+    {
+        while (lot.Cursor.Position < lot.End)
+        {
+            cancellation.ThrowIfCancellationRequested();
+            long left = lot.End - lot.Cursor.Position;
+            int piece = left <= PieceBytes ? (int)left : lot.Cursor.Tensor!.PieceBytes(PieceBytes);
+            lot.Cursor.Take(memory.Span(shift + lot.Cursor.Position, piece));
         }
     }
 

@@ -1,25 +1,19 @@
 using System.Buffers.Binary;
 using System.IO.Hashing;
-using System.Security.Cryptography;
 using Google.Protobuf;
 using Rollout.Engine;
 using Rollout.V1;
 
 namespace Rollout.Load;
 
-/// <summary>A model's weights as an update sends them: in memory for chunks, and in a file of /dev/shm that goes when this is disposed.</summary>
-internal sealed class UpdatePayload : IDisposable
+/// <summary>A model's weights as an update sends them.</summary>
+internal sealed class UpdatePayload
 {
-    // Kept open: its lock tells the client library that the file's owner lives. One left behind by a killed run bears the library's kind
-    // of name, so that the next push on the machine removes it.
-    private readonly FileStream _file;
-
-    private UpdatePayload(byte[] bytes, IReadOnlyList<V1.ManifestTensor> manifest, ByteString digest, FileStream file)
+    private UpdatePayload(byte[] bytes, IReadOnlyList<V1.ManifestTensor> manifest, ByteString digest)
     {
         Bytes = bytes;
         Manifest = manifest;
         Digest = digest;
-        _file = file;
     }
 
     public byte[] Bytes { get; }
@@ -29,13 +23,10 @@ internal sealed class UpdatePayload : IDisposable
     /// <summary>Combined, as <see cref="Commit"/> takes it.</summary>
     public ByteString Digest { get; }
 
-    /// <summary>The file in /dev/shm.</summary>
-    public string Path => _file.Name;
-
     /// <summary>Takes the weights of a model that <see cref="ShapeS.Write"/> wrote.</summary>
     public static UpdatePayload Read(string modelFolder)
     {
-        byte[] bytes = ReadData(System.IO.Path.Combine(modelFolder, ShapeS.WeightsFile));
+        byte[] bytes = ReadData(Path.Combine(modelFolder, ShapeS.WeightsFile));
         List<V1.ManifestTensor> manifest = [];
         XxHash128 digests = new();
         int offset = 0;
@@ -50,13 +41,7 @@ internal sealed class UpdatePayload : IDisposable
         }
 
         if (offset != bytes.Length) throw new InvalidDataException($"the file holds {bytes.Length} bytes of tensors, the model {offset}");
-        return new UpdatePayload(bytes, manifest, ByteString.CopyFrom(digests.GetCurrentHash()), WriteSharedMemory(bytes));
-    }
-
-    public void Dispose()
-    {
-        _file.Dispose();
-        File.Delete(Path);
+        return new UpdatePayload(bytes, manifest, ByteString.CopyFrom(digests.GetCurrentHash()));
     }
 
     private static byte[] ReadData(string path)
@@ -68,30 +53,5 @@ internal sealed class UpdatePayload : IDisposable
         byte[] data = new byte[checked((int)(file.Length - file.Position))];
         file.ReadExactly(data);
         return data;
-    }
-
-    private static FileStream WriteSharedMemory(byte[] bytes)
-    {
-        string random = Convert.ToHexStringLower(RandomNumberGenerator.GetBytes(8));
-        string path = $"/dev/shm/rollout-{Environment.ProcessId}-{random}";
-        FileStream file = new(path, new FileStreamOptions
-        {
-            Mode = FileMode.CreateNew,
-            Access = FileAccess.ReadWrite,
-            Share = FileShare.ReadWrite | FileShare.Delete,
-            PreallocationSize = bytes.Length, // a full /dev/shm is an error here and not a SIGBUS later
-            BufferSize = 0,
-        });
-        try
-        {
-            file.Write(bytes);
-            return file;
-        }
-        catch
-        {
-            file.Dispose();
-            File.Delete(path);
-            throw;
-        }
     }
 }

@@ -32,6 +32,7 @@ internal sealed class WeightUpdates : IDisposable
     private readonly CancellationToken _cancellation;
     private ulong _version;
     private string? _noInPlace;
+    private string? _filled; // the segment that holds the payload
 
     private WeightUpdates(string socketPath, UpdatePayload payload, CancellationToken cancellation)
     {
@@ -57,7 +58,7 @@ internal sealed class WeightUpdates : IDisposable
             progress.Report("writing the model");
             ShapeS.Write(folder);
             cancellation.ThrowIfCancellationRequested();
-            using UpdatePayload payload = UpdatePayload.Read(folder);
+            UpdatePayload payload = UpdatePayload.Read(folder);
 
             progress.Report("starting the server");
             string socket = Path.Combine(folder, "s");
@@ -135,12 +136,23 @@ internal sealed class WeightUpdates : IDisposable
 
     private async Task<TimedUpdate> SendSharedMemoryAsync(UpdateCall update)
     {
+        string path = PutInto(update.Ready.Segment);
         long begun = Stopwatch.GetTimestamp();
         // The commit goes right behind: what it would wait for on this side, the server waits for anyway.
-        await update.SendAsync(new UpdateRequest { SharedMemory = new SharedMemory { Path = _payload.Path } });
+        await update.SendAsync(new UpdateRequest { SharedMemory = new SharedMemory { Path = path } });
         Committed committed = await CommitAsync(update);
         long ended = Stopwatch.GetTimestamp();
         return new TimedUpdate(begun, ended, committed.Timings);
+    }
+
+    /// <summary>The payload in the server's segment, written once: the server keeps it.</summary>
+    private string PutInto(Segment segment)
+    {
+        if (_filled == segment.Name) return segment.Path;
+        using FileStream memory = new(segment.Path, FileMode.Open, FileAccess.ReadWrite, FileShare.ReadWrite, bufferSize: 0);
+        memory.Write(_payload.Bytes);
+        _filled = segment.Name;
+        return segment.Path;
     }
 
     private async Task<LoadedUpdate> LoadedAsync()
@@ -198,6 +210,7 @@ internal sealed class WeightUpdates : IDisposable
             Owner = "perf/load",
             Mode = mode,
             DeadlineMilliseconds = 60_000,
+            SegmentBytes = (ulong)_payload.Bytes.Length,
         };
         begin.Manifest.AddRange(_payload.Manifest);
         return UpdateCall.BeginAsync(_weights, begin, _cancellation);

@@ -85,12 +85,33 @@ internal sealed partial class PayloadFile : IDisposable
         }
     }
 
+    /// <summary>
+    /// The sidecar's own memory, where it can be reached: null in another container, or as another user. The name makes sure that the path
+    /// leads where the sidecar meant.
+    /// </summary>
+    public static PayloadFile? TryOpen(V1.Segment segment)
+    {
+        try
+        {
+            if (new FileInfo(segment.Path).LinkTarget != $"/memfd:{segment.Name} (deleted)")
+                return null;
+            var file = new FileStream(segment.Path, FileMode.Open, FileAccess.ReadWrite, FileShare.ReadWrite, bufferSize: 0);
+            return new PayloadFile(segment.Path, file, (long)segment.Bytes);
+        }
+        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+        {
+            return null;
+        }
+    }
+
     public void Write(ReadOnlySpan<byte> bytes, long offset) => RandomAccess.Write(_file.SafeFileHandle, bytes, offset);
 
     public void Dispose()
     {
         _file.Dispose();
-        Forget(Path);
+        // Not ours where it was opened.
+        if (s_live.ContainsKey(Path))
+            Forget(Path);
     }
 
     /// <summary>Removes files of owners that are no more. Returns how many.</summary>

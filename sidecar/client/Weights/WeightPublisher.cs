@@ -18,7 +18,7 @@ public sealed class WeightPublisher : IAsyncDisposable
     private readonly RolloutClient _client;
     private readonly SemaphoreSlim _oneAtATime = new(1, 1);
     private PayloadLayout? _layout;
-    private PayloadFile? _file;
+    private PayloadFile? _file; // where the sidecar's own memory cannot be reached
     private long _fileFor; // the payload it was made for; the file may be smaller
     private ulong? _served;
     private bool _disposed;
@@ -34,8 +34,8 @@ public sealed class WeightPublisher : IAsyncDisposable
     internal TimeSpan ResolveWithin { get; init; } = TimeSpan.FromSeconds(10);
 
     /// <summary>
-    /// Most bytes of /dev/shm to take; null: as many as a push has, or three quarters of what is free. A push larger than that goes through
-    /// in turns.
+    /// Most bytes of shared memory to take; null: as many as a push has and the machine can spare. A push larger than that goes through in
+    /// turns.
     /// </summary>
     public long? MaxSharedMemoryBytes { get; init; }
 
@@ -94,6 +94,7 @@ public sealed class WeightPublisher : IAsyncDisposable
                 NewVersion = newVersion ?? checked(baseVersion + 1),
                 Deadline = deadline,
                 ResolveWithin = ResolveWithin,
+                SegmentBytes = options.Transport == PushTransport.SharedMemory ? SharedBytes(_layout.PayloadBytes) : 0,
             };
             PushResult result = await push.RunAsync(cancellationToken);
             _served = result.Version;
@@ -123,7 +124,7 @@ public sealed class WeightPublisher : IAsyncDisposable
 
     private IPayloadSender Sender(PushOptions options, PayloadLayout layout) => options.Transport switch
     {
-        PushTransport.SharedMemory => new SharedMemorySender(SharedMemory(layout.PayloadBytes), options.Parallelism),
+        PushTransport.SharedMemory => new SharedMemorySender(() => OwnSharedMemory(layout.PayloadBytes), options.Parallelism),
         PushTransport.Inline => new InlineSender(),
         PushTransport.File => new FileSender(layout, options.Folder!, options.Parallelism),
         _ => throw new ArgumentException($"unknown transport {options.Transport}"),
@@ -138,7 +139,9 @@ public sealed class WeightPublisher : IAsyncDisposable
             throw new ArgumentException($"a safetensors file holds whole tensors, these are sparse: {string.Join(", ", sparse)}", nameof(tensors));
     }
 
-    private PayloadFile SharedMemory(long payload)
+    private long SharedBytes(long payload) => Math.Clamp(payload, 1, MaxSharedMemoryBytes ?? long.MaxValue);
+
+    private PayloadFile OwnSharedMemory(long payload)
     {
         if (_file is not null && _fileFor >= payload && _file.Exists)
             return _file;
@@ -146,7 +149,7 @@ public sealed class WeightPublisher : IAsyncDisposable
         // First give back the old one: there may not be room for both.
         _file?.Dispose();
         _file = null;
-        long wanted = Math.Clamp(payload, 1, MaxSharedMemoryBytes ?? long.MaxValue);
+        long wanted = SharedBytes(payload);
         long free = PayloadFile.FreeBytes(PayloadFile.DefaultFolder);
         _file = PayloadFile.Create(wanted > free && free >= LeastRing ? free / 4 * 3 : wanted);
         _fileFor = payload;

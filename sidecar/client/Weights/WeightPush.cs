@@ -28,6 +28,9 @@ internal sealed class WeightPush(
 
     public required TimeSpan ResolveWithin { get; init; }
 
+    /// <summary>Of the sidecar's shared memory; 0 where none is of use.</summary>
+    public required long SegmentBytes { get; init; }
+
     public async Task<PushResult> RunAsync(CancellationToken cancellationToken)
     {
         var call = new UpdateCall(client.Weights, new CallOptions(deadline: Deadline));
@@ -64,7 +67,7 @@ internal sealed class WeightPush(
         {
             try
             {
-                await sender.SendAsync(call, _payload, agreed.Ready.Mode, stop.Token);
+                await sender.SendAsync(call, _payload, agreed.Ready, stop.Token);
             }
             catch (OperationCanceledException) when (call.Ended.IsCancellationRequested)
             {
@@ -138,6 +141,7 @@ internal sealed class WeightPush(
                 _ => throw new ArgumentException($"unknown mode {options.Mode}"),
             },
             Partial = options.Partial,
+            SegmentBytes = (ulong)SegmentBytes,
             Owner = options.Owner,
             DeadlineMilliseconds = (uint)Math.Clamp((Deadline - DateTime.UtcNow).TotalMilliseconds, 1, uint.MaxValue),
         };

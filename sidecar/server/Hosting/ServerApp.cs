@@ -9,6 +9,7 @@ using OpenTelemetry.Metrics;
 using Rollout.Engine;
 using Rollout.Server.Commands;
 using Rollout.Server.Services;
+using Rollout.Server.Transports;
 
 namespace Rollout.Server.Hosting;
 
@@ -105,6 +106,7 @@ internal static class ServerApp
         });
 
         builder.Services.AddSingleton(host);
+        builder.Services.AddSingleton<SharedSegment>();
         builder.Services.AddHostedService<FaultMonitor>();
         builder.Services.AddGrpc(grpc =>
         {

@@ -1,6 +1,7 @@
 using Grpc.Core;
 using Rollout.Engine;
 using Rollout.Server.Hosting;
+using Rollout.Server.Transports;
 using Rollout.V1;
 using EngineState = Rollout.V1.EngineState;
 using PauseMode = Rollout.V1.PauseMode;
@@ -9,7 +10,7 @@ using Problem = Rollout.Engine.Problem;
 namespace Rollout.Server.Services;
 
 /// <summary>rollout.v1.ControlService: the life of the engine.</summary>
-internal sealed class ControlGrpcService(EngineHost host, ILogger<ControlGrpcService> logger) : ControlService.ControlServiceBase
+internal sealed class ControlGrpcService(EngineHost host, SharedSegment segment, ILogger<ControlGrpcService> logger) : ControlService.ControlServiceBase
 {
     public override Task<StatusReply> Status(StatusRequest request, ServerCallContext context)
         => Task.FromResult(host.Loaded is { } engine ? Describe(engine) : new StatusReply { State = EngineState.Loading });
@@ -50,6 +51,7 @@ internal sealed class ControlGrpcService(EngineHost host, ILogger<ControlGrpcSer
     {
         IReadOnlyList<Engine.FreedMemory> freed = await host.Engine.SleepAsync(Tags(request.Tags));
         EngineStatus status = host.Engine.Status;
+        if (status.Asleep.HasFlag(MemoryTags.Weights)) segment.Discard();
         SleepReply reply = new() { State = ToWire(status.State), Asleep = { ToWire(status.Asleep) } };
         foreach (Engine.FreedMemory memory in freed)
         {

@@ -1,6 +1,7 @@
 using Google.Protobuf;
 using Grpc.Core;
 using Rollout.Engine;
+using Rollout.Kernels;
 using Rollout.Server.Transports;
 using Rollout.V1;
 
@@ -17,7 +18,7 @@ namespace Rollout.Server.Services;
 /// One deadline covers all of it, waiting for the client included. Disposing gives the engine's update seat back.
 /// </summary>
 internal sealed class UpdateTransaction(
-    RolloutEngine engine, IAsyncStreamReader<UpdateRequest> requests, IServerStreamWriter<UpdateReply> replies, ILogger logger)
+    RolloutEngine engine, SharedSegment shared, IAsyncStreamReader<UpdateRequest> requests, IServerStreamWriter<UpdateReply> replies, ILogger logger)
     : IDisposable
 {
     /// <summary>How long a client that has opened the stream may take to begin.</summary>
@@ -32,6 +33,7 @@ internal sealed class UpdateTransaction(
 
     private readonly Dictionary<UpdateRequest.StepOneofCase, ITransport> _transports = [];
     private WeightUpdate? _update;
+    private SealedMemory? _segment;
     private string _owner = "";
     private long _reported;
 
@@ -56,7 +58,9 @@ internal sealed class UpdateTransaction(
             _update = engine.BeginUpdate(manifest, problems);
             V1.UpdateMode mode = ManifestConverter.ToWire(_update.Mode);
             Log.UpdateBegun(logger, begin.BaseVersion, begin.NewVersion, _owner, begin.Manifest.Count, begin.PayloadBytes, mode.ToString(), milliseconds);
-            await ReplyAsync(new UpdateReply { Ready = new Ready { StagingBytes = (ulong)_update.StagingBytes, Mode = mode } }, linked.Token);
+            _segment = shared.Lend(begin.SegmentBytes, () => engine.Backend.AvailableBytes);
+            Ready ready = new() { StagingBytes = (ulong)_update.StagingBytes, Mode = mode, Segment = ToWire(_segment) };
+            await ReplyAsync(new UpdateReply { Ready = ready }, linked.Token);
 
             // :: 2 and 3
             while (await NextAsync(linked.Token))
@@ -92,7 +96,7 @@ internal sealed class UpdateTransaction(
 
     public void Dispose()
     {
-        _update?.Dispose();
+        End(UpdateFailure.Sender);
         foreach (ITransport transport in _transports.Values) transport.Dispose();
         _transports.Clear();
     }
@@ -147,7 +151,7 @@ internal sealed class UpdateTransaction(
     private ITransport Transport(UpdateRequest.StepOneofCase step) => step switch
     {
         UpdateRequest.StepOneofCase.Chunk => new InlineTransport(),
-        UpdateRequest.StepOneofCase.SharedMemory => new SharedMemoryTransport(),
+        UpdateRequest.StepOneofCase.SharedMemory => new SharedMemoryTransport(_segment),
         UpdateRequest.StepOneofCase.File => new SafetensorsTransport(),
         _ => new DeviceTransport(engine.Backend.Name),
     };
@@ -177,12 +181,18 @@ internal sealed class UpdateTransaction(
         return EndAsync(new UpdateReply { Aborted = new Aborted { Reason = reason, Poisoned = poisoned } });
     }
 
-    /// <summary>Ends the update without a commit. Whether the engine is poisoned by it.</summary>
+    /// <summary>Ends the update, if it has not committed. Whether the engine is poisoned by it.</summary>
     private bool End(UpdateFailure why)
     {
+        // Before the seat: whoever has that next may want the segment.
+        if (_segment is not null) shared.GiveBack();
+        _segment = null;
         _update?.End(why);
         return _update?.HasTouchedServedWeights ?? false;
     }
+
+    private static Segment? ToWire(SealedMemory? memory)
+        => memory is null ? null : new Segment { Path = memory.Path, Name = memory.Name, Bytes = (ulong)memory.Bytes };
 
     private static string Outcome(bool poisoned) => poisoned ? "the engine is poisoned until a full update" : "the old weights stay";
 

@@ -2,12 +2,13 @@ using Google.Protobuf;
 using Grpc.Core;
 using Rollout.Engine;
 using Rollout.Server.Hosting;
+using Rollout.Server.Transports;
 using Rollout.V1;
 
 namespace Rollout.Server.Services;
 
 /// <summary>rollout.v1.WeightsService: what is being served, and the transaction that replaces it.</summary>
-internal sealed class WeightsGrpcService(EngineHost host, ILogger<WeightsGrpcService> logger) : WeightsService.WeightsServiceBase
+internal sealed class WeightsGrpcService(EngineHost host, SharedSegment segment, ILogger<WeightsGrpcService> logger) : WeightsService.WeightsServiceBase
 {
     public override Task<DescribeReply> Describe(DescribeRequest request, ServerCallContext context)
     {
@@ -32,7 +33,7 @@ internal sealed class WeightsGrpcService(EngineHost host, ILogger<WeightsGrpcSer
     public override async Task Update(
         IAsyncStreamReader<UpdateRequest> requestStream, IServerStreamWriter<UpdateReply> responseStream, ServerCallContext context)
     {
-        using UpdateTransaction transaction = new(host.Admitting, requestStream, responseStream, logger);
+        using UpdateTransaction transaction = new(host.Admitting, segment, requestStream, responseStream, logger);
         await transaction.RunAsync(context.CancellationToken, host.Stopping);
     }
 }

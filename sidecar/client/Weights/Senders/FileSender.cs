@@ -18,7 +18,7 @@ internal sealed class FileSender : IPayloadSender, IDisposable
         _parallelism = parallelism;
     }
 
-    public async Task SendAsync(UpdateCall call, PayloadWriter payload, V1.UpdateMode mode, CancellationToken cancellationToken)
+    public async Task SendAsync(UpdateCall call, PayloadWriter payload, V1.Ready ready, CancellationToken cancellationToken)
     {
         _file.Write(_header, 0);
         await payload.WriteToAsync(_file, 0, payload.Bytes, _header.Length, _parallelism, cancellationToken);

@@ -6,6 +6,6 @@ internal interface IPayloadSender
     /// <summary>Takes the payload out of the trainer and tells the sidecar where it is; ends when nothing is left to write or send.</summary>
     /// <param name="call">The update, agreed to.</param>
     /// <param name="payload">Its bytes.</param>
-    /// <param name="mode">What the sidecar chose; in place, it stands still from the first message on.</param>
-    Task SendAsync(UpdateCall call, PayloadWriter payload, V1.UpdateMode mode, CancellationToken cancellationToken);
+    /// <param name="ready">What the sidecar chose; in place, it stands still from the first message on.</param>
+    Task SendAsync(UpdateCall call, PayloadWriter payload, V1.Ready ready, CancellationToken cancellationToken);
 }

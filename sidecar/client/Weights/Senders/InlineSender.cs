@@ -5,7 +5,7 @@ namespace Rollout.Client;
 /// <summary>In the stream itself: fills one piece while the one before it is on its way.</summary>
 internal sealed class InlineSender : IPayloadSender
 {
-    public async Task SendAsync(UpdateCall call, PayloadWriter payload, V1.UpdateMode mode, CancellationToken cancellationToken)
+    public async Task SendAsync(UpdateCall call, PayloadWriter payload, V1.Ready ready, CancellationToken cancellationToken)
     {
         Task sending = Task.CompletedTask;
         try

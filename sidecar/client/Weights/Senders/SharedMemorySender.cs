@@ -1,17 +1,25 @@
 namespace Rollout.Client;
 
 /// <summary>
-/// Through a file of /dev/shm, window by window, so that the sidecar reads one while the next is written. A file smaller than the payload
-/// is a ring: a window is written over one that the sidecar has read.
+/// Through shared memory, window by window, so that the sidecar reads one while the next is written. Memory smaller than the payload is a
+/// ring: a window is written over one that the sidecar has read. It is the sidecar's, which it reads where it stands, or, where that cannot
+/// be reached, a file in /dev/shm.
 /// </summary>
-/// <param name="file">Kept from push to push.</param>
+/// <param name="ownFile">Makes the file, or takes the one of the push before.</param>
 /// <param name="parallelism">Tensors written at once.</param>
-internal sealed class SharedMemorySender(PayloadFile file, int parallelism) : IPayloadSender
+internal sealed class SharedMemorySender(Func<PayloadFile> ownFile, int parallelism) : IPayloadSender
 {
     private const long SmallestWindow = 64 << 20; // one more message is then worth nothing
     private const long LargestWindow = 1 << 30;
 
-    public async Task SendAsync(UpdateCall call, PayloadWriter payload, V1.UpdateMode mode, CancellationToken cancellationToken)
+    public async Task SendAsync(UpdateCall call, PayloadWriter payload, V1.Ready ready, CancellationToken cancellationToken)
+    {
+        using PayloadFile? lent = ready.Segment is null ? null : PayloadFile.TryOpen(ready.Segment);
+        await SendAsync(call, payload, lent ?? ownFile(), ready.Mode, cancellationToken);
+    }
+
+    private async Task SendAsync(
+        UpdateCall call, PayloadWriter payload, PayloadFile file, V1.UpdateMode mode, CancellationToken cancellationToken)
     {
         long bytes = payload.Bytes;
         bool ring = file.Capacity < bytes;
