@@ -115,8 +115,12 @@ public sealed class WeightUpdate : IDisposable
 
     /// <summary>
     /// Takes payload bytes [<paramref name="payloadOffset"/>, + <paramref name="length"/>) from memory that nobody can take away, on all
-    /// cores. They must follow the last ones.
+    /// cores, where they stand. They must follow the last ones.
     /// </summary>
+    /// <remarks>
+    /// A piece is hashed, then stored. A sender that writes there before it is told that the window was read breaks the protocol, and the
+    /// digest finds it out, except for what it changes in the few microseconds between the two.
+    /// </remarks>
     /// <exception cref="UpdateFailedException">Out of order, or past the payload's end.</exception>
     public void ReadFrom(SealedMemory memory, long memoryOffset, long payloadOffset, long length, CancellationToken cancellation = default)
     {

@@ -1,0 +1,149 @@
+using System.Reflection;
+using System.Text.Json;
+using Xunit;
+
+namespace Rollout.Client.Tests;
+
+/// <summary>The client against the real program: what a trainer does from step to step.</summary>
+public sealed class RealSidecarTests : IAsyncLifetime
+{
+    private static readonly string s_model = GoldenFolder();
+    private static readonly int[] s_prompt = [5, 6, 7, 8];
+    private static readonly GenerateOptions s_greedy = new() { MaxTokens = 16, Temperature = 0, IgnoreEos = true };
+
+    private readonly string _folder = Directory.CreateTempSubdirectory("rollout-test-").FullName;
+    private SidecarProcess _sidecar = null!;
+    private RolloutClient _client = null!;
+
+    private static CancellationToken Token => TestContext.Current.CancellationToken;
+
+    public async ValueTask InitializeAsync()
+    {
+        string program = typeof(RealSidecarTests).Assembly.GetCustomAttributes<AssemblyMetadataAttribute>()
+            .Single(attribute => attribute.Key == "RolloutProgram").Value!;
+        _sidecar = await SidecarProcess.StartAsync(new SidecarOptions { Program = program, ModelFolder = s_model, Threads = 1 }, Token);
+        _client = RolloutClient.Connect(_sidecar.Address);
+    }
+
+    public async ValueTask DisposeAsync()
+    {
+        await _client.DisposeAsync();
+        await _sidecar.DisposeAsync();
+        Assert.Empty(Directory.GetFiles(_folder));
+        Directory.Delete(_folder);
+    }
+
+    [Theory]
+    [InlineData(PushTransport.SharedMemory, UpdateMode.Staged)]
+    [InlineData(PushTransport.SharedMemory, UpdateMode.InPlace)]
+    [InlineData(PushTransport.Inline, UpdateMode.InPlace)]
+    [InlineData(PushTransport.File, UpdateMode.Staged)]
+    public async Task Full_partial_and_sparse_pushes_by_every_transport_say_what_they_did(PushTransport transport, UpdateMode mode)
+    {
+        var options = new PushOptions { Transport = transport, Mode = mode, Folder = _folder };
+        await using var publisher = new WeightPublisher(_client) { MaxSharedMemoryBytes = 100_000 }; // a ring
+        List<(TensorSource Source, byte[] Bytes)> tensors = Tensors();
+        int[] original = await TokensAsync();
+
+        PushResult full = await publisher.PushAsync([.. tensors.Select(tensor => tensor.Source)], options: options, cancellationToken: Token);
+        Assert.Equal((1ul, mode), (full.Version, full.Mode));
+        Assert.Equal(original, await TokensAsync()); // the same weights
+
+        (TensorSource norm, byte[] bytes) = tensors.Single(tensor => tensor.Source.Name == "model.norm.weight");
+        for (int i = 0; i < bytes.Length; i += 2)
+            (bytes[i], bytes[i + 1]) = (0x00, 0xBF); // -0.5: another model
+        await publisher.PushAsync([norm], options: options with { Partial = true }, cancellationToken: Token);
+        int[] changed = await TokensAsync();
+        Assert.NotEqual(original, changed);
+        if (transport == PushTransport.File)
+            return;
+
+        byte[] before = Tensors().Single(tensor => tensor.Source.Name == "model.norm.weight").Bytes;
+        uint[] all = [.. Enumerable.Range(0, before.Length / 2).Select(i => (uint)i)];
+        var sparse = TensorSource.Sparse(norm.Name, TensorDType.BF16, norm.Shape, all, before);
+        PushResult last = await publisher.PushAsync([sparse], options: options with { Partial = true }, cancellationToken: Token);
+        Assert.Equal(3ul, last.Version);
+        Assert.Equal(original, await TokensAsync());
+        WeightsDescription described = await _client.DescribeWeightsAsync(cancellationToken: Token);
+        Assert.Equal("", described.Tensors.Single(tensor => tensor.Name == norm.Name).Digest);
+    }
+
+    [Fact]
+    public async Task A_trainer_that_shares_the_machine_puts_the_sidecar_to_sleep_while_it_learns()
+    {
+        await using var publisher = new WeightPublisher(_client);
+        int[] original = await TokensAsync();
+        SleepResult asleep = await _client.SleepAsync(cancellationToken: Token);
+        Assert.Equal((EngineState.Sleeping, MemoryTags.All), (asleep.State, asleep.Asleep));
+        Assert.Equal([MemoryTags.Weights, MemoryTags.KvCache], asleep.Freed.Select(freed => freed.Tag));
+        var refused = await Assert.ThrowsAsync<RolloutStateException>(() => TokensAsync());
+        Assert.Contains("SLEEPING", refused.Message, StringComparison.Ordinal);
+
+        Assert.Equal(MemoryTags.KvCache, await _client.WakeUpAsync(MemoryTags.Weights, cancellationToken: Token));
+        await publisher.PushAsync([.. Tensors().Select(tensor => tensor.Source)], cancellationToken: Token);
+        Assert.Equal(MemoryTags.None, await _client.WakeUpAsync(cancellationToken: Token));
+        Assert.Equal(original, await TokensAsync());
+    }
+
+    [Fact]
+    public async Task A_push_in_place_that_breaks_half_way_is_reported_as_poison_and_the_next_full_one_heals()
+    {
+        await using var publisher = new WeightPublisher(_client);
+        int[] original = await TokensAsync();
+        List<(TensorSource Source, byte[] Bytes)> tensors = Tensors();
+        TensorSource lying = new(tensors[^1].Source.Name, TensorDType.BF16, tensors[^1].Source.Shape,
+            (_, _) => throw new InvalidOperationException("the trainer's tensor is gone"));
+        // In turns: were there room for all of it, nothing would be sent before all is written, and nothing would have happened.
+        await using (var ring = new WeightPublisher(_client) { MaxSharedMemoryBytes = 50_000 })
+        {
+            await Assert.ThrowsAsync<InvalidOperationException>(() => ring.PushAsync(
+                [.. tensors.SkipLast(1).Select(tensor => tensor.Source), lying],
+                options: new PushOptions { Mode = UpdateMode.InPlace },
+                cancellationToken: Token));
+        }
+
+        SidecarStatus status = await _client.StatusAsync(cancellationToken: Token);
+        Assert.Equal((EngineState.Poisoned, 0ul), (status.State, status.Version));
+        var refused = await Assert.ThrowsAsync<RolloutStateException>(() => TokensAsync());
+        Assert.Contains("POISONED", refused.Message, StringComparison.Ordinal);
+        await publisher.PushAsync([.. tensors.Select(tensor => tensor.Source)], cancellationToken: Token);
+        Assert.Equal(original, await TokensAsync());
+    }
+
+    private async Task<int[]> TokensAsync()
+    {
+        await foreach (Sample sample in _client.GenerateAsync(s_prompt, s_greedy, cancellationToken: Token))
+            return sample.Ids;
+        throw new InvalidOperationException("no sample came");
+    }
+
+    /// <summary>The golden model's own weights.</summary>
+    private static List<(TensorSource Source, byte[] Bytes)> Tensors()
+    {
+        byte[] file = File.ReadAllBytes(Path.Combine(s_model, "model.safetensors"));
+        int header = (int)BitConverter.ToInt64(file);
+        using var json = JsonDocument.Parse(file.AsMemory(8, header));
+        List<(TensorSource, byte[])> tensors = [];
+        foreach (JsonProperty tensor in json.RootElement.EnumerateObject().Where(entry => entry.Name != "__metadata__"))
+        {
+            long[] shape = [.. tensor.Value.GetProperty("shape").EnumerateArray().Select(length => length.GetInt64())];
+            int[] range = [.. tensor.Value.GetProperty("data_offsets").EnumerateArray().Select(offset => offset.GetInt32())];
+            byte[] bytes = file[(8 + header + range[0])..(8 + header + range[1])];
+            tensors.Add((TensorSource.FromMemory(tensor.Name, TensorDType.BF16, shape, bytes), bytes));
+        }
+
+        return tensors;
+    }
+
+    private static string GoldenFolder()
+    {
+        for (DirectoryInfo? at = new(AppContext.BaseDirectory); at is not null; at = at.Parent)
+        {
+            string folder = Path.Combine(at.FullName, "tests", "golden", "qwen3");
+            if (Directory.Exists(folder))
+                return folder;
+        }
+
+        throw new DirectoryNotFoundException("tests/golden/qwen3");
+    }
+}
