@@ -1,6 +1,6 @@
 """The messages and calls of ``rollout.v1``, built at import from the descriptors in ``rollout.binpb``.
 
-Built, not generated: code from protoc runs with one generation of the protobuf runtime, descriptors run with all of them (3.20 to 6).
+Built, not generated: code from protoc runs with one generation of the protobuf runtime, descriptors run with all of them (3.21 and later).
 ``sidecar/client.python/regenerate`` writes the file from protos/; a test fails when the two differ.
 """
 

@@ -157,8 +157,16 @@ def _rounded(name: str, array: NDArray[Any]) -> TensorSource:
     def copy_rows(first: int, end: int, destination: memoryview) -> None:
         rows = np.ascontiguousarray(values[first:end], np.float32)
         bits = rows.view(np.uint32)
-        # To nearest, ties to even. What wraps around is not a number, and stays one.
-        rounded = (bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1))) >> 16
-        np.frombuffer(destination, "<u2").reshape(rows.shape)[...] = np.where(np.isnan(rows), np.uint32(0x7FC0), rounded)
+        # To nearest, ties to even: (bits + 0x7FFF + (bits >> 16 & 1)) >> 16, without an array for each step.
+        rounded = bits >> 16
+        rounded &= 1
+        rounded += 0x7FFF
+        rounded += bits
+        rounded >>= 16
+        sent = np.frombuffer(destination, "<u2").reshape(rows.shape)
+        sent[...] = rounded
+        not_a_number = np.isnan(rows)
+        if not_a_number.any():
+            sent[not_a_number] = 0x7FC0  # what wrapped around
 
     return TensorSource(name, "BF16", array.shape, copy_rows)
