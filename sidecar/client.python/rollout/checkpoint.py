@@ -40,7 +40,7 @@ def save(folder: str | PathLike[str], weights: Weights, config: Mapping[str, Any
     text += b" " * (-len(text) % 8)  # the data starts on an 8-byte boundary
     with open(folder / "model.safetensors", "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
+        scratch = memoryview(bytearray(max(tensor.piece_bytes for tensor in tensors)))
         for tensor in tensors:
-            piece = memoryview(bytearray(tensor.piece_bytes))
-            tensor.copy_to(lambda start, size, piece=piece: piece[:size], file.write)
+            tensor.copy_to(lambda start, size: scratch[:size], file.write)
     return folder

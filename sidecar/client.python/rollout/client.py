@@ -77,7 +77,7 @@ class Rollout:
                 status = self.status(timeout=max(0.1, min(5.0, deadline - time.monotonic())))
                 if status.state != "loading":
                     return status
-                answer = status.state
+                answer: str = status.state
             except (UnavailableError, RolloutTimeoutError) as error:
                 answer = str(error)
             if time.monotonic() + _READY_POLL >= deadline:

@@ -109,10 +109,12 @@ class Calls:
 
     def __init__(self, channel: grpc.Channel) -> None:
         def unary(method: str, request: Any, reply: Any) -> UnaryCall:
-            return channel.unary_unary(f"/rollout.v1.{method}", request.SerializeToString, reply.FromString)
+            call: UnaryCall = channel.unary_unary(f"/rollout.v1.{method}", request.SerializeToString, reply.FromString)
+            return call
 
         def stream(method: str, request: Any, reply: Any) -> StreamCall:
-            return channel.stream_stream(f"/rollout.v1.{method}", request.SerializeToString, reply.FromString)
+            call: StreamCall = channel.stream_stream(f"/rollout.v1.{method}", request.SerializeToString, reply.FromString)
+            return call
 
         self.generate_batch = stream("RolloutService/GenerateBatch", GenerateRequest, GenerateReply)
         self.score = unary("RolloutService/Score", ScoreRequest, ScoreReply)

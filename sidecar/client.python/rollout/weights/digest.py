@@ -7,7 +7,9 @@ way.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
+xxhash: Any
 try:
     import xxhash
 except ImportError:
@@ -28,7 +30,7 @@ class TensorDigest:
 
     def digest(self) -> bytes:
         """Sixteen bytes, most significant first; empty without xxhash."""
-        return b"" if self._hash is None else self._hash.digest()
+        return b"" if self._hash is None else bytes(self._hash.digest())
 
 
 def combine(digests: Iterable[bytes]) -> bytes:

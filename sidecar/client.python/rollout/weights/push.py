@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import grpc
@@ -164,7 +165,8 @@ class WeightPush:
                 digest.update(piece)
                 call.raise_if_ended()
 
-            tensor.copy_to(lambda start, size, offset=offset: file.view[offset + start : offset + start + size], done)
+            payload = file.view[offset : offset + tensor.bytes]
+            tensor.copy_to(partial(_part, payload), done)
             self._digests.append(digest.digest())
 
     def _send_payload(self, call: UpdateCall) -> None:
@@ -250,3 +252,7 @@ class WeightPush:
         lap = now - self._lapped
         self._lapped = now
         return lap
+
+
+def _part(payload: memoryview, start: int, size: int) -> memoryview:
+    return payload[start : start + size]

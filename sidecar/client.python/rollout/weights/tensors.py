@@ -55,7 +55,7 @@ class TensorSource:
         """Of the largest piece that ``copy_to`` writes at once: whole rows, about a mebibyte where they are short enough."""
         return min(self.bytes, self._piece_rows() * self._row_bytes())
 
-    def copy_to(self, place: Callable[[int, int], memoryview], done: Callable[[memoryview], None]) -> None:
+    def copy_to(self, place: Callable[[int, int], memoryview], done: Callable[[memoryview], object]) -> None:
         """Copies the tensor piece by piece in ascending order.
 
         Args:
