@@ -8,7 +8,6 @@ from typing import Any
 
 import grpc
 import support  # noqa: F401  puts the package on the path
-
 from rollout import _wire as wire
 
 Update = Callable[[Iterator[Any]], Iterator[Any]]

@@ -12,7 +12,7 @@ from unittest import mock
 
 import numpy as np
 from fake_sidecar import FakeSidecar
-from support import SHM, SidecarTests, eventually, other_weights, own_files
+from support import SHM, SidecarTests, eventually, golden_weights, other_weights, own_files
 
 import rollout
 from rollout import (
@@ -82,6 +82,19 @@ class RealSidecarTests(SidecarTests):
                 self.rollout.push_weights(other_weights("qwen3"))
         self.assertIs(failed.exception.outcome, UpdateOutcome.UNKNOWN)
         self.assert_serves_the_old_weights()
+
+    def test_a_stream_that_breaks_in_place_poisons_until_a_full_push(self) -> None:
+        def breaks(call, **request):
+            if "commit" in request:
+                call._stream.cancel()
+            SEND(call, **request)
+
+        with mock.patch.object(UpdateCall, "send", breaks), self.assertRaisesRegex(WeightUpdateFailed, "push a full update") as failed:
+            self.rollout.push_weights(other_weights("qwen3"), mode="in_place")
+        self.assertIs(failed.exception.outcome, UpdateOutcome.POISONED)
+        self.assertEqual(self.rollout.status().state, "poisoned")
+        self.rollout.push_weights(golden_weights("qwen3"), mode="in_place")
+        self.assert_serves_the_old_weights(version=1)
 
     def test_a_flipped_bit_is_not_committed(self) -> None:
         if digest.xxhash is None:
@@ -166,7 +179,7 @@ class RealSidecarTests(SidecarTests):
 
 
 class FakeSidecarTests(SidecarTests):
-    """In place, digests that differ, sleep: from a sidecar that says so."""
+    """Digests that differ, broken commits, sidecars of another age."""
 
     def setUp(self) -> None:
         self.status = wire.StatusReply(state=2, version=4)

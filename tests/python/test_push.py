@@ -150,6 +150,30 @@ class PushTests(SidecarTests):
         self.assertIn([0, 1], spans)
         self.assertTrue(all(len(sample.ids) == sample.versions[-1].end for sample in result[0]))
 
+    def test_in_place_and_partial(self) -> None:
+        weights = golden_weights("qwen3")
+        other = other_weights("qwen3")
+        self.assertEqual(self.rollout.push_weights(other, mode="in_place").mode, "in_place")
+        self.assert_serves(other)
+        some = {name: weights[name] for name in list(weights)[2:5]}
+        self.assertEqual(self.rollout.push_weights(some, partial=True, mode="staged").mode, "staged")
+        self.assert_serves({**other, **some}, 2)
+        with self.assertRaisesRegex(WeightUpdateRejected, "missing"):
+            self.rollout.push_weights(some)
+
+    def test_weights_that_slept_are_served_again_after_a_full_push(self) -> None:
+        weights = other_weights("qwen3")
+        slept = self.rollout.sleep()
+        self.assertEqual((slept.state, set(slept.freed), slept.asleep), ("sleeping", {"weights", "kv_cache"}, ("weights", "kv_cache")))
+        self.assertEqual(self.rollout.status().asleep, slept.asleep)
+        with self.assertRaisesRegex(StateError, "sleep"):
+            self.rollout.generate([[1]])
+        self.assertEqual(self.rollout.wake_up(), "poisoned")
+        with self.assertRaisesRegex(WeightUpdateRejected, "full update"):
+            self.rollout.push_weights(dict(list(weights.items())[:1]), partial=True)
+        self.rollout.push_weights(weights)
+        self.assert_serves(weights)
+
     def test_a_manifest_that_does_not_fit_is_rejected_with_every_problem(self) -> None:
         weights = golden_weights("qwen3")
         names = list(weights)
