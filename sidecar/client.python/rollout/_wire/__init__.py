@@ -1,0 +1,128 @@
+"""The messages and calls of ``rollout.v1``, built at import from the descriptors in ``rollout.binpb``.
+
+Built, not generated: code from protoc runs with one generation of the protobuf runtime, descriptors run with all of them (3.21 and later).
+``sidecar/client.python/regenerate`` writes the file from protos/; a test fails when the two differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import resources
+from typing import Any, Protocol
+
+import grpc
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+# A pool of our own: another library in the process may bring its own rollout.v1.
+_pool = descriptor_pool.DescriptorPool()
+for _file in descriptor_pb2.FileDescriptorSet.FromString(resources.files(__name__).joinpath("rollout.binpb").read_bytes()).file:
+    _pool.AddSerializedFile(_file.SerializeToString())
+
+
+def _message(name: str) -> Any:
+    descriptor = _pool.FindMessageTypeByName(f"rollout.v1.{name}")
+    if hasattr(message_factory, "GetMessageClass"):
+        return message_factory.GetMessageClass(descriptor)
+    return message_factory.MessageFactory(_pool).GetPrototype(descriptor)  # before protobuf 4.22
+
+
+class Enum:
+    """An enum of the wire under the names a caller writes: ``ENGINE_STATE_RUNNING`` is ``"running"``."""
+
+    def __init__(self, name: str, prefix: str) -> None:
+        values = _pool.FindEnumTypeByName(f"rollout.v1.{name}").values
+        self._names: Mapping[int, str] = {value.number: value.name.removeprefix(prefix).lower() for value in values if value.number}
+        self._numbers: Mapping[str, int] = {name: number for number, name in self._names.items()}
+
+    def name(self, number: int) -> str:
+        """``"unknown_7"`` for a value that is newer than this client."""
+        return self._names.get(number, f"unknown_{number}")
+
+    def number(self, name: str, argument: str) -> int:
+        """Raises ValueError naming the argument and what it may be."""
+        if name not in self._numbers:
+            raise ValueError(f"{argument}={name!r}: expected one of {', '.join(map(repr, self._numbers))}")
+        return self._numbers[name]
+
+
+FINISH_REASON = Enum("FinishReason", "FINISH_REASON_")
+ENGINE_STATE = Enum("EngineState", "ENGINE_STATE_")
+PAUSE_MODE = Enum("PauseMode", "PAUSE_MODE_")
+MEMORY_TAG = Enum("MemoryTag", "MEMORY_TAG_")
+TENSOR_DTYPE = Enum("TensorDType", "TENSOR_DTYPE_")
+UPDATE_POLICY = Enum("UpdatePolicy", "UPDATE_POLICY_")
+UPDATE_MODE = Enum("UpdateMode", "UPDATE_MODE_")
+
+TokenIds = _message("TokenIds")
+GenerateRequest = _message("GenerateRequest")
+GenerateReply = _message("GenerateReply")
+ScoreRequest = _message("ScoreRequest")
+ScoreReply = _message("ScoreReply")
+AbortRequest = _message("AbortRequest")
+AbortReply = _message("AbortReply")
+RequestIds = _message("RequestIds")
+
+StatusRequest = _message("StatusRequest")
+StatusReply = _message("StatusReply")
+PauseRequest = _message("PauseRequest")
+PauseReply = _message("PauseReply")
+ResumeRequest = _message("ResumeRequest")
+ResumeReply = _message("ResumeReply")
+SleepRequest = _message("SleepRequest")
+SleepReply = _message("SleepReply")
+WakeUpRequest = _message("WakeUpRequest")
+WakeUpReply = _message("WakeUpReply")
+
+DescribeRequest = _message("DescribeRequest")
+DescribeReply = _message("DescribeReply")
+UpdateRequest = _message("UpdateRequest")
+UpdateReply = _message("UpdateReply")
+BeginUpdate = _message("BeginUpdate")
+ManifestTensor = _message("ManifestTensor")
+Chunk = _message("Chunk")
+SharedMemory = _message("SharedMemory")
+Commit = _message("Commit")
+AbortUpdate = _message("AbortUpdate")
+
+
+class UnaryCall(Protocol):
+    """One request, one reply."""
+
+    def __call__(self, request: Any, *, timeout: float | None) -> Any: ...
+
+
+class ReplyStream(Protocol):
+    """The replies of a call under way."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+    def cancel(self) -> bool: ...
+
+
+class StreamCall(Protocol):
+    """Requests and replies, each as they come."""
+
+    def __call__(self, requests: Iterable[Any], *, timeout: float | None) -> ReplyStream: ...
+
+
+class Calls:
+    """What a sidecar can be asked."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        def unary(method: str, request: Any, reply: Any) -> UnaryCall:
+            call: UnaryCall = channel.unary_unary(f"/rollout.v1.{method}", request.SerializeToString, reply.FromString)
+            return call
+
+        def stream(method: str, request: Any, reply: Any) -> StreamCall:
+            call: StreamCall = channel.stream_stream(f"/rollout.v1.{method}", request.SerializeToString, reply.FromString)
+            return call
+
+        self.generate_batch = stream("RolloutService/GenerateBatch", GenerateRequest, GenerateReply)
+        self.score = unary("RolloutService/Score", ScoreRequest, ScoreReply)
+        self.abort = unary("RolloutService/Abort", AbortRequest, AbortReply)
+        self.status = unary("ControlService/Status", StatusRequest, StatusReply)
+        self.pause = unary("ControlService/Pause", PauseRequest, PauseReply)
+        self.resume = unary("ControlService/Resume", ResumeRequest, ResumeReply)
+        self.sleep = unary("ControlService/Sleep", SleepRequest, SleepReply)
+        self.wake_up = unary("ControlService/WakeUp", WakeUpRequest, WakeUpReply)
+        self.describe = unary("WeightsService/Describe", DescribeRequest, DescribeReply)
+        self.update = stream("WeightsService/Update", UpdateRequest, UpdateReply)

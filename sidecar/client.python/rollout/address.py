@@ -1,0 +1,21 @@
+"""Where a sidecar listens."""
+
+from __future__ import annotations
+
+_MAX_SOCKET_PATH = 107  # sockaddr_un holds 108 bytes with the terminating zero
+
+
+def target(address: str) -> str:
+    """What gRPC is told for ``unix:/path``, ``unix:///path``, ``host:port`` or ``http://host:port``. Raises ValueError for anything else."""
+    if address.startswith("unix:"):
+        path = address.removeprefix("unix:")
+        path = path.removeprefix("//") if path.startswith("///") else path
+        if not path.startswith("/"):
+            raise ValueError(f"address {address!r}: the path of a Unix socket must be absolute")
+        if len(path.encode()) > _MAX_SOCKET_PATH:
+            raise ValueError(f"address {address!r}: the path of a Unix socket may be at most {_MAX_SOCKET_PATH} bytes long")
+        return f"unix:{path}"
+    host, _, port = address.removeprefix("http://").removesuffix("/").rpartition(":")
+    if not host or not port.isascii() or not port.isdigit() or "/" in host:
+        raise ValueError(f"address {address!r}: expected unix:/path/to/socket or host:port")
+    return f"{host}:{port}"

@@ -1,0 +1,161 @@
+"""What the sidecar says about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _wire as wire
+from .generation import TopLogprobs, float32, int32
+
+EngineState = Literal["loading", "running", "pausing", "paused", "updating", "sleeping", "poisoned", "faulted"]
+"""updating: in place, no step runs. poisoned: only a full update ends this. faulted: restart the sidecar. A state that is newer than this
+client reads "unknown_<number>"."""
+
+PauseMode = Literal["abort", "wait", "keep"]
+"""abort: end all groups, returning their partial tokens. wait: let running groups end first; new ones wait. keep: freeze between two steps;
+samples go on at resume."""
+
+MemoryTag = Literal["weights", "kv_cache"]
+"""weights: with the staging set; after waking only a full push makes the engine serve. kv_cache: with all cached prefixes."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """What the sidecar is doing. Counters grow from its start."""
+
+    state: EngineState
+    reason: str
+    """Why faulted or poisoned, who paused or updates, what sleeps; else empty."""
+
+    version: int
+    """Of the weights being served."""
+
+    model: str
+    backend: str
+    running: int
+    """Samples with a seat in the batch."""
+
+    waiting: int
+    """Samples without one."""
+
+    kv_blocks_total: int
+    kv_blocks_used: int
+    """Held by samples."""
+
+    kv_blocks_cached: int
+    """Free to take, still holding a reusable prefix."""
+
+    steps: int
+    generated_tokens: int
+    prefilled_tokens: int
+    prefix_hit_tokens: int
+    preemptions: int
+    updating: bool
+    """An update is under way, staged or in place, by ``update_owner``."""
+
+    update_owner: str
+    vocab_size: int
+    max_context: int
+    """Tokens of one sample, prompt included."""
+
+    asleep: tuple[MemoryTag, ...]
+
+    @staticmethod
+    def from_wire(reply: Any) -> Status:
+        plain = {name: getattr(reply, name) for name in Status.__dataclass_fields__ if name not in ("state", "asleep")}
+        return Status(state=state(reply), asleep=tags(reply.asleep), **plain)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Log-probabilities of given tokens."""
+
+    ids: NDArray[np.int32]
+    """The tokens scored."""
+
+    logprobs: NDArray[np.float32]
+    """Model log-probability of ids[1:], each given the tokens before it: one less than ids."""
+
+    top: TopLogprobs | None
+    """Alternatives of every position after the first and, in the last row, of the token that would come next: a row an id. None unless
+    asked for."""
+
+    version: int
+    """Of the weights that scored."""
+
+    @staticmethod
+    def from_wire(reply: Any) -> Score:
+        return Score(int32(reply.ids), float32(reply.logprobs), TopLogprobs.from_wire(reply.top), reply.version)
+
+
+@dataclass(frozen=True)
+class Aborted:
+    """What an abort has ended."""
+
+    groups: int
+    samples: int
+    unknown: tuple[str, ...]
+    """Ids that are not in flight."""
+
+
+@dataclass(frozen=True)
+class FreedMemory:
+    """What one tag has given back."""
+
+    allocated_bytes: int
+    """Address space."""
+
+    freed_bytes: int
+    """How much the process's resident memory fell; less than allocated where pages had never been touched."""
+
+
+@dataclass(frozen=True)
+class Slept:
+    """What a sleep has freed."""
+
+    state: EngineState
+    freed: Mapping[MemoryTag, FreedMemory]
+    """One a tag that was awake before."""
+
+    asleep: tuple[MemoryTag, ...]
+
+
+@dataclass(frozen=True)
+class DescribedTensor:
+    """One tensor of the weights being served."""
+
+    dtype: str
+    """As stored by the engine: "BF16", "F16" or "F32". Other types are converted."""
+
+    shape: tuple[int, ...]
+    digest: str
+    """XxHash128 of the bytes as last sent, 32 hexadecimal digits; empty where none is known."""
+
+
+@dataclass(frozen=True)
+class WeightsDescription:
+    """The weights being served."""
+
+    version: int
+    tensors: Mapping[str, DescribedTensor]
+    """By the Hugging Face checkpoint's name."""
+
+    @staticmethod
+    def from_wire(reply: Any) -> WeightsDescription:
+        return WeightsDescription(reply.version, {
+            tensor.name: DescribedTensor(wire.TENSOR_DTYPE.name(tensor.dtype).upper(), tuple(tensor.shape), tensor.digest.hex())
+            for tensor in reply.tensors
+        })
+
+
+def state(reply: Any) -> EngineState:
+    return wire.ENGINE_STATE.name(reply.state)  # type: ignore[return-value]
+
+
+def tags(values: Any) -> tuple[MemoryTag, ...]:
+    return tuple(wire.MEMORY_TAG.name(value) for value in values)  # type: ignore[misc]

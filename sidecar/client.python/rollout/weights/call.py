@@ -1,0 +1,111 @@
+"""The stream of one update."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from typing import Any
+
+import grpc
+
+from .. import _wire as wire
+from ..errors import Problem, UpdateOutcome, WeightUpdateFailed, WeightUpdateRejected
+
+_ABORT_WITHIN = 1.0
+_POLL = 0.05
+
+
+class StreamEnded(Exception):
+    """The stream is over and the sidecar has not said how the update ended."""
+
+    def __init__(self, cause: grpc.RpcError | None) -> None:
+        super().__init__(cause)
+        self.cause = cause
+        self.code: grpc.StatusCode = grpc.StatusCode.UNAVAILABLE if cause is None else cause.code()
+        self.detail: str = "the sidecar ended the update without an answer" if cause is None else cause.details() or ""
+
+
+class UpdateCall:
+    """Replies are read as they come, also while we send: a sidecar that gives up is noticed at once."""
+
+    def __init__(self, calls: wire.Calls, timeout: float) -> None:
+        self._requests: queue.Queue[Any] = queue.Queue(maxsize=1)
+        self._replies: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._ended = threading.Event()
+        self._stream = calls.update(iter(self._requests.get, None), timeout=timeout)
+        threading.Thread(target=self._read, name="rollout-update", daemon=True).start()
+
+    def send(self, **step: Any) -> None:
+        """Sends a step; waits while the one before it has not left. Raises what ``next`` raises where the call has ended."""
+        request = wire.UpdateRequest(**step)
+        while True:
+            self.raise_if_ended()
+            try:
+                return self._requests.put(request, timeout=_POLL)
+            except queue.Full:
+                continue
+
+    def raise_if_ended(self) -> None:
+        """The sidecar has given up or is gone: going on is useless."""
+        while self._ended.is_set():
+            self.next()
+
+    def next(self) -> Any:
+        """The next reply that is not an error.
+
+        Raises:
+            WeightUpdateRejected, WeightUpdateFailed: The sidecar gave up, for the reason it gave.
+            StreamEnded: The connection or the call failed.
+        """
+        reply = self._replies.get()
+        if isinstance(reply, StreamEnded):
+            self._replies.put(reply)
+            raise reply
+        step = reply.WhichOneof("step")
+        if step == "rejected":
+            raise WeightUpdateRejected([Problem(problem.field, problem.message) for problem in reply.rejected.problems])
+        if step in ("failed", "aborted"):
+            end = getattr(reply, step)
+            outcome = UpdateOutcome.POISONED if end.poisoned else UpdateOutcome.NOT_COMMITTED
+            served = "the weights in service are lost" if end.poisoned else "the old weights are still served"
+            raise WeightUpdateFailed(f"the update {'failed' if step == 'failed' else 'was aborted'}, {served}: {end.reason}", outcome)
+        return reply
+
+    def until(self, step: str) -> Any:
+        """The next reply of this kind, skipping others."""
+        while True:
+            reply = self.next()
+            if reply.WhichOneof("step") == step:
+                return getattr(reply, step)
+
+    def abort(self, reason: str) -> None:
+        """Tells the sidecar why, where it still listens; closing alone would do, without a reason in its log."""
+        try:
+            self._requests.put(wire.UpdateRequest(abort=wire.AbortUpdate(reason=reason)), timeout=_ABORT_WITHIN)
+            self._ended.wait(_ABORT_WITHIN)
+        except queue.Full:
+            pass  # it hangs; the broken stream tells it
+
+    def close(self) -> None:
+        """Ends the call where it has not ended."""
+        self._stream.cancel()
+        self._ended.wait()
+        # gRPC's sending thread waits for a request; give it the end.
+        while True:
+            try:
+                return self._requests.put_nowait(None)
+            except queue.Full:
+                try:
+                    self._requests.get_nowait()
+                except queue.Empty:
+                    continue
+
+    def _read(self) -> None:
+        cause = None
+        try:
+            for reply in self._stream:
+                self._replies.put(reply)
+        except grpc.RpcError as error:
+            cause = error
+        self._replies.put(StreamEnded(cause))
+        self._ended.set()

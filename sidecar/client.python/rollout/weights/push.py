@@ -1,0 +1,258 @@
+"""One push, from preflight to commit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import grpc
+
+from .. import _wire as wire
+from ..control import Status, WeightsDescription
+from ..errors import RolloutError, UpdateOutcome, WeightDigestError, WeightUpdateFailed, WeightUpdateRejected, from_rpc, from_status
+from .call import StreamEnded, UpdateCall
+from .digest import TensorDigest, combine
+from .layout import PayloadLayout
+from .shared_memory import SharedMemoryFile
+from .tensors import TensorSource
+
+_CHUNK_BYTES = 1 << 20
+_RESOLVE_POLL = 0.1
+_MAX_DEADLINE = (1 << 32) - 1
+
+
+@dataclass
+class PushTimings:
+    """Where the time of a push went, in seconds. The first four add up to about ``total``. The sidecar's own are 0 in a push that is confirmed
+    by its status."""
+
+    preflight: float = 0.0
+    """Until the sidecar has agreed to the manifest."""
+
+    write: float = 0.0
+    """Copying tensors out of the trainer, hashing and writing or sending them."""
+
+    transfer: float = 0.0
+    """Waiting for the sidecar to have read what was written or sent."""
+
+    commit: float = 0.0
+    """From commit to the sidecar's answer that the new weights are served."""
+
+    total: float = 0.0
+    server_transfer: float = 0.0
+    """From ready to the last byte."""
+
+    server_swap: float = 0.0
+    """From commit to the step boundary where the new weights took over."""
+
+    server_stall: float = 0.0
+    """How long no step could run."""
+
+
+@dataclass(frozen=True)
+class PushResult:
+    """The new version is served."""
+
+    version: int
+    digest: str
+    """XxHash128 over the digests of the tensors in their order, 32 hexadecimal digits; empty where not known."""
+
+    payload_bytes: int
+    mode: Literal["staged", "in_place"]
+    timings: PushTimings
+    confirmed_by_status: bool = False
+    """The answer to the commit was lost; asking afterwards showed that it had been done."""
+
+
+@dataclass
+class WeightPush:
+    """Used once."""
+
+    calls: wire.Calls
+    layout: PayloadLayout
+    tensors: Sequence[TensorSource]
+    begin: Any
+    """BeginUpdate, without the manifest, the payload's size and the deadline."""
+
+    file: Callable[[int], SharedMemoryFile] | None
+    """Gives shared memory of at least so many bytes; None: the payload goes in the stream."""
+
+    timeout: float
+    resolve_within: float
+    _digests: list[bytes] = field(default_factory=list)
+    _mode: Literal["staged", "in_place"] = "staged"
+    _timings: PushTimings = field(default_factory=PushTimings)
+    _agreed: bool = False
+    _payload_sent: bool = False
+    _commit_sent: bool = False
+
+    def run(self) -> PushResult:
+        self._started = self._lapped = time.monotonic()
+        self.begin.manifest.extend(self.layout.manifest)
+        self.begin.payload_bytes = self.layout.payload_bytes
+        self.begin.deadline_milliseconds = max(1, min(round(self.timeout * 1000), _MAX_DEADLINE))
+        call = UpdateCall(self.calls, self.timeout)
+        try:
+            return self._run(call)
+        except StreamEnded as end:
+            if not self._agreed:
+                raise from_status(end.code, end.detail) from end.cause
+            # Only the sidecar knows what has become of a commit, or of weights that were being overwritten.
+            undecided = self._commit_sent or self._payload_sent and self._mode == "in_place"
+            outcome = self._resolve() if undecided else UpdateOutcome.NOT_COMMITTED
+            if outcome is UpdateOutcome.COMMITTED:
+                return self._confirmed()
+            raise self._broken(end, outcome) from end.cause
+        except (WeightUpdateRejected, WeightUpdateFailed):
+            raise
+        except BaseException as error:
+            if not self._commit_sent:
+                call.abort(f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            call.close()
+
+    def _run(self, call: UpdateCall) -> PushResult:
+        # :: Step 1: the sidecar agrees to the manifest, before a byte moves.
+        call.send(begin=self.begin)
+        ready = call.until("ready")
+        self._agreed = True
+        self._mode = self._checked_mode(ready)
+        self._timings.preflight = self._lap()
+
+        # :: Step 2: the bytes leave the trainer.
+        if self.file is None:
+            self._send_payload(call)
+        else:
+            file = self.file(max(1, self.layout.payload_bytes))
+            self._write_payload(call, file)
+        self._timings.write = self._lap()
+
+        # :: Step 3: the sidecar has them. Waiting for that here keeps the commit, where an answer may be lost, short.
+        if self.file is not None:
+            self._payload_sent = True
+            call.send(shared_memory=wire.SharedMemory(path=str(file.path)))
+        while call.until("progress").payload_bytes < self.layout.payload_bytes:
+            pass
+        self._timings.transfer = self._lap()
+
+        # :: Step 4: commit, if it has received what we sent.
+        digest = combine(self._digests)
+        self._commit_sent = True
+        call.send(commit=wire.Commit(digest=digest))
+        committed = call.until("committed")
+        self._check_digest(committed.version, committed.digest)
+        self._timings.server_transfer = committed.timings.transfer_seconds
+        self._timings.server_swap = committed.timings.swap_seconds
+        self._timings.server_stall = committed.timings.stall_seconds
+        return self._result(committed.digest)
+
+    def _checked_mode(self, ready: Any) -> Literal["staged", "in_place"]:
+        asked = wire.UPDATE_MODE.name(self.begin.mode) if self.begin.mode else "auto"
+        given = wire.UPDATE_MODE.name(ready.mode) if ready.mode else "staged"  # a sidecar that does not say knows no other
+        if asked not in ("auto", given):
+            raise RolloutError(f"the sidecar would update {given}, not {asked}: it is older than this client")
+        return given  # type: ignore[return-value]
+
+    def _write_payload(self, call: UpdateCall, file: SharedMemoryFile) -> None:
+        for tensor, offset in zip(self.tensors, self.layout.offsets):
+            digest = TensorDigest()
+
+            def done(piece: memoryview, digest: TensorDigest = digest) -> None:
+                digest.update(piece)
+                call.raise_if_ended()
+
+            payload = file.view[offset : offset + tensor.bytes]
+            tensor.copy_to(partial(_part, payload), done)
+            self._digests.append(digest.digest())
+
+    def _send_payload(self, call: UpdateCall) -> None:
+        scratch = memoryview(bytearray(max(tensor.piece_bytes for tensor in self.tensors)))
+        sent = 0
+        self._payload_sent = True
+        for tensor, offset in zip(self.tensors, self.layout.offsets):
+            digest = TensorDigest()
+
+            def send(piece: memoryview | bytes) -> None:
+                nonlocal sent
+                for at in range(0, len(piece), _CHUNK_BYTES):
+                    chunk = bytes(piece[at : at + _CHUNK_BYTES])
+                    call.send(chunk=wire.Chunk(offset=sent, data=chunk))
+                    sent += len(chunk)
+
+            def done(piece: memoryview, digest: TensorDigest = digest) -> None:
+                digest.update(piece)
+                send(piece)
+
+            send(bytes(offset - sent))  # the gap before it
+            tensor.copy_to(lambda start, size: scratch[:size], done)
+            self._digests.append(digest.digest())
+
+    def _resolve(self) -> UpdateOutcome:
+        """The connection broke and only the sidecar knows what came of it."""
+        until = time.monotonic() + self.resolve_within
+        while (left := until - time.monotonic()) > 0:
+            try:
+                status = Status.from_wire(self.calls.status(wire.StatusRequest(), timeout=left))
+                if status.state == "poisoned":
+                    return UpdateOutcome.POISONED
+                if status.version == self.begin.new_version and self._commit_sent:
+                    return UpdateOutcome.COMMITTED
+                if status.version != self.begin.base_version:
+                    return UpdateOutcome.UNKNOWN  # somebody else has pushed since, over ours or over the old one
+                if not status.updating:
+                    return UpdateOutcome.NOT_COMMITTED
+            except grpc.RpcError as error:
+                if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                    raise from_rpc(error) from error
+                # It may be restarting, or only the connection broke.
+            time.sleep(_RESOLVE_POLL)
+        return UpdateOutcome.UNKNOWN
+
+    def _confirmed(self) -> PushResult:
+        # The same number may be another trainer's update; the digests tell.
+        try:
+            described = self.calls.describe(wire.DescribeRequest(), timeout=self.resolve_within)
+        except grpc.RpcError as error:
+            raise from_rpc(error) from error
+        served = WeightsDescription.from_wire(described)
+        known = [served.tensors[tensor.name].digest if tensor.name in served.tensors else "" for tensor in self.tensors]
+        received = combine(bytes.fromhex(digest) for digest in known)
+        if received and served.version == self.begin.new_version:
+            self._check_digest(served.version, received)
+        return self._result(received, confirmed_by_status=True)
+
+    def _check_digest(self, version: int, received: bytes) -> None:
+        sent = combine(self._digests)
+        if sent and sent != received:
+            raise WeightDigestError(version, sent.hex(), received.hex())
+
+    def _result(self, digest: bytes, *, confirmed_by_status: bool = False) -> PushResult:
+        self._timings.commit = self._lap()
+        self._timings.total = time.monotonic() - self._started
+        return PushResult(
+            self.begin.new_version, digest.hex(), self.layout.payload_bytes, self._mode, self._timings, confirmed_by_status)
+
+    def _broken(self, end: StreamEnded, outcome: UpdateOutcome) -> WeightUpdateFailed:
+        what = {
+            grpc.StatusCode.DEADLINE_EXCEEDED: f"it took longer than its timeout of {self.timeout:g} s",
+        }.get(end.code, f"{end.code.name}, {end.detail}")
+        served = {
+            UpdateOutcome.NOT_COMMITTED: f"nothing has replaced version {self.begin.base_version}",
+            UpdateOutcome.POISONED: "the weights in service are lost: push a full update",
+        }.get(outcome, f"the sidecar did not say within {self.resolve_within:g} s whether version {self.begin.new_version} is served")
+        return WeightUpdateFailed(
+            f"the update to version {self.begin.new_version} broke off: {what}; {served}", outcome, code=end.code)
+
+    def _lap(self) -> float:
+        now = time.monotonic()
+        lap = now - self._lapped
+        self._lapped = now
+        return lap
+
+
+def _part(payload: memoryview, start: int, size: int) -> memoryview:
+    return payload[start : start + size]

@@ -1,0 +1,172 @@
+"""The trainer's tensors as a push reads them: name, type, shape, and a way to copy rows straight to where they are sent from."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Union
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import torch
+
+DType = Literal["BF16", "F16", "F32"]
+"""Of the elements as they are sent, little-endian; named as safetensors does."""
+
+ITEM_BYTES: Mapping[DType, int] = {"BF16": 2, "F16": 2, "F32": 4}
+
+_PIECE_BYTES = 1 << 20  # fits a core's cache, so that what was just copied is hashed from there
+
+
+@dataclass(frozen=True)
+class BFloat16:
+    """A bfloat16 array, which NumPy itself has no type for: the upper halves of its float32 bits."""
+
+    bits: NDArray[np.uint16]
+
+    def __post_init__(self) -> None:
+        if self.bits.dtype != np.uint16:
+            raise TypeError(f"the bits of bfloat16 are uint16, not {self.bits.dtype}")
+
+
+Weights = Union["torch.nn.Module", "Mapping[str, torch.Tensor]", "Mapping[str, NDArray[Any] | BFloat16]"]
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """One tensor to push. Its rows are those of its first dimension; a scalar has one."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    copy_rows: Callable[[int, int, memoryview], None]
+    """Copies rows [first, end) to a destination of exactly their size, row-major, converted to the type."""
+
+    @property
+    def bytes(self) -> int:
+        return ITEM_BYTES[self.dtype] * math.prod(self.shape)
+
+    @property
+    def piece_bytes(self) -> int:
+        """Of the largest piece that ``copy_to`` writes at once: whole rows, about a mebibyte where they are short enough."""
+        return min(self.bytes, self._piece_rows() * self._row_bytes())
+
+    def copy_to(self, place: Callable[[int, int], memoryview], done: Callable[[memoryview], object]) -> None:
+        """Copies the tensor piece by piece in ascending order.
+
+        Args:
+            place: Gives the memory for bytes [start, start + size) of the tensor.
+            done: Called with it when they are there.
+        """
+        if self.bytes == 0:
+            return
+        rows, step, row_bytes = self._rows(), self._piece_rows(), self._row_bytes()
+        for first in range(0, rows, step):
+            end = min(first + step, rows)
+            destination = place(first * row_bytes, (end - first) * row_bytes)
+            self.copy_rows(first, end, destination)
+            done(destination)
+
+    def _rows(self) -> int:
+        return self.shape[0] if self.shape else 1
+
+    def _row_bytes(self) -> int:
+        return self.bytes // max(1, self._rows())
+
+    def _piece_rows(self) -> int:
+        return max(1, _PIECE_BYTES // max(1, self._row_bytes()))
+
+
+def sources(weights: Weights, dtype: Literal["bfloat16"] | None) -> list[TensorSource]:
+    """The tensors of a module, a state dict or a dict of arrays, in its order. Raises TypeError listing all that cannot be served."""
+    if dtype not in ("bfloat16", None):
+        raise ValueError(f"dtype={dtype!r}: expected 'bfloat16' or None, for as they are")
+    torch = sys.modules.get("torch")  # whoever has a torch tensor has imported it
+    if torch is not None and isinstance(weights, torch.nn.Module):
+        weights = weights.state_dict()
+    if not isinstance(weights, Mapping):
+        raise TypeError(f"weights: expected a torch module, a state dict or a dict of arrays, got {type(weights).__name__}")
+    found: list[TensorSource] = []
+    problems: list[str] = []
+    for name, value in weights.items():
+        try:
+            if torch is not None and isinstance(value, torch.Tensor):
+                found.append(_from_torch(name, value, dtype))
+            elif isinstance(value, (np.ndarray, BFloat16)):
+                found.append(_from_numpy(name, value, dtype))
+            else:
+                problems.append(f"{name!r} is a {type(value).__name__}")
+        except TypeError as error:
+            problems.append(f"{name!r} {error}")
+    if problems:
+        raise TypeError(f"weights: only floating-point tensors can be served: {'; '.join(problems)}")
+    if not found:
+        raise TypeError("weights: an update without tensors")
+    return found
+
+
+def _from_torch(name: str, tensor: torch.Tensor, dtype: Literal["bfloat16"] | None) -> TensorSource:
+    import torch
+
+    kept: dict[torch.dtype, DType] = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+    if not tensor.is_floating_point() or dtype is None and tensor.dtype not in kept:
+        raise TypeError(f"holds {tensor.dtype}")
+    sent = torch.bfloat16 if dtype == "bfloat16" else tensor.dtype
+    values = tensor.detach() if tensor.dim() > 0 else tensor.detach().reshape(1)
+
+    def copy_rows(first: int, end: int, destination: memoryview) -> None:
+        # Whatever the strides, the type and the device: this is the only copy.
+        torch.frombuffer(destination, dtype=sent).view(values[first:end].shape).copy_(values[first:end])
+
+    return TensorSource(name, kept[sent], tuple(tensor.shape), copy_rows)
+
+
+def _from_numpy(name: str, array: NDArray[Any] | BFloat16, dtype: Literal["bfloat16"] | None) -> TensorSource:
+    if isinstance(array, np.ndarray) and array.dtype.name == "bfloat16":  # of ml_dtypes
+        array = BFloat16(array.view(np.uint16))
+    if isinstance(array, BFloat16):
+        return _copied(name, "BF16", array.bits, "<u2")
+    if array.dtype.kind != "f":
+        hint = "; wrap bfloat16 bits in rollout.BFloat16" if array.dtype == np.uint16 else ""
+        raise TypeError(f"holds {array.dtype}{hint}")
+    if dtype == "bfloat16":
+        return _rounded(name, array)
+    if array.dtype == np.float16:
+        return _copied(name, "F16", array, "<f2")
+    if array.dtype == np.float32:
+        return _copied(name, "F32", array, "<f4")
+    raise TypeError(f"holds {array.dtype}")
+
+
+def _copied(name: str, dtype: DType, array: NDArray[Any], element: str) -> TensorSource:
+    values = np.atleast_1d(array)
+
+    def copy_rows(first: int, end: int, destination: memoryview) -> None:
+        np.frombuffer(destination, element).reshape(values[first:end].shape)[...] = values[first:end]
+
+    return TensorSource(name, dtype, array.shape, copy_rows)
+
+
+def _rounded(name: str, array: NDArray[Any]) -> TensorSource:
+    values = np.atleast_1d(array)
+
+    def copy_rows(first: int, end: int, destination: memoryview) -> None:
+        rows = np.ascontiguousarray(values[first:end], np.float32)
+        bits = rows.view(np.uint32)
+        # To nearest, ties to even: (bits + 0x7FFF + (bits >> 16 & 1)) >> 16, without an array for each step.
+        rounded = bits >> 16
+        rounded &= 1
+        rounded += 0x7FFF
+        rounded += bits
+        rounded >>= 16
+        sent = np.frombuffer(destination, "<u2").reshape(rows.shape)
+        sent[...] = rounded
+        not_a_number = np.isnan(rows)
+        if not_a_number.any():
+            sent[not_a_number] = 0x7FC0  # what wrapped around
+
+    return TensorSource(name, "BF16", array.shape, copy_rows)

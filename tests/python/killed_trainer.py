@@ -1,0 +1,25 @@
+"""A trainer that has put its weights into shared memory and stays there until it is killed: run by test_failures."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from support import other_weights
+
+from rollout import Rollout
+from rollout.weights.call import UpdateCall
+
+send = UpdateCall.send
+
+
+def send_and_stay(call: UpdateCall, **step: object) -> None:
+    send(call, **step)
+    if "shared_memory" in step:
+        call.until("progress")
+        print("midway", flush=True)
+        time.sleep(600)
+
+
+UpdateCall.send = send_and_stay
+Rollout(sys.argv[1]).push_weights(other_weights("qwen3"))
