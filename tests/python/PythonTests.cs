@@ -27,6 +27,16 @@ public sealed partial class PythonTests(PythonRun run)
         }
     }
 
+    /// <summary>Also what still runs where there is no Python: a project in which every test is skipped counts as a failure.</summary>
+    [Fact]
+    public void Every_file_has_tests()
+    {
+        string[] tests = [.. Tests.Select(row => row.Data)];
+        Assert.Equal(tests.Distinct(), tests);
+        Assert.All(Directory.GetFiles(PythonRun.Folder, "test_*.py"), file =>
+            Assert.Contains(tests, test => test.StartsWith(Path.GetFileNameWithoutExtension(file) + ".", StringComparison.Ordinal)));
+    }
+
     [Theory, MemberData(nameof(Tests))]
     public void Python(string test)
     {
