@@ -1,11 +1,11 @@
-"""A trainer that has put its weights into shared memory and stays there until it is killed: run by test_failures."""
+"""A trainer that has put its weights into a file of /dev/shm and stays there until it is killed: run by test_failures."""
 
 from __future__ import annotations
 
 import sys
 import time
 
-from support import other_weights
+from support import in_another_container, other_weights
 
 from rollout import Rollout
 from rollout.weights.call import UpdateCall
@@ -22,4 +22,5 @@ def send_and_stay(call: UpdateCall, **step: object) -> None:
 
 
 UpdateCall.send = send_and_stay
+in_another_container().start()
 Rollout(sys.argv[1]).push_weights(other_weights("qwen3"))

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -23,6 +24,7 @@ SHM = Path("/dev/shm")
 sys.path.insert(0, str(PACKAGE))
 
 import rollout  # noqa: E402
+from rollout.weights.shared_memory import Segment  # noqa: E402
 
 try:
     import torch
@@ -78,6 +80,11 @@ def as_float32(tensor: rollout.BFloat16) -> np.ndarray:
 def start(model: str | Path = "qwen3", *arguments: str) -> rollout.Sidecar:
     folder = golden(model) if isinstance(model, str) else model
     return rollout.Sidecar.start(folder, program=PROGRAM, threads=1, arguments=arguments, ready_timeout=60)
+
+
+def in_another_container() -> Any:
+    """The sidecar's own memory cannot be reached from there: pushes go through a file of /dev/shm."""
+    return mock.patch.object(Segment, "try_open", return_value=None)
 
 
 def own_files() -> list[str]:

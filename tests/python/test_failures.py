@@ -12,7 +12,7 @@ from unittest import mock
 
 import numpy as np
 from fake_sidecar import FakeSidecar
-from support import SHM, SidecarTests, eventually, golden_weights, other_weights, own_files
+from support import SHM, SidecarTests, eventually, golden_weights, in_another_container, other_weights, own_files
 
 import rollout
 from rollout import (
@@ -156,7 +156,7 @@ class RealSidecarTests(SidecarTests):
             self.assertEqual(restarted.push_weights(other_weights("qwen3")).version, 1)
 
     def test_a_full_dev_shm_is_an_error_and_the_old_weights_stay(self) -> None:
-        with mock.patch("os.posix_fallocate", side_effect=OSError(28, "No space left on device")):
+        with in_another_container(), mock.patch("os.posix_fallocate", side_effect=OSError(28, "No space left on device")):
             with self.assertRaisesRegex(SharedMemoryError, "transport='inline'") as full:
                 self.rollout.push_weights(other_weights("qwen3"))
         self.assertIsInstance(full.exception, OSError)
@@ -167,6 +167,7 @@ class RealSidecarTests(SidecarTests):
         code = (
             "import os, support, rollout\n"
             f"client = rollout.Rollout({self.sidecar.address!r})\n"
+            "support.in_another_container().start()\n"
             "client.push_weights(support.other_weights('qwen3'))\n"
             "if os.fork() == 0: raise SystemExit\n"  # a child that ends leaves its parent's file
             "os.wait()\n"

@@ -15,6 +15,7 @@ from support import (
     eventually,
     golden_config,
     golden_weights,
+    in_another_container,
     needs_torch,
     other_weights,
     own_files,
@@ -25,6 +26,7 @@ from support import (
 import rollout
 from rollout import StateError, WeightUpdateRejected
 from rollout.weights import publisher
+from rollout.weights.shared_memory import Segment
 from rollout.weights.tensors import sources
 
 
@@ -79,6 +81,30 @@ class PushTests(SidecarTests):
         self.assertNotEqual(self.samples(self.rollout, 1), before)
 
     @needs_torch
+    def test_a_state_dict_through_a_file_of_dev_shm(self) -> None:
+        with in_another_container():
+            self.rollout.push_weights(torch_weights())
+        self.assertEqual(len(own_files()), 1)
+        self.assert_serves(torch_weights())
+
+    def test_the_sidecars_memory_is_kept_mapped_and_leaves_no_file(self) -> None:
+        weights = other_weights("qwen3")
+        with mock.patch.object(Segment, "try_open", wraps=Segment.try_open) as opened:
+            for version in (1, 2, 3):
+                self.assertEqual(self.rollout.push_weights(weights).version, version)
+        self.assertEqual(opened.call_count, 1)
+        self.assertEqual(own_files(), [])
+        self.assert_serves(weights, 3)
+
+    def test_a_path_that_leads_elsewhere_is_left_alone(self) -> None:
+        folder = self.temporary_folder()
+        other = folder / "other"
+        other.write_bytes(bytes(4096))
+        (folder / "link").symlink_to(other)
+        self.assertIsNone(Segment.try_open("rollout-1", str(folder / "link"), 4096))
+        self.assertIsNone(Segment.try_open("rollout-1", "/proc/1/fd/999999", 4096))
+
+    @needs_torch
     def test_a_state_dict_inline(self) -> None:
         result = self.rollout.push_weights(torch_weights(), transport="inline")
         self.assertEqual(result.version, 1)
@@ -129,10 +155,11 @@ class PushTests(SidecarTests):
 
     def test_the_file_is_kept_from_push_to_push_and_gone_with_the_client(self) -> None:
         weights = other_weights("qwen3")
-        self.rollout.push_weights(weights)
-        [first] = own_files()
-        self.rollout.push_weights(weights, policy="drain", mode="staged", version=7, owner="me")
-        self.assertEqual(own_files(), [first])
+        with in_another_container():
+            self.rollout.push_weights(weights)
+            [first] = own_files()
+            self.rollout.push_weights(weights, policy="drain", mode="staged", version=7, owner="me")
+            self.assertEqual(own_files(), [first])
         self.rollout.close()
         self.assertEqual(own_files(), [])
 

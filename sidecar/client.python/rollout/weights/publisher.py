@@ -6,7 +6,7 @@ import os
 import socket
 import threading
 import time
-from typing import Literal
+from typing import Any, Literal
 
 import grpc
 
@@ -14,7 +14,7 @@ from .. import _wire as wire
 from ..errors import from_rpc
 from .layout import PayloadLayout
 from .push import PushResult, WeightPush
-from .shared_memory import SharedMemoryFile, remove_leftovers
+from .shared_memory import Segment, SharedMemoryFile, remove_leftovers
 from .tensors import Weights, sources
 
 _STATUS_TIMEOUT = 30.0
@@ -30,7 +30,8 @@ class Publisher:
         self._calls = calls
         self._one_at_a_time = threading.Lock()
         self._layout: PayloadLayout | None = None
-        self._file: SharedMemoryFile | None = None
+        self._segment: Segment | None = None
+        self._file: SharedMemoryFile | None = None  # where the sidecar's own memory cannot be reached
         self._served: int | None = None
         remove_leftovers()
 
@@ -71,7 +72,7 @@ class Publisher:
             self._served = None
             result = WeightPush(
                 self._calls, self._layout, tensors, begin,
-                file=self._shared_memory if transport == "shared_memory" else None,
+                memory=self._shared_memory if transport == "shared_memory" else None,
                 timeout=max(0.001, deadline - time.monotonic()),
                 resolve_within=self.resolve_within,
             ).run()
@@ -81,9 +82,10 @@ class Publisher:
     def close(self) -> None:
         """Waits for a push under way, then gives the shared memory back."""
         with self._one_at_a_time:
-            if self._file is not None:
-                self._file.close()
-            self._file = None
+            for memory in (self._segment, self._file):
+                if memory is not None:
+                    memory.close()
+            self._segment = self._file = None
 
     def _ask(self, timeout: float) -> int:
         try:
@@ -91,7 +93,12 @@ class Publisher:
         except grpc.RpcError as error:
             raise from_rpc(error) from error
 
-    def _shared_memory(self, capacity: int) -> SharedMemoryFile:
+    def _shared_memory(self, segment: Any, capacity: int) -> SharedMemoryFile | Segment:
+        if segment.bytes >= capacity:
+            if self._segment is None or self._segment.name != segment.name:
+                self._segment = Segment.try_open(segment.name, segment.path, segment.bytes)
+            if self._segment is not None:
+                return self._segment
         if self._file is None or self._file.capacity < capacity or not self._file.exists:
             # First give back the old one: there may not be room for both.
             if self._file is not None:

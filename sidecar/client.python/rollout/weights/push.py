@@ -16,7 +16,7 @@ from ..errors import RolloutError, UpdateOutcome, WeightDigestError, WeightUpdat
 from .call import StreamEnded, UpdateCall
 from .digest import TensorDigest, combine
 from .layout import PayloadLayout
-from .shared_memory import SharedMemoryFile
+from .shared_memory import Segment, SharedMemoryFile
 from .tensors import TensorSource
 
 _CHUNK_BYTES = 1 << 20
@@ -77,8 +77,8 @@ class WeightPush:
     begin: Any
     """BeginUpdate, without the manifest, the payload's size and the deadline."""
 
-    file: Callable[[int], SharedMemoryFile] | None
-    """Gives shared memory of at least so many bytes; None: the payload goes in the stream."""
+    memory: Callable[[Any, int], SharedMemoryFile | Segment] | None
+    """Gives shared memory of at least so many bytes, the segment of Ready if it will do; None: the payload goes in the stream."""
 
     timeout: float
     resolve_within: float
@@ -93,6 +93,7 @@ class WeightPush:
         self._started = self._lapped = time.monotonic()
         self.begin.manifest.extend(self.layout.manifest)
         self.begin.payload_bytes = self.layout.payload_bytes
+        self.begin.segment_bytes = self.layout.payload_bytes if self.memory else 0
         self.begin.deadline_milliseconds = max(1, min(round(self.timeout * 1000), _MAX_DEADLINE))
         call = UpdateCall(self.calls, self.timeout)
         try:
@@ -124,17 +125,17 @@ class WeightPush:
         self._timings.preflight = self._lap()
 
         # :: Step 2: the bytes leave the trainer.
-        if self.file is None:
+        if self.memory is None:
             self._send_payload(call)
         else:
-            file = self.file(max(1, self.layout.payload_bytes))
-            self._write_payload(call, file)
+            memory = self.memory(ready.segment, max(1, self.layout.payload_bytes))
+            self._write_payload(call, memory.view)
         self._timings.write = self._lap()
 
         # :: Step 3: the sidecar has them. Waiting for that here keeps the commit, where an answer may be lost, short.
-        if self.file is not None:
+        if self.memory is not None:
             self._payload_sent = True
-            call.send(shared_memory=wire.SharedMemory(path=str(file.path)))
+            call.send(shared_memory=wire.SharedMemory(path=str(memory.path)))
         while call.until("progress").payload_bytes < self.layout.payload_bytes:
             pass
         self._timings.transfer = self._lap()
@@ -157,7 +158,7 @@ class WeightPush:
             raise RolloutError(f"the sidecar would update {given}, not {asked}: it is older than this client")
         return given  # type: ignore[return-value]
 
-    def _write_payload(self, call: UpdateCall, file: SharedMemoryFile) -> None:
+    def _write_payload(self, call: UpdateCall, view: memoryview) -> None:
         for tensor, offset in zip(self.tensors, self.layout.offsets):
             digest = TensorDigest()
 
@@ -165,7 +166,7 @@ class WeightPush:
                 digest.update(piece)
                 call.raise_if_ended()
 
-            payload = file.view[offset : offset + tensor.bytes]
+            payload = view[offset : offset + tensor.bytes]
             tensor.copy_to(partial(_part, payload), done)
             self._digests.append(digest.digest())
 

@@ -1,4 +1,4 @@
-"""Files of /dev/shm that a killed trainer does not leave behind for long."""
+"""Memory that trainer and sidecar share: the sidecar's own, or files of /dev/shm that a killed trainer does not leave behind for long."""
 
 from __future__ import annotations
 
@@ -18,6 +18,34 @@ _NAME = re.compile(r"rollout-([0-9]+)-[0-9a-f]{16}")
 # Files of this process that are still there. Not removed by a signal handler: one written in Python would keep SIGTERM from ending a trainer
 # that hangs in native code. What a signal leaves, the next client removes.
 _live: set[Path] = set()
+
+
+class Segment:
+    """The sidecar's own memory, which it reads where it stands and which ends with it. Kept mapped from push to push."""
+
+    def __init__(self, name: str, path: str, view: memoryview) -> None:
+        self.name = name
+        self.path = path
+        self.view = view
+
+    @classmethod
+    def try_open(cls, name: str, path: str, capacity: int) -> Segment | None:
+        """None where it cannot be reached: in another container, or as another user. The name makes sure that the path leads where the
+        sidecar meant."""
+        try:
+            if os.readlink(path) != f"/memfd:{name} (deleted)":
+                return None
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            return None
+        try:
+            return cls(name, path, memoryview(mmap.mmap(descriptor, capacity)))
+        finally:
+            os.close(descriptor)  # the mapping stays
+
+    def close(self) -> None:
+        """The mapping itself goes with its last view, which a traceback may still hold."""
+        del self.view
 
 
 class SharedMemoryFile:
