@@ -7,6 +7,7 @@ using Rollout.V1;
 namespace Rollout.Server.Services;
 
 /// <summary>rollout.v1.WeightsService: what is being served, and the transaction that replaces it.</summary>
+[BindServiceMethod(typeof(WeightsBinder), nameof(WeightsBinder.Bind))]
 internal sealed class WeightsGrpcService(EngineHost host, ILogger<WeightsGrpcService> logger) : WeightsService.WeightsServiceBase
 {
     public override Task<DescribeReply> Describe(DescribeRequest request, ServerCallContext context)
