@@ -1,6 +1,7 @@
 using System.Diagnostics;
 using System.Net;
 using System.Text.Json;
+using Microsoft.AspNetCore.Connections;
 using Microsoft.AspNetCore.Hosting.Server;
 using Microsoft.AspNetCore.Hosting.Server.Features;
 using Microsoft.AspNetCore.Server.Kestrel.Core;
@@ -105,6 +106,7 @@ internal static class ServerApp
             limits.Http2.KeepAlivePingTimeout = TimeSpan.FromSeconds(20);
         });
 
+        builder.Services.AddSingleton<IMemoryPoolFactory<byte>, BlockPool>();
         builder.Services.AddSingleton(host);
         builder.Services.AddSingleton<SharedSegment>();
         builder.Services.AddHostedService<FaultMonitor>();

@@ -8,7 +8,9 @@ using Rollout.V1;
 namespace Rollout.Server.Services;
 
 /// <summary>rollout.v1.WeightsService: what is being served, and the transaction that replaces it.</summary>
-internal sealed class WeightsGrpcService(EngineHost host, SharedSegment segment, ILogger<WeightsGrpcService> logger) : WeightsService.WeightsServiceBase
+[BindServiceMethod(typeof(WeightsBinder), nameof(WeightsBinder.Bind))]
+internal sealed class WeightsGrpcService(EngineHost host, SharedSegment segment, ILogger<WeightsGrpcService> logger)
+    : WeightsService.WeightsServiceBase
 {
     public override Task<DescribeReply> Describe(DescribeRequest request, ServerCallContext context)
     {
