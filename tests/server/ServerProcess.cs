@@ -37,6 +37,17 @@ public sealed class ServerProcess : IAsyncDisposable
 
     public int Id => _process.Id;
 
+    /// <summary>VmRSS: what the process holds of the machine's memory now.</summary>
+    public double ResidentBytes
+    {
+        get
+        {
+            const string Field = "VmRSS:";
+            string line = File.ReadLines($"/proc/{Id}/status").First(line => line.StartsWith(Field, StringComparison.Ordinal));
+            return 1024 * double.Parse(line.AsSpan(Field.Length, line.Length - Field.Length - "kB".Length), CultureInfo.InvariantCulture);
+        }
+    }
+
     public GrpcChannel Channel { get; }
 
     public RolloutService.RolloutServiceClient Rollout { get; }
