@@ -13,7 +13,7 @@ internal sealed class HandMadeModel
     private readonly List<(TensorDeclaration Tensor, byte[] Bytes)> _tensors = [];
     private readonly string _config;
 
-    /// <param name="hidden">Width; two heads share it.</param>
+    /// <param name="hidden">Width, in heads of 32.</param>
     /// <param name="intermediate">Of the gated MLP.</param>
     /// <param name="layers">Blocks.</param>
     /// <param name="vocabulary">Tokens.</param>
@@ -22,12 +22,12 @@ internal sealed class HandMadeModel
     {
         _config = $$"""
             {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": {{hidden}},
-             "intermediate_size": {{intermediate}}, "num_hidden_layers": {{layers}}, "num_attention_heads": {{Math.Max(2, hidden / 64)}},
-             "num_key_value_heads": 2, "vocab_size": {{vocabulary}}, "max_position_embeddings": 512, "rms_norm_eps": 1e-6,
+             "intermediate_size": {{intermediate}}, "num_hidden_layers": {{layers}}, "num_attention_heads": {{hidden / 32}},
+             "num_key_value_heads": {{hidden / 32}}, "vocab_size": {{vocabulary}}, "max_position_embeddings": 512, "rms_norm_eps": 1e-6,
              "tie_word_embeddings": false}
             """;
         using TemporaryFolder folder = new();
-        File.WriteAllText(folder["config.json"], _config);
+        WriteConfig(folder["config.json"]);
         foreach ((string name, IReadOnlyList<long> shape) in ModelSpec.Load(folder.Path).CheckpointTensors())
         {
             TensorDeclaration tensor = new(name, DType.BFloat16, shape);
@@ -35,6 +35,24 @@ internal sealed class HandMadeModel
             fill(name, MemoryMarshal.Cast<byte, ushort>(bytes.AsSpan()));
             _tensors.Add((tensor, bytes));
         }
+    }
+
+    /// <summary>Random weights of a size that keeps numbers finite and samples unlike each other.</summary>
+    public static HandMadeModel Random(int hidden, int intermediate, int layers, int vocabulary, int seed)
+    {
+        Random random = new(seed);
+        return new HandMadeModel(hidden, intermediate, layers, vocabulary, (name, elements) =>
+        {
+            if (name.EndsWith("norm.weight", StringComparison.Ordinal))
+            {
+                elements.Fill(One);
+                return;
+            }
+
+            // Any sign and mantissa, exponents of 1/64 to 1/8.
+            random.NextBytes(MemoryMarshal.AsBytes(elements));
+            for (int i = 0; i < elements.Length; i++) elements[i] = (ushort)(0x3C80 + (elements[i] & 0x817F));
+        });
     }
 
     public IReadOnlyList<(TensorDeclaration Tensor, byte[] Bytes)> Tensors => _tensors;
@@ -46,7 +64,9 @@ internal sealed class HandMadeModel
     /// <summary>As a folder that can be loaded.</summary>
     public void Write(string folder)
     {
-        File.WriteAllText(Path.Combine(folder, "config.json"), _config);
+        WriteConfig(Path.Combine(folder, "config.json"));
         SafetensorsWriter.Write(Path.Combine(folder, "model.safetensors"), _tensors);
     }
+
+    public void WriteConfig(string path) => File.WriteAllText(path, _config);
 }

@@ -58,8 +58,8 @@ public sealed class ThousandUpdatesTests
     }
 
     /// <summary>
-    /// What is asserted. Of tokens: every one, of all attempts. Of time: the p99 of a whole push, as the trainer sees it, is at most twice its
-    /// p50; on a machine that others use too, no further from it than the p99 of three bare round trips, of which a push also consists, is
+    /// What is asserted. Of tokens: every one, of all attempts. Of time: the p99 of a whole push, as the trainer sees it, is at most twice
+    /// its p50; on a machine that others use too, no further from it than the p99 of three bare round trips, of which a push also consists, is
     /// from theirs. A DRAIN waits for samples by design and is not counted. Of memory: the median of the server's resident memory over the
     /// last hundred updates is within 1% of that over the first hundred. Of both, in the best of three attempts of a thousand: a machine's
     /// bad moment passes, and a heap comes to rest; what leaks or jams does so every time.
@@ -151,7 +151,8 @@ public sealed class ThousandUpdatesTests
             for (int trip = 0; trip < 3; trip++) await client.StatusAsync();
             asking.Add(Stopwatch.GetElapsedTime(asked).TotalSeconds);
             Become(_version + 1);
-            PushResult pushed = await publisher.PushAsync(s_sources, options: new PushOptions { Policy = policy, Mode = UpdateMode.Staged });
+            PushOptions options = new() { Policy = policy, Mode = UpdateMode.Staged };
+            PushResult pushed = await publisher.PushAsync(s_sources, options: options);
             Assert.Equal(++_version, pushed.Version);
             if (lanes.FirstOrDefault(lane => lane.IsCompleted) is { } wrong) await wrong;
             (policy == UpdatePolicy.Drain ? drains : whole).Add(pushed.Timings.Total);
