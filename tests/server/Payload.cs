@@ -101,7 +101,8 @@ internal sealed class Payload
     }
 
     /// <summary>Some of the tensors as a safetensors file; its data section is their part of the payload where that has no gaps.</summary>
-    public void WriteFile(string path, Range tensors) => SafetensorsWriter.Write(path, CollectionsMarshal.AsSpan(_tensors)[tensors].ToArray());
+    public void WriteFile(string path, Range tensors)
+        => SafetensorsWriter.Write(path, CollectionsMarshal.AsSpan(_tensors)[tensors].ToArray());
 
     private void Add(TensorDeclaration declared, byte[] values, uint[]? indices = null)
     {

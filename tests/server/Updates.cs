@@ -1,4 +1,3 @@
-using Google.Protobuf;
 using Grpc.Core;
 using Rollout.V1;
 using Update = Grpc.Core.AsyncDuplexStreamingCall<Rollout.V1.UpdateRequest, Rollout.V1.UpdateReply>;
@@ -57,5 +56,6 @@ internal static class Updates
         SharedMemory = new SharedMemory { Path = path, Offset = offset, PayloadOffset = payloadOffset, Bytes = bytes },
     };
 
-    public static UpdateRequest ChunkOf(byte[] bytes) => new() { Chunk = new Chunk { Data = ByteString.CopyFrom(bytes) } };
+    public static UpdateRequest FileOf(string path, ulong payloadOffset)
+        => new() { File = new CheckpointFile { Path = path, PayloadOffset = payloadOffset } };
 }
