@@ -70,8 +70,8 @@ public sealed class SleepTests
         SleepRequest odd = new() { Tags = { MemoryTag.KvCache, (MemoryTag)9 } };
         RpcException unknown = await Calls.FailsAsync(() => server.Control.SleepAsync(odd).ResponseAsync, StatusCode.InvalidArgument);
         Assert.Contains("memory tag 9", unknown.Status.Detail, StringComparison.Ordinal);
-        await Calls.FailsAsync(
-            () => server.Control.WakeUpAsync(new WakeUpRequest { Tags = { MemoryTag.Unspecified } }).ResponseAsync, StatusCode.InvalidArgument);
+        WakeUpRequest unnamed = new() { Tags = { MemoryTag.Unspecified } };
+        await Calls.FailsAsync(() => server.Control.WakeUpAsync(unnamed).ResponseAsync, StatusCode.InvalidArgument);
         await HealthAsync(server, generates: true);
 
         // Awake already.
@@ -92,7 +92,8 @@ public sealed class SleepTests
         Assert.Contains("asleep", status.Reason, StringComparison.Ordinal);
         await HealthAsync(server, generates: false);
         await RefusedAsync("SLEEPING", () => server.SamplesAsync(Calls.Greedy(s_golden.Prompt, 4)));
-        await RefusedAsync("SLEEPING", () => server.Rollout.ScoreAsync(new ScoreRequest { Ids = new TokenIds { Ids = { 1, 2 } } }).ResponseAsync);
+        ScoreRequest score = new() { Ids = new TokenIds { Ids = { 1, 2 } } };
+        await RefusedAsync("SLEEPING", () => server.Rollout.ScoreAsync(score).ResponseAsync);
         await RefusedAsync("SLEEPING", () => server.UpdateAsync([payload.Begin(0, 1)]));
 
         // Weights that slept are none: awake the engine is poisoned, and until the cache is awake too it sleeps and says why.
@@ -126,15 +127,18 @@ public sealed class SleepTests
         await RefusedAsync("PAUSED", () => server.Control.SleepAsync(new SleepRequest()).ResponseAsync);
         Assert.Equal([MemoryTag.KvCache], (await server.Control.SleepAsync(cache)).Asleep);
         await server.Control.ResumeAsync(new ResumeRequest());
-        Assert.Equal(EngineState.Sleeping, (await server.Control.StatusAsync(new StatusRequest())).State); // a pause is not what holds it now
+        // A pause is not what holds it now.
+        Assert.Equal(EngineState.Sleeping, (await server.Control.StatusAsync(new StatusRequest())).State);
         Assert.Equal(EngineState.Running, (await server.Control.WakeUpAsync(new WakeUpRequest())).State);
         List<SampleChunk> samples = Calls.Join([first, .. await call.ResponseStream.ReadAllAsync().ToListAsync()]);
         Assert.Equal(expected.Select(sample => sample.Ids), samples.Select(sample => sample.Ids));
         Assert.Equal(expected.Select(sample => sample.Logprobs), samples.Select(sample => sample.Logprobs));
 
-        foreach ((UpdateMode mode, string state) in ((UpdateMode, string)[])[(UpdateMode.Staged, "RUNNING"), (UpdateMode.InPlace, "UPDATING")])
+        (UpdateMode Mode, string State)[] modes = [(UpdateMode.Staged, "RUNNING"), (UpdateMode.InPlace, "UPDATING")];
+        foreach ((UpdateMode mode, string state) in modes)
         {
-            using Update update = await server.BeginUpdateAsync(payload.Begin(0, 1, begin => (begin.Mode, begin.Owner) = (mode, "trainer-7")));
+            UpdateRequest begin = payload.Begin(0, 1, begin => (begin.Mode, begin.Owner) = (mode, "trainer-7"));
+            using Update update = await server.BeginUpdateAsync(begin);
             Assert.Equal(mode, (await update.NextAsync()).Ready.Mode);
             await update.SendAsync(payload.Chunks(1 << 24).First()); // all of it
             Assert.NotNull((await update.NextAsync()).Progress);
