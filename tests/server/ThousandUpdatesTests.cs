@@ -59,10 +59,10 @@ public sealed class ThousandUpdatesTests
 
     /// <summary>
     /// What is asserted. Of tokens: every one, of all attempts. Of time: the p99 of a whole push, as the trainer sees it, is at most twice
-    /// its p50; on a machine that others use too, no further from it than the p99 of three bare round trips, of which a push also consists, is
-    /// from theirs. A DRAIN waits for samples by design and is not counted. Of memory: the median of the server's resident memory over the
-    /// last hundred updates is within 1% of that over the first hundred. Of both, in the best of three attempts of a thousand: a machine's
-    /// bad moment passes, and a heap comes to rest; what leaks or jams does so every time.
+    /// its p50; on a machine that others use too, no further from it than the p99 of three bare round trips, of which a push also consists,
+    /// is from theirs. A DRAIN waits for samples by design and is not counted. Of memory: the median of the server's resident memory over
+    /// the last hundred updates is within 1% of that over the first hundred. Of both, in the best of three attempts of a thousand: a
+    /// machine's bad moment passes, and a heap comes to rest; what leaks or jams does so every time.
     /// </summary>
     [Fact]
     public async Task A_thousand_updates_under_generation_draw_the_right_tokens_in_even_time_and_no_more_memory()
