@@ -21,7 +21,7 @@ public sealed class ThousandUpdatesTests
     private const int Hidden = 64;
     private const int Vocabulary = 1021; // more than the updates of a run: no two of them have the same token
     private const int Updates = 1000;
-    private const int WarmUp = 500; // until the server's code is compiled for good and its heap has grown
+    private const int WarmUp = 800; // until the heap and the KV cache have their size
     private const int Lanes = 4;
     private const uint SampleTokens = 48;
     private const uint Mixed = 0;
@@ -70,7 +70,10 @@ public sealed class ThousandUpdatesTests
         using TemporaryFolder folder = new();
         Become(0);
         s_model.Write(folder.Path);
-        await using ServerProcess server = await ServerProcess.StartAsync(folder.Path, "--kv-cache-bytes", "8MiB");
+        // All code is compiled once, at its first use. In tiers, what runs once an update is compiled anew for thousands of updates:
+        // measured, resident memory grew from 112 to 127 MB over the first 1,200 and was flat over the 2,800 after them.
+        await using ServerProcess server = await ServerProcess.StartAsync(
+            folder.Path, ("DOTNET_TieredCompilation", "0"), "--kv-cache-bytes", "8MiB");
         await using RolloutClient client = RolloutClient.Connect(server.Address);
         await using WeightPublisher publisher = new(client);
         using CancellationTokenSource enough = new();
