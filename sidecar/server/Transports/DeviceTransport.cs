@@ -30,7 +30,7 @@ internal sealed class DeviceTransport(string backend) : ITransport
 
         string name = message.StepCase == UpdateRequest.StepOneofCase.CudaIpc ? "cuda_ipc" : "nccl";
         throw new RpcException(new Status(StatusCode.Unimplemented,
-            $"{name} needs a CUDA device, and this server runs on {backend}: send chunk, shared_memory or file. The old weights stay"));
+            $"{name} needs a CUDA device, and this server runs on {backend}: send chunk, shared_memory or file"));
     }
 
     public void Dispose()

@@ -13,14 +13,19 @@ internal sealed class SafetensorsTransport : ITransport
         if (!Path.IsPathFullyQualified(source.Path) || source.Path.Contains('\0'))
             throw Refused(source.Path, "the path must be absolute");
         if (!File.Exists(source.Path)) throw Refused(source.Path, "there is no such file");
-        if ((File.GetAttributes(source.Path) & FileAttributes.Device) != 0) throw Refused(source.Path, "it is not a regular file");
+        // Before opening: to open a pipe is to wait, for ever and past any deadline, for somebody who writes to it.
+        FileInfo file = new(source.Path);
+        if ((file.ResolveLinkTarget(returnFinalTarget: true) as FileInfo ?? file).Length == 0)
+            throw Refused(source.Path, "it is empty, or not a regular file");
         if (source.PayloadOffset > long.MaxValue) throw Refused(source.Path, $"payload_offset {source.PayloadOffset} is past any payload");
         try
         {
-            using SafetensorsFile file = SafetensorsFile.Open(source.Path);
+            using SafetensorsFile checkpoint = SafetensorsFile.Open(source.Path);
             long payloadOffset = (long)source.PayloadOffset;
-            CheckHeader(file, payloadOffset, update.Manifest);
-            await Task.Run(() => update.ReadFrom(file.Handle, file.DataStart, payloadOffset, file.DataBytes, cancellation), CancellationToken.None);
+            CheckHeader(checkpoint, payloadOffset, update.Manifest);
+            await Task.Run(
+                () => update.ReadFrom(checkpoint.Handle, checkpoint.DataStart, payloadOffset, checkpoint.DataBytes, cancellation),
+                CancellationToken.None);
         }
         catch (InvalidModelException e)
         {
