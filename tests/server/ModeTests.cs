@@ -288,8 +288,11 @@ public sealed class ModeTests : IAsyncLifetime
     [InlineData(UpdateMode.InPlace, UpdatePolicy.Keep)]
     public async Task Recompute_goes_on_as_the_new_model_would_and_keep_as_nobody_else(UpdateMode mode, UpdatePolicy policy)
     {
+        // Paused, so that samples are half-way when the weights change, however slow this process is.
         using AsyncServerStreamingCall<GenerateReply> call = await BeginLongAsync();
+        await _server.Control.PauseAsync(new PauseRequest { Mode = PauseMode.Keep, LeaseMilliseconds = 60_000 });
         await _server.CommitAsync(s_reversed, 0, 1, begin => (begin.Mode, begin.Policy) = (mode, policy));
+        await _server.Control.ResumeAsync(new ResumeRequest());
         List<SampleChunk> samples = Calls.Join(await call.ResponseStream.ReadAllAsync().ToListAsync());
         Assert.All(samples, sample => Assert.Equal(((int)Tokens, FinishReason.Length), (sample.Ids.Count, sample.FinishReason)));
         SampleChunk[] both = [.. samples.Where(sample => sample.Versions[0].Version == 0 && sample.Versions[^1].Version == 1)];

@@ -29,7 +29,6 @@ internal sealed class SharedMemoryFile : IDisposable
         FileInfo file = new(Check(path));
         if (!file.Exists) throw Refused(path, "there is no such file");
         if (file.LinkTarget is not null) throw Refused(path, "it is a symbolic link");
-        if ((file.Attributes & FileAttributes.Device) != 0) throw Refused(path, "it is not a regular file");
         if (file.Length == 0) throw Refused(path, "it has 0 bytes, too few for any payload"); // as a pipe would have
         SafeFileHandle handle;
         try

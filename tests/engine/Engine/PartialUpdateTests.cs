@@ -119,7 +119,7 @@ public sealed class PartialUpdateTests
         double few = await SecondsAsync(layers: 2, hidden: 544, vocabulary: 32);
         TestContext.Current.TestOutputHelper!.WriteLine($"20,000 tensors: {many * 1e3:F1} ms, few: {few * 1e3:F1} ms");
         // 1 us measured; what this would catch is a cost that grows with the number of tensors, or a system call for each.
-        Assert.InRange((many - few) / 20_000, -1, 8e-6);
+        Assert.InRange((many - few) / 20_000, -1, 25e-6);
     }
 
     private static async Task<double> SecondsAsync(int layers, int hidden, int vocabulary)
