@@ -1,0 +1,61 @@
+using System.Diagnostics;
+using System.Globalization;
+
+namespace Rollout.Server.Tests;
+
+/// <summary>
+/// Random sequences of faults against one server that lives through all of them. ROLLOUT_FAULT_SEQUENCES says how many, instead of 200;
+/// ROLLOUT_FAULT_SEED repeats a campaign that failed.
+/// </summary>
+public sealed class FaultSequenceTests
+{
+    /// <summary>
+    /// After the warm-up the server may grow by this much and no more, however long the campaign: the heap of .NET breathes by as much.
+    /// Two hundred sequences send 300 MB, so that one update in a hundred of which the payload stayed would be found.
+    /// </summary>
+    private const double MostGrowthMegabytes = 24;
+
+    [Fact]
+    public async Task After_any_sequence_of_faults_the_old_weights_are_served_or_the_new_ones_or_none_and_nothing_is_left()
+    {
+        int sequences = Setting("ROLLOUT_FAULT_SEQUENCES") ?? 200;
+        int seed = Setting("ROLLOUT_FAULT_SEED") ?? Random.Shared.Next(1 << 20);
+        string[] before = Footprint.SharedMemory("*");
+        Variants variants = await Variants.SharedAsync();
+        await using ServerProcess server = await ServerProcess.StartAsync(variants.Folder(default), "--kv-cache-bytes", "4MiB", "--max-context", "256");
+        Footprint? warm = null;
+        long started = Stopwatch.GetTimestamp();
+        using (FaultCampaign campaign = new(server, variants))
+        {
+            for (int i = 0; i < sequences; i++)
+            {
+                try
+                {
+                    await campaign.RunAsync(unchecked((seed * 1_000_003) + i));
+                }
+                catch (Exception e)
+                {
+                    throw new InvalidOperationException($"sequence {i} of ROLLOUT_FAULT_SEED={seed}: {e.Message}\nthe server's log ends:\n{End(server.Log)}", e);
+                }
+
+                if (i == sequences / 4) warm = Footprint.Of(server.Id);
+                if (i % Math.Max(1, sequences / 10) == 0) TestContext.Current.TestOutputHelper!.WriteLine($"{Footprint.Of(server.Id).ResidentMegabytes:F1} MB");
+            }
+
+            TestContext.Current.TestOutputHelper!.WriteLine(
+                $"{sequences} sequences in {Stopwatch.GetElapsedTime(started).TotalSeconds:F1} s\n{string.Join('\n', campaign.Ends.Select(end => $"{end.Value,6} {end.Key}"))}");
+        }
+
+        Footprint after = Footprint.Of(server.Id);
+        TestContext.Current.TestOutputHelper!.WriteLine($"{warm!.ResidentMegabytes:F1} MB after the warm-up, {after.ResidentMegabytes:F1} MB at the end");
+        Assert.Equal(warm.Threads, after.Threads);
+        Assert.Equal(warm.Files, after.Files);
+        Assert.InRange(after.ResidentMegabytes - warm.ResidentMegabytes, -1000, MostGrowthMegabytes);
+        Assert.Empty(Footprint.SharedMemory("rollout-faults-*").Except(before));
+    }
+
+    private static int? Setting(string name)
+        => Environment.GetEnvironmentVariable(name) is { Length: > 0 } value ? int.Parse(value, CultureInfo.InvariantCulture) : null;
+
+    private static string End(string log) => log[Math.Max(0, log.Length - 3000)..];
+}
