@@ -289,8 +289,8 @@ internal sealed class FaultCampaign(ServerProcess server, Variants variants) : I
         await update.SendAsync(push.Fault == Fault.WrongDigest ? new UpdateRequest { Commit = new Commit { Digest = ByteString.CopyFrom(new byte[16]) } }
             : sending.Commit());
         if (push.Fault != Fault.ResetInCommit) return await update.EndAsync();
-        // At once, the commit is lost on the way; a moment later, its answer is.
-        if (push.At % 2 == 0) await update.NextAsync();
+        // At once, the commit is lost on the way; one round trip later, its answer is, or it is broken in the middle.
+        if (push.At % 2 == 0) await server.Control.StatusAsync(new StatusRequest(), deadline: Calls.Deadline(5));
         return null;
     }
 
