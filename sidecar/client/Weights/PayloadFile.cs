@@ -77,7 +77,8 @@ internal sealed partial class PayloadFile : IDisposable
         {
             file?.Dispose();
             Forget(path);
-            if (e is not IOException and not UnauthorizedAccessException)
+            // Out of range is what .NET says where the limit is not the disk's room but the size of a file (FAT, ulimit -f).
+            if (e is not IOException and not UnauthorizedAccessException and not ArgumentOutOfRangeException)
                 throw;
             string remedy = folder == DefaultFolder ? "make it larger (containers: --shm-size)" : "give another folder";
             throw new IOException($"{capacity:N0} bytes are needed in {folder}, {FreeBytes(folder):N0} are free: {remedy}, or push with "
