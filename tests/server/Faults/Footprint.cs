@@ -5,7 +5,7 @@ namespace Rollout.Server.Tests;
 /// <summary>What a process holds, as /proc has it.</summary>
 internal sealed record Footprint(double ResidentMegabytes, IReadOnlyList<string> Threads, IReadOnlyList<string> Files)
 {
-    /// <summary>Threads that .NET starts and ends as it likes are left out.</summary>
+    /// <summary>Threads that .NET starts and ends as it likes, and assemblies that it loads when they are needed, are left out.</summary>
     public static Footprint Of(int process)
     {
         string proc = $"/proc/{process.ToString(CultureInfo.InvariantCulture)}";
@@ -13,14 +13,15 @@ internal sealed record Footprint(double ResidentMegabytes, IReadOnlyList<string>
         List<string> threads = [];
         foreach (string task in Directory.GetDirectories($"{proc}/task"))
         {
-            if (Read(() => File.ReadAllText($"{task}/comm").Trim()) is { } name && !name.StartsWith(".NET T", StringComparison.Ordinal))
+            if (Read(() => File.ReadAllText($"{task}/comm").Trim()) is { } name && !name.StartsWith(".NET ", StringComparison.Ordinal))
                 threads.Add(name);
         }
 
         List<string> files = [];
         foreach (string descriptor in Directory.GetFiles($"{proc}/fd"))
         {
-            if (Read(() => File.ResolveLinkTarget(descriptor, returnFinalTarget: false)?.FullName) is { } target)
+            if (Read(() => File.ResolveLinkTarget(descriptor, returnFinalTarget: false)?.FullName) is { } target
+                && Path.GetExtension(target) is not (".dll" or ".pdb"))
                 files.Add(target.Contains(':', StringComparison.Ordinal) ? target[(target.LastIndexOf('/') + 1)..].Split('[')[0] : target);
         }
 
