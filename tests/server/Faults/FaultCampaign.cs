@@ -59,6 +59,10 @@ internal sealed class FaultCampaign(ServerProcess server, Variants variants) : I
     private bool _paused;
     private Task<List<SampleChunk>>? _generation;
     private bool _mayAbort;
+    private int _pushes;
+
+    /// <summary>Owners of the updates that committed.</summary>
+    public HashSet<string> Committed { get; } = [];
 
     /// <summary>How often each end was seen, to show that a campaign was not all of one kind.</summary>
     public SortedDictionary<string, int> Ends { get; } = [];
@@ -168,6 +172,7 @@ internal sealed class FaultCampaign(ServerProcess server, Variants variants) : I
     private async Task PushAsync(Push push)
     {
         ulong next = _version + 1;
+        string owner = string.Create(CultureInfo.InvariantCulture, $"push-{++_pushes}");
         bool refused = _asleep.Contains(MemoryTag.Weights);
         bool rejected = push.Fault == Fault.WrongBase || (_content is null && push.Scope != Scope.Full);
         Fault fault = rejected ? Fault.WrongBase : push.Fault;
@@ -175,7 +180,7 @@ internal sealed class FaultCampaign(ServerProcess server, Variants variants) : I
         string end;
         try
         {
-            reply = await TransactAsync(push, next);
+            reply = await TransactAsync(push, next, owner);
             end = reply?.StepCase.ToString() ?? "reset";
         }
         catch (RpcException e)
@@ -235,6 +240,7 @@ internal sealed class FaultCampaign(ServerProcess server, Variants variants) : I
             _content = push.Target;
             _version = next;
             _served.Add(next);
+            Committed.Add(owner);
         }
         else if (became == "poisoned")
         {
@@ -245,11 +251,11 @@ internal sealed class FaultCampaign(ServerProcess server, Variants variants) : I
     }
 
     /// <summary>The last reply; null where the trainer did not wait for one.</summary>
-    private async Task<UpdateReply?> TransactAsync(Push push, ulong next)
+    private async Task<UpdateReply?> TransactAsync(Push push, ulong next, string owner)
     {
         Sending sending = variants.Send(push.Scope, push.Target);
         byte[] payload = sending.Bytes;
-        BeginUpdate begin = sending.Begin(push.Fault == Fault.WrongBase ? _version + 1 : _version, next + (push.Fault == Fault.WrongBase ? 1u : 0));
+        BeginUpdate begin = sending.Begin(push.Fault == Fault.WrongBase ? _version + 1 : _version, next + (push.Fault == Fault.WrongBase ? 1u : 0), owner);
         begin.Mode = push.Mode;
         begin.Policy = push.Policy;
         if (push.Fault == Fault.Deadline) begin.DeadlineMilliseconds = 50;
@@ -276,7 +282,7 @@ internal sealed class FaultCampaign(ServerProcess server, Variants variants) : I
                         using (Transaction second = new(server.Weights))
                         {
                             RpcException e = await Calls.FailsAsync(() => second.BeginAsync(sending.Begin(_version, next, "second")), StatusCode.FailedPrecondition);
-                            Assert.Contains($"'{begin.Owner}'", e.Status.Detail, StringComparison.Ordinal);
+                            Assert.Contains($"'{owner}'", e.Status.Detail, StringComparison.Ordinal);
                         }
 
                         break;
