@@ -44,11 +44,12 @@ async Task<string> PublishAsync()
     // A ring, so that tensors are copied while others have been read.
     await using var publisher = new WeightPublisher(client) { MaxSharedMemoryBytes = 64 << 10 };
     int copied = 0;
-    TensorSource[] sources = [.. tensors.Select(tensor => new TensorSource(tensor.Name, TensorDType.BF16, tensor.Shape, (offset, destination) =>
-    {
-        Step($"copy {copied++}");
-        file.Read(tensor, offset, destination);
-    }))];
+    TensorSource[] sources = [.. tensors.Select(tensor => new TensorSource(tensor.Name, TensorDType.BF16, tensor.Shape,
+        (offset, destination) =>
+        {
+            Step($"copy {copied++}");
+            file.Read(tensor, offset, destination);
+        }))];
     PushResult result = await publisher.PushAsync(sources, options: new PushOptions
     {
         Transport = transport switch { "inline" => PushTransport.Inline, "shm" => PushTransport.SharedMemory, _ => PushTransport.File },
@@ -62,7 +63,8 @@ async Task<string> PublishAsync()
 async Task<string> PushAsync()
 {
     byte[] payload = new byte[file.DataBytes];
-    var begin = new V1.BeginUpdate { PayloadBytes = (ulong)payload.Length, Mode = inPlace ? V1.UpdateMode.InPlace : V1.UpdateMode.Staged, Owner = "trainer" };
+    V1.UpdateMode mode = inPlace ? V1.UpdateMode.InPlace : V1.UpdateMode.Staged;
+    var begin = new V1.BeginUpdate { PayloadBytes = (ulong)payload.Length, Mode = mode, Owner = "trainer" };
     var digests = new XxHash128();
     foreach (TensorInfo tensor in tensors)
     {
@@ -89,10 +91,19 @@ async Task<string> PushAsync()
         int length = (int)((long)payload.Length * (i + 1) / messages) - from;
         await call.RequestStream.WriteAsync(transport switch
         {
-            "inline" => new V1.UpdateRequest { Chunk = new V1.Chunk { Offset = (ulong)from, Data = ByteString.CopyFrom(payload, from, length) } },
+            "inline" => new V1.UpdateRequest
+            {
+                Chunk = new V1.Chunk { Offset = (ulong)from, Data = ByteString.CopyFrom(payload, from, length) },
+            },
             "shm" => new V1.UpdateRequest
             {
-                SharedMemory = new V1.SharedMemory { Path = shm!.Name, Offset = (ulong)from, PayloadOffset = (ulong)from, Bytes = (ulong)length },
+                SharedMemory = new V1.SharedMemory
+                {
+                    Path = shm!.Name,
+                    Offset = (ulong)from,
+                    PayloadOffset = (ulong)from,
+                    Bytes = (ulong)length,
+                },
             },
             _ => new V1.UpdateRequest { File = new V1.CheckpointFile { Path = checkpoint } },
         });
@@ -101,7 +112,8 @@ async Task<string> PushAsync()
         Step($"sent {i}");
     }
 
-    await call.RequestStream.WriteAsync(new V1.UpdateRequest { Commit = new V1.Commit { Digest = ByteString.CopyFrom(digests.GetCurrentHash()) } });
+    var commit = new V1.Commit { Digest = ByteString.CopyFrom(digests.GetCurrentHash()) };
+    await call.RequestStream.WriteAsync(new V1.UpdateRequest { Commit = commit });
     Step("committing");
     V1.UpdateReply end = await RepliedAsync(V1.UpdateReply.StepOneofCase.Committed);
     Step("committed");

@@ -35,7 +35,8 @@ internal enum Fault
 /// <param name="Target">What is served if it commits.</param>
 /// <param name="Messages">Into how many the payload is cut.</param>
 /// <param name="At">Before which of them it breaks.</param>
-internal sealed record Push(Scope Scope, Content Target, Route Route, UpdateMode Mode, UpdatePolicy Policy, int Messages, Fault Fault, int At)
+internal sealed record Push(
+    Scope Scope, Content Target, Route Route, UpdateMode Mode, UpdatePolicy Policy, int Messages, Fault Fault, int At)
 {
     public bool InPlace => Mode == UpdateMode.InPlace;
 }
@@ -189,7 +190,8 @@ internal sealed class FaultCampaign(ServerProcess server, Variants variants) : I
         }
 
         StatusReply status = await SettledAsync();
-        bool poisoned = status.Reason.Contains("half-way", StringComparison.Ordinal) || status.Reason.Contains("discarded", StringComparison.Ordinal);
+        bool poisoned = status.Reason.Contains("half-way", StringComparison.Ordinal)
+            || status.Reason.Contains("discarded", StringComparison.Ordinal);
         string became = status.Version == next ? "new" : poisoned ? "poisoned" : "old";
         Note($"{push}: {end}, {became}", $"{(push.InPlace ? "in place" : "staged")} {push.Fault}: {became}");
         if (refused)
@@ -209,7 +211,8 @@ internal sealed class FaultCampaign(ServerProcess server, Variants variants) : I
             Fault.Reset or Fault.ResetInCommit => [],
             _ => [ReplyCase.Failed],
         };
-        Assert.True(replies.Length == 0 ? reply is null : reply is not null && replies.Contains(reply.StepCase), $"the answer was {end}, {reply}");
+        Assert.True(replies.Length == 0 ? reply is null : reply is not null && replies.Contains(reply.StepCase),
+            $"the answer was {end}, {reply}");
 
         // :: What it may have become
         bool landed = push.InPlace && fault switch
@@ -255,7 +258,8 @@ internal sealed class FaultCampaign(ServerProcess server, Variants variants) : I
     {
         Sending sending = variants.Send(push.Scope, push.Target);
         byte[] payload = sending.Bytes;
-        BeginUpdate begin = sending.Begin(push.Fault == Fault.WrongBase ? _version + 1 : _version, next + (push.Fault == Fault.WrongBase ? 1u : 0), owner);
+        ulong off = push.Fault == Fault.WrongBase ? 1u : 0;
+        BeginUpdate begin = sending.Begin(_version + off, next + off, owner);
         begin.Mode = push.Mode;
         begin.Policy = push.Policy;
         if (push.Fault == Fault.Deadline) begin.DeadlineMilliseconds = 50;
@@ -281,7 +285,8 @@ internal sealed class FaultCampaign(ServerProcess server, Variants variants) : I
                     case Fault.SecondTrainer:
                         using (Transaction second = new(server.Weights))
                         {
-                            RpcException e = await Calls.FailsAsync(() => second.BeginAsync(sending.Begin(_version, next, "second")), StatusCode.FailedPrecondition);
+                            BeginUpdate other = sending.Begin(_version, next, "second");
+                            RpcException e = await Calls.FailsAsync(() => second.BeginAsync(other), StatusCode.FailedPrecondition);
                             Assert.Contains($"'{owner}'", e.Status.Detail, StringComparison.Ordinal);
                         }
 
@@ -292,8 +297,9 @@ internal sealed class FaultCampaign(ServerProcess server, Variants variants) : I
             if (i < messages.Count && !await update.SendAsync(messages[i])) return await update.EndAsync();
         }
 
-        await update.SendAsync(push.Fault == Fault.WrongDigest ? new UpdateRequest { Commit = new Commit { Digest = ByteString.CopyFrom(new byte[16]) } }
-            : sending.Commit());
+        UpdateRequest commit = sending.Commit();
+        if (push.Fault == Fault.WrongDigest) commit.Commit.Digest = ByteString.CopyFrom(new byte[16]);
+        await update.SendAsync(commit);
         if (push.Fault != Fault.ResetInCommit) return await update.EndAsync();
         // At once, the commit is lost on the way; one round trip later, its answer is, or it is broken in the middle.
         if (push.At % 2 == 0) await server.Control.StatusAsync(new StatusRequest(), deadline: Calls.Deadline(5));
@@ -369,7 +375,8 @@ internal sealed class FaultCampaign(ServerProcess server, Variants variants) : I
     {
         Note($"pause {mode}");
         _mayAbort |= mode == PauseMode.Abort;
-        await server.Control.PauseAsync(new PauseRequest { Mode = mode, Owner = "faults", LeaseMilliseconds = 120_000 }, deadline: Calls.Deadline());
+        PauseRequest request = new() { Mode = mode, Owner = "faults", LeaseMilliseconds = 120_000 };
+        await server.Control.PauseAsync(request, deadline: Calls.Deadline());
         _paused = true;
     }
 

@@ -11,8 +11,9 @@ namespace Rollout.Server.Tests;
 public sealed partial class FaultSequenceTests
 {
     /// <summary>
-    /// After a quarter of the sequences the server may grow by this much, however long the campaign. The heap of .NET settles at about
-    /// 130 MB after 600 sequences and stays there (3,000: 128 MB to 132); a campaign of 10,000 sends gigabytes, of which less than a hundredth may stay.
+    /// After a quarter of the sequences the server may grow by this much, however long the campaign. The heap of .NET settles at
+    /// about 130 MB after 600 sequences and stays there (3,000: 128 MB to 132);
+    /// a campaign of 10,000 sends gigabytes, of which less than a hundredth may stay.
     /// </summary>
     private const double MostGrowthMegabytes = 40;
 
@@ -23,7 +24,8 @@ public sealed partial class FaultSequenceTests
         int seed = Setting("ROLLOUT_FAULT_SEED") ?? Random.Shared.Next(1 << 20);
         string[] before = Footprint.SharedMemory("*");
         Variants variants = await Variants.SharedAsync();
-        await using ServerProcess server = await ServerProcess.StartAsync(variants.Folder(default), "--kv-cache-bytes", "4MiB", "--max-context", "256");
+        await using ServerProcess server = await ServerProcess.StartAsync(
+            variants.Folder(default), "--kv-cache-bytes", "4MiB", "--max-context", "256");
         Footprint? warm = null;
         HashSet<string> committed;
         long started = Stopwatch.GetTimestamp();
@@ -37,24 +39,25 @@ public sealed partial class FaultSequenceTests
                 }
                 catch (Exception e)
                 {
-                    throw new InvalidOperationException($"sequence {i} of ROLLOUT_FAULT_SEED={seed}: {e.Message}\nthe server's log ends:\n{End(server.Log)}", e);
+                    throw new InvalidOperationException(
+                        $"sequence {i} of ROLLOUT_FAULT_SEED={seed}: {e.Message}\nthe server's log ends:\n{End(server.Log)}", e);
                 }
 
                 if (i == sequences / 4) warm = Footprint.Of(server.Id);
-                if (i % Math.Max(1, sequences / 10) == 0) TestContext.Current.TestOutputHelper!.WriteLine($"{Footprint.Of(server.Id).ResidentMegabytes:F1} MB");
+                if (i % Math.Max(1, sequences / 10) == 0) Say($"{Footprint.Of(server.Id).ResidentMegabytes:F1} MB");
             }
 
             committed = campaign.Committed;
-            TestContext.Current.TestOutputHelper!.WriteLine(
-                $"{sequences} sequences in {Stopwatch.GetElapsedTime(started).TotalSeconds:F1} s\n{string.Join('\n', campaign.Ends.Select(end => $"{end.Value,6} {end.Key}"))}");
+            Say($"{sequences} sequences in {Stopwatch.GetElapsedTime(started).TotalSeconds:F1} s");
+            foreach ((string end, int count) in campaign.Ends) Say($"{count,6} {end}");
         }
 
         Footprint after = Footprint.Of(server.Id);
-        TestContext.Current.TestOutputHelper!.WriteLine($"{warm!.ResidentMegabytes:F1} MB after the warm-up, {after.ResidentMegabytes:F1} MB at the end");
+        Say($"{warm!.ResidentMegabytes:F1} MB after the warm-up, {after.ResidentMegabytes:F1} MB at the end");
         Assert.Equal(warm.Threads, after.Threads);
         Assert.Equal(warm.Files, after.Files);
         Assert.InRange(after.ResidentMegabytes - warm.ResidentMegabytes, -1000, MostGrowthMegabytes);
-        Assert.Empty(Footprint.SharedMemory("rollout-*").Except(before));
+        Assert.Empty(Footprint.SharedMemory("rollout-faults-*").Except(before));
 
         // What committed did not fail as well, for whoever reads the log.
         server.Signal("TERM");
@@ -67,6 +70,8 @@ public sealed partial class FaultSequenceTests
 
     private static int? Setting(string name)
         => Environment.GetEnvironmentVariable(name) is { Length: > 0 } value ? int.Parse(value, CultureInfo.InvariantCulture) : null;
+
+    private static void Say(string line) => TestContext.Current.TestOutputHelper!.WriteLine(line);
 
     private static string End(string log) => log[Math.Max(0, log.Length - 3000)..];
 }

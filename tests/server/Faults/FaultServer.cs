@@ -1,3 +1,4 @@
+using Grpc.Core;
 using Rollout.Client;
 using Rollout.V1;
 using EngineState = Rollout.V1.EngineState;
@@ -59,7 +60,8 @@ public sealed class FaultServer : IAsyncLifetime
     internal async Task ServesAsync(Content content, ulong version)
     {
         StatusReply status = await SettledAsync();
-        Assert.True(status.State == EngineState.Running && status.Version == version, $"expected RUNNING at version {version}, got {status}");
+        Assert.True(status.State == EngineState.Running && status.Version == version,
+            $"expected RUNNING at version {version}, got {status}");
         V1.SampleChunk sample = Assert.Single(await Process.SamplesAsync(Variants.Probe()));
         Assert.Equal(Variants[content], Variants.Bits(sample));
         Assert.All(sample.Versions, span => Assert.Equal(version, span.Version));
@@ -69,9 +71,10 @@ public sealed class FaultServer : IAsyncLifetime
     public async Task IsPoisonedAsync(ulong version)
     {
         StatusReply status = await SettledAsync();
-        Assert.True(status.State == EngineState.Poisoned && status.Version == version, $"expected POISONED at version {version}, got {status}");
+        Assert.True(status.State == EngineState.Poisoned && status.Version == version,
+            $"expected POISONED at version {version}, got {status}");
         Assert.Contains("half-way", status.Reason, StringComparison.Ordinal);
-        Grpc.Core.RpcException refused = await Calls.FailsAsync(() => Process.SamplesAsync(Variants.Probe()), Grpc.Core.StatusCode.FailedPrecondition);
+        RpcException refused = await Calls.FailsAsync(() => Process.SamplesAsync(Variants.Probe()), StatusCode.FailedPrecondition);
         Assert.StartsWith("POISONED", refused.Status.Detail, StringComparison.Ordinal);
     }
 

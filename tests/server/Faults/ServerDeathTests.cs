@@ -30,7 +30,8 @@ public sealed class ServerDeathTests
         byte[] digest = onItsWay ? variants.Send(Scope.Full, FaultServer.New).Digest : Guid.NewGuid().ToByteArray();
         using Relay relay = new(server.SocketPath, digest, inAnswer: step == "answer on its way", KillAsync);
         await using RolloutClient client = RolloutClient.Connect(relay.Address);
-        await using WeightPublisher publisher = new(client) { MaxSharedMemoryBytes = 64 << 10 }; // a ring: windows are read while others are written
+        // A ring, of which one half is read while the other is written.
+        await using WeightPublisher publisher = new(client) { MaxSharedMemoryBytes = 64 << 10 };
         PushOptions options = new() { Mode = mode };
         int copied = 0;
         int fatal = step switch { "begun" => 1, "copying" => 25, _ => int.MaxValue };
@@ -67,7 +68,8 @@ public sealed class ServerDeathTests
     {
         Variants variants = await Variants.SharedAsync();
         await using ServerProcess server = await ServerProcess.StartAsync(variants.Folder(FaultServer.Old), "--kv-cache-bytes", "4MiB");
-        using Relay relay = new(server.SocketPath, variants.Send(Scope.Full, FaultServer.New).Digest, inAnswer: true, () => Task.CompletedTask);
+        byte[] digest = variants.Send(Scope.Full, FaultServer.New).Digest;
+        using Relay relay = new(server.SocketPath, digest, inAnswer: true, () => Task.CompletedTask);
         await using RolloutClient client = RolloutClient.Connect(relay.Address);
         await using WeightPublisher publisher = new(client);
         PushResult result = await publisher.PushAsync(variants.Sources(FaultServer.New), options: new PushOptions { Mode = mode });

@@ -16,6 +16,9 @@ public sealed class TrainerFaultTests(FaultServer server) : IClassFixture<FaultS
 {
     private const int Messages = 9;
 
+    private readonly string _old = server.Variants.Folder(FaultServer.Old);
+    private readonly string _new = server.Variants.Folder(FaultServer.New);
+
     /// <summary>Every step that changes something, and a chunk nobody chose.</summary>
     public static IEnumerable<TheoryDataRow<string, string, string>> Deaths() =>
         from route in (string[])["inline", "shm", "file"]
@@ -29,7 +32,7 @@ public sealed class TrainerFaultTests(FaultServer server) : IClassFixture<FaultS
     {
         ulong version = await server.HealAsync();
         int sent = route == "file" ? 0 : Random.Shared.Next(Messages);
-        await using (TrainerProcess trainer = TrainerProcess.Start(server.Process, "push", server.Variants.Folder(FaultServer.New), route, mode, Messages))
+        await using (TrainerProcess trainer = TrainerProcess.Start(server.Process, "push", _new, route, mode, Messages))
         {
             await trainer.ToAsync(step == "sent" ? $"sent {sent.ToString(CultureInfo.InvariantCulture)}" : step);
             await trainer.KillAsync();
@@ -61,7 +64,7 @@ public sealed class TrainerFaultTests(FaultServer server) : IClassFixture<FaultS
     {
         ulong version = await server.HealAsync();
         int leftover;
-        await using (TrainerProcess trainer = TrainerProcess.Start(server.Process, "publish", server.Variants.Folder(FaultServer.New), "shm", mode, 60))
+        await using (TrainerProcess trainer = TrainerProcess.Start(server.Process, "publish", _new, "shm", mode, 60))
         {
             await trainer.ToAsync("copy 20"); // windows before it have been read
             Assert.Single(Footprint.SharedMemory($"rollout-{trainer.Id}-*"));
@@ -79,7 +82,7 @@ public sealed class TrainerFaultTests(FaultServer server) : IClassFixture<FaultS
     public async Task A_stalled_trainer_loses_its_seat_at_its_deadline_and_learns_why(string mode)
     {
         ulong version = await server.HealAsync();
-        await using TrainerProcess trainer = TrainerProcess.Start(server.Process, "publish", server.Variants.Folder(FaultServer.New), "shm", mode, 2);
+        await using TrainerProcess trainer = TrainerProcess.Start(server.Process, "publish", _new, "shm", mode, 2);
         await trainer.ToAsync("copy 20");
         if (mode == "inplace") await server.IsPoisonedAsync(version); // waits for the end of the update
         else await server.ServesAsync(FaultServer.Old, version);
@@ -94,9 +97,9 @@ public sealed class TrainerFaultTests(FaultServer server) : IClassFixture<FaultS
     public async Task Of_two_trainers_at_once_the_second_is_told_who_the_first_is()
     {
         ulong version = await server.HealAsync();
-        await using TrainerProcess first = TrainerProcess.Start(server.Process, "push", server.Variants.Folder(FaultServer.New), "inline", "staged", Messages);
+        await using TrainerProcess first = TrainerProcess.Start(server.Process, "push", _new, "inline", "staged", Messages);
         await first.ToAsync("sent 3");
-        await using TrainerProcess second = TrainerProcess.Start(server.Process, "publish", server.Variants.Folder(FaultServer.Old), "shm", "inplace", 20);
+        await using TrainerProcess second = TrainerProcess.Start(server.Process, "publish", _old, "shm", "inplace", 20);
         string refused = await second.EndAsync();
         Assert.Matches("FailedPrecondition.*'trainer' is updating", refused);
         await server.Process.SamplesAsync(Variants.Probe());
@@ -134,7 +137,9 @@ public sealed class TrainerFaultTests(FaultServer server) : IClassFixture<FaultS
         if (damage == "flipped bit") payload[Random.Shared.Next(payload.Length)] ^= (byte)(1 << Random.Shared.Next(8));
         using TemporaryFolder shm = new("/dev/shm/rollout-test-");
         await File.WriteAllBytesAsync(shm["segment"], payload);
-        UpdateRequest Message(int from, int to) => sharedMemory ? Transaction.Window(shm["segment"], from, to) : Transaction.Chunk(payload, from, to);
+        UpdateRequest Message(int from, int to) => sharedMemory
+            ? Transaction.Window(shm["segment"], from, to)
+            : Transaction.Chunk(payload, from, to);
 
         UpdateReply end;
         using (Transaction update = new(server.Process.Weights))
@@ -177,8 +182,8 @@ public sealed class TrainerFaultTests(FaultServer server) : IClassFixture<FaultS
         }
         else
         {
-            Assert.Contains(damage switch { "flipped bit" => "digest", "reordered" => "expected payload byte", _ => "segment" }, end.Failed.Reason,
-                StringComparison.Ordinal);
+            string reason = damage switch { "flipped bit" => "digest", "reordered" => "expected payload byte", _ => "segment" };
+            Assert.Contains(reason, end.Failed.Reason, StringComparison.Ordinal);
             Assert.Equal(inPlace, end.Failed.Poisoned);
             if (inPlace) await server.IsPoisonedAsync(version);
             else await server.ServesAsync(FaultServer.Old, version);
@@ -194,8 +199,11 @@ public sealed class TrainerFaultTests(FaultServer server) : IClassFixture<FaultS
         using TemporaryFolder disk = new();
         // A limit on the size of files: works without root, and fails where a full disk does, when the file is allocated.
         const string Limit = "trap '' XFSZ; ulimit -f 100";
-        await using (TrainerProcess trainer = TrainerProcess.Start(server.Process, "publish", server.Variants.Folder(FaultServer.New), "file", mode, 20, Limit, disk.Path))
+        await using (TrainerProcess trainer = TrainerProcess.Start(
+            server.Process, "publish", _new, "file", mode, 20, Limit, disk.Path))
+        {
             Assert.Matches($"^failed IOException: .* bytes are needed in {disk.Path}", await trainer.EndAsync());
+        }
 
         await server.ServesAsync(FaultServer.Old, version);
         Assert.Empty(Directory.GetFiles(disk.Path));
@@ -208,10 +216,9 @@ public sealed class TrainerFaultTests(FaultServer server) : IClassFixture<FaultS
         ulong version = await server.HealAsync();
         using TemporaryFolder disk = new();
         // In a mount namespace of its own, which ends with the trainer.
-        string mount = $"mount -t tmpfs -o size=128k none '{disk.Path}' || exit 77";
-        await using TrainerProcess trainer = TrainerProcess.Start(server.Process, "publish", server.Variants.Folder(FaultServer.New), "file", "staged", 20,
-            $"if [ -z \"$MOUNTED\" ]; then MOUNTED=1 exec unshare --user --map-root-user --mount sh -c '{mount.Replace("'", "'\\''", StringComparison.Ordinal)}; exec \"$@\"' sh \"$@\"; fi",
-            disk.Path);
+        string mount = $"mount -t tmpfs -o size=128k none {disk.Path} || exit 77; exec \"$@\"";
+        string again = $"exec unshare --user --map-root-user --mount sh -c '{mount}' sh \"$@\"";
+        await using TrainerProcess trainer = TrainerProcess.Start(server.Process, "publish", _new, "file", "staged", 20, again, disk.Path);
         string end = await trainer.EndAsync();
         if (end.StartsWith("nothing", StringComparison.Ordinal)) throw SkipException.ForSkip($"no small disk can be mounted here: {end}");
         Assert.Matches($"^failed IOException: .* bytes are needed in {disk.Path}", end);
@@ -239,7 +246,8 @@ public sealed class TrainerFaultTests(FaultServer server) : IClassFixture<FaultS
     {
         ulong version = await server.HealAsync();
         await server.Process.Control.SleepAsync(new SleepRequest());
-        WeightUpdateFailedException asleep = await Assert.ThrowsAsync<WeightUpdateFailedException>(() => server.PushAsync(FaultServer.New, mode: mode));
+        WeightUpdateFailedException asleep = await Assert.ThrowsAsync<WeightUpdateFailedException>(
+            () => server.PushAsync(FaultServer.New, mode: mode));
         Assert.Equal((StatusCode.FailedPrecondition, UpdateOutcome.NotCommitted), (asleep.StatusCode, asleep.Outcome));
         Assert.Contains("SLEEPING", asleep.Message, StringComparison.Ordinal);
         await server.Process.Control.WakeUpAsync(new WakeUpRequest());

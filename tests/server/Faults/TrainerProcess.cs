@@ -32,7 +32,9 @@ internal sealed class TrainerProcess : IAsyncDisposable
         string host = Environment.GetEnvironmentVariable("DOTNET_HOST_PATH") ?? "dotnet";
         string count = number.ToString(CultureInfo.InvariantCulture);
         string[] command = ["exec", s_program, how, server.SocketPath, Path.Combine(folder, "model.safetensors"), route, mode, count, disk];
-        ProcessStartInfo start = under.Length == 0 ? new(host, command) : new("/bin/sh", ["-c", $"{under}; exec \"$@\"", "sh", host, .. command]);
+        ProcessStartInfo start = under.Length == 0
+            ? new(host, command)
+            : new("/bin/sh", ["-c", $"{under}; exec \"$@\"", "sh", host, .. command]);
         start.RedirectStandardInput = true;
         start.RedirectStandardOutput = true;
         start.RedirectStandardError = true;

@@ -67,7 +67,8 @@ internal sealed class Variants : IDisposable
         foreach ((string name, long[] shape, byte[] _) in _tensors)
         {
             bool second = IsSecond(name);
-            if (scope == Scope.Full || second == (scope != Scope.First)) sending.Add(name, shape, Values(name, target), scope == Scope.Sparse ? Step : null);
+            if (scope == Scope.Full || second == (scope != Scope.First))
+                sending.Add(name, shape, Values(name, target), scope == Scope.Sparse ? Step : null);
         }
 
         return sending;
@@ -109,7 +110,8 @@ internal sealed class Variants : IDisposable
             string folder = Directory.CreateDirectory(variants.Folder(content)).FullName;
             File.Copy(Path.Combine(Golden.Folder(Model), "config.json"), Path.Combine(folder, "config.json"));
             variants.Send(Scope.Full, content).WriteFile(Path.Combine(folder, "model.safetensors"));
-            await using LocalRollouts fresh = new(RolloutEngine.Load(folder, new CpuBackend(1), new EngineOptions { KvCacheBytes = 1 << 20 }));
+            EngineOptions options = new() { KvCacheBytes = 1 << 20 };
+            await using LocalRollouts fresh = new(RolloutEngine.Load(folder, new CpuBackend(1), options));
             SampleChunk sample = Assert.Single(Calls.Join(await fresh.GenerateAsync(Probe(), default).ToListAsync()));
             variants._expected.Add(content, Bits(sample));
         }
