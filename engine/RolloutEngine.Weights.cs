@@ -37,7 +37,6 @@ public sealed partial class RolloutEngine
     {
         _weights.ThrowUnlessSeated(update);
         if (update.Manifest.Policy == UpdatePolicy.Abort) AbortBegun();
-        _weights.Open(update);
         update.StandsSince = Stopwatch.GetTimestamp();
         _standsFor = update;
     }, cancellation);

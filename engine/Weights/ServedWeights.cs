@@ -56,13 +56,13 @@ internal sealed class ServedWeights(IBackend backend, LoadPlan plan, int layers,
     }
 
     /// <summary>
-    /// Before the first byte: what the update changes counts as unknown from here on, and what it leaves alone is, in the set it changes, as
-    /// it is in service.
+    /// Staged, before the first byte: what the update changes counts as unknown from here on, and what it leaves alone is, in the spare set,
+    /// as it is in service.
     /// </summary>
     public void Open(WeightUpdate update)
     {
-        WeightSet destination = update.Mode == UpdateMode.Staged ? _spare! : _current;
-        if (update.Mode == UpdateMode.Staged && !update.Manifest.IsFull)
+        WeightSet destination = _spare!;
+        if (!update.Manifest.IsFull)
         {
             WeightSlot[] behind = [.. destination.NotHolding(_current).Except(WholeSlots(update.Manifest))];
             AllCores.ForEach([.. behind.OrderByDescending(slot => _current[slot].Bytes)], slot =>
@@ -72,7 +72,7 @@ internal sealed class ServedWeights(IBackend backend, LoadPlan plan, int layers,
             });
         }
 
-        foreach (ManifestTensor tensor in update.Manifest.Tensors) destination.Changing(plan[tensor.Name].Slot);
+        MarkUnknown(destination, update.Manifest);
     }
 
     /// <summary>On the loop, between two steps: what the update brought is served from here on.</summary>
@@ -106,6 +106,8 @@ internal sealed class ServedWeights(IBackend backend, LoadPlan plan, int layers,
             if (_update != update) return;
             if (update.HasTouchedServedWeights)
             {
+                // Not before a byte has landed: what is in service stays known, and partial updates go on building on it.
+                MarkUnknown(_current, update.Manifest);
                 _poison = $"the update in place to version {update.Manifest.NewVersion} by '{update.Manifest.Owner}' ended half-way "
                     + $"({update.Failure.ToString().ToLowerInvariant()})";
             }
@@ -158,6 +160,11 @@ internal sealed class ServedWeights(IBackend backend, LoadPlan plan, int layers,
         if (_current.Bytes / 4 * 5 <= available) return UpdateMode.Staged;
         return manifest.Mode == UpdateMode.Auto ? UpdateMode.InPlace
             : throw new NoRoomException($"staging takes {_current.Bytes} bytes, the device has {available} left: update in place");
+    }
+
+    private void MarkUnknown(WeightSet set, UpdateManifest manifest)
+    {
+        foreach (ManifestTensor tensor in manifest.Tensors) set.Changing(plan[tensor.Name].Slot);
     }
 
     private static DescribedWeight[] Merge(IReadOnlyList<DescribedWeight> old, IReadOnlyList<DescribedWeight> changed)

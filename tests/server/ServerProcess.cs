@@ -14,14 +14,17 @@ public sealed class ServerProcess : IAsyncDisposable
 {
     private static readonly TimeSpan s_patience = TimeSpan.FromSeconds(30);
 
-    private readonly Process _process;
+    private readonly string[] _command;
+    private readonly (string Name, string Value)? _variable; // of its environment
     private readonly string _folder;
     private readonly StringBuilder _log = new();
-    private readonly TaskCompletionSource<string> _ready = new(TaskCreationOptions.RunContinuationsAsynchronously);
+    private Process _process = null!;
+    private TaskCompletionSource<string> _ready = null!;
 
-    private ServerProcess(Process process, string folder, string address)
+    private ServerProcess(string[] command, string folder, string address, (string Name, string Value)? variable)
     {
-        _process = process;
+        _command = command;
+        _variable = variable;
         _folder = folder;
         Address = address;
         Channel = RemoteRollouts.Open(address);
@@ -82,9 +85,7 @@ public sealed class ServerProcess : IAsyncDisposable
     {
         try
         {
-            Task<string> ready = server._ready.Task;
-            string line = await ready.WaitAsync(s_patience);
-            server.Ready = JsonDocument.Parse(line["ready ".Length..]).RootElement;
+            await server.ReadyAsync();
             return server;
         }
         catch (Exception e)
@@ -101,22 +102,49 @@ public sealed class ServerProcess : IAsyncDisposable
     {
         string own = Directory.CreateTempSubdirectory("rs-").FullName;
         string socket = Path.Combine(own, "s");
-        Process process = Cli.Create(["serve", "--model", folder, "--socket", socket, "--threads", "1", .. arguments]);
-        if (variable is { } set) process.StartInfo.Environment[set.Name] = set.Value;
-        ServerProcess server = new(process, own, $"unix:{socket}");
-        process.OutputDataReceived += (_, line) =>
-        {
-            if (line.Data is null) server._ready.TrySetException(new InvalidOperationException("it ended"));
-            else if (line.Data.StartsWith("ready ", StringComparison.Ordinal)) server._ready.TrySetResult(line.Data);
-        };
-        process.ErrorDataReceived += (_, line) =>
-        {
-            lock (server._log) server._log.AppendLine(line.Data);
-        };
-        process.Start();
-        process.BeginOutputReadLine();
-        process.BeginErrorReadLine();
+        ServerProcess server = new(["serve", "--model", folder, "--socket", socket, "--threads", "1", .. arguments], own, $"unix:{socket}", variable);
+        server.Start();
         return server;
+    }
+
+    /// <summary>Ends it as a crash would, without a word to anybody; returns when it is gone.</summary>
+    public async Task KillAsync()
+    {
+        _process.Kill();
+        await _process.WaitForExitAsync();
+    }
+
+    /// <summary>After its end: the same command again, on the same socket; returns when it is ready.</summary>
+    public async Task StartAgainAsync()
+    {
+        _process.Dispose();
+        Start();
+        await ReadyAsync();
+    }
+
+    private void Start()
+    {
+        TaskCompletionSource<string> ready = _ready = new TaskCompletionSource<string>(TaskCreationOptions.RunContinuationsAsynchronously);
+        _process = Cli.Create(_command);
+        if (_variable is { } set) _process.StartInfo.Environment[set.Name] = set.Value;
+        _process.OutputDataReceived += (_, line) =>
+        {
+            if (line.Data is null) ready.TrySetException(new InvalidOperationException("it ended"));
+            else if (line.Data.StartsWith("ready ", StringComparison.Ordinal)) ready.TrySetResult(line.Data);
+        };
+        _process.ErrorDataReceived += (_, line) =>
+        {
+            lock (_log) _log.AppendLine(line.Data);
+        };
+        _process.Start();
+        _process.BeginOutputReadLine();
+        _process.BeginErrorReadLine();
+    }
+
+    private async Task ReadyAsync()
+    {
+        string line = await _ready.Task.WaitAsync(s_patience);
+        Ready = JsonDocument.Parse(line["ready ".Length..]).RootElement;
     }
 
     public void Signal(string name)

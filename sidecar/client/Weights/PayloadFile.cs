@@ -77,7 +77,8 @@ internal sealed partial class PayloadFile : IDisposable
         {
             file?.Dispose();
             Forget(path);
-            if (e is not IOException and not UnauthorizedAccessException)
+            // Out of range is what .NET says where the limit is not the disk's room but the size of a file (FAT, ulimit -f).
+            if (e is not IOException and not UnauthorizedAccessException and not ArgumentOutOfRangeException)
                 throw;
             string remedy = folder == DefaultFolder ? "make it larger (containers: --shm-size)" : "give another folder";
             throw new IOException($"{capacity:N0} bytes are needed in {folder}, {FreeBytes(folder):N0} are free: {remedy}, or push with "
@@ -89,14 +90,16 @@ internal sealed partial class PayloadFile : IDisposable
     /// The sidecar's own memory, where it can be reached: null in another container, or as another user. The name makes sure that the path
     /// leads where the sidecar meant.
     /// </summary>
-    public static PayloadFile? TryOpen(V1.Segment segment)
+    /// <param name="segment">As Ready has it.</param>
+    /// <param name="most">Bytes of it to use.</param>
+    public static PayloadFile? TryOpen(V1.Segment segment, long most)
     {
         try
         {
             if (new FileInfo(segment.Path).LinkTarget != $"/memfd:{segment.Name} (deleted)")
                 return null;
             var file = new FileStream(segment.Path, FileMode.Open, FileAccess.ReadWrite, FileShare.ReadWrite, bufferSize: 0);
-            return new PayloadFile(segment.Path, file, (long)segment.Bytes);
+            return new PayloadFile(segment.Path, file, Math.Min((long)segment.Bytes, most));
         }
         catch (Exception e) when (e is IOException or UnauthorizedAccessException)
         {

@@ -124,7 +124,8 @@ public sealed class WeightPublisher : IAsyncDisposable
 
     private IPayloadSender Sender(PushOptions options, PayloadLayout layout) => options.Transport switch
     {
-        PushTransport.SharedMemory => new SharedMemorySender(() => OwnSharedMemory(layout.PayloadBytes), options.Parallelism),
+        PushTransport.SharedMemory =>
+            new SharedMemorySender(SharedBytes(layout.PayloadBytes), () => OwnSharedMemory(layout.PayloadBytes), options.Parallelism),
         PushTransport.Inline => new InlineSender(),
         PushTransport.File => new FileSender(layout, options.Folder!, options.Parallelism),
         _ => throw new ArgumentException($"unknown transport {options.Transport}"),

@@ -36,6 +36,7 @@ internal sealed class UpdateTransaction(
     private SealedMemory? _segment;
     private string _owner = "";
     private long _reported;
+    private bool _committed;
 
     /// <summary>Runs the transaction to its end. Errors that are the protocol's own are replies, not exceptions.</summary>
     public async Task RunAsync(CancellationToken client, CancellationToken stopping)
@@ -66,6 +67,10 @@ internal sealed class UpdateTransaction(
             while (await NextAsync(linked.Token))
             {
             }
+        }
+        catch (Exception) when (_committed)
+        {
+            throw; // the client did not hear of it: that changes nothing, and the log has it
         }
         catch (UpdateRejectedException e)
         {
@@ -161,6 +166,7 @@ internal sealed class UpdateTransaction(
         if (digest.Length is not (0 or 16)) throw Failed($"a digest has 16 bytes, this one has {digest.Length}");
         // The deadline takes a commit back whose moment has not come, as while draining; what the client is told is what happened.
         CommitResult result = await _update!.CommitAsync(digest.Memory, cancellation);
+        _committed = true;
         UpdateTimings timings = new()
         {
             PreflightSeconds = result.PreflightSeconds,

@@ -5,16 +5,17 @@ namespace Rollout.Client;
 /// ring: a window is written over one that the sidecar has read. It is the sidecar's, which it reads where it stands, or, where that cannot
 /// be reached, a file in /dev/shm.
 /// </summary>
+/// <param name="most">Bytes to use of the sidecar's memory, which may have more from another push.</param>
 /// <param name="ownFile">Makes the file, or takes the one of the push before.</param>
 /// <param name="parallelism">Tensors written at once.</param>
-internal sealed class SharedMemorySender(Func<PayloadFile> ownFile, int parallelism) : IPayloadSender
+internal sealed class SharedMemorySender(long most, Func<PayloadFile> ownFile, int parallelism) : IPayloadSender
 {
     private const long SmallestWindow = 64 << 20; // one more message is then worth nothing
     private const long LargestWindow = 1 << 30;
 
     public async Task SendAsync(UpdateCall call, PayloadWriter payload, V1.Ready ready, CancellationToken cancellationToken)
     {
-        using PayloadFile? lent = ready.Segment is null ? null : PayloadFile.TryOpen(ready.Segment);
+        using PayloadFile? lent = ready.Segment is null ? null : PayloadFile.TryOpen(ready.Segment, most);
         await SendAsync(call, payload, lent ?? ownFile(), ready.Mode, cancellationToken);
     }
 

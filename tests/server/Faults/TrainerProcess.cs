@@ -1,0 +1,88 @@
+using System.Diagnostics;
+using System.Globalization;
+using System.Reflection;
+
+namespace Rollout.Server.Tests;
+
+/// <summary>tests/trainer in a process of its own, one step at a time.</summary>
+internal sealed class TrainerProcess : IAsyncDisposable
+{
+    private static readonly TimeSpan s_patience = TimeSpan.FromSeconds(30);
+
+    private static readonly string s_program = typeof(TrainerProcess).Assembly.GetCustomAttributes<AssemblyMetadataAttribute>()
+        .Single(entry => entry.Key == "TrainerProgram").Value!;
+
+    private readonly Process _process;
+
+    private TrainerProcess(Process process) => _process = process;
+
+    public int Id => _process.Id;
+
+    /// <param name="server">Pushed to.</param>
+    /// <param name="how">"push" or "publish"; see the program.</param>
+    /// <param name="folder">Whose model.safetensors is pushed.</param>
+    /// <param name="route">inline, shm or file.</param>
+    /// <param name="mode">staged or inplace.</param>
+    /// <param name="number">Messages of a push, seconds of a publish.</param>
+    /// <param name="under">A shell command that sets limits before the program starts, or nothing.</param>
+    /// <param name="disk">For files.</param>
+    public static TrainerProcess Start(ServerProcess server, string how, string folder, string route, string mode, int number,
+        string under = "", string disk = "")
+    {
+        string host = Environment.GetEnvironmentVariable("DOTNET_HOST_PATH") ?? "dotnet";
+        string count = number.ToString(CultureInfo.InvariantCulture);
+        string[] command = ["exec", s_program, how, server.SocketPath, Path.Combine(folder, "model.safetensors"), route, mode, count, disk];
+        ProcessStartInfo start = under.Length == 0
+            ? new(host, command)
+            : new("/bin/sh", ["-c", $"{under}; exec \"$@\"", "sh", host, .. command]);
+        start.RedirectStandardInput = true;
+        start.RedirectStandardOutput = true;
+        start.RedirectStandardError = true;
+        // A limit on files would also be one on the memory that .NET maps twice to keep it from being both writable and executable.
+        if (under.Length > 0) start.Environment["DOTNET_EnableWriteXorExecute"] = "0";
+        return new TrainerProcess(Process.Start(start)!);
+    }
+
+    /// <summary>Lets it go on until it waits at this step.</summary>
+    public async Task ToAsync(string step)
+    {
+        while (await LineAsync() is { } line)
+        {
+            if (line == $"step {step}") return;
+            Assert.StartsWith("step ", line, StringComparison.Ordinal);
+            await GoOnAsync();
+        }
+
+        Assert.Fail($"the trainer ended before '{step}': {await _process.StandardError.ReadToEndAsync()}");
+    }
+
+    /// <summary>Lets it go on from the step it waits at.</summary>
+    public Task GoOnAsync() => _process.StandardInput.WriteLineAsync();
+
+    /// <summary>Lets it go on to its end. Its last line.</summary>
+    public async Task<string> EndAsync()
+    {
+        while (await LineAsync() is { } line)
+        {
+            if (!line.StartsWith("step ", StringComparison.Ordinal)) return line;
+            await GoOnAsync();
+        }
+
+        return $"nothing: {await _process.StandardError.ReadToEndAsync()}";
+    }
+
+    /// <summary>SIGKILL; returns when it is gone.</summary>
+    public async Task KillAsync()
+    {
+        _process.Kill();
+        await _process.WaitForExitAsync();
+    }
+
+    public async ValueTask DisposeAsync()
+    {
+        if (!_process.HasExited) await KillAsync();
+        _process.Dispose();
+    }
+
+    private Task<string?> LineAsync() => _process.StandardOutput.ReadLineAsync().WaitAsync(s_patience);
+}

@@ -1,0 +1,157 @@
+using System.Globalization;
+using System.IO.Hashing;
+using System.Net.Sockets;
+using System.Security.Cryptography;
+using Google.Protobuf;
+using Grpc.Core;
+using Grpc.Net.Client;
+using Rollout.Client;
+using Rollout.Engine;
+using V1 = Rollout.V1;
+
+// A trainer that a test can kill at a chosen step of an update. At every step it prints a line and waits for one; its last line says how
+// the update ended.
+//   trainer push    SOCKET CHECKPOINT (inline|shm|file) (staged|inplace) MESSAGES   the protocol by hand, in so many messages
+//   trainer publish SOCKET CHECKPOINT (inline|shm|file) (staged|inplace) SECONDS [FOLDER]   by the client library, with this timeout
+string socket = args[1];
+string checkpoint = args[2];
+string transport = args[3];
+bool inPlace = args[4] == "inplace";
+int number = int.Parse(args[5], CultureInfo.InvariantCulture);
+using SafetensorsFile file = SafetensorsFile.Open(checkpoint);
+TensorInfo[] tensors = [.. file.Tensors.Values.OrderBy(tensor => tensor.Offset)];
+try
+{
+    Console.WriteLine(args[0] == "push" ? await PushAsync() : await PublishAsync());
+}
+catch (Exception e)
+{
+    string outcome = e is WeightUpdateFailedException failed ? $" {failed.Outcome}" : "";
+    Console.WriteLine($"failed {e.GetType().Name}{outcome}: {e.Message.ReplaceLineEndings(" ")}");
+}
+
+return;
+
+static void Step(string name)
+{
+    Console.WriteLine($"step {name}");
+    if (Console.ReadLine() is null) Environment.Exit(1); // whoever drives it is gone
+}
+
+async Task<string> PublishAsync()
+{
+    await using RolloutClient client = RolloutClient.Connect($"unix:{socket}");
+    // A ring, so that tensors are copied while others have been read.
+    await using var publisher = new WeightPublisher(client) { MaxSharedMemoryBytes = 64 << 10 };
+    int copied = 0;
+    TensorSource[] sources = [.. tensors.Select(tensor => new TensorSource(tensor.Name, TensorDType.BF16, tensor.Shape,
+        (offset, destination) =>
+        {
+            Step($"copy {copied++}");
+            file.Read(tensor, offset, destination);
+        }))];
+    PushResult result = await publisher.PushAsync(sources, options: new PushOptions
+    {
+        Transport = transport switch { "inline" => PushTransport.Inline, "shm" => PushTransport.SharedMemory, _ => PushTransport.File },
+        Mode = inPlace ? Rollout.Client.UpdateMode.InPlace : Rollout.Client.UpdateMode.Staged,
+        Timeout = TimeSpan.FromSeconds(number),
+        Folder = args.Length > 6 ? args[6] : null,
+    });
+    return $"committed {result.Version}";
+}
+
+async Task<string> PushAsync()
+{
+    byte[] payload = new byte[file.DataBytes];
+    V1.UpdateMode mode = inPlace ? V1.UpdateMode.InPlace : V1.UpdateMode.Staged;
+    var begin = new V1.BeginUpdate { PayloadBytes = (ulong)payload.Length, Mode = mode, Owner = "trainer" };
+    var digests = new XxHash128();
+    foreach (TensorInfo tensor in tensors)
+    {
+        int offset = (int)(tensor.Offset - file.DataStart);
+        file.Read(tensor, 0, payload.AsSpan(offset, (int)tensor.Bytes));
+        digests.Append(XxHash128.Hash(payload.AsSpan(offset, (int)tensor.Bytes)));
+        begin.Manifest.Add(new V1.ManifestTensor { Name = tensor.Name, Dtype = V1.TensorDType.Bf16, Offset = (ulong)offset });
+        begin.Manifest[^1].Shape.Add(tensor.Shape.Select(dimension => (ulong)dimension));
+    }
+
+    using GrpcChannel channel = Open();
+    begin.BaseVersion = (await new V1.ControlService.ControlServiceClient(channel).StatusAsync(new V1.StatusRequest())).Version;
+    begin.NewVersion = begin.BaseVersion + 1;
+    using FileStream? shm = transport == "shm" ? SharedMemory(payload) : null;
+    using AsyncDuplexStreamingCall<V1.UpdateRequest, V1.UpdateReply> call = new V1.WeightsService.WeightsServiceClient(channel).Update();
+    Step("opened");
+    await call.RequestStream.WriteAsync(new V1.UpdateRequest { Begin = begin });
+    await RepliedAsync(V1.UpdateReply.StepOneofCase.Ready);
+    Step("begun");
+    int messages = transport == "file" ? 1 : number;
+    for (int i = 0; i < messages; i++)
+    {
+        int from = (int)((long)payload.Length * i / messages);
+        int length = (int)((long)payload.Length * (i + 1) / messages) - from;
+        await call.RequestStream.WriteAsync(transport switch
+        {
+            "inline" => new V1.UpdateRequest
+            {
+                Chunk = new V1.Chunk { Offset = (ulong)from, Data = ByteString.CopyFrom(payload, from, length) },
+            },
+            "shm" => new V1.UpdateRequest
+            {
+                SharedMemory = new V1.SharedMemory
+                {
+                    Path = shm!.Name,
+                    Offset = (ulong)from,
+                    PayloadOffset = (ulong)from,
+                    Bytes = (ulong)length,
+                },
+            },
+            _ => new V1.UpdateRequest { File = new V1.CheckpointFile { Path = checkpoint } },
+        });
+        // Chunks are answered when all have come, everything else one by one.
+        if (transport != "inline" || i == messages - 1) await RepliedAsync(V1.UpdateReply.StepOneofCase.Progress);
+        Step($"sent {i}");
+    }
+
+    var commit = new V1.Commit { Digest = ByteString.CopyFrom(digests.GetCurrentHash()) };
+    await call.RequestStream.WriteAsync(new V1.UpdateRequest { Commit = commit });
+    Step("committing");
+    V1.UpdateReply end = await RepliedAsync(V1.UpdateReply.StepOneofCase.Committed);
+    Step("committed");
+    return $"committed {end.Committed.Version}";
+
+    async Task<V1.UpdateReply> RepliedAsync(V1.UpdateReply.StepOneofCase wanted)
+    {
+        if (!await call.ResponseStream.MoveNext(default)) throw new InvalidOperationException("the server ended the call");
+        V1.UpdateReply reply = call.ResponseStream.Current;
+        return reply.StepCase == wanted ? reply : throw new InvalidOperationException($"expected {wanted}, got {reply}");
+    }
+}
+
+// Named as the client library names its own, which removes what a killed trainer left.
+static FileStream SharedMemory(byte[] payload)
+{
+    string random = Convert.ToHexStringLower(RandomNumberGenerator.GetBytes(8));
+    var shm = new FileStream($"/dev/shm/rollout-{Environment.ProcessId}-{random}", new FileStreamOptions
+    {
+        Mode = FileMode.CreateNew,
+        Access = FileAccess.ReadWrite,
+        Share = FileShare.ReadWrite | FileShare.Delete,
+        BufferSize = 0,
+        Options = FileOptions.DeleteOnClose,
+    });
+    shm.Write(payload);
+    return shm;
+}
+
+GrpcChannel Open() => GrpcChannel.ForAddress("http://localhost", new GrpcChannelOptions
+{
+    HttpHandler = new SocketsHttpHandler
+    {
+        ConnectCallback = async (_, cancellation) =>
+        {
+            var connection = new Socket(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified);
+            await connection.ConnectAsync(new UnixDomainSocketEndPoint(socket), cancellation);
+            return new NetworkStream(connection, ownsSocket: true);
+        },
+    },
+});
