@@ -111,8 +111,11 @@ public sealed partial class RolloutEngine : IAsyncDisposable
             : _standsFor is not null ? EngineState.Updating
             : _pause.State;
 
-    private string Reason // of the state, so in the same order
-        => _fault ?? (_asleep != MemoryTags.None ? $"asleep: {_asleep}" : _weights.Poison ?? _standsFor?.Manifest.Owner ?? _pause.Owner);
+    private string Reason // of the state, so in the same order; poison shows also under sleep, since waking will not be enough
+        => _fault
+            ?? (_asleep == MemoryTags.None ? _weights.Poison ?? _standsFor?.Manifest.Owner ?? _pause.Owner
+                : _weights.Poison is { } poison ? $"asleep: {_asleep}; poisoned: {poison}"
+                : $"asleep: {_asleep}");
 
     /// <summary>Loads a Hugging Face folder and starts the loop. The engine owns <paramref name="backend"/> from then on.</summary>
     /// <param name="modelFolder">config.json, *.safetensors and, for text, tokenizer.json.</param>
