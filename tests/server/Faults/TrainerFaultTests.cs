@@ -2,8 +2,8 @@ using System.Globalization;
 using Grpc.Core;
 using Rollout.Client;
 using Rollout.V1;
-using EngineState = Rollout.V1.EngineState;
 using Xunit.Sdk;
+using EngineState = Rollout.V1.EngineState;
 
 namespace Rollout.Server.Tests;
 
