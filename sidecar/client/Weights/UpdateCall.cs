@@ -32,7 +32,7 @@ internal sealed class UpdateCall : IAsyncDisposable
         {
             await _call.RequestStream.WriteAsync(request, cancellationToken);
         }
-        catch (Exception e) when (e is RpcException or InvalidOperationException)
+        catch (Exception e) when (e is RpcException or InvalidOperationException or IOException) // as HTTP's own end of the stream is
         {
             await ThrowReasonAsync();
             throw;
@@ -94,7 +94,7 @@ internal sealed class UpdateCall : IAsyncDisposable
             await sent.WaitAsync(TimeSpan.FromSeconds(1));
             await _reading.WaitAsync(TimeSpan.FromSeconds(1));
         }
-        catch (Exception e) when (e is RpcException or InvalidOperationException or TimeoutException)
+        catch (Exception e) when (e is RpcException or InvalidOperationException or IOException or TimeoutException)
         {
             // It is gone or hangs; the broken stream tells it.
         }

@@ -47,7 +47,7 @@ internal sealed class UpdateTransaction(
         try
         {
             // :: 1
-            if (!await requests.MoveNext(linked.Token)) throw Failed("the client closed its side before begin");
+            if (!await MoveNextAsync(linked.Token)) throw Failed("the client closed its side before begin");
             if (requests.Current.StepCase != UpdateRequest.StepOneofCase.Begin)
                 throw Failed($"the first message must be begin, not {Name(requests.Current)}");
             BeginUpdate begin = requests.Current.Begin;
@@ -86,11 +86,17 @@ internal sealed class UpdateTransaction(
             Log.UpdateFailed(logger, _owner, Outcome(poisoned), e.Message);
             await EndAsync(new UpdateReply { Failed = new UpdateFailed { Reason = e.Message, Poisoned = poisoned } });
         }
-        catch (Exception e) when (client.IsCancellationRequested || e is IOException)
+        catch (Exception e) when (client.IsCancellationRequested || e is RpcException { StatusCode: StatusCode.Cancelled })
         {
             bool poisoned = End(UpdateFailure.Sender);
             Log.UpdateAborted(logger, _owner, Outcome(poisoned), "the stream broke");
-            throw;
+            throw ClientGone();
+        }
+        catch (IOException e)
+        {
+            bool poisoned = End(UpdateFailure.Source);
+            Log.UpdateFailed(logger, _owner, Outcome(poisoned), e.Message);
+            await EndAsync(new UpdateReply { Failed = new UpdateFailed { Reason = e.Message, Poisoned = poisoned } });
         }
         catch (Exception) when (linked.IsCancellationRequested)
         {
@@ -106,10 +112,23 @@ internal sealed class UpdateTransaction(
         _transports.Clear();
     }
 
+    /// <summary>A stream that breaks shows itself in many ways, some of them before the call is cancelled.</summary>
+    private async Task<bool> MoveNextAsync(CancellationToken cancellation)
+    {
+        try
+        {
+            return await requests.MoveNext(cancellation);
+        }
+        catch (IOException)
+        {
+            throw ClientGone();
+        }
+    }
+
     /// <summary>Takes the client's next step. False when it was the last.</summary>
     private async Task<bool> NextAsync(CancellationToken cancellation)
     {
-        if (!await requests.MoveNext(cancellation))
+        if (!await MoveNextAsync(cancellation))
         {
             await AbortAsync(UpdateFailure.Sender, "the client closed its side before commit");
             return false;
@@ -201,6 +220,8 @@ internal sealed class UpdateTransaction(
         => memory is null ? null : new Segment { Path = memory.Path, Name = memory.Name, Bytes = (ulong)memory.Bytes };
 
     private static string Outcome(bool poisoned) => poisoned ? "the engine is poisoned until a full update" : "the old weights stay";
+
+    private static RpcException ClientGone() => new(new Status(StatusCode.Cancelled, "the client has gone"));
 
     private static UpdateFailedException Failed(string reason) => new(UpdateFailure.Protocol, reason);
 

@@ -296,14 +296,20 @@ public sealed class WeightUpdateTests
         string file = Path.Combine(payload.Folder, "payload");
         await File.WriteAllBytesAsync(file, payload.Bytes, Cancelled);
         using Microsoft.Win32.SafeHandles.SafeFileHandle handle = File.OpenHandle(file);
+        if (mode == UpdateMode.Staged) await ReceiveAsync(); // or the samples may end first
         Group group = engine.Submit(s_request);
         await foreach (SampleChunk chunk in group.ReadAsync(Cancelled))
             if (chunk.End >= 20 && chunk.Sample.Index == 2) break;
-        await update.OpenAsync(Cancelled);
-        update.ReadFrom(handle, 0, 0, payload.Bytes.Length, Cancelled);
+        if (mode == UpdateMode.InPlace) await ReceiveAsync();
         await update.CommitAsync(payload.Digest, Cancelled);
         await group.Completed.WaitAsync(Cancelled);
         return group;
+
+        async Task ReceiveAsync()
+        {
+            await update.OpenAsync(Cancelled);
+            update.ReadFrom(handle, 0, 0, payload.Bytes.Length, Cancelled);
+        }
     }
 
     private static int SwapAt(Sequence sample)
