@@ -1,17 +1,29 @@
+using System.Collections.Concurrent;
 using System.Runtime.ExceptionServices;
 
 namespace Rollout.Engine;
 
 /// <summary>
-/// Work on all cores, on threads of its own: the thread pool must stay free for whoever asks how things are going meanwhile.
+/// Work on all cores, on threads of its own: the thread pool must stay free for whoever asks how things are going meanwhile. The threads
+/// are started once; a trainer updates thousands of times.
 /// </summary>
 internal static class AllCores
 {
-    /// <summary>Runs the body for every item, the first items first. Throws the first error after all threads have ended.</summary>
+    private static readonly Lazy<BlockingCollection<Action>> s_work = new(StartThreads);
+
+    /// <summary>Runs the body for every item, the first items first. Throws the first error after all have ended.</summary>
     public static void ForEach<T>(IReadOnlyList<T> items, Action<T> body)
     {
+        int threads = Math.Min(Environment.ProcessorCount, items.Count);
         int next = -1;
         ExceptionDispatchInfo? error = null;
+        using CountdownEvent left = new(Math.Max(1, threads));
+        if (threads <= 1) Work(); // one item is not worth a change of thread
+        else
+            for (int t = 0; t < threads; t++) s_work.Value.Add(Work);
+        left.Wait();
+        error?.Throw();
+
         void Work()
         {
             try
@@ -22,16 +34,26 @@ internal static class AllCores
             {
                 Interlocked.CompareExchange(ref error, ExceptionDispatchInfo.Capture(e), null);
             }
-        }
 
-        Thread[] threads = new Thread[Math.Min(Environment.ProcessorCount, items.Count)];
-        for (int t = 0; t < threads.Length; t++)
+            left.Signal();
+        }
+    }
+
+    private static BlockingCollection<Action> StartThreads()
+    {
+        BlockingCollection<Action> work = [];
+        for (int t = 0; t < Environment.ProcessorCount; t++)
         {
-            threads[t] = new Thread(Work) { Name = "rollout weights", IsBackground = true };
-            threads[t].Start();
+            new Thread(() =>
+            {
+                foreach (Action action in work.GetConsumingEnumerable()) action();
+            })
+            {
+                Name = "rollout weights",
+                IsBackground = true,
+            }.Start();
         }
 
-        foreach (Thread thread in threads) thread.Join();
-        error?.Throw();
+        return work;
     }
 }

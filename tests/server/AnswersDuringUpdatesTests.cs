@@ -14,6 +14,7 @@ using UpdatePolicy = Rollout.Client.UpdatePolicy;
 namespace Rollout.Server.Tests;
 
 /// <summary>Whoever watches a server must not take an update for a hang: status and health answer while one fills every core.</summary>
+[Collection(Alone.Name)]
 public sealed class AnswersDuringUpdatesTests : IDisposable
 {
     private const int Attempts = 3;

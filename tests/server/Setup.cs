@@ -14,3 +14,10 @@ public sealed class SharedServer : IAsyncLifetime
 
     public ValueTask DisposeAsync() => Server.DisposeAsync();
 }
+
+/// <summary>What measures time or memory runs alone, after everything else.</summary>
+[CollectionDefinition(Name, DisableParallelization = true)]
+public sealed class Alone
+{
+    public const string Name = "alone";
+}
