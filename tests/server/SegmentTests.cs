@@ -32,7 +32,7 @@ public sealed class SegmentTests : IAsyncLifetime
     [Fact]
     public async Task It_cannot_be_shortened_under_the_server()
     {
-        using Update update = Begin(0, 1, (ulong)s_payload.Bytes.Length);
+        using Update update = await BeginAsync(0, 1, (ulong)s_payload.Bytes.Length);
         Segment segment = await SegmentAsync(update);
         using FileStream memory = Open(segment);
         await Assert.ThrowsAnyAsync<Exception>(() => Task.Run(() => memory.SetLength(0)));
@@ -53,7 +53,7 @@ public sealed class SegmentTests : IAsyncLifetime
 
     private async Task<string> FailsAsync(ulong ask, SharedMemory window)
     {
-        using Update update = Begin(1, 2, ask);
+        using Update update = await BeginAsync(1, 2, ask);
         await SegmentAsync(update);
         await update.RequestStream.WriteAsync(new UpdateRequest { SharedMemory = window });
         Assert.True(await update.ResponseStream.MoveNext(default));
@@ -63,7 +63,7 @@ public sealed class SegmentTests : IAsyncLifetime
     /// <summary>Goes round in the segment that is given, window by window.</summary>
     private async Task<Segment> UpdateAsync(ulong from, ulong to, ulong ask)
     {
-        using Update update = Begin(from, to, ask);
+        using Update update = await BeginAsync(from, to, ask);
         Segment segment = await SegmentAsync(update);
         using FileStream memory = Open(segment);
         for (int at = 0; at < s_payload.Bytes.Length; at += (int)segment.Bytes)
@@ -83,10 +83,10 @@ public sealed class SegmentTests : IAsyncLifetime
         return segment;
     }
 
-    private Update Begin(ulong from, ulong to, ulong ask)
+    private async Task<Update> BeginAsync(ulong from, ulong to, ulong ask)
     {
         Update update = _server.Weights.Update(deadline: Calls.Deadline());
-        _ = update.RequestStream.WriteAsync(s_payload.Begin(from, to, begin => begin.SegmentBytes = ask));
+        await update.RequestStream.WriteAsync(s_payload.Begin(from, to, begin => begin.SegmentBytes = ask));
         return update;
     }
 

@@ -32,7 +32,7 @@ public sealed class UpdateTests : IAsyncLifetime
         List<SampleChunk> before = await _server.SamplesAsync(Calls.Sampled(s_golden.Prompt, 24, seed: 9, n: 2));
         using TemporaryFolder shm = new("/dev/shm/rollout-test-");
         Committed committed;
-        using (Update update = Begin(s_payload.Begin(0, 5)))
+        using (Update update = await BeginAsync(s_payload.Begin(0, 5)))
         {
             Assert.True((await NextAsync(update)).Ready.StagingBytes > 0);
             if (sharedMemory)
@@ -164,7 +164,7 @@ public sealed class UpdateTests : IAsyncLifetime
     [Fact]
     public async Task The_deadline_covers_waiting_for_the_client()
     {
-        using Update update = Begin(s_payload.Begin(0, 1, begin => begin.DeadlineMilliseconds = 1000));
+        using Update update = await BeginAsync(s_payload.Begin(0, 1, begin => begin.DeadlineMilliseconds = 1000));
         Assert.NotNull((await NextAsync(update)).Ready);
         Assert.Contains("1000 ms", (await NextAsync(update)).Aborted.Reason, StringComparison.Ordinal);
         await UnchangedAsync();
@@ -173,13 +173,13 @@ public sealed class UpdateTests : IAsyncLifetime
     [Fact]
     public async Task A_second_updater_is_refused_until_the_first_has_gone_and_status_names_the_first()
     {
-        Update first = Begin(s_payload.Begin(0, 1, begin => begin.Owner = "trainer-7"));
+        Update first = await BeginAsync(s_payload.Begin(0, 1, begin => begin.Owner = "trainer-7"));
         Assert.NotNull((await NextAsync(first)).Ready);
         await SendAsync(first, s_payload.Chunks(1000).First());
         StatusReply status = await _server.Control.StatusAsync(new StatusRequest(), deadline: Calls.Deadline(5));
         Assert.True(status.Updating);
         Assert.Equal("trainer-7", status.UpdateOwner);
-        using (Update second = Begin(s_payload.Begin(0, 1)))
+        using (Update second = await BeginAsync(s_payload.Begin(0, 1)))
         {
             RpcException refused = await Calls.FailsAsync(() => second.ResponseStream.MoveNext(default), StatusCode.FailedPrecondition);
             Assert.Contains("trainer-7", refused.Status.Detail, StringComparison.Ordinal);
@@ -238,10 +238,10 @@ public sealed class UpdateTests : IAsyncLifetime
         await UnchangedAsync();
     }
 
-    private Update Begin(UpdateRequest begin)
+    private async Task<Update> BeginAsync(UpdateRequest begin)
     {
         Update update = _server.Weights.Update(deadline: Calls.Deadline());
-        _ = update.RequestStream.WriteAsync(begin);
+        await update.RequestStream.WriteAsync(begin);
         return update;
     }
 
