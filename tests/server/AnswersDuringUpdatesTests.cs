@@ -62,7 +62,9 @@ public sealed class AnswersDuringUpdatesTests : IDisposable
                     Assert.Contains(seen, status => status.Updating);
                     EngineState[] states = [.. seen.Select(status => status.State).Distinct()];
                     Assert.DoesNotContain(states, state => state is not (EngineState.Running or EngineState.Updating));
-                    Assert.Equal(mode == UpdateMode.InPlace, states.Contains(EngineState.Updating));
+                    // Through shared memory the loop stands for a few milliseconds: no answer need fall into them.
+                    if (mode == UpdateMode.Staged) Assert.DoesNotContain(EngineState.Updating, states);
+                    else if (transport == PushTransport.Inline) Assert.Contains(EngineState.Updating, states);
                     pushes.Add(pushed.Timings.Total);
                     answers.Sort();
                     p95.Add(answers[answers.Count * 95 / 100]);
