@@ -1,3 +1,4 @@
+using System.Diagnostics;
 using System.Text.RegularExpressions;
 using System.Xml.Linq;
 using Xunit;
@@ -46,6 +47,25 @@ public sealed partial class HouseTests
         Assert.DoesNotContain(Items(project, "PackageReference"), package => foreign.Any(package.StartsWith));
         string sdk = XDocument.Load(ProjectFile(project)).Root!.Attribute("Sdk")!.Value;
         Assert.Equal(project == "sidecar/server" ? "Microsoft.NET.Sdk.Web" : "Microsoft.NET.Sdk", sdk);
+    }
+
+    [Fact]
+    public async Task A_relative_path_after_dotnet_run_is_the_users()
+    {
+        string configuration = AppContext.BaseDirectory.Contains("Release", StringComparison.Ordinal) ? "Release" : "Debug";
+        string server = Path.Combine(s_root, "sidecar", "server");
+        using Process run = Process.Start(new ProcessStartInfo("dotnet",
+            ["run", "-c", configuration, "--no-build", "--project", server, "--", "inspect", "--model", "golden/qwen3"])
+        {
+            WorkingDirectory = Path.Combine(s_root, "tests"),
+            RedirectStandardOutput = true,
+            RedirectStandardError = true,
+        })!;
+        Task<string> errors = run.StandardError.ReadToEndAsync(TestContext.Current.CancellationToken);
+        string output = await run.StandardOutput.ReadToEndAsync(TestContext.Current.CancellationToken);
+        await run.WaitForExitAsync(TestContext.Current.CancellationToken);
+        Assert.True(run.ExitCode == 0, $"{output}{await errors}");
+        Assert.Contains("qwen3", output, StringComparison.Ordinal);
     }
 
     [Fact]
