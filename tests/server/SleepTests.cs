@@ -26,22 +26,23 @@ public sealed class SleepTests
         const long KeysValues = PromptTokens * 2 * 2 * 1024 * sizeof(float);
         await using ServerProcess server = await ServerProcess.StartAsync(
             folder.Path, "--kv-cache-bytes", "64MiB", "--max-batch-tokens", "64");
-        List<double> awake = [];
+        List<double> asleep = [];
         uint[]? expected = null;
-        for (ulong cycle = 0; cycle < 3; cycle++)
+        for (ulong cycle = 0; cycle < 5; cycle++)
         {
             List<SampleChunk>[] samples = await Task.WhenAll(Enumerable.Range(0, 4).Select(prompt => server.SamplesAsync(
                 Calls.Greedy([.. Enumerable.Range(0, 500).Select(i => (uint)(i * (prompt + 3) % 1024))], 8))));
             uint[] ids = [.. samples.SelectMany(group => group[0].Ids)];
             Assert.Equal(expected ??= ids, ids); // the same weights come back every time
-            awake.Add(server.ResidentBytes);
+            double awake = server.ResidentBytes;
 
             SleepReply slept = await server.Control.SleepAsync(new SleepRequest());
-            double freed = awake[^1] - server.ResidentBytes;
+            asleep.Add(server.ResidentBytes);
+            double freed = awake - asleep[^1];
             Assert.Equal(EngineState.Sleeping, slept.State);
             Assert.Equal([MemoryTag.Weights, MemoryTag.KvCache], slept.Freed.Select(memory => memory.Tag));
             TestContext.Current.TestOutputHelper!.WriteLine(
-                $"resident {awake[^1] / 1e6:F1} MB fell by {freed / 1e6:F1} MB; the server says {slept.Freed}");
+                $"resident {awake / 1e6:F1} MB fell by {freed / 1e6:F1} MB; the server says {slept.Freed}");
             // One set, although two are allocated from the second cycle on: the set that slept has no pages until it is written again.
             Assert.InRange(slept.Freed[0].FreedBytes, payload.Bytes.Length * 0.9, payload.Bytes.Length * 1.15);
             Assert.InRange(slept.Freed[1].FreedBytes, KeysValues * 0.9, 64 << 20);
@@ -59,7 +60,9 @@ public sealed class SleepTests
             Assert.Empty(woken.Asleep);
         }
 
-        Assert.InRange(awake[2], 0, awake[1] * 1.05); // before the first push there were no buffers for one
+        // Before the first push there were no buffers for one. A cycle that kept a weight set would show three of them here; .NET's own heap
+        // moves by less than half of one.
+        Assert.InRange(asleep[4], 0, asleep[1] + payload.Bytes.Length);
     }
 
     [Fact]
