@@ -18,6 +18,9 @@ public interface IBackend : IDisposable
 
     // ---- Memory: taken at start, never in a step.
 
+    /// <summary>How matrices are stored.</summary>
+    WeightFormat WeightFormat { get; }
+
     /// <summary>Bytes the device could still give.</summary>
     long AvailableBytes { get; }
 
@@ -37,8 +40,8 @@ public interface IBackend : IDisposable
     RopeTable AllocateRopeTable(ReadOnlySpan<float> inverseFrequencies, int positions, float scale);
 
     /// <summary>
-    /// Stores elements of a checkpoint tensor: <paramref name="source"/> holds whole elements, row-major over [outputs, inputs], the first
-    /// of them being element <paramref name="element"/> (= output * inputs + input) of <paramref name="destination"/>. Rounds to nearest
+    /// Stores part of a checkpoint tensor: <paramref name="source"/> holds whole rows of a matrix [outputs, inputs] or elements of a vector,
+    /// the first being element <paramref name="element"/> (= output * inputs + input) of <paramref name="destination"/>. Rounds to nearest
     /// even. May be called from any thread, also while a step runs on other weights, and concurrently for disjoint elements.
     /// </summary>
     void WriteWeight(Weight destination, long element, ReadOnlySpan<byte> source, DType type);
@@ -48,14 +51,14 @@ public interface IBackend : IDisposable
 
     /// <summary>
     /// Stores single elements: value i becomes element <paramref name="element"/> + indices[i]. Exactly what a write of the whole would have
-    /// made of it. May be called from any thread, and concurrently for disjoint elements.
+    /// made of it, which is why an int8 backend refuses it for matrices. May be called from any thread, and concurrently for disjoint elements.
     /// </summary>
     void WriteWeightElements(Weight destination, long element, ReadOnlySpan<uint> indices, ReadOnlySpan<byte> values, DType type);
 
     /// <summary>Makes <paramref name="destination"/> bit-equal to <paramref name="source"/>. May be called while a step reads the source.</summary>
     void CopyWeight(Weight source, Weight destination);
 
-    /// <summary>Reads elements back as fp32 (exact: storage is never wider). Same addressing as <see cref="WriteWeight"/>.</summary>
+    /// <summary>Reads elements back as fp32 (exact: storage is never wider), from any element on.</summary>
     void ReadWeight(Weight source, long element, Span<float> destination);
 
     // ---- One step.
@@ -69,7 +72,8 @@ public interface IBackend : IDisposable
     /// <summary>output[row] = input[row] / sqrt(mean(input[row]²) + epsilon) * scale, for the first <paramref name="rows"/> rows.</summary>
     void RmsNorm(Tensor input, Weight scale, float epsilon, Tensor output, int rows);
 
-    /// <summary>output[row, o] = sum_i input[row, i] * weight[o, i] (+ bias[o]), one chain of fused multiply-adds over ascending i.</summary>
+    /// <summary>output[row, o] = sum_i input[row, i] * weight[o, i] (+ bias[o]), one chain of fused multiply-adds over ascending i; with int8
+    /// weights exact sums of 128 inputs at a time, and one such chain over them.</summary>
     void MatMul(Tensor input, Weight weight, Weight? bias, Tensor output, int rows);
 
     /// <summary>residual[row, o] += the same sum as <see cref="MatMul"/>.</summary>

@@ -7,6 +7,7 @@ namespace Rollout.Engine;
 /// <summary>Fills a weight set from a Hugging Face folder: all cores read, hash and pack, tensor by tensor.</summary>
 internal static class ModelLoader
 {
+    /// <summary>Bytes read at once, where a matrix's rows are not longer.</summary>
     private const int FileChunk = 1024 * 1024;
 
     /// <summary>Every tensor of the checkpoint by name, as <see cref="RolloutEngine.Describe"/> lists it.</summary>
@@ -23,10 +24,11 @@ internal static class ModelLoader
             (LoadEntry entry, CheckpointTensor source) = work[i];
             DType type = source.Info.DType!.Value;
             XxHash128 hash = new();
-            byte[] buffer = ArrayPool<byte>.Shared.Rent(FileChunk);
-            for (long at = 0; at < source.Info.Bytes; at += FileChunk)
+            int chunkBytes = ChunkBytes(entry, type, backend);
+            byte[] buffer = ArrayPool<byte>.Shared.Rent(chunkBytes);
+            for (long at = 0; at < source.Info.Bytes; at += chunkBytes)
             {
-                Span<byte> chunk = buffer.AsSpan(0, (int)Math.Min(FileChunk, source.Info.Bytes - at));
+                Span<byte> chunk = buffer.AsSpan(0, (int)Math.Min(chunkBytes, source.Info.Bytes - at));
                 source.Read(at, chunk);
                 hash.Append(chunk);
                 backend.WriteWeight(weights[entry.Slot], entry.FirstElement + at / type.Size(), chunk, type);
@@ -38,6 +40,15 @@ internal static class ModelLoader
         });
         foreach (WeightShape shape in plan.Weights) weights.Holds(shape.Slot, version: 0);
         return described;
+    }
+
+    /// <summary>Whole rows of a matrix, and as many as the device stores fastest where they are not too long for that.</summary>
+    private static int ChunkBytes(LoadEntry entry, DType type, IBackend backend)
+    {
+        if (entry.Shape.Count != 2) return FileChunk;
+        int row = (int)entry.Shape[1] * type.Size();
+        int unit = row * backend.WriteRows <= FileChunk ? row * backend.WriteRows : row;
+        return Math.Max(1, FileChunk / unit) * unit;
     }
 
     private static List<(LoadEntry, CheckpointTensor)> Match(Checkpoint checkpoint, LoadPlan plan)

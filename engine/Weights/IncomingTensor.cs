@@ -17,7 +17,8 @@ internal sealed class IncomingTensor
     private readonly long _indexBytes;
     private XxHash128? _hash; // only while a tensor is half here: there may be many tensors
     private UInt128 _digest;
-    private uint _split;      // an element whose bytes came in two pieces
+    private readonly int _unitBytes; // what the device stores at once: a row of a matrix, or a single element
+    private byte[]? _split;          // a unit whose bytes came in several pieces
     private int _splitLength;
 
     public IncomingTensor(ManifestTensor tensor, LoadEntry entry, IBackend backend, WeightSet set)
@@ -28,6 +29,7 @@ internal sealed class IncomingTensor
         _elementSize = tensor.Type.Size();
         Entry = entry;
         Bytes = tensor.Bytes;
+        _unitBytes = entry.Shape.Count == 2 && tensor.SparseCount is null ? (int)entry.Shape[1] * _elementSize : _elementSize;
         if (tensor.SparseCount is not { } count) return;
         _indices = new uint[count];
         _indexBytes = count * sizeof(uint);
@@ -104,25 +106,26 @@ internal sealed class IncomingTensor
         _hash = null;
     }
 
-    /// <summary>Stores whole elements and keeps what is left of a split one for the next call.</summary>
+    /// <summary>Stores whole units and keeps what is left of a split one for the next call.</summary>
     private void StoreWhole(long element, ReadOnlySpan<byte> bytes)
     {
-        Span<byte> split = MemoryMarshal.AsBytes(new Span<uint>(ref _split));
+        element -= _splitLength / _elementSize;
         if (_splitLength > 0)
         {
-            int rest = Math.Min(_elementSize - _splitLength, bytes.Length);
-            bytes[..rest].CopyTo(split[_splitLength..]);
+            int rest = Math.Min(_unitBytes - _splitLength, bytes.Length);
+            bytes[..rest].CopyTo(_split.AsSpan(_splitLength));
             _splitLength += rest;
             bytes = bytes[rest..];
-            if (_splitLength < _elementSize) return;
-            Store(element++, split[.._elementSize]);
+            if (_splitLength < _unitBytes) return;
+            Store(element, _split);
+            element += _unitBytes / _elementSize;
             _splitLength = 0;
         }
 
-        int whole = bytes.Length / _elementSize * _elementSize;
+        int whole = bytes.Length / _unitBytes * _unitBytes;
         if (whole > 0) Store(element, bytes[..whole]);
-        bytes[whole..].CopyTo(split);
         _splitLength = bytes.Length - whole;
+        if (_splitLength > 0) bytes[whole..].CopyTo(_split ??= new byte[_unitBytes]);
     }
 
     private void Store(long element, ReadOnlySpan<byte> values)

@@ -44,7 +44,7 @@ internal sealed class ServedWeights(IBackend backend, LoadPlan plan, int layers,
             if (_update is { } other)
                 throw new EngineStateException(engine.Status.State, $"'{other.Manifest.Owner}' is updating the weights to version {other.Manifest.NewVersion}");
             if (_asleep) throw new EngineStateException(EngineState.Sleeping, "the weights are asleep: wake them before an update");
-            IReadOnlyList<Problem> problems = [.. alsoWrong, .. UpdatePreflight.Check(manifest, plan, _version, _poison)];
+            IReadOnlyList<Problem> problems = [.. alsoWrong, .. UpdatePreflight.Check(manifest, plan, backend.WeightFormat, _version, _poison)];
             if (problems.Count > 0) throw new UpdateRejectedException(problems);
 
             UpdateMode mode = ModeOf(manifest);

@@ -9,8 +9,10 @@ internal static class UpdatePreflight
     /// <param name="manifest">What the sender is going to send.</param>
     /// <param name="plan">What the model has.</param>
     /// <param name="servedVersion">Of the weights in service.</param>
+    /// <param name="format">How the device stores matrices.</param>
     /// <param name="poison">Why they cannot be trusted, or null.</param>
-    public static IReadOnlyList<Problem> Check(UpdateManifest manifest, LoadPlan plan, ulong servedVersion, string? poison)
+    public static IReadOnlyList<Problem> Check(
+        UpdateManifest manifest, LoadPlan plan, WeightFormat format, ulong servedVersion, string? poison)
     {
         List<Problem> problems = [];
         if (manifest.BaseVersion != servedVersion)
@@ -27,7 +29,7 @@ internal static class UpdatePreflight
         {
             if (!seen.Add(tensor.Name)) problems.Add(new(Field(tensor.Name), "named twice"));
             int found = problems.Count;
-            CheckTensor(tensor, plan, problems);
+            CheckTensor(tensor, plan, format, problems);
             if (problems.Count > found) continue; // how many bytes it has is not known
             if (tensor.Offset < end)
             {
@@ -57,7 +59,7 @@ internal static class UpdatePreflight
         return problems;
     }
 
-    private static void CheckTensor(ManifestTensor tensor, LoadPlan plan, List<Problem> problems)
+    private static void CheckTensor(ManifestTensor tensor, LoadPlan plan, WeightFormat format, List<Problem> problems)
     {
         if (tensor.Type is not (DType.BFloat16 or DType.Float16 or DType.Float32))
             problems.Add(new(Field(tensor.Name), "dtype must be BF16, F16 or F32"));
@@ -74,6 +76,8 @@ internal static class UpdatePreflight
         }
 
         if (tensor.SparseCount is not { } count) return;
+        if (format == WeightFormat.Int8 && entry.Shape.Count == 2)
+            problems.Add(new(Field(tensor.Name), "is stored as int8, where elements share a scale with their row: send it whole"));
         if (entry.Elements > uint.MaxValue) problems.Add(new(Field(tensor.Name), "has more elements than a sparse index can name: send it whole"));
         if (count < 0 || count > entry.Elements) problems.Add(new(Field(tensor.Name), $"sparse_count is {count} of {entry.Elements} elements"));
         if (entry.Tied) problems.Add(new(Field(tensor.Name), $"is tied to '{plan.OriginalOf(entry).Source}': send it whole or not at all"));

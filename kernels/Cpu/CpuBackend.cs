@@ -4,7 +4,7 @@ using System.Runtime.Intrinsics;
 namespace Rollout.Kernels;
 
 /// <summary>
-/// The operations on the CPU: bfloat16 weights in panels, fp32 everywhere else. The same inputs give the same bits with any number of
+/// The operations on the CPU: bfloat16 or int8 weights in panels, fp32 everywhere else. The same inputs give the same bits with any number of
 /// threads, any vector width, and on any CPU, since every kernel fixes its order of operations and brings its own exp and log.
 /// </summary>
 public sealed unsafe class CpuBackend : IBackend
@@ -15,6 +15,8 @@ public sealed unsafe class CpuBackend : IBackend
     private readonly Workers _workers;
     private readonly PackRowsJob _pack = new();
     private readonly MatMulJob _matMul;
+    private readonly QuantiseRowsJob _quantise = new();
+    private readonly Int8MatMulJob? _int8MatMul; // where the format is int8
     private readonly NormJob _norm;
     private readonly GatedSiluJob _gatedSilu;
     private readonly RopeJob _rope;
@@ -30,7 +32,8 @@ public sealed unsafe class CpuBackend : IBackend
 
     /// <param name="threads">Threads, the calling one included; 0 takes all cores.</param>
     /// <param name="vectorBits">512, 256 or 128 forces a code path, 0 takes the widest that the machine runs well.</param>
-    public CpuBackend(int threads = 0, int vectorBits = 0)
+    /// <param name="format">How matrices are stored, and so what a matmul computes in.</param>
+    public CpuBackend(int threads = 0, int vectorBits = 0, WeightFormat format = WeightFormat.BFloat16)
     {
         ArgumentOutOfRangeException.ThrowIfNegative(threads);
         if (threads == 0)
@@ -56,8 +59,16 @@ public sealed unsafe class CpuBackend : IBackend
                 throw new ArgumentOutOfRangeException(nameof(vectorBits), vectorBits, "512, 256, 128, or 0 for the widest.");
         }
 
+        WeightFormat = format;
+        string weights = "";
+        if (format == WeightFormat.Int8)
+        {
+            _int8MatMul = new Int8MatMulJob(vectorBits);
+            weights = $", int8 weights by {_int8MatMul.Instructions}";
+        }
+
         _workers = new Workers(threads);
-        Name = $"cpu {vectorBits}-bit vectors, {threads} {(threads == 1 ? "thread" : "threads")}";
+        Name = $"cpu {vectorBits}-bit vectors, {threads} {(threads == 1 ? "thread" : "threads")}{weights}";
 
         static (NormJob Norm, GatedSiluJob GatedSilu, RopeJob Rope, AttentionJob Attention, SampleJob Sample) Lanes<TLanes>()
             where TLanes : unmanaged, ILanes<TLanes> =>
@@ -65,6 +76,8 @@ public sealed unsafe class CpuBackend : IBackend
     }
 
     public string Name { get; }
+
+    public WeightFormat WeightFormat { get; }
 
     public int WriteRows => PanelLayout.Width;
 
@@ -88,6 +101,7 @@ public sealed unsafe class CpuBackend : IBackend
         _workers.Dispose();
         _attention.Dispose();
         _sample.Dispose();
+        _int8MatMul?.Dispose();
         _packed.Dispose();
     }
 
@@ -100,7 +114,7 @@ public sealed unsafe class CpuBackend : IBackend
         ArgumentOutOfRangeException.ThrowIfLessThan(columns, 1);
 
         // A matmul's input is at most this large: room to pack it is taken now, not in a step.
-        long bytes = (long)rows * columns * sizeof(float);
+        long bytes = Math.Max((long)rows * columns * sizeof(float), QuantisedRows.BytesFor(rows, columns));
         if (bytes > _packed.Bytes)
         {
             _packed.Dispose();
@@ -150,16 +164,22 @@ public sealed unsafe class CpuBackend : IBackend
             throw new ArgumentException($"{source.Length} bytes are no whole number of {type} elements.", nameof(source));
         long count = source.Length / type.Size();
         CheckElements(weight, element, count, nameof(source));
+        if (!weight.IsVector && (element % weight.Inputs != 0 || count % weight.Inputs != 0))
+            throw new ArgumentException($"{count} elements from element {element} on are no whole rows of {weight.Inputs}.", nameof(source));
         fixed (byte* bytes = source)
         {
-            if (!weight.IsVector)
+            if (weight.IsVector)
             {
-                PanelLayout.Write(weight.Panels, weight.Outputs, weight.Inputs, element, bytes, count, type);
+                for (int i = 0; i < count; i++)
+                    weight.Vector[element + i] = PanelLayout.ToSingle(bytes, i, type);
                 return;
             }
 
-            for (int i = 0; i < count; i++)
-                weight.Vector[element + i] = PanelLayout.ToSingle(bytes, i, type);
+            int output = (int)(element / weight.Inputs);
+            if (WeightFormat == WeightFormat.Int8)
+                Int8Layout.Write(weight.Int8Panels, weight.Outputs, weight.Inputs, output, bytes, count / weight.Inputs, type);
+            else
+                PanelLayout.Write(weight.Panels, weight.Inputs, output, bytes, count / weight.Inputs, type);
         }
     }
 
@@ -170,6 +190,8 @@ public sealed unsafe class CpuBackend : IBackend
             throw new ArgumentOutOfRangeException(nameof(type));
         if (values.Length != (long)indices.Length * type.Size())
             throw new ArgumentException($"{values.Length} bytes for {indices.Length} indices of {type}.", nameof(values));
+        if (!weight.IsVector && WeightFormat == WeightFormat.Int8)
+            throw new NotSupportedException("Single elements of an int8 matrix cannot be changed: they share a scale with their row.");
         long room = ((long)weight.Outputs * weight.Inputs) - element;
         if (element < 0 || room < 0)
             throw new ArgumentOutOfRangeException(nameof(element), element, $"The weight has {(long)weight.Outputs * weight.Inputs} elements.");
@@ -207,6 +229,8 @@ public sealed unsafe class CpuBackend : IBackend
         CheckElements(weight, element, destination.Length, nameof(destination));
         if (weight.IsVector)
             new ReadOnlySpan<float>(weight.Vector + element, destination.Length).CopyTo(destination);
+        else if (WeightFormat == WeightFormat.Int8)
+            Int8Layout.Read(weight.Int8Panels, weight.Outputs, weight.Inputs, element, destination);
         else
             PanelLayout.Read(weight.Panels, weight.Inputs, element, destination);
     }
@@ -445,6 +469,14 @@ public sealed unsafe class CpuBackend : IBackend
         if (rows == 0)
             return;
 
+        if (_int8MatMul != null)
+            MultiplyInt8(input, weight, biasVector, output, rows, add);
+        else
+            MultiplyBFloat16(input, weight, biasVector, output, rows, add);
+    }
+
+    private void MultiplyBFloat16(CpuTensor input, CpuWeight weight, float* bias, CpuTensor output, int rows, bool add)
+    {
         float* packed = input.Data;
         if (rows > 1)
         {
@@ -463,9 +495,32 @@ public sealed unsafe class CpuBackend : IBackend
         _matMul.Panels = weight.Panels;
         _matMul.Output = output.Data;
         _matMul.Stride = output.Stride;
-        _matMul.Bias = biasVector;
+        _matMul.Bias = bias;
         _matMul.Add = add;
         _workers.Run(_matMul, PanelLayout.Count(weight.Outputs), (long)weight.Outputs * weight.Inputs > SmallWork);
+    }
+
+    private void MultiplyInt8(CpuTensor input, CpuWeight weight, float* bias, CpuTensor output, int rows, bool add)
+    {
+        RowTiles tiles = new(rows, Int8MatMulJob.TileRows);
+        QuantisedRows quantised = new(_packed.Pointer, rows, weight.Inputs);
+        _quantise.Input = input.Data;
+        _quantise.Stride = input.Stride;
+        _quantise.Inputs = weight.Inputs;
+        _quantise.Tiles = tiles;
+        _quantise.Quantised = quantised;
+        _workers.Run(_quantise, tiles.Count * Int8Layout.Blocks(weight.Inputs), (long)rows * weight.Inputs > SmallWork);
+
+        _int8MatMul!.Input = quantised;
+        _int8MatMul.Inputs = weight.Inputs;
+        _int8MatMul.Outputs = weight.Outputs;
+        _int8MatMul.Rows = rows;
+        _int8MatMul.Panels = weight.Int8Panels;
+        _int8MatMul.Output = output.Data;
+        _int8MatMul.Stride = output.Stride;
+        _int8MatMul.Bias = bias;
+        _int8MatMul.Add = add;
+        _workers.Run(_int8MatMul, PanelLayout.Count(weight.Outputs), (long)weight.Outputs * weight.Inputs > SmallWork);
     }
 
     private void ThrowIfDisposed() => ObjectDisposedException.ThrowIf(_disposed, this);
@@ -591,7 +646,13 @@ public sealed unsafe class CpuBackend : IBackend
         public CpuWeight Table = null!;
         public CpuTensor Output = null!;
 
-        public override void Execute(int unit, int worker) =>
-            PanelLayout.ReadRow(Table.Panels, Table.Inputs, Step.TokenIds[unit], Output.Row(unit));
+        public override void Execute(int unit, int worker)
+        {
+            int token = Step.TokenIds[unit];
+            if (Table.Owner.WeightFormat == WeightFormat.Int8)
+                Int8Layout.ReadRow(Table.Int8Panels, Table.Outputs, Table.Inputs, token, 0, Table.Inputs, Output.Row(unit));
+            else
+                PanelLayout.ReadRow(Table.Panels, Table.Inputs, token, Output.Row(unit));
+        }
     }
 }

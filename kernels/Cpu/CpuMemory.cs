@@ -144,7 +144,10 @@ internal sealed unsafe class CpuTensor : Tensor
     }
 }
 
-/// <summary>A matrix in panels (<see cref="PanelLayout"/>), or a vector in fp32 padded with zeros.</summary>
+/// <summary>
+/// A matrix in panels (<see cref="PanelLayout"/>, or <see cref="Int8Layout"/> where the backend's format is int8), or a vector in fp32 padded
+/// with zeros.
+/// </summary>
 internal sealed unsafe class CpuWeight : Weight
 {
     private readonly NativeBuffer _buffer;
@@ -153,15 +156,21 @@ internal sealed unsafe class CpuWeight : Weight
         : base(outputs, inputs)
     {
         Owner = owner;
-        _buffer = new NativeBuffer(IsVector ? (long)PanelLayout.RoundUp(inputs) * 4 : PanelLayout.Bytes(outputs, inputs));
+        _buffer = new NativeBuffer(
+            IsVector ? (long)PanelLayout.RoundUp(inputs) * 4
+            : owner.WeightFormat == WeightFormat.Int8 ? Int8Layout.Bytes(outputs, inputs)
+            : PanelLayout.Bytes(outputs, inputs));
     }
 
     public CpuBackend Owner { get; }
 
     public bool IsGone => _buffer.IsGone;
 
-    /// <summary>Of a matrix.</summary>
+    /// <summary>Of a bf16 matrix.</summary>
     public ushort* Panels => (ushort*)_buffer.Pointer;
+
+    /// <summary>Of an int8 matrix.</summary>
+    public byte* Int8Panels => _buffer.Pointer;
 
     /// <summary>Of a vector.</summary>
     public float* Vector => _buffer.Floats;

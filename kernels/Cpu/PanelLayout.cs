@@ -39,38 +39,20 @@ internal static unsafe class PanelLayout
         Line(panels, inputs, (int)(element / inputs), (int)(element % inputs)) + Slot((int)(element / inputs % Width));
 
     /// <summary>
-    /// Packs <paramref name="count"/> elements that start at element <paramref name="element"/> of the row-major matrix. Elements are
-    /// written 16 bits at a time, or 32 whole rows at a time, so writers of disjoint elements never touch each other's.
+    /// Packs whole rows. Elements are written 16 bits at a time, or 32 rows at a time, so writers of different rows never touch each other's.
     /// </summary>
-    public static void Write(ushort* panels, int outputs, int inputs, long element, byte* source, long count, DType type)
+    public static void Write(ushort* panels, int inputs, int output, byte* source, long rows, DType type)
     {
-        int size = type.Size();
-        while (count > 0)
+        while (rows > 0)
         {
-            int output = (int)(element / inputs);
-            int input = (int)(element % inputs);
-            long taken;
-            if (input == 0 && output % Width == 0 && count >= (long)Width * inputs)
-            {
+            int count = (int)Math.Min(Width - (output % Width), rows);
+            if (count == Width)
                 WritePanel(Line(panels, inputs, output, 0), inputs, source, type);
-                taken = (long)Width * inputs;
-            }
-            else if (input == 0 && count >= inputs)
-            {
-                int rows = (int)Math.Min(Math.Min(Width - (output % Width), outputs - output), count / inputs);
-                WriteRows(panels, inputs, output, rows, 0, inputs, source, type);
-                taken = (long)rows * inputs;
-            }
             else
-            {
-                int length = (int)Math.Min(inputs - input, count);
-                WriteRows(panels, inputs, output, 1, input, length, source, type);
-                taken = length;
-            }
-
-            element += taken;
-            count -= taken;
-            source += taken * size;
+                WriteRows(panels, inputs, output, count, source, type);
+            output += count;
+            rows -= count;
+            source += (long)count * inputs * type.Size();
         }
 
         // Non-temporal stores are not ordered with those by which the caller will tell others that it is done.
@@ -158,19 +140,18 @@ internal static unsafe class PanelLayout
 
     /// <summary>Some rows of one panel: a few hundred inputs at a time, so that the panel's lines stay in the first-level cache.</summary>
     [MethodImpl(MethodImplOptions.AggressiveOptimization)]
-    private static void WriteRows(
-        ushort* panels, int inputs, int output, int rows, int input, int length, byte* source, DType type)
+    private static void WriteRows(ushort* panels, int inputs, int output, int rows, byte* source, DType type)
     {
         const int Chunk = 256;
         int size = type.Size();
         ushort* converted = stackalloc ushort[Chunk];
-        for (int start = 0; start < length; start += Chunk)
+        for (int start = 0; start < inputs; start += Chunk)
         {
-            int count = Math.Min(Chunk, length - start);
+            int count = Math.Min(Chunk, inputs - start);
             for (int r = 0; r < rows; r++)
             {
                 Convert(source + ((((long)r * inputs) + start) * size), converted, count, type);
-                ushort* line = Line(panels, inputs, output + r, input + start) + Slot((output + r) % Width);
+                ushort* line = Line(panels, inputs, output + r, start) + Slot((output + r) % Width);
                 for (int k = 0; k < count; k++)
                     line[k * Width] = converted[k];
             }
@@ -211,8 +192,8 @@ internal static unsafe class PanelLayout
             uint* lines = (uint*)(panel + ((long)k * Width));
             if (Avx512F.IsSupported && count == Block)
             {
-                Transpose16(rows, stride, lines);
-                Transpose16(rows + 16, stride, lines + (16 * 16));
+                ZipTransposed(rows, stride, lines);
+                ZipTransposed(rows + 16, stride, lines + (16 * 16));
             }
             else
             {
@@ -231,17 +212,20 @@ internal static unsafe class PanelLayout
     /// 32 rows of 16 inputs to 16 lines: rows j and 16 + j are zipped into 32-bit lanes, then a 16 x 16 transpose of those lanes.
     /// </summary>
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    private static void Transpose16(ushort* rows, long stride, uint* lines)
+    private static void ZipTransposed(ushort* rows, long stride, uint* lines)
     {
-        // Four rows at a time: within 128-bit parts a 4 x 4 transpose, leaving part q of column c = inputs 4q + c of rows j .. j + 3.
-        Transpose4(rows, stride, 0, out var a0, out var a1, out var a2, out var a3);
-        Transpose4(rows, stride, 4, out var b0, out var b1, out var b2, out var b3);
-        Transpose4(rows, stride, 8, out var c0, out var c1, out var c2, out var c3);
-        Transpose4(rows, stride, 12, out var d0, out var d1, out var d2, out var d3);
-        Spread(a0, b0, c0, d0, lines);
-        Spread(a1, b1, c1, d1, lines + 16);
-        Spread(a2, b2, c2, d2, lines + 32);
-        Spread(a3, b3, c3, d3, lines + 48);
+        Transpose16.Four(Zip(rows, stride, 0), Zip(rows, stride, 1), Zip(rows, stride, 2), Zip(rows, stride, 3),
+            out var a0, out var a1, out var a2, out var a3);
+        Transpose16.Four(Zip(rows, stride, 4), Zip(rows, stride, 5), Zip(rows, stride, 6), Zip(rows, stride, 7),
+            out var b0, out var b1, out var b2, out var b3);
+        Transpose16.Four(Zip(rows, stride, 8), Zip(rows, stride, 9), Zip(rows, stride, 10), Zip(rows, stride, 11),
+            out var c0, out var c1, out var c2, out var c3);
+        Transpose16.Four(Zip(rows, stride, 12), Zip(rows, stride, 13), Zip(rows, stride, 14), Zip(rows, stride, 15),
+            out var d0, out var d1, out var d2, out var d3);
+        Transpose16.Spread(a0, b0, c0, d0, lines, 16);
+        Transpose16.Spread(a1, b1, c1, d1, lines + 16, 16);
+        Transpose16.Spread(a2, b2, c2, d2, lines + 32, 16);
+        Transpose16.Spread(a3, b3, c3, d3, lines + 48, 16);
     }
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
@@ -250,37 +234,5 @@ internal static unsafe class PanelLayout
         Vector512<uint> low = Avx512F.ConvertToVector512UInt32(Vector256.Load(rows + (j * stride)));
         Vector512<uint> high = Avx512F.ConvertToVector512UInt32(Vector256.Load(rows + ((j + 16) * stride)));
         return low | (high << 16);
-    }
-
-    [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    private static void Transpose4(
-        ushort* rows,
-        long stride,
-        int j,
-        out Vector512<uint> t0,
-        out Vector512<uint> t1,
-        out Vector512<uint> t2,
-        out Vector512<uint> t3)
-    {
-        Vector512<uint> r0 = Zip(rows, stride, j), r1 = Zip(rows, stride, j + 1);
-        Vector512<uint> r2 = Zip(rows, stride, j + 2), r3 = Zip(rows, stride, j + 3);
-        Vector512<ulong> x0 = Avx512F.UnpackLow(r0, r1).AsUInt64(), x1 = Avx512F.UnpackHigh(r0, r1).AsUInt64();
-        Vector512<ulong> x2 = Avx512F.UnpackLow(r2, r3).AsUInt64(), x3 = Avx512F.UnpackHigh(r2, r3).AsUInt64();
-        t0 = Avx512F.UnpackLow(x0, x2).AsUInt32();
-        t1 = Avx512F.UnpackHigh(x0, x2).AsUInt32();
-        t2 = Avx512F.UnpackLow(x1, x3).AsUInt32();
-        t3 = Avx512F.UnpackHigh(x1, x3).AsUInt32();
-    }
-
-    /// <summary>Part q of a, b, c, d makes line 4q. Whole lines go past the caches: nobody reads them soon.</summary>
-    [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    private static void Spread(Vector512<uint> a, Vector512<uint> b, Vector512<uint> c, Vector512<uint> d, uint* lines)
-    {
-        Vector512<uint> ab02 = Avx512F.Shuffle4x128(a, b, 0b10_00_10_00), ab13 = Avx512F.Shuffle4x128(a, b, 0b11_01_11_01);
-        Vector512<uint> cd02 = Avx512F.Shuffle4x128(c, d, 0b10_00_10_00), cd13 = Avx512F.Shuffle4x128(c, d, 0b11_01_11_01);
-        Avx512F.Shuffle4x128(ab02, cd02, 0b10_00_10_00).StoreAlignedNonTemporal(lines);
-        Avx512F.Shuffle4x128(ab13, cd13, 0b10_00_10_00).StoreAlignedNonTemporal(lines + (4 * 16));
-        Avx512F.Shuffle4x128(ab02, cd02, 0b11_01_11_01).StoreAlignedNonTemporal(lines + (8 * 16));
-        Avx512F.Shuffle4x128(ab13, cd13, 0b11_01_11_01).StoreAlignedNonTemporal(lines + (12 * 16));
     }
 }

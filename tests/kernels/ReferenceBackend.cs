@@ -17,6 +17,8 @@ public sealed class ReferenceBackend : IBackend
 
     private StepLayout Step => _step ?? throw new InvalidOperationException("BeginStep comes first.");
 
+    public WeightFormat WeightFormat => WeightFormat.BFloat16;
+
     public void Dispose()
     {
     }
@@ -69,7 +71,14 @@ public sealed class ReferenceBackend : IBackend
             throw new ArgumentOutOfRangeException(nameof(element));
         if (element + count > weight.Data.Length)
             throw new ArgumentException("Too many.", nameof(source));
-        for (int i = 0; i < count; i++)
+        if (!weight.IsVector && (element % weight.Inputs != 0 || count % weight.Inputs != 0))
+            throw new ArgumentException("Part of a row.", nameof(source));
+        Store(weight, element, source, type);
+    }
+
+    private static void Store(RefWeight weight, long element, ReadOnlySpan<byte> source, DType type)
+    {
+        for (int i = 0; i < source.Length / type.Size(); i++)
         {
             float value = type switch
             {
@@ -95,7 +104,7 @@ public sealed class ReferenceBackend : IBackend
         }
 
         for (int i = 0; i < indices.Length; i++)
-            WriteWeight(destination, element + indices[i], values.Slice(i * type.Size(), type.Size()), type);
+            Store((RefWeight)destination, element + indices[i], values.Slice(i * type.Size(), type.Size()), type);
     }
 
     public void CopyWeight(Weight source, Weight destination)

@@ -1,5 +1,6 @@
 using System.CommandLine;
 using System.CommandLine.Parsing;
+using Rollout.Kernels;
 using Rollout.Server.Hosting;
 
 namespace Rollout.Server.Commands;
@@ -15,6 +16,10 @@ internal sealed class EngineArguments
 
     public Option<string?> Device { get; } = OneOf("--device", "Device to compute on: cpu.", "cpu");
 
+    public Option<string?> DType { get; } = OneOf(
+        "--dtype", "How matrices are stored and multiplied: bf16, or int8 (half the memory, several times the speed in large batches, a small "
+        + "error in every log-probability). Default: bf16.", "bf16", "int8");
+
     public Option<string?> Tokenizer { get; } = OneOf(
         "--tokenizer", "'bytes' makes every byte of a text a token, instead of the folder's tokenizer.", "bytes");
 
@@ -26,20 +31,26 @@ internal sealed class EngineArguments
         command.Add(Model);
         command.Add(Threads);
         command.Add(Device);
+        command.Add(DType);
         command.Add(Tokenizer);
         command.Add(MaxContext);
     }
 
     /// <summary>The model asked for. Call only where --model was given.</summary>
     public ModelSource Source(ParseResult result)
-        => new(Path.GetFullPath(result.GetValue(Model)!), result.GetValue(Threads) ?? 0, result.GetValue(Tokenizer));
+        => new(
+            Path.GetFullPath(result.GetValue(Model)!),
+            result.GetValue(Threads) ?? 0,
+            result.GetValue(DType) == "int8" ? WeightFormat.Int8 : WeightFormat.BFloat16,
+            result.GetValue(Tokenizer));
 
-    private static Option<string?> OneOf(string name, string description, string only)
+    private static Option<string?> OneOf(string name, string description, params string[] known)
     {
-        Option<string?> option = new(name) { Description = description, HelpName = only };
+        Option<string?> option = new(name) { Description = description, HelpName = string.Join('|', known) };
         option.Validators.Add((OptionResult result) =>
         {
-            if (Arguments.Value(result) is { } value && value != only) result.AddError($"{name}: '{value}' is not known; '{only}' is");
+            if (Arguments.Value(result) is not { } value || known.Contains(value)) return;
+            result.AddError($"{name}: '{value}' is not known; {string.Join(" and ", known.Select(k => $"'{k}'"))} {(known.Length == 1 ? "is" : "are")}");
         });
         return option;
     }

@@ -34,7 +34,7 @@ internal sealed class SourceArguments
             if (!model && !address) result.AddError("--model or --address must be given: a folder to load, or a server to ask");
             if (model && address) result.AddError("--model and --address exclude each other");
             if (!address) return;
-            foreach (Option option in (Option[])[Engine.Threads, Engine.Device, Engine.Tokenizer, Engine.MaxContext])
+            foreach (Option option in (Option[])[Engine.Threads, Engine.Device, Engine.DType, Engine.Tokenizer, Engine.MaxContext])
             {
                 if (result.GetResult(option) is not null) result.AddError($"{option.Name}: the server at --address has its own");
             }

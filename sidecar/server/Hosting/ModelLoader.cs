@@ -26,7 +26,7 @@ internal static class ModelLoader
 
     private static RolloutEngine Load(ModelSource source, EngineOptions options, IProgress<double>? progress)
     {
-        CpuBackend backend = new(source.Threads);
+        CpuBackend backend = new(source.Threads, format: source.Format);
         try
         {
             return RolloutEngine.Load(source.Folder, backend, options, Tokenizer(source), progress);

@@ -28,6 +28,8 @@ internal sealed class FailingBackend : IBackend
     public void WriteWeight(Weight destination, long element, ReadOnlySpan<byte> source, DType type)
         => _cpu.WriteWeight(destination, element, source, type);
 
+    public WeightFormat WeightFormat => _cpu.WeightFormat;
+
     public int WriteRows => _cpu.WriteRows;
 
     public void WriteWeightElements(Weight destination, long element, ReadOnlySpan<uint> indices, ReadOnlySpan<byte> values, DType type)

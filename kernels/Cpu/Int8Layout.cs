@@ -1,0 +1,234 @@
+using System.Runtime.CompilerServices;
+using System.Runtime.Intrinsics;
+using System.Runtime.Intrinsics.X86;
+
+namespace Rollout.Kernels;
+
+/// <summary>
+/// int8 matrices [outputs, inputs] in panels of 32 outputs. Panel p holds, for each group of four inputs, two cache lines: 32 lanes of 32 bits,
+/// lane j being output 32p + j, its four bytes the inputs 4g .. 4g + 3. That is the operand of the instruction which multiplies four unsigned
+/// bytes with four signed ones and adds the products to a 32-bit lane, so weights are stored as q + 128, q in -127 .. 127, and the kernel
+/// takes 128 times the sum of the activations off again. One fp32 scale per output: weight = q * scale, scale = largest magnitude of the row / 127.
+/// </summary>
+internal static unsafe class Int8Layout
+{
+    /// <summary>Inputs that one 32-bit lane holds.</summary>
+    public const int Group = 4;
+
+    /// <summary>Inputs whose activations share a scale.</summary>
+    public const int Block = 128;
+
+    private const int Width = PanelLayout.Width;
+
+    /// <summary>1.5 * 2^23: adding it to |x| under 2^22 rounds x to the nearest integer, ties to even, into the low bits.</summary>
+    private const float Rounder = 12582912f;
+
+    public static int Groups(int inputs) => (inputs + Group - 1) / Group;
+
+    public static int Blocks(int inputs) => (inputs + Block - 1) / Block;
+
+    public static long PanelBytes(int inputs) => (long)Groups(inputs) * Group * Width;
+
+    public static long Bytes(int outputs, int inputs) =>
+        PanelLayout.Count(outputs) * (PanelBytes(inputs) + (Width * sizeof(float)));
+
+    /// <summary>Scales stand behind the panels, [outputs padded to 32].</summary>
+    public static float* Scales(byte* panels, int outputs, int inputs) => (float*)(panels + (PanelLayout.Count(outputs) * PanelBytes(inputs)));
+
+    /// <summary>Packs whole rows. Writers of different rows never touch each other's bytes.</summary>
+    public static void Write(byte* panels, int outputs, int inputs, int output, byte* source, long rows, DType type)
+    {
+        int groups = Groups(inputs);
+        float* scales = Scales(panels, outputs, inputs);
+        Scratch scratch = new(inputs);
+        while (rows > 0)
+        {
+            int first = output % Width;
+            int count = (int)Math.Min(Width - first, rows);
+            uint* panel = (uint*)(panels + (output / Width * PanelBytes(inputs)));
+            for (int r = 0; r < count; r++, source += (long)inputs * type.Size())
+                scales[output + r] = QuantiseRow(source, inputs, type, scratch.Values, scratch.Rows + ((long)(first + r) * scratch.Stride));
+            if (count == Width)
+                TransposePanel(scratch.Rows, scratch.Stride, groups, panel);
+            else
+                Transpose(scratch.Rows, scratch.Stride, 0, groups, first, first + count, panel);
+            output += count;
+            rows -= count;
+        }
+
+        // Non-temporal stores are not ordered with those by which the caller will tell others that it is done.
+        if (Sse.IsSupported)
+            Sse.StoreFence();
+    }
+
+    /// <summary>Elements of the row-major matrix as fp32, from element <paramref name="element"/> on.</summary>
+    public static void Read(byte* panels, int outputs, int inputs, long element, Span<float> destination)
+    {
+        fixed (float* values = destination)
+        {
+            for (int done = 0; done < destination.Length;)
+            {
+                int first = (int)((element + done) % inputs);
+                int count = Math.Min(inputs - first, destination.Length - done);
+                ReadRow(panels, outputs, inputs, (int)((element + done) / inputs), first, count, values + done);
+                done += count;
+            }
+        }
+    }
+
+    /// <summary>One output's weights as fp32, <paramref name="count"/> of them from input <paramref name="first"/> on.</summary>
+    public static void ReadRow(byte* panels, int outputs, int inputs, int output, int first, int count, float* destination)
+    {
+        byte* lane = panels + (output / Width * PanelBytes(inputs)) + (output % Width * Group);
+        float scale = Scales(panels, outputs, inputs)[output];
+        for (int k = first; k < first + count; k++)
+            destination[k - first] = (lane[(k / Group * Width * Group) + (k % Group)] - 128) * scale;
+    }
+
+    /// <summary>
+    /// Activations of one row and block: <paramref name="count"/> values become bytes q, four to a group, <paramref name="stride"/> bytes from
+    /// group to group, with x = q * scale, scale = largest magnitude / 127. Returns the scale, not a number where x holds one, and the
+    /// sum of q. Inputs past the end are zero.
+    /// </summary>
+    [MethodImpl(MethodImplOptions.AggressiveOptimization)]
+    public static float QuantiseBlock(float* x, int count, sbyte* q, int stride, out int sum)
+    {
+        Vector128<float> largest = Vector128<float>.Zero;
+        int k = 0;
+        for (; k + 4 <= count; k += 4)
+            largest = Vector128.Max(largest, Vector128.Abs(Vector128.Load(x + k)));
+        float magnitude = MathF.Max(MathF.Max(largest[0], largest[1]), MathF.Max(largest[2], largest[3]));
+        for (; k < count; k++)
+            magnitude = MathF.Max(magnitude, MathF.Abs(x[k]));
+
+        Vector128<float> inverse = Vector128.Create(Inverse(magnitude));
+        Vector128<int> total = Vector128<int>.Zero;
+        for (k = 0; k + 4 <= count; k += 4, q += stride)
+        {
+            Vector128<int> rounded = Round(Vector128.Load(x + k) * inverse);
+            total += rounded;
+            *(uint*)q = Bytes(rounded);
+        }
+
+        if (k < count)
+        {
+            float* rest = stackalloc float[Group];
+            for (int i = 0; k + i < count; i++)
+                rest[i] = x[k + i];
+            Vector128<int> rounded = Round(Vector128.Load(rest) * inverse);
+            total += rounded;
+            *(uint*)q = Bytes(rounded);
+        }
+
+        sum = Vector128.Sum(total);
+        return magnitude / 127f;
+    }
+
+    /// <summary>Bytes q + 128 of one row, four to a group; returns the row's scale. <paramref name="values"/> is scratch, [inputs].</summary>
+    [MethodImpl(MethodImplOptions.AggressiveOptimization)]
+    private static float QuantiseRow(byte* source, int inputs, DType type, ushort* values, uint* row)
+    {
+        // As bf16 first, whatever came: int8 of a model differs from bf16 of it by the quantisation alone.
+        ushort* bf16 = values;
+        PanelLayout.Convert(source, bf16, inputs, type);
+        bf16[inputs] = bf16[inputs + 1] = bf16[inputs + 2] = 0;
+        Vector256<ushort> largest = Vector256<ushort>.Zero, magnitude = Vector256.Create((ushort)0x7FFF);
+        int k = 0;
+        for (; k + 16 <= inputs; k += 16)
+            largest = Vector256.Max(largest, Vector256.Load(bf16 + k) & magnitude);
+        ushort most = 0;
+        for (int i = 0; i < 16; i++)
+            most = Math.Max(most, largest[i]);
+        for (; k < inputs; k++)
+            most = Math.Max(most, (ushort)(bf16[k] & 0x7FFF));
+
+        // Magnitudes of bf16 order as their bits do; infinities and not-a-numbers order last and make the scale one of them.
+        float top = PanelLayout.ToSingle(most);
+        float inverse = Inverse(top);
+        k = 0;
+        for (; k + 16 <= inputs; k += 16)
+        {
+            (Vector256<uint> low, Vector256<uint> high) = Vector256.Widen(Vector256.Load(bf16 + k));
+            Vector256<int> a = Round((low << 16).AsSingle() * Vector256.Create(inverse));
+            Vector256<int> b = Round((high << 16).AsSingle() * Vector256.Create(inverse));
+            Vector256<short> words = Vector256.Narrow(a, b) + Vector256.Create((short)128);
+            Vector128.Narrow(words.GetLower().AsUInt16(), words.GetUpper().AsUInt16()).AsUInt32().Store(row + (k / Group));
+        }
+
+        for (; k < inputs; k += Group)
+        {
+            Vector128<uint> wide = Vector128.Create(bf16[k], bf16[k + 1], bf16[k + 2], (uint)bf16[k + 3]);
+            row[k / Group] = Bytes(Round((wide << 16).AsSingle() * Vector128.Create(inverse))) ^ 0x80808080u;
+        }
+
+        return top / 127f;
+    }
+
+    /// <summary>0 for a row of zeros, and where the reciprocal would overflow: such values are nothing beside any other.</summary>
+    private static float Inverse(float magnitude) => magnitude > 1e-36f ? 127f / magnitude : 0f;
+
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    private static Vector128<int> Round(Vector128<float> x) =>
+        (x + Vector128.Create(Rounder)).AsInt32() - Vector128.Create(Rounder).AsInt32();
+
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    private static Vector256<int> Round(Vector256<float> x) =>
+        (x + Vector256.Create(Rounder)).AsInt32() - Vector256.Create(Rounder).AsInt32();
+
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    private static uint Bytes(Vector128<int> q)
+    {
+        Vector128<short> words = Vector128.Narrow(q, q);
+        return Vector128.Narrow(words, words).AsUInt32().ToScalar();
+    }
+
+    [MethodImpl(MethodImplOptions.AggressiveOptimization)]
+    private static void TransposePanel(uint* rows, int stride, int groups, uint* panel)
+    {
+        int g = 0;
+        if (Avx512F.IsSupported)
+        {
+            for (; g + 16 <= groups; g += 16)
+            {
+                Transpose16.Store(rows + g, stride, panel + ((long)g * Width), Width);
+                Transpose16.Store(rows + g + (16L * stride), stride, panel + ((long)g * Width) + 16, Width);
+            }
+        }
+
+        Transpose(rows, stride, g, groups, 0, Width, panel);
+    }
+
+    private static void Transpose(uint* rows, int stride, int g, int groups, int first, int end, uint* panel)
+    {
+        for (; g < groups; g++)
+        {
+            for (int r = first; r < end; r++)
+                panel[((long)g * Width) + r] = rows[((long)r * stride) + g];
+        }
+    }
+
+    /// <summary>A panel's rows before they are transposed, and one row's values as bf16; kept by each thread that packs.</summary>
+    private readonly ref struct Scratch
+    {
+        [ThreadStatic]
+        private static NativeBuffer? s_buffer;
+
+        public Scratch(int inputs)
+        {
+            // An odd number of cache lines, so that the rows of a transpose do not fall into the same sets.
+            Stride = (((Groups(inputs) + 15) / 16) | 1) * 16;
+            long bytes = ((long)Width * Stride * sizeof(uint)) + (((long)inputs + Group) * sizeof(ushort));
+            if (s_buffer == null || s_buffer.Bytes < bytes)
+            {
+                s_buffer?.Dispose();
+                s_buffer = new NativeBuffer(bytes);
+            }
+        }
+
+        public int Stride { get; }
+
+        public uint* Rows => (uint*)s_buffer!.Pointer;
+
+        public ushort* Values => (ushort*)(Rows + (Width * Stride));
+    }
+}
