@@ -13,10 +13,6 @@ public sealed unsafe class CpuBackend : IBackend
     private const long SmallWork = 8192;
 
     private readonly Workers _workers;
-    private readonly PackRowsJob _pack = new();
-    private readonly MatMulJob _matMul;
-    private readonly QuantiseRowsJob _quantise = new();
-    private readonly Int8MatMulJob? _int8MatMul; // where the format is int8
     private readonly NormJob _norm;
     private readonly GatedSiluJob _gatedSilu;
     private readonly RopeJob _rope;
@@ -44,15 +40,12 @@ public sealed unsafe class CpuBackend : IBackend
         switch (vectorBits)
         {
             case 512:
-                _matMul = new MatMulJob<Wide512>();
                 (_norm, _gatedSilu, _rope, _attention, _sample) = Lanes<Lanes512>();
                 break;
             case 256:
-                _matMul = new MatMulJob<Wide256>();
                 (_norm, _gatedSilu, _rope, _attention, _sample) = Lanes<Lanes256>();
                 break;
             case 128:
-                _matMul = new MatMulJob<Wide128>();
                 (_norm, _gatedSilu, _rope, _attention, _sample) = Lanes<Lanes128>();
                 break;
             default:
@@ -60,15 +53,10 @@ public sealed unsafe class CpuBackend : IBackend
         }
 
         WeightFormat = format;
-        string weights = "";
-        if (format == WeightFormat.Int8)
-        {
-            _int8MatMul = new Int8MatMulJob(vectorBits);
-            weights = $", int8 weights by {_int8MatMul.Instructions}";
-        }
-
+        Matrices = Matrices.Of(format, vectorBits);
+        string matrices = Matrices.Description.Length > 0 ? $", {Matrices.Description}" : "";
         _workers = new Workers(threads);
-        Name = $"cpu {vectorBits}-bit vectors, {threads} {(threads == 1 ? "thread" : "threads")}{weights}";
+        Name = $"cpu {vectorBits}-bit vectors, {threads} {(threads == 1 ? "thread" : "threads")}{matrices}";
 
         static (NormJob Norm, GatedSiluJob GatedSilu, RopeJob Rope, AttentionJob Attention, SampleJob Sample) Lanes<TLanes>()
             where TLanes : unmanaged, ILanes<TLanes> =>
@@ -78,6 +66,8 @@ public sealed unsafe class CpuBackend : IBackend
     public string Name { get; }
 
     public WeightFormat WeightFormat { get; }
+
+    internal Matrices Matrices { get; }
 
     public int WriteRows => PanelLayout.Width;
 
@@ -101,7 +91,7 @@ public sealed unsafe class CpuBackend : IBackend
         _workers.Dispose();
         _attention.Dispose();
         _sample.Dispose();
-        _int8MatMul?.Dispose();
+        Matrices.Dispose();
         _packed.Dispose();
     }
 
@@ -114,7 +104,7 @@ public sealed unsafe class CpuBackend : IBackend
         ArgumentOutOfRangeException.ThrowIfLessThan(columns, 1);
 
         // A matmul's input is at most this large: room to pack it is taken now, not in a step.
-        long bytes = Math.Max((long)rows * columns * sizeof(float), QuantisedRows.BytesFor(rows, columns));
+        long bytes = Matrices.PackedBytes(rows, columns);
         if (bytes > _packed.Bytes)
         {
             _packed.Dispose();
@@ -175,11 +165,7 @@ public sealed unsafe class CpuBackend : IBackend
                 return;
             }
 
-            int output = (int)(element / weight.Inputs);
-            if (WeightFormat == WeightFormat.Int8)
-                Int8Layout.Write(weight.Int8Panels, weight.Outputs, weight.Inputs, output, bytes, count / weight.Inputs, type);
-            else
-                PanelLayout.Write(weight.Panels, weight.Inputs, output, bytes, count / weight.Inputs, type);
+            Matrices.Write(weight.Data, weight.Outputs, weight.Inputs, (int)(element / weight.Inputs), bytes, count / weight.Inputs, type);
         }
     }
 
@@ -190,8 +176,6 @@ public sealed unsafe class CpuBackend : IBackend
             throw new ArgumentOutOfRangeException(nameof(type));
         if (values.Length != (long)indices.Length * type.Size())
             throw new ArgumentException($"{values.Length} bytes for {indices.Length} indices of {type}.", nameof(values));
-        if (!weight.IsVector && WeightFormat == WeightFormat.Int8)
-            throw new NotSupportedException("Single elements of an int8 matrix cannot be changed: they share a scale with their row.");
         long room = ((long)weight.Outputs * weight.Inputs) - element;
         if (element < 0 || room < 0)
             throw new ArgumentOutOfRangeException(nameof(element), element, $"The weight has {(long)weight.Outputs * weight.Inputs} elements.");
@@ -209,7 +193,7 @@ public sealed unsafe class CpuBackend : IBackend
                 if (weight.IsVector)
                     weight.Vector[at] = PanelLayout.ToSingle(bytes, i, type);
                 else
-                    PanelLayout.Convert(bytes + ((long)i * type.Size()), PanelLayout.Element(weight.Panels, weight.Inputs, at), 1, type);
+                    Matrices.WriteElement(weight.Data, weight.Inputs, at, bytes + ((long)i * type.Size()), type);
             }
         }
     }
@@ -220,7 +204,7 @@ public sealed unsafe class CpuBackend : IBackend
         CpuWeight to = Own(destination);
         if ((from.Outputs, from.Inputs) != (to.Outputs, to.Inputs))
             throw new ArgumentException($"[{to.Outputs}, {to.Inputs}], needed [{from.Outputs}, {from.Inputs}].", nameof(destination));
-        Buffer.MemoryCopy(from.Panels, to.Panels, to.Bytes, from.Bytes);
+        Buffer.MemoryCopy(from.Data, to.Data, to.Bytes, from.Bytes);
     }
 
     public void ReadWeight(Weight source, long element, Span<float> destination)
@@ -229,10 +213,8 @@ public sealed unsafe class CpuBackend : IBackend
         CheckElements(weight, element, destination.Length, nameof(destination));
         if (weight.IsVector)
             new ReadOnlySpan<float>(weight.Vector + element, destination.Length).CopyTo(destination);
-        else if (WeightFormat == WeightFormat.Int8)
-            Int8Layout.Read(weight.Int8Panels, weight.Outputs, weight.Inputs, element, destination);
         else
-            PanelLayout.Read(weight.Panels, weight.Inputs, element, destination);
+            Matrices.Read(weight.Data, weight.Outputs, weight.Inputs, element, destination);
     }
 
     // ---- One step.
@@ -469,58 +451,18 @@ public sealed unsafe class CpuBackend : IBackend
         if (rows == 0)
             return;
 
-        if (_int8MatMul != null)
-            MultiplyInt8(input, weight, biasVector, output, rows, add);
-        else
-            MultiplyBFloat16(input, weight, biasVector, output, rows, add);
-    }
-
-    private void MultiplyBFloat16(CpuTensor input, CpuWeight weight, float* bias, CpuTensor output, int rows, bool add)
-    {
-        float* packed = input.Data;
-        if (rows > 1)
-        {
-            packed = _packed.Floats;
-            _pack.Input = input.Data;
-            _pack.Stride = input.Stride;
-            _pack.Inputs = weight.Inputs;
-            _pack.Tiles = new RowTiles(rows, _matMul.TileRows);
-            _pack.Packed = packed;
-            _workers.Run(_pack, _pack.Tiles.Count * _pack.Chunks, (long)rows * weight.Inputs > SmallWork);
-        }
-
-        _matMul.Input = packed;
-        _matMul.Inputs = weight.Inputs;
-        _matMul.Rows = rows;
-        _matMul.Panels = weight.Panels;
-        _matMul.Output = output.Data;
-        _matMul.Stride = output.Stride;
-        _matMul.Bias = bias;
-        _matMul.Add = add;
-        _workers.Run(_matMul, PanelLayout.Count(weight.Outputs), (long)weight.Outputs * weight.Inputs > SmallWork);
-    }
-
-    private void MultiplyInt8(CpuTensor input, CpuWeight weight, float* bias, CpuTensor output, int rows, bool add)
-    {
-        RowTiles tiles = new(rows, Int8MatMulJob.TileRows);
-        QuantisedRows quantised = new(_packed.Pointer, rows, weight.Inputs);
-        _quantise.Input = input.Data;
-        _quantise.Stride = input.Stride;
-        _quantise.Inputs = weight.Inputs;
-        _quantise.Tiles = tiles;
-        _quantise.Quantised = quantised;
-        _workers.Run(_quantise, tiles.Count * Int8Layout.Blocks(weight.Inputs), (long)rows * weight.Inputs > SmallWork);
-
-        _int8MatMul!.Input = quantised;
-        _int8MatMul.Inputs = weight.Inputs;
-        _int8MatMul.Outputs = weight.Outputs;
-        _int8MatMul.Rows = rows;
-        _int8MatMul.Panels = weight.Int8Panels;
-        _int8MatMul.Output = output.Data;
-        _int8MatMul.Stride = output.Stride;
-        _int8MatMul.Bias = bias;
-        _int8MatMul.Add = add;
-        _workers.Run(_int8MatMul, PanelLayout.Count(weight.Outputs), (long)weight.Outputs * weight.Inputs > SmallWork);
+        MatMulArguments arguments;
+        arguments.Input = input.Data;
+        arguments.InputStride = input.Stride;
+        arguments.Rows = rows;
+        arguments.Matrix = weight.Data;
+        arguments.Outputs = weight.Outputs;
+        arguments.Inputs = weight.Inputs;
+        arguments.Bias = biasVector;
+        arguments.Output = output.Data;
+        arguments.OutputStride = output.Stride;
+        arguments.Add = add;
+        Matrices.Multiply(_workers, arguments, _packed.Pointer);
     }
 
     private void ThrowIfDisposed() => ObjectDisposedException.ThrowIf(_disposed, this);
@@ -646,13 +588,8 @@ public sealed unsafe class CpuBackend : IBackend
         public CpuWeight Table = null!;
         public CpuTensor Output = null!;
 
-        public override void Execute(int unit, int worker)
-        {
-            int token = Step.TokenIds[unit];
-            if (Table.Owner.WeightFormat == WeightFormat.Int8)
-                Int8Layout.ReadRow(Table.Int8Panels, Table.Outputs, Table.Inputs, token, 0, Table.Inputs, Output.Row(unit));
-            else
-                PanelLayout.ReadRow(Table.Panels, Table.Inputs, token, Output.Row(unit));
-        }
+        public override void Execute(int unit, int worker) =>
+            Table.Owner.Matrices.ReadRow(
+                Table.Data, Table.Outputs, Table.Inputs, Step.TokenIds[unit], 0, Table.Inputs, Output.Row(unit));
     }
 }

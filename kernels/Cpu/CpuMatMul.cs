@@ -5,7 +5,7 @@ using System.Runtime.Intrinsics.X86;
 namespace Rollout.Kernels;
 
 /// <summary>
-/// output [rows, outputs] = input [rows, inputs] fp32 x weight [outputs, inputs] bfloat16 in panels, accumulated in fp32.
+/// bf16 matrices in <see cref="PanelLayout"/> and fp32 activations: output = one chain of fused multiply-adds over ascending inputs.
 /// <para>
 /// The scheme is that of Goto and van de Geijn ("Anatomy of high-performance matrix multiplication", 2008) with the outer product in
 /// registers: a tile of up to 12 rows by 32 outputs keeps its 24 accumulators in registers while it walks over all inputs, so each output
@@ -14,6 +14,60 @@ namespace Rollout.Kernels;
 /// </para>
 /// <para>A unit of work is one panel for all rows: each weight is read from memory once a step.</para>
 /// </summary>
+internal sealed unsafe class BFloat16Matrices : Matrices
+{
+    private readonly PackRowsJob _pack = new();
+    private readonly MatMulJob _matMul;
+
+    public BFloat16Matrices(int vectorBits) => _matMul = vectorBits switch
+    {
+        512 => new MatMulJob<Wide512>(),
+        256 => new MatMulJob<Wide256>(),
+        _ => new MatMulJob<Wide128>(),
+    };
+
+    public override string Description => "";
+
+    public override long Bytes(int outputs, int inputs) => PanelLayout.Bytes(outputs, inputs);
+
+    public override long PackedBytes(int rows, int inputs) => (long)rows * inputs * sizeof(float);
+
+    public override void Write(byte* data, int outputs, int inputs, int output, byte* source, long rows, DType type) =>
+        PanelLayout.Write((ushort*)data, inputs, output, source, rows, type);
+
+    public override void ReadRow(byte* data, int outputs, int inputs, int output, int first, int count, float* destination) =>
+        PanelLayout.ReadRow((ushort*)data, inputs, output, first, count, destination);
+
+    public override void WriteElement(byte* data, int inputs, long element, byte* source, DType type) =>
+        PanelLayout.Convert(source, PanelLayout.Element((ushort*)data, inputs, element), 1, type);
+
+    public override void Multiply(Workers workers, in MatMulArguments arguments, byte* packed)
+    {
+        int rows = arguments.Rows, inputs = arguments.Inputs;
+        _matMul.Input = arguments.Input;
+        if (rows > 1)
+        {
+            _matMul.Input = (float*)packed;
+            _pack.Input = arguments.Input;
+            _pack.Stride = arguments.InputStride;
+            _pack.Inputs = inputs;
+            _pack.Tiles = new RowTiles(rows, _matMul.TileRows);
+            _pack.Packed = (float*)packed;
+            workers.Run(_pack, _pack.Tiles.Count * _pack.Chunks, (long)rows * inputs > SmallWork);
+        }
+
+        _matMul.Inputs = inputs;
+        _matMul.Rows = rows;
+        _matMul.Panels = (ushort*)arguments.Matrix;
+        _matMul.Output = arguments.Output;
+        _matMul.Stride = arguments.OutputStride;
+        _matMul.Bias = arguments.Bias;
+        _matMul.Add = arguments.Add;
+        workers.Run(_matMul, PanelLayout.Count(arguments.Outputs), (long)arguments.Outputs * inputs > SmallWork);
+    }
+}
+
+/// <summary>The matmul of one vector width. Units: panels.</summary>
 internal abstract unsafe class MatMulJob : Job
 {
     /// <summary>Rows packed by <see cref="PackRowsJob"/>, or, for a single row, the row itself.</summary>
@@ -48,6 +102,13 @@ internal readonly struct RowTiles
     public int Start(int tile) => (tile * _height) + Math.Min(tile, _taller);
 
     public int Height(int tile) => tile < _taller ? _height + 1 : _height;
+
+    /// <summary>The tile that holds a row.</summary>
+    public int Of(int row)
+    {
+        int inTaller = _taller * (_height + 1);
+        return row < inTaller ? row / (_height + 1) : _taller + ((row - inTaller) / _height);
+    }
 }
 
 /// <summary>

@@ -145,8 +145,7 @@ internal sealed unsafe class CpuTensor : Tensor
 }
 
 /// <summary>
-/// A matrix in panels (<see cref="PanelLayout"/>, or <see cref="Int8Layout"/> where the backend's format is int8), or a vector in fp32 padded
-/// with zeros.
+/// A matrix as the backend's <see cref="Matrices"/> store it, or a vector in fp32 padded with zeros.
 /// </summary>
 internal sealed unsafe class CpuWeight : Weight
 {
@@ -157,20 +156,15 @@ internal sealed unsafe class CpuWeight : Weight
     {
         Owner = owner;
         _buffer = new NativeBuffer(
-            IsVector ? (long)PanelLayout.RoundUp(inputs) * 4
-            : owner.WeightFormat == WeightFormat.Int8 ? Int8Layout.Bytes(outputs, inputs)
-            : PanelLayout.Bytes(outputs, inputs));
+            IsVector ? (long)PanelLayout.RoundUp(inputs) * sizeof(float) : owner.Matrices.Bytes(outputs, inputs));
     }
 
     public CpuBackend Owner { get; }
 
     public bool IsGone => _buffer.IsGone;
 
-    /// <summary>Of a bf16 matrix.</summary>
-    public ushort* Panels => (ushort*)_buffer.Pointer;
-
-    /// <summary>Of an int8 matrix.</summary>
-    public byte* Int8Panels => _buffer.Pointer;
+    /// <summary>Of a matrix.</summary>
+    public byte* Data => _buffer.Pointer;
 
     /// <summary>Of a vector.</summary>
     public float* Vector => _buffer.Floats;

@@ -1,14 +1,12 @@
 using System.Runtime.CompilerServices;
 using System.Runtime.Intrinsics;
-using System.Runtime.Intrinsics.X86;
 
 namespace Rollout.Kernels;
 
 /// <summary>
-/// int8 matrices [outputs, inputs] in panels of 32 outputs. Panel p holds, for each group of four inputs, two cache lines: 32 lanes of 32 bits,
-/// lane j being output 32p + j, its four bytes the inputs 4g .. 4g + 3. That is the operand of the instruction which multiplies four unsigned
-/// bytes with four signed ones and adds the products to a 32-bit lane, so weights are stored as q + 128, q in -127 .. 127, and the kernel
-/// takes 128 times the sum of the activations off again. One fp32 scale per output: weight = q * scale, scale = largest magnitude of the row / 127.
+/// int8 matrices [outputs, inputs] in <see cref="LanePanels"/>, four inputs a lane. Lanes are the operand of the instruction which multiplies
+/// four unsigned bytes with four signed ones and adds the products to a 32-bit sum, so weights are stored as q + 128, q in -127 .. 127, and the
+/// kernel takes 128 times the sum of the activations off again. One fp32 scale per output: weight = q * scale, scale = largest magnitude of the row / 127.
 /// </summary>
 internal static unsafe class Int8Layout
 {
@@ -27,7 +25,7 @@ internal static unsafe class Int8Layout
 
     public static int Blocks(int inputs) => (inputs + Block - 1) / Block;
 
-    public static long PanelBytes(int inputs) => (long)Groups(inputs) * Group * Width;
+    public static long PanelBytes(int inputs) => LanePanels.PanelBytes(Groups(inputs));
 
     public static long Bytes(int outputs, int inputs) =>
         PanelLayout.Count(outputs) * (PanelBytes(inputs) + (Width * sizeof(float)));
@@ -40,40 +38,19 @@ internal static unsafe class Int8Layout
     {
         int groups = Groups(inputs);
         float* scales = Scales(panels, outputs, inputs);
-        Scratch scratch = new(inputs);
+        LanePanels.Scratch scratch = new(inputs, groups);
         while (rows > 0)
         {
             int first = output % Width;
             int count = (int)Math.Min(Width - first, rows);
-            uint* panel = (uint*)(panels + (output / Width * PanelBytes(inputs)));
             for (int r = 0; r < count; r++, source += (long)inputs * type.Size())
-                scales[output + r] = QuantiseRow(source, inputs, type, scratch.Values, scratch.Rows + ((long)(first + r) * scratch.Stride));
-            if (count == Width)
-                TransposePanel(scratch.Rows, scratch.Stride, groups, panel);
-            else
-                Transpose(scratch.Rows, scratch.Stride, 0, groups, first, first + count, panel);
+                scales[output + r] = QuantiseRow(source, inputs, type, scratch.Values, scratch.Row(first + r));
+            LanePanels.Store(scratch, groups, first, first + count, panels + (output / Width * PanelBytes(inputs)));
             output += count;
             rows -= count;
         }
 
-        // Non-temporal stores are not ordered with those by which the caller will tell others that it is done.
-        if (Sse.IsSupported)
-            Sse.StoreFence();
-    }
-
-    /// <summary>Elements of the row-major matrix as fp32, from element <paramref name="element"/> on.</summary>
-    public static void Read(byte* panels, int outputs, int inputs, long element, Span<float> destination)
-    {
-        fixed (float* values = destination)
-        {
-            for (int done = 0; done < destination.Length;)
-            {
-                int first = (int)((element + done) % inputs);
-                int count = Math.Min(inputs - first, destination.Length - done);
-                ReadRow(panels, outputs, inputs, (int)((element + done) / inputs), first, count, values + done);
-                done += count;
-            }
-        }
+        LanePanels.Fence();
     }
 
     /// <summary>One output's weights as fp32, <paramref name="count"/> of them from input <paramref name="first"/> on.</summary>
@@ -180,55 +157,5 @@ internal static unsafe class Int8Layout
     {
         Vector128<short> words = Vector128.Narrow(q, q);
         return Vector128.Narrow(words, words).AsUInt32().ToScalar();
-    }
-
-    [MethodImpl(MethodImplOptions.AggressiveOptimization)]
-    private static void TransposePanel(uint* rows, int stride, int groups, uint* panel)
-    {
-        int g = 0;
-        if (Avx512F.IsSupported)
-        {
-            for (; g + 16 <= groups; g += 16)
-            {
-                Transpose16.Store(rows + g, stride, panel + ((long)g * Width), Width);
-                Transpose16.Store(rows + g + (16L * stride), stride, panel + ((long)g * Width) + 16, Width);
-            }
-        }
-
-        Transpose(rows, stride, g, groups, 0, Width, panel);
-    }
-
-    private static void Transpose(uint* rows, int stride, int g, int groups, int first, int end, uint* panel)
-    {
-        for (; g < groups; g++)
-        {
-            for (int r = first; r < end; r++)
-                panel[((long)g * Width) + r] = rows[((long)r * stride) + g];
-        }
-    }
-
-    /// <summary>A panel's rows before they are transposed, and one row's values as bf16; kept by each thread that packs.</summary>
-    private readonly ref struct Scratch
-    {
-        [ThreadStatic]
-        private static NativeBuffer? s_buffer;
-
-        public Scratch(int inputs)
-        {
-            // An odd number of cache lines, so that the rows of a transpose do not fall into the same sets.
-            Stride = (((Groups(inputs) + 15) / 16) | 1) * 16;
-            long bytes = ((long)Width * Stride * sizeof(uint)) + (((long)inputs + Group) * sizeof(ushort));
-            if (s_buffer == null || s_buffer.Bytes < bytes)
-            {
-                s_buffer?.Dispose();
-                s_buffer = new NativeBuffer(bytes);
-            }
-        }
-
-        public int Stride { get; }
-
-        public uint* Rows => (uint*)s_buffer!.Pointer;
-
-        public ushort* Values => (ushort*)(Rows + (Width * Stride));
     }
 }

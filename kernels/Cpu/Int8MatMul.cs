@@ -1,6 +1,4 @@
-using System.Runtime.CompilerServices;
 using System.Runtime.InteropServices;
-using System.Runtime.Intrinsics;
 
 namespace Rollout.Kernels;
 
@@ -79,106 +77,121 @@ internal unsafe struct Int8TileArguments
 }
 
 /// <summary>
-/// output [rows, outputs] = input [rows, inputs], quantised per row and block of 128 inputs, x int8 weight [outputs, inputs].
+/// int8 matrices and activations quantised per row and block of 128 inputs.
 /// Within a block products are summed in integers, which is exact in any order; the blocks' sums, times the activations' scale, are one chain of
 /// fused multiply-adds over ascending blocks; the weight's scale comes last. So bits depend on the row alone here too.
-/// <para>A unit of work is one panel for all rows.</para>
 /// </summary>
-internal sealed unsafe class Int8MatMulJob : Job, IDisposable
+internal sealed unsafe class Int8Matrices(int vectorBits) : Matrices
 {
-    private const int Width = PanelLayout.Width;
+    private readonly QuantiseRowsJob _quantise = new();
+    private readonly Int8MatMulJob _matMul = new(vectorBits);
 
+    public override string Description => $"int8 weights by {(_matMul.Code != null ? "avx512-vnni" : "multiply-add")}";
+
+    public override long Bytes(int outputs, int inputs) => Int8Layout.Bytes(outputs, inputs);
+
+    public override long PackedBytes(int rows, int inputs) => QuantisedRows.BytesFor(rows, inputs);
+
+    public override void Write(byte* data, int outputs, int inputs, int output, byte* source, long rows, DType type) =>
+        Int8Layout.Write(data, outputs, inputs, output, source, rows, type);
+
+    public override void ReadRow(byte* data, int outputs, int inputs, int output, int first, int count, float* destination) =>
+        Int8Layout.ReadRow(data, outputs, inputs, output, first, count, destination);
+
+    public override void WriteElement(byte* data, int inputs, long element, byte* source, DType type) =>
+        throw new NotSupportedException("Single elements of an int8 matrix cannot be changed: they share a scale with their row.");
+
+    public override void Multiply(Workers workers, in MatMulArguments arguments, byte* packed)
+    {
+        int rows = arguments.Rows, inputs = arguments.Inputs;
+        _quantise.Input = arguments.Input;
+        _quantise.Stride = arguments.InputStride;
+        _quantise.Inputs = inputs;
+        _quantise.Tiles = new RowTiles(rows, Int8MatMulJob.TileRows);
+        _quantise.Quantised = new QuantisedRows(packed, rows, inputs);
+        workers.Run(_quantise, _quantise.Tiles.Count * Int8Layout.Blocks(inputs), (long)rows * inputs > SmallWork);
+
+        _matMul.Arguments = arguments;
+        _matMul.Input = _quantise.Quantised;
+        workers.Run(_matMul, PanelLayout.Count(arguments.Outputs), (long)arguments.Outputs * inputs > SmallWork);
+    }
+
+    public override void Dispose() => _matMul.Code?.Dispose();
+}
+
+/// <summary>The int8 matmul. Units: panels, for all rows.</summary>
+internal sealed unsafe class Int8MatMulJob : Job
+{
     /// <summary>Two accumulators a row, two weights and a broadcast fit 32 registers.</summary>
     public const int TileRows = 12;
 
-    private readonly VnniTile? _vnni;
+    private const int Width = PanelLayout.Width;
+
     private readonly Int8Tile _tile;
 
-    public int Inputs;
-    public int Outputs;
-    public int Rows;
-    public byte* Panels;
+    public MatMulArguments Arguments;
     public QuantisedRows Input;
-    public float* Output;
-    public int Stride;
-    public float* Bias;
-    public bool Add;
 
     /// <param name="vectorBits">Of the code path; 512 uses the machine's own dot product where it has one.</param>
     public Int8MatMulJob(int vectorBits)
     {
         if (vectorBits == 512 && VnniTile.IsSupported)
-            _vnni = new VnniTile(TileRows);
+            Code = new MachineCode(TileRows, VnniTile.Assemble);
         _tile = Int8Tile.Of(vectorBits);
     }
 
-    public string Instructions => _vnni != null ? "avx512-vnni" : "multiply-add";
+    public MachineCode? Code { get; }
 
     public override void Execute(int unit, int worker)
     {
-        RowTiles tiles = new(Rows, TileRows);
-        int blocks = Int8Layout.Blocks(Inputs);
-        int whole = Inputs / Int8Layout.Block;
-        int rest = Int8Layout.Groups(Inputs) - (whole * (Int8Layout.Block / Int8Layout.Group));
-        float* weightScales = Int8Layout.Scales(Panels, Outputs, Inputs) + (unit * Width);
+        int inputs = Arguments.Inputs;
+        RowTiles tiles = new(Arguments.Rows, TileRows);
+        int blocks = Int8Layout.Blocks(inputs);
+        int whole = inputs / Int8Layout.Block;
+        int rest = Int8Layout.Groups(inputs) - (whole * (Int8Layout.Block / Int8Layout.Group));
+        float* weightScales = Int8Layout.Scales(Arguments.Matrix, Arguments.Outputs, inputs) + (unit * Width);
         float* sums = stackalloc float[TileRows * Width];
-        for (int tile = 0; tile < tiles.Count; tile++)
+        for (int t = 0; t < tiles.Count; t++)
         {
-            int start = tiles.Start(tile), height = tiles.Height(tile);
+            int start = tiles.Start(t), height = tiles.Height(t);
             new Span<float>(sums, height * Width).Clear();
-            Int8TileArguments arguments;
-            arguments.Activations = Input.Bytes(start, Inputs);
-            arguments.Panel = Panels + (unit * Int8Layout.PanelBytes(Inputs));
-            arguments.Corrections = Input.Corrections + ((long)start * blocks);
-            arguments.Scales = Input.Scales + ((long)start * blocks);
-            arguments.Sums = sums;
+            Int8TileArguments tile;
+            tile.Activations = Input.Bytes(start, inputs);
+            tile.Panel = Arguments.Matrix + (unit * Int8Layout.PanelBytes(inputs));
+            tile.Corrections = Input.Corrections + ((long)start * blocks);
+            tile.Scales = Input.Scales + ((long)start * blocks);
+            tile.Sums = sums;
             if (whole > 0)
             {
-                arguments.Blocks = whole;
-                arguments.GroupsPerBlock = Int8Layout.Block / Int8Layout.Group;
-                Run(height, ref arguments);
+                tile.Blocks = whole;
+                tile.GroupsPerBlock = Int8Layout.Block / Int8Layout.Group;
+                Run(height, ref tile);
             }
 
             if (rest > 0)
             {
-                arguments.Activations += (long)whole * Int8Layout.Block * height;
-                arguments.Panel += (long)whole * Int8Layout.Block * Width;
-                arguments.Corrections += (long)whole * height;
-                arguments.Scales += (long)whole * height;
-                arguments.Blocks = 1;
-                arguments.GroupsPerBlock = rest;
-                Run(height, ref arguments);
+                tile.Activations += (long)whole * Int8Layout.Block * height;
+                tile.Panel += (long)whole * Int8Layout.Block * Width;
+                tile.Corrections += (long)whole * height;
+                tile.Scales += (long)whole * height;
+                tile.Blocks = 1;
+                tile.GroupsPerBlock = rest;
+                Run(height, ref tile);
             }
 
-            Finish(height, sums, weightScales, start, unit * Width);
+            PanelSums.Finish(sums, height, weightScales, Arguments, start, unit * Width);
         }
     }
 
-    public void Dispose() => _vnni?.Dispose();
-
-    private void Run(int height, ref Int8TileArguments arguments)
+    private void Run(int height, ref Int8TileArguments tile)
     {
-        if (_vnni != null)
-            _vnni.Run(height, ref arguments);
-        else
-            _tile.Run(height, ref arguments);
-    }
-
-    [MethodImpl(MethodImplOptions.AggressiveOptimization)]
-    private void Finish(int height, float* sums, float* weightScales, int firstRow, int column)
-    {
-        for (int r = 0; r < height; r++)
+        if (Code == null)
         {
-            float* output = Output + ((long)(firstRow + r) * Stride) + column;
-            for (int o = 0; o < Width; o += 4)
-            {
-                Vector128<float> value = Vector128.Load(sums + (r * Width) + o) * Vector128.Load(weightScales + o);
-                if (Bias != null)
-                    value += Vector128.Load(Bias + column + o);
-                if (Add)
-                    value = Vector128.Load(output + o) + value;
-                value.Store(output + o);
-            }
+            _tile.Run(height, ref tile);
+            return;
         }
+
+        fixed (Int8TileArguments* arguments = &tile)
+            Code.Run(height, arguments);
     }
 }

@@ -60,27 +60,12 @@ internal static unsafe class PanelLayout
             Sse.StoreFence();
     }
 
-    public static void Read(ushort* panels, int inputs, long element, Span<float> destination)
-    {
-        int output = (int)(element / inputs);
-        int input = (int)(element % inputs);
-        for (int i = 0; i < destination.Length; i++)
-        {
-            destination[i] = ToSingle(Line(panels, inputs, output, input)[Slot(output % Width)]);
-            if (++input == inputs)
-            {
-                input = 0;
-                output++;
-            }
-        }
-    }
-
-    /// <summary>One output's weights as fp32, [inputs].</summary>
+    /// <summary>Part of one output's weights as fp32.</summary>
     [MethodImpl(MethodImplOptions.AggressiveOptimization)]
-    public static void ReadRow(ushort* panels, int inputs, int output, float* destination)
+    public static void ReadRow(ushort* panels, int inputs, int output, int first, int count, float* destination)
     {
-        ushort* p = Line(panels, inputs, output, 0) + Slot(output % Width);
-        for (int k = 0; k < inputs; k++)
+        ushort* p = Line(panels, inputs, output, first) + Slot(output % Width);
+        for (int k = 0; k < count; k++)
             destination[k] = ToSingle(p[(long)k * Width]);
     }
 

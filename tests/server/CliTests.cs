@@ -27,13 +27,15 @@ public sealed class CliTests(SharedServer shared)
     }
 
     [Fact]
-    public async Task Int8_weights_are_asked_for_by_name_and_differ_a_little()
+    public async Task Faster_formats_are_asked_for_by_name_and_differ_a_little()
     {
         Golden.Case golden = Golden.Cases("qwen3")[0];
         string[] command = ["score", "--model", Golden.Folder("qwen3"), "--ids", string.Join(',', golden.Prompt), "--json"];
         float[] bf16 = LogProbs(await Cli.RunAsync([.. command, "--dtype", "bf16"]));
         float[] int8 = LogProbs(await Cli.RunAsync([.. command, "--dtype", "int8"]));
+        float[] fast = LogProbs(await Cli.RunAsync([.. command, "--dtype", "bf16-fast"]));
         Assert.Equal(LogProbs(await Cli.RunAsync(command)), bf16);
+        Assert.InRange(bf16.Zip(fast, (a, b) => Math.Abs(a - b)).Average(), 1e-6, 0.05);
         Assert.Equal(golden.Prompt.Length - 1, int8.Length);
         Assert.InRange(bf16.Zip(int8, (a, b) => Math.Abs(a - b)).Average(), 1e-4, 0.25);
 
@@ -121,7 +123,7 @@ public sealed class CliTests(SharedServer shared)
         { "inspect --model GOLDEN/..", ["config.json"] },
         { "serve", ["--model: must be given"] },
         { "serve --model /nowhere --socket /nowhere/s --listen here --kv-cache-bytes 3x --threads 0 --device gpu --dtype int4",
-            ["no folder '/nowhere'", "--socket", "--listen", "--kv-cache-bytes", "--threads", "--device", "'int4' is not known; 'bf16' and 'int8' are"] },
+            ["no folder '/nowhere'", "--socket", "--listen", "--kv-cache-bytes", "--threads", "--device", "'int4' is not known; 'bf16', 'bf16-fast', 'int8' are"] },
         { "serve --model GOLDEN/.. --listen 127.0.0.1:0", ["config.json"] },
         { "frobnicate", ["frobnicate", "rollout --help"] },
     };

@@ -17,8 +17,9 @@ internal sealed class EngineArguments
     public Option<string?> Device { get; } = OneOf("--device", "Device to compute on: cpu.", "cpu");
 
     public Option<string?> DType { get; } = OneOf(
-        "--dtype", "How matrices are stored and multiplied: bf16, or int8 (half the memory, several times the speed in large batches, a small "
-        + "error in every log-probability). Default: bf16.", "bf16", "int8");
+        "--dtype", "How matrices are stored and multiplied. bf16 (default): activations stay fp32. bf16-fast: activations are rounded to bf16 too, as "
+        + "GPUs do. int8: half the memory. Both are faster in large batches and move log-probabilities a little.",
+        WeightFormats.Names);
 
     public Option<string?> Tokenizer { get; } = OneOf(
         "--tokenizer", "'bytes' makes every byte of a text a token, instead of the folder's tokenizer.", "bytes");
@@ -41,7 +42,7 @@ internal sealed class EngineArguments
         => new(
             Path.GetFullPath(result.GetValue(Model)!),
             result.GetValue(Threads) ?? 0,
-            result.GetValue(DType) == "int8" ? WeightFormat.Int8 : WeightFormat.BFloat16,
+            result.GetValue(DType) is { } name ? WeightFormats.Parse(name) : WeightFormat.BFloat16,
             result.GetValue(Tokenizer));
 
     private static Option<string?> OneOf(string name, string description, params string[] known)
@@ -50,7 +51,7 @@ internal sealed class EngineArguments
         option.Validators.Add((OptionResult result) =>
         {
             if (Arguments.Value(result) is not { } value || known.Contains(value)) return;
-            result.AddError($"{name}: '{value}' is not known; {string.Join(" and ", known.Select(k => $"'{k}'"))} {(known.Length == 1 ? "is" : "are")}");
+            result.AddError($"{name}: '{value}' is not known; {string.Join(", ", known.Select(k => $"'{k}'"))} {(known.Length == 1 ? "is" : "are")}");
         });
         return option;
     }
