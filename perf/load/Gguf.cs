@@ -162,13 +162,17 @@ internal static class Gguf
 
     private static float ToSingle(ushort bf16) => BitConverter.UInt32BitsToSingle((uint)bf16 << 16);
 
-    /// <summary>The first 256 words are the bytes, in the alphabet of byte-level vocabularies, which readers of such files rely on.</summary>
-    private static string Word(int id)
+    /// <summary>
+    /// Printable characters, newline and space in the alphabet of byte-level vocabularies, then made-up words. All of it is text: a server
+    /// that looks for structure in its output would fail on bytes that are none.
+    /// </summary>
+    private static string Word(int id) => id switch
     {
-        if (id >= 256) return $"t{id}";
-        int[] printable = [.. Enumerable.Range('!', '~' - '!' + 1), .. Enumerable.Range('¡', '¬' - '¡' + 1), .. Enumerable.Range('®', 'ÿ' - '®' + 1)];
-        return $"{(char)(id < printable.Length ? printable[id] : 256 + id - printable.Length)}";
-    }
+        < '~' - '!' + 1 => $"{(char)('!' + id)}",
+        '~' - '!' + 1 => "\u010a",
+        '~' - '!' + 2 => "\u0120",
+        _ => $"t{id}",
+    };
 
     private static long Aligned(long bytes) => (bytes + Alignment - 1) / Alignment * Alignment;
 

@@ -1,5 +1,6 @@
 using System.CommandLine;
 using Rollout.Load;
+using Rollout.Load.Bench;
 using Spectre.Console;
 
 Option<bool> json = new("--json") { Description = "Print one JSON object and nothing else." };
@@ -29,5 +30,5 @@ weights.SetAction(async (arguments, cancellation) =>
 InvocationConfiguration configuration = new() { ProcessTerminationTimeout = TimeSpan.FromSeconds(15) };
 return await new RootCommand("Measures Rollout on this machine. Results are written to perf/RESULTS.md by hand, with machine and commit.")
 {
-    ShapeSCommand.Create(json), weights,
+    ShapeSCommand.Create(json), BenchCommand.Create(json), weights,
 }.Parse(args).InvokeAsync(configuration);

@@ -1,0 +1,165 @@
+using System.CommandLine;
+using System.Text.Json;
+using System.Text.Json.Nodes;
+using Rollout.Kernels;
+using Spectre.Console;
+
+namespace Rollout.Load.Bench;
+
+/// <summary>`bench fixed`, `bench grpo`, `bench open`: Shape S served, and samples asked for as people ask.</summary>
+internal static class BenchCommand
+{
+    private const int Slots = 64;           // sequences at a time, Rollout's and the peer's
+    private const int ContextOfEach = 512;  // prompts to 256, samples to 256
+
+    public static Command Create(Option<bool> json)
+    {
+        Option<int> batch = new("--batch") { Description = "Sequences.", DefaultValueFactory = _ => 32 };
+        Option<int> prompts = new("--prompts") { Description = "Prompts of a step.", DefaultValueFactory = _ => 16 };
+        Option<int> samples = new("--samples") { Description = "Samples of a prompt.", DefaultValueFactory = _ => 8 };
+        Option<double> rate = new("--rate") { Description = "Requests a second.", DefaultValueFactory = _ => 1 };
+        Option<int> count = new("--count") { Description = "Requests.", DefaultValueFactory = _ => 30 };
+        Command bench = new("bench", "Shape S in a sidecar of its own under a pattern of requests; beside it the engine in process, and a llama.cpp server.");
+        Common common = new(json);
+        bench.Add(common.Command("fixed", "A batch that starts together: 128-token prompts, 64 tokens each.", [batch],
+            arguments => Arrivals.Fixed(arguments.GetValue(batch), arguments.GetValue(common.Seed))));
+        bench.Add(common.Command("grpo", "A GRPO step: groups of one prompt, log-normal lengths to 256.", [prompts, samples],
+            arguments => Arrivals.Grpo(arguments.GetValue(prompts), arguments.GetValue(samples), arguments.GetValue(common.Seed))));
+        bench.Add(common.Command("open", "Poisson arrivals at a rate, whether or not the server keeps up.", [rate, count],
+            arguments => Arrivals.Open(arguments.GetValue(rate), arguments.GetValue(count), arguments.GetValue(common.Seed))));
+        return bench;
+    }
+
+    private static async Task<SortedDictionary<string, BenchResult>> MeasureAsync(
+        Arrival[] arrivals, string dtype, int threads, int repeats, string? peer, IProgress<string> progress, CancellationToken cancellation)
+    {
+        string model = ShapeS.Folder();
+        int sequences = Math.Min(Slots, arrivals.Length);
+        Dictionary<string, List<BenchResult>> runs = [];
+
+        // One at a time, so that none holds memory or cores that another measures; round after round, so that noise hits all alike.
+        for (int round = 0; round < repeats; round++)
+        {
+            progress.Report($"round {round + 1} of {repeats}: rollout");
+            await using (SidecarTarget sidecar = await SidecarTarget.StartAsync(model, dtype, threads, sequences, cancellation))
+                await PlayAsync(sidecar, sidecar.Forget);
+            progress.Report($"round {round + 1} of {repeats}: in process");
+            await using (InProcessTarget inProcess = new(model, WeightFormats.Parse(dtype), threads, sequences))
+                await PlayAsync(inProcess, inProcess.Forget);
+            if (peer is null) continue;
+            progress.Report($"round {round + 1} of {repeats}: llama-server");
+            string gguf = Gguf.Of(model, ShapeS.GgufOf(WeightFormats.Parse(dtype)));
+            await using LlamaServerTarget server = await LlamaServerTarget.StartAsync(peer, gguf, threads, sequences, ContextOfEach, cancellation);
+            await PlayAsync(server, () => { }); // warm-up prompts are its own, so the cache holds none of the run's
+        }
+
+        return new SortedDictionary<string, BenchResult>(runs.ToDictionary(run => run.Key, run => BenchResult.Median(run.Value)));
+
+        async Task PlayAsync(ITarget target, Action forget)
+        {
+            await BenchRun.PlayAsync(target, Arrivals.Fixed(2, seed: -1), cancellation); // pays for compilation
+            forget();
+            if (!runs.TryGetValue(target.Name, out List<BenchResult>? list)) runs[target.Name] = list = [];
+            list.Add(await BenchRun.PlayAsync(target, arrivals, cancellation));
+        }
+    }
+
+    private static void PrintJson(SortedDictionary<string, BenchResult> results)
+    {
+        JsonObject json = [];
+        foreach ((string name, BenchResult result) in results)
+        {
+            json[name] = new JsonObject
+            {
+                ["tokens_per_s"] = Math.Round(result.TokensPerSecond, 1),
+                ["first_token_p50_s"] = Math.Round(result.FirstP50, 4),
+                ["first_token_p99_s"] = Math.Round(result.FirstP99, 4),
+                ["inter_token_p50_s"] = Math.Round(result.GapP50, 5),
+                ["inter_token_p99_s"] = Math.Round(result.GapP99, 5),
+                ["seconds"] = Math.Round(result.Seconds, 2),
+            };
+        }
+
+        Console.WriteLine(json.ToJsonString(JsonSerializerOptions.Web));
+    }
+
+    private static void PrintTable(SortedDictionary<string, BenchResult> results)
+    {
+        double own = results["rollout"].TokensPerSecond;
+        Table table = new();
+        table.AddColumns("", "tokens/s", "rollout is", "first token p50 / p99", "between tokens p50 / p99", "seconds");
+        foreach ((string name, BenchResult result) in results)
+        {
+            table.AddRow(name, $"{result.TokensPerSecond:F1}", $"{own / result.TokensPerSecond:F2}x", $"{result.FirstP50:F2} / {result.FirstP99:F2} s",
+                $"{result.GapP50 * 1e3:F1} / {result.GapP99 * 1e3:F1} ms", $"{result.Seconds:F1}");
+        }
+
+        AnsiConsole.Write(table);
+    }
+
+    /// <summary>What all patterns take.</summary>
+    private sealed class Common
+    {
+        private readonly Option<bool> _json;
+
+        private readonly Option<string> _dtype = new("--dtype") { Description = "Weight format.", DefaultValueFactory = _ => WeightFormats.Names[0] };
+
+        private readonly Option<int> _threads = new("--threads") { Description = "Cores to use.", DefaultValueFactory = _ => Environment.ProcessorCount };
+
+        private readonly Option<int> _repeats = new("--repeats") { Description = "Rounds a number is the median of.", DefaultValueFactory = _ => 3 };
+
+        private readonly Option<string?> _peer = new("--peer")
+        {
+            Description = "llama-server=PATH: the same requests against a llama.cpp server.",
+            HelpName = "llama-server=PATH",
+        };
+
+        public Common(Option<bool> json)
+        {
+            _json = json;
+            _dtype.AcceptOnlyFromAmong(WeightFormats.Names);
+            RequirePositive(_threads);
+            RequirePositive(_repeats);
+            _peer.Validators.Add(result =>
+            {
+                string peer = result.GetValueOrDefault<string>() ?? "";
+                if (!peer.StartsWith("llama-server=", StringComparison.Ordinal) || !File.Exists(PathOf(peer)))
+                    result.AddError($"--peer: '{peer}' is not llama-server=PATH of a program that exists");
+            });
+        }
+
+        public Option<int> Seed { get; } = new("--seed") { Description = "Of prompts, lengths and arrivals.", DefaultValueFactory = _ => 1 };
+
+        public Command Command(string name, string description, Option[] own, Func<ParseResult, Arrival[]> arrivals)
+        {
+            Command command = new(name, description) { _json, _dtype, _threads, _repeats, _peer, Seed };
+            foreach (Option option in own) command.Add(option);
+            foreach (Option option in own) RequirePositive(option);
+            command.SetAction(async (arguments, cancellation) =>
+            {
+                Arrival[] work = arrivals(arguments);
+                string? peer = arguments.GetValue(_peer) is { } given ? PathOf(given) : null;
+                if (arguments.GetValue(_json))
+                {
+                    PrintJson(await MeasureAsync(new Progress<string>()));
+                    return 0;
+                }
+
+                PrintTable(await AnsiConsole.Status().StartAsync(name, status => MeasureAsync(new Progress<string>(text => status.Status(text)))));
+                return 0;
+
+                Task<SortedDictionary<string, BenchResult>> MeasureAsync(IProgress<string> progress) => BenchCommand.MeasureAsync(
+                    work, arguments.GetValue(_dtype)!, arguments.GetValue(_threads), arguments.GetValue(_repeats), peer, progress, cancellation);
+            });
+            return command;
+        }
+
+        private static void RequirePositive(Option option) => option.Validators.Add(result =>
+        {
+            bool wrong = option is Option<double> ? !(result.GetValueOrDefault<double>() > 0) : result.GetValueOrDefault<int>() < 1;
+            if (wrong) result.AddError($"{option.Name}: must be greater than 0");
+        });
+
+        private static string PathOf(string peer) => peer[(peer.IndexOf('=', StringComparison.Ordinal) + 1)..];
+    }
+}

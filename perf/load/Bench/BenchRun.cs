@@ -1,0 +1,107 @@
+using System.Diagnostics;
+
+namespace Rollout.Load.Bench;
+
+/// <summary>Something that draws samples and says when tokens come.</summary>
+internal interface ITarget : IAsyncDisposable
+{
+    string Name { get; }
+
+    /// <summary>Draws one sample; calls <paramref name="onTokens"/> with the number of tokens that came, each time some do.</summary>
+    Task DrawAsync(int id, Arrival arrival, Action<int> onTokens, CancellationToken cancellation);
+}
+
+/// <summary>Plays arrivals against a target and takes times.</summary>
+internal static class BenchRun
+{
+    public static async Task<BenchResult> PlayAsync(ITarget target, IReadOnlyList<Arrival> arrivals, CancellationToken cancellation)
+    {
+        TaskCompletionSource[] firstTokens = [.. arrivals.Select(_ => new TaskCompletionSource(TaskCreationOptions.RunContinuationsAsynchronously))];
+        Timeline[] timelines = [.. arrivals.Select(_ => new Timeline())];
+        long start = Stopwatch.GetTimestamp();
+        await Task.WhenAll(arrivals.Select((arrival, id) => Task.Run(() => DrawAsync(id, arrival), cancellation)));
+        double seconds = Stopwatch.GetElapsedTime(start).TotalSeconds;
+
+        for (int id = 0; id < arrivals.Count; id++)
+        {
+            if (timelines[id].Tokens != arrivals[id].MaxTokens)
+                throw new InvalidOperationException($"{target.Name}: sample {id} has {timelines[id].Tokens} tokens, not {arrivals[id].MaxTokens}");
+        }
+
+        double[] firsts = [.. timelines.Select(timeline => timeline.First).Order()];
+        double[] gaps = [.. timelines.SelectMany(timeline => timeline.Gaps).Order()];
+        return new BenchResult(
+            arrivals.Sum(arrival => (double)arrival.MaxTokens) / seconds, At(firsts, 0.5), At(firsts, 0.99), At(gaps, 0.5), At(gaps, 0.99), seconds);
+
+        async Task DrawAsync(int id, Arrival arrival)
+        {
+            try
+            {
+                TimeSpan wait = TimeSpan.FromSeconds(arrival.At) - Stopwatch.GetElapsedTime(start);
+                if (wait > TimeSpan.Zero) await Task.Delay(wait, cancellation);
+                if (arrival.After >= 0) await firstTokens[arrival.After].Task.WaitAsync(cancellation);
+                timelines[id].Begin();
+                await target.DrawAsync(id, arrival, count =>
+                {
+                    timelines[id].Add(count);
+                    firstTokens[id].TrySetResult();
+                }, cancellation);
+            }
+            catch (Exception e)
+            {
+                firstTokens[id].TrySetException(e); // who waits for it need not wait longer
+                throw;
+            }
+        }
+    }
+
+    private static double At(double[] sorted, double quantile) => sorted.Length == 0 ? 0 : sorted[(int)(quantile * (sorted.Length - 1))];
+
+    /// <summary>When the tokens of one sample came.</summary>
+    private sealed class Timeline
+    {
+        private long _last;
+
+        public int Tokens { get; private set; }
+
+        /// <summary>Seconds to the first token.</summary>
+        public double First { get; private set; }
+
+        /// <summary>Seconds between tokens. Tokens that came together share the time since those before them.</summary>
+        public List<double> Gaps { get; } = [];
+
+        public void Begin() => _last = Stopwatch.GetTimestamp();
+
+        public void Add(int count)
+        {
+            long now = Stopwatch.GetTimestamp();
+            double seconds = Stopwatch.GetElapsedTime(_last, now).TotalSeconds;
+            int rest = count;
+            if (Tokens == 0)
+            {
+                First = seconds;
+                rest--;
+            }
+
+            for (int i = 0; i < rest; i++) Gaps.Add(seconds / count);
+            Tokens += count;
+            _last = now;
+        }
+    }
+}
+
+/// <summary>What one run showed.</summary>
+/// <param name="TokensPerSecond">Generated tokens over the whole run, prefill included.</param>
+/// <param name="FirstP50">Seconds to the first token.</param>
+/// <param name="FirstP99">Seconds to the first token.</param>
+/// <param name="GapP50">Seconds between tokens.</param>
+/// <param name="GapP99">Seconds between tokens.</param>
+/// <param name="Seconds">From the first request to the last token.</param>
+internal sealed record BenchResult(double TokensPerSecond, double FirstP50, double FirstP99, double GapP50, double GapP99, double Seconds)
+{
+    /// <summary>The median of each number.</summary>
+    public static BenchResult Median(IReadOnlyList<BenchResult> runs) => new(
+        Throughput.MedianOf(runs.Select(run => run.TokensPerSecond)), Throughput.MedianOf(runs.Select(run => run.FirstP50)),
+        Throughput.MedianOf(runs.Select(run => run.FirstP99)), Throughput.MedianOf(runs.Select(run => run.GapP50)),
+        Throughput.MedianOf(runs.Select(run => run.GapP99)), Throughput.MedianOf(runs.Select(run => run.Seconds)));
+}

@@ -1,0 +1,40 @@
+using Rollout.Engine;
+using Rollout.Kernels;
+
+namespace Rollout.Load.Bench;
+
+/// <summary>The engine in this process: what is left when nothing is sent anywhere.</summary>
+internal sealed class InProcessTarget : ITarget
+{
+    private readonly RolloutEngine _engine;
+    private int _run;
+
+    public InProcessTarget(string model, WeightFormat format, int threads, int sequences)
+        => _engine = RolloutEngine.Load(model, new CpuBackend(threads, format: format),
+            new EngineOptions { MaxContext = 1024, MaxSequences = sequences, MaxBatchTokens = 512 });
+
+    public string Name => "in process";
+
+    /// <summary>Later samples find nothing in the prefix cache that earlier ones left.</summary>
+    public void Forget() => _run++;
+
+    public async Task DrawAsync(int id, Arrival arrival, Action<int> onTokens, CancellationToken cancellation)
+    {
+        Group group = _engine.Submit(new GroupRequest
+        {
+            Id = $"{_run}.{id}",
+            Prompt = arrival.Prompt,
+            MaxTokens = arrival.MaxTokens,
+            IgnoreEos = true,
+            Seed = (ulong)id,
+            CacheSalt = $"{_run}",
+            StreamTokens = true,
+        });
+        await foreach (SampleChunk chunk in group.ReadAsync(cancellation))
+        {
+            if (chunk.End > chunk.Start) onTokens(chunk.End - chunk.Start);
+        }
+    }
+
+    public ValueTask DisposeAsync() => _engine.DisposeAsync();
+}
