@@ -55,7 +55,7 @@ weights.SetAction(async (arguments, cancellation) =>
 InvocationConfiguration configuration = new() { ProcessTerminationTimeout = TimeSpan.FromSeconds(15) };
 return await new RootCommand("Measures Rollout on this machine. Results are written to perf/RESULTS.md by hand, with machine and commit.")
 {
-    shapeS, weights,
+    shapeS, weights, Frames.Create(json, repeats),
 }.Parse(args).InvokeAsync(configuration);
 
 static void PrintJson(ShapeSResult result) => Console.WriteLine(JsonSerializer.Serialize(new
