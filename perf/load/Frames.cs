@@ -22,6 +22,7 @@ internal static class Frames
     private const int SampleTokens = 120; // attention over long contexts would not be free
     private const int Vocabulary = 32;
     private const int Waves = 16; // a run is several fillings of the batch, so that its start and end weigh little
+    private const int WarmUp = 3;
     private const int MaxContext = PromptTokens + SampleTokens;
 
     private const string Config = """
@@ -79,11 +80,11 @@ internal static class Frames
             foreach (Load load in s_loads)
             {
                 List<Run> inProcess = [], remote = [];
-                for (int i = 0; i <= repeats; i++)
+                for (int i = -WarmUp; i < repeats; i++)
                 {
                     Run here = await MeasureAsync(server, () => InProcessAsync(engine, load, cancellation));
                     Run there = await MeasureAsync(server, () => RemoteAsync(client, load, cancellation));
-                    if (i == 0) continue; // pays for compilation
+                    if (i < 0) continue; // pays for compilation
                     inProcess.Add(here);
                     remote.Add(there);
                 }
