@@ -141,6 +141,7 @@ public sealed partial class RolloutEngine : IAsyncDisposable
 
     private void Loop()
     {
+        long checkedAfter = -1;
         try
         {
             while (!_stopping)
@@ -149,7 +150,13 @@ public sealed partial class RolloutEngine : IAsyncDisposable
                 if (_moment is not null) TryTake(_moment);
                 if (MustStand() || !_scheduler.Next(_step, admitNew: !_pause.HoldsNewGroups && _moment is null))
                 {
-                    if (_scheduler.IsEmpty) _blocks.CheckInvariant(idle: true);
+                    _scheduler.RaiseStreams();
+                    if (_scheduler.IsEmpty && checkedAfter != _steps)
+                    {
+                        _blocks.CheckInvariant(idle: true);
+                        checkedAfter = _steps; // every command wakes the loop, and the check walks all blocks
+                    }
+
                     _wake.Wait(_pause.UntilLeaseEnds());
                     continue;
                 }

@@ -70,14 +70,17 @@ public sealed class Group
     /// <summary>The sample that is computing the prompt, if one is.</summary>
     internal Sequence? PromptRunner { get; set; }
 
-    /// <summary>Set while a step's results are taken in, to raise the group once.</summary>
+    /// <summary>Set while a step's results are taken in, to raise a group of which samples ended once.</summary>
     internal bool HasNews { get; set; }
+
+    /// <summary>Whether <see cref="StreamWakes"/> has the group among those to raise.</summary>
+    internal bool WakeHeld { get; set; }
 
     /// <summary>True once the samples of the group have been sampled from the leader's prompt (or gone their own way).</summary>
     internal bool Forked { get; set; }
 
     /// <summary>
-    /// What is new since the last call, until every sample has ended: with StreamTokens after every step, otherwise as samples end.
+    /// What is new since the last call, until every sample has ended: with StreamTokens as tokens come, otherwise as samples end.
     /// One reader at a time.
     /// </summary>
     public async IAsyncEnumerable<SampleChunk> ReadAsync([EnumeratorCancellation] CancellationToken cancellation = default)

@@ -57,7 +57,7 @@ public sealed record GroupRequest
     /// <summary>Groups with different salts share no cached keys and values.</summary>
     public string CacheSalt { get; init; } = "";
 
-    /// <summary>Wake the reader at every step (true) or only when a sample ends (false).</summary>
+    /// <summary>Wake the reader as tokens come (true) or only when a sample ends (false).</summary>
     public bool StreamTokens { get; init; }
 
     private static readonly Dictionary<int, float> s_noBias = [];

@@ -1,3 +1,4 @@
+using System.Diagnostics;
 using Rollout.Kernels;
 
 namespace Rollout.Engine;
@@ -25,6 +26,7 @@ public sealed class Scheduler
     private readonly Sequence[] _inStep;                 // of sequence s of the step
     private readonly Question[] _questions;              // of query q of the step
     private readonly List<BlockCopy> _copies;
+    private readonly StreamWakes _streams;
     private readonly long[] _tokensByStaleness = new long[9];
 
     /// <param name="blocks">The pool.</param>
@@ -41,6 +43,7 @@ public sealed class Scheduler
         _inStep = new Sequence[maxSequences];
         _questions = new Question[maxBatchTokens + maxSequences];
         _copies = new List<BlockCopy>(maxSequences);
+        _streams = new StreamWakes(maxSequences);
     }
 
     /// <summary>Version of the weights the next step runs on.</summary>
@@ -116,7 +119,10 @@ public sealed class Scheduler
         return step.SequenceCount > 0;
     }
 
-    /// <summary>Takes in what the step computed and sampled, ends samples, and raises each group that has something new, once.</summary>
+    /// <summary>
+    /// Takes in what the step computed and sampled, ends samples, and raises groups that have something new, each once: those of which a
+    /// sample ended now, those that stream when it is time.
+    /// </summary>
     internal void Complete(StepLayout step)
     {
         for (int s = 0; s < step.SequenceCount; s++)
@@ -137,7 +143,11 @@ public sealed class Scheduler
         }
 
         for (int q = 0; q < step.QueryCount; q++) RaiseNews(_questions[q].Sequence.Group);
+        _streams.EndStep(Stopwatch.GetTimestamp());
     }
+
+    /// <summary>Raises the streaming groups whose news was held back for the steps to follow, because none may follow soon.</summary>
+    internal void RaiseStreams() => _streams.RaiseAll();
 
     /// <summary>Ends all samples of a group that have not ended. Returns how many that were.</summary>
     internal int End(Group group, FinishReason reason, string error = "")
@@ -409,7 +419,7 @@ public sealed class Scheduler
         }
 
         sequence.Publish();
-        sequence.Group.HasNews |= sequence.Group.Request.StreamTokens;
+        if (sequence.Group.Request.StreamTokens) _streams.Add(sequence.Group);
     }
 
     private static FinishReason EndOf(Sequence sequence, int token)

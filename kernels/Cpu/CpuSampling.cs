@@ -6,8 +6,8 @@ namespace Rollout.Kernels;
 /// Answers sample queries as protos/rollout/v1/DEFINITIONS.md defines them. Units: queries; a query is one thread's work from start to end.
 /// <para>
 /// Sums of exponentials run in fixed chunks of <see cref="Chunk"/> tokens, each in 16 lanes relative to the chunk's own maximum, merged in
-/// ascending order. Truncation never sorts the vocabulary: the border is bracketed by bisection over the ordered bit patterns of fp32, and
-/// only the tokens left in the bracket are sorted.
+/// ascending order. Truncation never sorts the vocabulary: a sixteenth of the row says about where the border lies, the whole row brackets
+/// it by bisection over the ordered bit patterns of fp32, and only the tokens left in the bracket are sorted.
 /// </para>
 /// </summary>
 internal abstract unsafe class SampleJob : Job, IDisposable
@@ -55,6 +55,12 @@ internal sealed unsafe class SampleJob<TLanes> : SampleJob
 
     /// <summary>Candidates that are sorted rather than bisected further.</summary>
     private const int FewEnough = 512;
+
+    /// <summary>One vector of so many is looked at to guess the border.</summary>
+    private const int GuessStride = 16;
+
+    /// <summary>Rows from which on a guess saves more than it costs.</summary>
+    private const int WorthAGuess = 8192;
 
     /// <summary>Greedy below this: the smallest normal number; dividing by less would overflow.</summary>
     private const float SmallestTemperature = 1.17549435e-38f;
@@ -115,16 +121,19 @@ internal sealed unsafe class SampleJob<TLanes> : SampleJob
         }
 
         bool truncated = (query.TopK > 0 && query.TopK < Vocabulary) || query.TopP < 1f || query.MinP > 0f;
-        if (truncated && x == logits)
+        if (!truncated)
         {
-            Copy(logits, processed, Vocabulary);
-            x = processed;
+            if (x != logits && !LogSum(x, Vocabulary, out max, out logSum))
+                return -1;
         }
-
-        if (x != logits && !LogSum(x, Vocabulary, out max, out logSum))
-            return -1;
-        if (truncated)
+        else
         {
+            // The sum is that of what truncation leaves.
+            if (x == logits)
+                Copy(logits, processed, Vocabulary);
+            else if (!TryLargest(x, Vocabulary, out max))
+                return -1;
+            x = processed;
             Truncate(query, x, Vocabulary, max, Masses(worker), Candidates(worker));
             LogSum(x, Vocabulary, out _, out logSum);
         }
@@ -200,6 +209,22 @@ internal sealed unsafe class SampleJob<TLanes> : SampleJob
         return TLanes.Largest(largest);
     }
 
+    /// <summary>False where an element is not a number or positive infinity.</summary>
+    [MethodImpl(MethodImplOptions.AggressiveOptimization)]
+    private static bool TryLargest(float* x, int n, out float max)
+    {
+        TLanes largest = TLanes.Create(float.NegativeInfinity), fine = TLanes.CreateBits(uint.MaxValue);
+        for (int i = 0; i < n; i += LaneMemory.Count)
+        {
+            TLanes v = Load(x, i, n);
+            largest = TLanes.Max(largest, v);
+            fine = TLanes.And(fine, TLanes.Less(v, TLanes.Create(float.PositiveInfinity)));
+        }
+
+        max = TLanes.Largest(largest);
+        return !TLanes.Any(TLanes.Not(fine));
+    }
+
     /// <summary>The lowest index of a value.</summary>
     [MethodImpl(MethodImplOptions.AggressiveOptimization)]
     private static int IndexOf(float* x, int n, float value)
@@ -235,11 +260,11 @@ internal sealed unsafe class SampleJob<TLanes> : SampleJob
     private static void Truncate(in SampleQuery query, float* x, int n, float max, float* masses, ulong* candidates)
     {
         if (query.TopK > 0 && query.TopK < n)
-            KeepAbove(x, n, FindBorder(x, null, n, max, query.TopK, candidates));
+            KeepAbove(x, n, FindBorder(x, null, n, max, n, query.TopK, candidates));
         if (query.TopP < 1f)
         {
             double total = Exponentials(x, n, max, masses);
-            KeepAbove(x, n, FindBorder(x, masses, n, max, query.TopP * total, candidates));
+            KeepAbove(x, n, FindBorder(x, masses, n, max, total, query.TopP * total, candidates));
         }
 
         if (query.MinP > 0f)
@@ -252,31 +277,29 @@ internal sealed unsafe class SampleJob<TLanes> : SampleJob
     /// <summary>
     /// The token at which the mass (or, without masses, the number) of the tokens down to it first reaches <paramref name="target"/>.
     /// </summary>
-    private static Border FindBorder(float* x, float* masses, int n, float max, double target, ulong* candidates)
+    private static Border FindBorder(float* x, float* masses, int n, float max, double total, double target, ulong* candidates)
     {
         // Invariant: tokens at or above high have less than the target, tokens at or above low reach it.
-        int high = Ordered(max) + 1;
+        int high = Ordered(max) + 1, low = 0, count = 0, countAbove = 0;
         double massAbove = 0;
-        int countAbove = 0, count, low;
-        for (float step = 1f; ; step *= 2f)
+        bool bracketed = false;
+        if (n >= WorthAGuess)
+        {
+            (int guessedLow, int guessedHigh) = Guess(x, masses, n, max, total - target, (float*)candidates);
+            bracketed = guessedHigh < high && Narrow(guessedHigh);
+            if (!bracketed)
+                bracketed = Narrow(guessedLow);
+        }
+
+        for (float step = 1f; !bracketed; step *= 2f)
         {
             float bound = step < 1e30f ? max - step : float.NegativeInfinity;
-            low = Ordered(bound);
-            double mass = MassFrom(x, masses, n, bound, out count);
-            if (mass >= target || float.IsNegativeInfinity(bound))
-                break;
-            (high, massAbove, countAbove) = (low, mass, count);
+            if (Ordered(bound) < high)
+                bracketed = Narrow(Ordered(bound)) || float.IsNegativeInfinity(bound);
         }
 
         while (count - countAbove > FewEnough && (long)high - low > 1)
-        {
-            int middle = (int)(((long)low + high) >> 1);
-            double mass = MassFrom(x, masses, n, Unordered(middle), out int countFrom);
-            if (mass >= target)
-                (low, count) = (middle, countFrom);
-            else
-                (high, massAbove, countAbove) = (middle, mass, countFrom);
-        }
+            Narrow((int)(((long)low + high) >> 1));
 
         int found = Gather(x, n, Unordered(low), Unordered(high), candidates);
         new Span<ulong>(candidates, found).Sort();
@@ -292,6 +315,67 @@ internal sealed unsafe class SampleJob<TLanes> : SampleJob
         }
 
         return new Border(max, int.MaxValue);
+
+        // Whether the tokens from key on reach the target.
+        bool Narrow(int key)
+        {
+            double mass = MassFrom(x, masses, n, Unordered(key), out int countFrom);
+            if (mass >= target || key == Ordered(float.NegativeInfinity))
+            {
+                (low, count) = (key, countFrom);
+                return true;
+            }
+
+            (high, massAbove, countAbove) = (key, mass, countFrom);
+            return false;
+        }
+    }
+
+    /// <summary>
+    /// About where the tokens that are cut away have the mass (or number) <paramref name="tail"/>, as one vector of
+    /// <see cref="GuessStride"/> has it: two keys that the border lies between more often than not. Taken from below, since the tail is
+    /// made of many tokens where the top may be made of one.
+    /// </summary>
+    [MethodImpl(MethodImplOptions.AggressiveOptimization)]
+    private static (int Low, int High) Guess(float* x, float* masses, int n, float max, double tail, float* scratch)
+    {
+        const int Near = 16; // tokens of the sample: closer, chance says more than the row
+        int sampled = 0;
+        float* sampledMasses = scratch + (n / GuessStride) + LaneMemory.Count;
+        for (int i = 0; i + LaneMemory.Count <= n; i += GuessStride * LaneMemory.Count, sampled += LaneMemory.Count)
+        {
+            TLanes.Store(scratch + sampled, TLanes.Load(x + i));
+            if (masses != null)
+                TLanes.Store(sampledMasses + sampled, TLanes.Load(masses + i));
+        }
+
+        if (masses == null)
+            sampledMasses = null;
+
+        // The keys passed on the way from either side, to step back to.
+        int* lows = stackalloc int[40], lowCounts = stackalloc int[40], highs = stackalloc int[40], highCounts = stackalloc int[40];
+        int lowsFound = 1, highsFound = 1;
+        (lows[0], highs[0], highCounts[0]) = (Ordered(float.NegativeInfinity), Ordered(max) + 1, 0);
+        double target = MassFrom(scratch, sampledMasses, sampled, float.NegativeInfinity, out lowCounts[0]) - (tail / GuessStride);
+        while (lowCounts[lowsFound - 1] - highCounts[highsFound - 1] > Near)
+        {
+            long middle = ((long)lows[lowsFound - 1] + highs[highsFound - 1]) >> 1;
+            if (middle == lows[lowsFound - 1])
+                break;
+            if (MassFrom(scratch, sampledMasses, sampled, Unordered((int)middle), out int count) >= target)
+                (lows[lowsFound], lowCounts[lowsFound++]) = ((int)middle, count);
+            else
+                (highs[highsFound], highCounts[highsFound++]) = ((int)middle, count);
+        }
+
+        int above = lowCounts[lowsFound - 1];
+        int spread = Near + (int)(3 * Math.Sqrt(Math.Min(above, sampled - above)));
+        int low = lowsFound - 1, high = highsFound - 1;
+        while (low > 0 && lowCounts[low] < above + spread)
+            low--;
+        while (high > 0 && highCounts[high] > above - spread)
+            high--;
+        return (lows[low], highs[high]);
     }
 
     /// <summary>Bit patterns of fp32 as integers in the numbers' order; its own inverse.</summary>
@@ -338,16 +422,17 @@ internal sealed unsafe class SampleJob<TLanes> : SampleJob
     [MethodImpl(MethodImplOptions.AggressiveOptimization)]
     private static int Gather(float* x, int n, float low, float high, ulong* candidates)
     {
-        TLanes least = TLanes.Create(low);
+        TLanes least = TLanes.Create(low), bound = TLanes.Create(high);
         int found = 0;
         for (int i = 0; i < n; i += LaneMemory.Count)
         {
-            if (!TLanes.Any(TLanes.GreaterOrEqual(Load(x, i, n), least)))
+            // Not a number as the upper bound, one above infinity, bounds nothing.
+            TLanes v = Load(x, i, n);
+            if (!TLanes.Any(TLanes.And(TLanes.GreaterOrEqual(v, least), TLanes.Not(TLanes.GreaterOrEqual(v, bound)))))
                 continue;
             int end = Math.Min(n, i + LaneMemory.Count);
             for (int j = i; j < end; j++)
             {
-                // Not a number as the upper bound, one above infinity, bounds nothing.
                 if (x[j] >= low && !(x[j] >= high))
                     candidates[found++] = SortKey(x[j], j);
             }
@@ -503,7 +588,7 @@ internal sealed unsafe class SampleJob<TLanes> : SampleJob
     {
         int wanted = query.AlternativesCount;
         float least = wanted < Vocabulary
-            ? FindBorder(logits, null, Vocabulary, max, wanted, candidates).Value
+            ? FindBorder(logits, null, Vocabulary, max, Vocabulary, wanted, candidates).Value
             : float.NegativeInfinity;
         int found = Gather(logits, Vocabulary, least, float.NaN, candidates);
         new Span<ulong>(candidates, found).Sort();

@@ -80,6 +80,40 @@ public abstract partial class BackendTests
             CheckAnswer(logits, queries[q], step, results[q]);
     }
 
+    /// <summary>A backend may judge a row by a part of it; where that part is unlike the rest, the kept tokens stay what the rules say.</summary>
+    [Theory]
+    [InlineData(0)]
+    [InlineData(1)]
+    [InlineData(2)]
+    [InlineData(3)]
+    public void Truncation_equals_the_reference_where_a_part_of_the_row_is_unlike_the_rest(int kind)
+    {
+        Bench bench = New(kind);
+        const int Vocabulary = 20001;
+        float[] logits = bench.Values(Vocabulary, 3f);
+        for (int v = 0; v < Vocabulary; v++)
+        {
+            bool sixteenth = v / 16 % 16 == 0;
+            logits[v] = kind switch
+            {
+                0 => logits[v] + (sixteenth ? 9f : 0f),
+                1 => logits[v] - (sixteenth ? 30f : 0f),
+                2 => sixteenth ? 1f : MathF.Round(logits[v]),
+                _ => v % 3000 == 5 ? 12f - (v / 3000) : sixteenth ? float.NegativeInfinity : logits[v] - 40f,
+            };
+        }
+
+        SampleQuery[] queries =
+        [
+            Bench.Query(topP: 0.02f), Bench.Query(topP: 0.5f), Bench.Query(topP: 0.97f), Bench.Query(topP: 0.9f, temperature: 0.4f),
+            Bench.Query(topK: 1), Bench.Query(topK: 600), Bench.Query(topK: 19000), Bench.Query(topK: 5000, topP: 0.8f),
+        ];
+        StepLayout step = Bench.Queries(queries);
+        SampleResult[] results = Ask(bench.Backend, logits, Vocabulary, step);
+        for (int q = 0; q < queries.Length; q++)
+            CheckAnswer(logits, queries[q], step, results[q]);
+    }
+
     [Fact]
     public void Samples_do_not_depend_on_the_batch()
     {

@@ -18,6 +18,12 @@ internal sealed class BatchCall(Func<GenerateRequest, GroupCall> start, IServerS
 {
     private const int ReplyBacklog = 64;
 
+    /// <summary>Replies written before they are sent, where more stand ready: sending costs more than writing does.</summary>
+    private const int RepliesASend = 16;
+
+    private static readonly WriteOptions s_send = new();
+    private static readonly WriteOptions s_moreFollow = new(WriteFlags.BufferHint);
+
     private readonly Channel<GenerateReply> _replies = Channel.CreateBounded<GenerateReply>(
         new BoundedChannelOptions(ReplyBacklog) { SingleReader = true });
 
@@ -32,11 +38,15 @@ internal sealed class BatchCall(Func<GenerateRequest, GroupCall> start, IServerS
         Task accepting = AcceptAsync(requests, reading.Token, ending);
         try
         {
+            int unsent = 0;
             await foreach (GenerateReply reply in _replies.Reader.ReadAllAsync(CancellationToken.None))
             {
                 if (ending.IsCancellationRequested) continue; // the groups are being ended; let them go
                 try
                 {
+                    bool wait = ++unsent < RepliesASend && _replies.Reader.Count > 0;
+                    if (!wait) unsent = 0;
+                    responses.WriteOptions = wait ? s_moreFollow : s_send;
                     await responses.WriteAsync(reply, cancellation);
                 }
                 catch (Exception e)

@@ -1,0 +1,85 @@
+using System.Diagnostics;
+using Rollout.Kernels;
+using Xunit;
+
+namespace Rollout.Engine.Tests;
+
+/// <summary>When the readers of streams learn of new tokens.</summary>
+public sealed class StreamWakesTests
+{
+    [Fact]
+    public async Task Short_steps_wake_readers_together_and_long_ones_one_by_one()
+    {
+        const int Groups = 100;
+        StreamWakes wakes = new(Groups);
+        Reader[] readers = [.. Enumerable.Range(0, Groups).Select(i => new Reader(i))];
+        long now = 1_000 * Stopwatch.Frequency;
+
+        await StepAsync(now, expected: 1);
+        Step(now + (Stopwatch.Frequency / 1_000));
+        Step(now + (2 * Stopwatch.Frequency / 1_000) - 1);
+        await Task.Delay(20, TestContext.Current.CancellationToken);
+        Assert.All(readers, reader => Assert.False(reader.HasNews));
+        await StepAsync(now + (Stopwatch.Frequency / 100), expected: 3);
+        await StepAsync(now + (2 * Stopwatch.Frequency / 100), expected: 1);
+
+        void Step(long end)
+        {
+            foreach (Reader reader in readers) reader.Sample(wakes);
+            wakes.EndStep(end);
+        }
+
+        async Task StepAsync(long end, int expected)
+        {
+            Step(end);
+            foreach (Reader reader in readers) Assert.Equal(expected, await reader.ReadAsync());
+        }
+    }
+
+    [Fact]
+    public async Task What_was_held_back_is_not_lost_when_no_step_follows()
+    {
+        StreamWakes wakes = new(2);
+        Reader[] readers = [new(0), new(1)];
+        readers[0].Sample(wakes);
+        wakes.EndStep(now: 1);
+        Assert.Equal(1, await readers[0].ReadAsync());
+        foreach (Reader reader in readers) reader.Sample(wakes);
+        wakes.EndStep(now: 2);
+        wakes.RaiseAll();
+        foreach (Reader reader in readers) Assert.Equal(1, await reader.ReadAsync());
+    }
+
+    private sealed class Reader
+    {
+        private readonly Group _group;
+        private readonly IAsyncEnumerator<SampleChunk> _chunks;
+        private ValueTask<bool> _next;
+
+        public Reader(int id)
+        {
+            GroupRequest request = new() { Id = $"{id}", Prompt = [1], MaxTokens = 100, StreamTokens = true };
+            _group = new Group(request, [new Sequence(0, request.Prompt, 100, 0)], endTokens: []);
+            _chunks = _group.ReadAsync(TestContext.Current.CancellationToken).GetAsyncEnumerator();
+            _next = _chunks.MoveNextAsync();
+        }
+
+        public bool HasNews => _next.IsCompleted;
+
+        public void Sample(StreamWakes wakes)
+        {
+            _group.Samples[0].Append(new SampleResult { Token = 3 }, [], [], version: 0);
+            _group.Samples[0].Publish();
+            wakes.Add(_group);
+        }
+
+        /// <summary>Waits for news; tokens in it.</summary>
+        public async Task<int> ReadAsync()
+        {
+            Assert.True(await _next.AsTask().WaitAsync(TimeSpan.FromSeconds(30), TestContext.Current.CancellationToken));
+            int tokens = _chunks.Current.End - _chunks.Current.Start;
+            _next = _chunks.MoveNextAsync();
+            return tokens;
+        }
+    }
+}
