@@ -5,8 +5,7 @@ namespace Rollout.Load;
 
 /// <summary>
 /// A peer's llama-batched-bench (llama.cpp, ik_llama.cpp) on the same weights, prompts of the same length and as many tokens. Where the
-/// peer can repack its weights at run time it does: that is what its users would do. Its sequences share one prompt, computed once, which
-/// saves minutes a run and can only help the peer.
+/// peer can repack its weights at run time it does: that is what its users would do.
 /// </summary>
 internal sealed class BatchedBench(string label, string program, int threads, bool repacks)
 {
@@ -36,7 +35,7 @@ internal sealed class BatchedBench(string label, string program, int threads, bo
         List<string> arguments =
         [
             "-m", gguf, "-t", $"{threads}", "-tb", $"{threads}", "-c", $"{(batches.Max() * (prompt + decode)) + 512}", "-b", "2048", "-ub", "512",
-            "-npp", $"{prompt}", "-ntg", $"{decode}", "-npl", string.Join(',', batches), "-pps",
+            "-npp", $"{prompt}", "-ntg", $"{decode}", "-npl", string.Join(',', batches),
         ];
         if (repacks) arguments.Add("-rtr");
         (int code, string output, string errors) = Run(program, arguments);

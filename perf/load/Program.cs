@@ -30,5 +30,5 @@ weights.SetAction(async (arguments, cancellation) =>
 InvocationConfiguration configuration = new() { ProcessTerminationTimeout = TimeSpan.FromSeconds(15) };
 return await new RootCommand("Measures Rollout on this machine. Results are written to perf/RESULTS.md by hand, with machine and commit.")
 {
-    ShapeSCommand.Create(json), BenchCommand.Create(json), weights, Frames.Create(json, repeats),
+    ShapeSCommand.Create(json), BenchCommand.Create(json), weights, Frames.Create(json, repeats), PlotCommand.Create(),
 }.Parse(args).InvokeAsync(configuration);

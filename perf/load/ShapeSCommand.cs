@@ -63,12 +63,12 @@ internal static class ShapeSCommand
                 [.. arguments.GetValue(batches)!.Order()], arguments.GetValue(threads), arguments.GetValue(repetitions), run);
             if (arguments.GetValue(json))
             {
-                ShapeSReport.PrintJson(await ShapeS.MeasureAsync(work, new Progress<string>()));
+                ShapeSReport.PrintJson(await ShapeSRates.MeasureAsync(work, new Progress<string>()));
                 return 0;
             }
 
             ShapeSReport.PrintTable(await AnsiConsole.Status().StartAsync("Shape S", status =>
-                ShapeS.MeasureAsync(work, new Progress<string>(text => status.Status(text)))));
+                ShapeSRates.MeasureAsync(work, new Progress<string>(text => status.Status(text)))));
             return 0;
         });
         return command;

@@ -5,7 +5,7 @@ using Spectre.Console;
 
 namespace Rollout.Load;
 
-/// <summary>Prints what <see cref="ShapeS"/> measured.</summary>
+/// <summary>Prints what <see cref="ShapeSRates"/> measured.</summary>
 internal static class ShapeSReport
 {
     // Multiply-adds of a token: every weight of the layers and the head once; the head only where a token is sampled.
@@ -76,7 +76,7 @@ internal static class ShapeSReport
     {
         foreach (string own in result.Runs.Keys.Where(name => !name.Contains(' ')))
         {
-            string theirs = " " + ShapeS.GgufOf(WeightFormats.Parse(own));
+            string theirs = " " + ShapeSRates.GgufOf(WeightFormats.Parse(own));
             double[] peers = [.. result.Runs.Where(run => run.Key.EndsWith(theirs, StringComparison.Ordinal)).Select(run => rate(run.Value))];
             if (peers.Length > 0) yield return $"{own} {rate(result.Runs[own]) / peers.Max():F2}";
         }

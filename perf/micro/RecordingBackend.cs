@@ -38,6 +38,8 @@ internal sealed class RecordingBackend(IBackend inner) : IBackend
 
     public long AvailableBytes => inner.AvailableBytes;
 
+    public WeightFormat WeightFormat => inner.WeightFormat;
+
     public long HeldBytes => inner.HeldBytes;
 
     public int WriteRows => inner.WriteRows;

@@ -207,6 +207,23 @@ public sealed class Int8Tests
         Assert.InRange(backend.AllocateWeight(3200, 1024).Bytes, 3200 * 1024, 3200 * 1024 * 1.01);
     }
 
+    [Theory]
+    [InlineData(WeightFormat.BFloat16Fast)]
+    [InlineData(WeightFormat.Int8)]
+    public void A_matmul_allocates_nothing_managed(WeightFormat format)
+    {
+        using var backend = new CpuBackend(2, 0, format);
+        var bench = new Bench(backend);
+        Weight w = bench.Weight(200, 300), bias = bench.Weight(1, 200);
+        Tensor x = bench.Tensor(30, 300), y = backend.AllocateTensor(30, 200);
+        for (int i = 0; i < 100; i++)
+            backend.MatMul(x, w, bias, y, 1 + (i % 30));
+        long before = GC.GetAllocatedBytesForCurrentThread();
+        for (int rows = 1; rows <= 30; rows++)
+            backend.MatMul(x, w, bias, y, rows);
+        Assert.Equal(before, GC.GetAllocatedBytesForCurrentThread());
+    }
+
     /// <summary>Scalar arithmetic after the definition: block sums in integers, one chain of multiply-adds, scale, bias.</summary>
     private static float[] Reference(float[] x, Weight w, Weight bias, CpuBackend backend, int rows)
     {

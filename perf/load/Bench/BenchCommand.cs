@@ -48,7 +48,7 @@ internal static class BenchCommand
                 await PlayAsync(inProcess, inProcess.Forget);
             if (peer is null) continue;
             progress.Report($"round {round + 1} of {repeats}: llama-server");
-            string gguf = Gguf.Of(model, ShapeS.GgufOf(WeightFormats.Parse(dtype)));
+            string gguf = Gguf.Of(model, ShapeSRates.GgufOf(WeightFormats.Parse(dtype)));
             await using LlamaServerTarget server = await LlamaServerTarget.StartAsync(peer, gguf, threads, sequences, ContextOfEach, cancellation);
             await PlayAsync(server, () => { }); // warm-up prompts are its own, so the cache holds none of the run's
         }
