@@ -86,6 +86,7 @@ class RealSidecarTests(SidecarTests):
     def test_a_stream_that_breaks_in_place_poisons_until_a_full_push(self) -> None:
         def breaks(call, **request):
             if "commit" in request:
+                eventually(lambda: self.rollout.status().state == "updating", "the first bytes stop the engine")
                 call._stream.cancel()
             SEND(call, **request)
 

@@ -15,16 +15,16 @@ public sealed class ServerProcess : IAsyncDisposable
     private static readonly TimeSpan s_patience = TimeSpan.FromSeconds(30);
 
     private readonly string[] _command;
-    private readonly (string Name, string Value)? _variable; // of its environment
+    private readonly (string Name, string Value)[] _variables; // of its environment
     private readonly string _folder;
     private readonly StringBuilder _log = new();
     private Process _process = null!;
     private TaskCompletionSource<string> _ready = null!;
 
-    private ServerProcess(string[] command, string folder, string address, (string Name, string Value)? variable)
+    private ServerProcess(string[] command, string folder, string address, (string Name, string Value)[] variables)
     {
         _command = command;
-        _variable = variable;
+        _variables = variables;
         _folder = folder;
         Address = address;
         Channel = RemoteRollouts.Open(address);
@@ -75,11 +75,11 @@ public sealed class ServerProcess : IAsyncDisposable
 
     /// <summary>Starts a server and waits until it says that it is ready.</summary>
     public static Task<ServerProcess> StartAsync(string model = "qwen3", params string[] arguments)
-        => ReadyAsync(Launch(Golden.Folder(model), arguments));
+        => ReadyAsync(Launch(Golden.Folder(model), arguments, variables: []));
 
-    /// <summary>The same, with one variable of its environment set.</summary>
-    public static Task<ServerProcess> StartAsync(string model, (string Name, string Value) variable, params string[] arguments)
-        => ReadyAsync(Launch(Golden.Folder(model), arguments, variable));
+    /// <summary>The same, with variables of its environment set.</summary>
+    public static Task<ServerProcess> StartAsync(string model, (string Name, string Value)[] variables, params string[] arguments)
+        => ReadyAsync(Launch(Golden.Folder(model), arguments, variables));
 
     private static async Task<ServerProcess> ReadyAsync(ServerProcess server)
     {
@@ -96,13 +96,13 @@ public sealed class ServerProcess : IAsyncDisposable
     }
 
     /// <summary>Starts a server and does not wait.</summary>
-    public static ServerProcess Launch(string folder, params string[] arguments) => Launch(folder, arguments, variable: null);
+    public static ServerProcess Launch(string folder, params string[] arguments) => Launch(folder, arguments, variables: []);
 
-    private static ServerProcess Launch(string folder, string[] arguments, (string Name, string Value)? variable)
+    private static ServerProcess Launch(string folder, string[] arguments, (string Name, string Value)[] variables)
     {
         string own = Directory.CreateTempSubdirectory("rs-").FullName;
         string socket = Path.Combine(own, "s");
-        ServerProcess server = new(["serve", "--model", folder, "--socket", socket, "--threads", "1", .. arguments], own, $"unix:{socket}", variable);
+        ServerProcess server = new(["serve", "--model", folder, "--socket", socket, "--threads", "1", .. arguments], own, $"unix:{socket}", variables);
         server.Start();
         return server;
     }
@@ -126,7 +126,7 @@ public sealed class ServerProcess : IAsyncDisposable
     {
         TaskCompletionSource<string> ready = _ready = new TaskCompletionSource<string>(TaskCreationOptions.RunContinuationsAsynchronously);
         _process = Cli.Create(_command);
-        if (_variable is { } set) _process.StartInfo.Environment[set.Name] = set.Value;
+        foreach ((string name, string value) in _variables) _process.StartInfo.Environment[name] = value;
         _process.OutputDataReceived += (_, line) =>
         {
             if (line.Data is null) ready.TrySetException(new InvalidOperationException("it ended"));
