@@ -12,8 +12,10 @@ internal abstract class Job
 }
 
 /// <summary>
-/// Persistent threads that share out the units of one job at a time. Units are taken one by one, so the threads finish together even when
-/// another process steals time from one of them; a thread that has not woken up in time is not waited for.
+/// Persistent threads that share out the units of one job at a time. Each starts with units of its own that follow one another, and takes
+/// them one by one: the next unit's data mostly follow this one's in memory, where prefetching finds them. Who has none left takes
+/// the last of another's, so the threads finish together even when another process steals time from one of them, and a thread that has not
+/// woken up in time is not waited for.
 /// </summary>
 internal sealed class Workers : IDisposable
 {
@@ -26,9 +28,9 @@ internal sealed class Workers : IDisposable
 
     private readonly Thread[] _threads;
     private readonly object _gate = new();
-    private Shared _shared;
+    private readonly Padded[] _ranges; // of each worker: first unit not taken << 32 | one past the last
+    private Padded _state;
     private Job? _job;
-    private int _units;
     private int _sleeping;
     private volatile bool _stop;
     private Exception? _error;
@@ -36,6 +38,7 @@ internal sealed class Workers : IDisposable
     public Workers(int count)
     {
         Count = count;
+        _ranges = new Padded[count];
         _threads = new Thread[count - 1];
         for (int i = 0; i < _threads.Length; i++)
         {
@@ -59,10 +62,10 @@ internal sealed class Workers : IDisposable
         }
 
         _job = job;
-        _units = units;
-        _shared.Next = 0;
-        long generation = (_shared.State >> 32) + 1;
-        Interlocked.Exchange(ref _shared.State, (generation << 32) | Open);
+        for (int worker = 0; worker < Count; worker++)
+            _ranges[worker].Value = ((long)units * worker / Count << 32) | ((long)units * (worker + 1) / Count);
+        long generation = (_state.Value >> 32) + 1;
+        Interlocked.Exchange(ref _state.Value, (generation << 32) | Open);
         if (Volatile.Read(ref _sleeping) > 0)
         {
             lock (_gate)
@@ -70,8 +73,8 @@ internal sealed class Workers : IDisposable
         }
 
         TakeUnits(job, 0);
-        Interlocked.And(ref _shared.State, ~Open);
-        for (int spins = 0; (Volatile.Read(ref _shared.State) & Inside) != 0; spins++)
+        Interlocked.And(ref _state.Value, ~Open);
+        for (int spins = 0; (Volatile.Read(ref _state.Value) & Inside) != 0; spins++)
         {
             // A thread that lost its core needs ours to finish.
             if (spins < 2000)
@@ -100,16 +103,58 @@ internal sealed class Workers : IDisposable
     {
         try
         {
-            int units = _units;
-            int unit;
-            while ((unit = Interlocked.Increment(ref _shared.Next) - 1) < units)
+            while (TryTakeFirst(ref _ranges[worker].Value, out int unit))
                 job.Execute(unit, worker);
+            for (int other = 1; other < Count; other++)
+            {
+                while (TryTakeLast(ref _ranges[(worker + other) % Count].Value, out int unit))
+                    job.Execute(unit, worker);
+            }
         }
         catch (Exception error)
         {
             Interlocked.CompareExchange(ref _error, error, null);
-            Volatile.Write(ref _shared.Next, int.MaxValue / 2);
+            foreach (ref Padded range in _ranges.AsSpan())
+                Interlocked.Exchange(ref range.Value, 0);
         }
+    }
+
+    private static bool TryTakeFirst(ref long range, out int unit)
+    {
+        long seen = Volatile.Read(ref range);
+        while ((int)(seen >> 32) < (int)seen)
+        {
+            long was = Interlocked.CompareExchange(ref range, seen + (1L << 32), seen);
+            if (was == seen)
+            {
+                unit = (int)(seen >> 32);
+                return true;
+            }
+
+            seen = was;
+        }
+
+        unit = -1;
+        return false;
+    }
+
+    private static bool TryTakeLast(ref long range, out int unit)
+    {
+        long seen = Volatile.Read(ref range);
+        while ((int)(seen >> 32) < (int)seen)
+        {
+            long was = Interlocked.CompareExchange(ref range, seen - 1, seen);
+            if (was == seen)
+            {
+                unit = (int)seen - 1;
+                return true;
+            }
+
+            seen = was;
+        }
+
+        unit = -1;
+        return false;
     }
 
     private void Loop(int worker)
@@ -122,11 +167,11 @@ internal sealed class Workers : IDisposable
                 return;
 
             // Entering is a compare-and-swap against the state that was seen: a job that has closed meanwhile cannot be entered.
-            if (Interlocked.CompareExchange(ref _shared.State, state + 1, state) != state)
+            if (Interlocked.CompareExchange(ref _state.Value, state + 1, state) != state)
                 continue;
             done = state >> 32;
             TakeUnits(_job!, worker);
-            Interlocked.Decrement(ref _shared.State);
+            Interlocked.Decrement(ref _state.Value);
         }
     }
 
@@ -137,7 +182,7 @@ internal sealed class Workers : IDisposable
         {
             for (int i = 0; i < 50; i++)
             {
-                long state = Volatile.Read(ref _shared.State);
+                long state = Volatile.Read(ref _state.Value);
                 if (IsNew(state, done))
                     return state;
                 Thread.SpinWait(1);
@@ -150,7 +195,7 @@ internal sealed class Workers : IDisposable
             {
                 // Announced before the last look: either Run sees a sleeper or this thread sees the job.
                 Interlocked.Increment(ref _sleeping);
-                while (!_stop && !IsNew(Volatile.Read(ref _shared.State), done))
+                while (!_stop && !IsNew(Volatile.Read(ref _state.Value), done))
                     Monitor.Wait(_gate);
                 _sleeping--;
             }
@@ -163,14 +208,11 @@ internal sealed class Workers : IDisposable
 
     private static bool IsNew(long state, long done) => (state & Open) != 0 && state >> 32 != done;
 
-    /// <summary>The two words that all threads write, a cache line pair apart.</summary>
-    [StructLayout(LayoutKind.Explicit, Size = 384)]
-    private struct Shared
+    /// <summary>A word that several threads write, a cache line pair away from the next.</summary>
+    [StructLayout(LayoutKind.Explicit, Size = 256)]
+    private struct Padded
     {
         [FieldOffset(128)]
-        public long State;
-
-        [FieldOffset(256)]
-        public int Next;
+        public long Value;
     }
 }
