@@ -26,9 +26,12 @@ weights.SetAction(async (arguments, cancellation) =>
     return 0;
 });
 
+// A table that goes into a file is not folded.
+if (Console.IsOutputRedirected) AnsiConsole.Profile.Width = 200;
+
 // Long enough to stop the sidecar and remove what was made, when Ctrl+C ends a measurement.
 InvocationConfiguration configuration = new() { ProcessTerminationTimeout = TimeSpan.FromSeconds(15) };
 return await new RootCommand("Measures Rollout on this machine. Results are written to perf/RESULTS.md by hand, with machine and commit.")
 {
-    ShapeSCommand.Create(json), BenchCommand.Create(json), weights, Frames.Create(json, repeats), PlotCommand.Create(),
+    ShapeSCommand.Create(json), BenchCommand.Create(json), weights, Frames.Create(json, repeats), StartUp.Create(json), PlotCommand.Create(),
 }.Parse(args).InvokeAsync(configuration);

@@ -1,6 +1,7 @@
 using System.CommandLine;
 using System.Text.Json;
 using System.Text.Json.Nodes;
+using Rollout.Client;
 using Rollout.Kernels;
 using Spectre.Console;
 
@@ -30,19 +31,33 @@ internal static class BenchCommand
         return bench;
     }
 
-    private static async Task<SortedDictionary<string, BenchResult>> MeasureAsync(
-        Arrival[] arrivals, string dtype, int threads, int repeats, string? peer, IProgress<string> progress, CancellationToken cancellation)
+    private static async Task<BenchResults> MeasureAsync(BenchWork work, IProgress<string> progress, CancellationToken cancellation)
     {
         string model = ShapeS.Folder();
+        (Arrival[] arrivals, string dtype, int threads, int repeats, double updatesEvery, string? peer) = work;
         int sequences = Math.Min(Slots, arrivals.Length);
         Dictionary<string, List<BenchResult>> runs = [];
+        IReadOnlyList<TensorSource> tensors = updatesEvery > 0 ? BackgroundUpdates.Read(model) : [];
+        List<PushTimings> pushes = [];
 
         // One at a time, so that none holds memory or cores that another measures; round after round, so that noise hits all alike.
         for (int round = 0; round < repeats; round++)
         {
             progress.Report($"round {round + 1} of {repeats}: rollout");
             await using (SidecarTarget sidecar = await SidecarTarget.StartAsync(model, dtype, threads, sequences, cancellation))
-                await PlayAsync(sidecar, sidecar.Forget);
+            {
+                using CancellationTokenSource enough = new();
+                Task<List<PushTimings>>? updates = null;
+                await PlayAsync(sidecar, () =>
+                {
+                    sidecar.Forget();
+                    if (updatesEvery > 0)
+                        updates = BackgroundUpdates.RunAsync(sidecar.Client, tensors, TimeSpan.FromSeconds(updatesEvery), enough.Token);
+                });
+                enough.Cancel();
+                if (updates is not null) pushes.AddRange(await updates);
+            }
+
             progress.Report($"round {round + 1} of {repeats}: in process");
             await using (InProcessTarget inProcess = new(model, WeightFormats.Parse(dtype), threads, sequences))
                 await PlayAsync(inProcess, inProcess.Forget);
@@ -53,21 +68,21 @@ internal static class BenchCommand
             await PlayAsync(server, () => { }); // warm-up prompts are its own, so the cache holds none of the run's
         }
 
-        return new SortedDictionary<string, BenchResult>(runs.ToDictionary(run => run.Key, run => BenchResult.Median(run.Value)));
+        return new BenchResults(new(runs.ToDictionary(run => run.Key, run => BenchResult.Median(run.Value))), pushes);
 
-        async Task PlayAsync(ITarget target, Action forget)
+        async Task PlayAsync(ITarget target, Action begin)
         {
             await BenchRun.PlayAsync(target, Arrivals.Fixed(2, seed: -1), cancellation); // pays for compilation
-            forget();
+            begin();
             if (!runs.TryGetValue(target.Name, out List<BenchResult>? list)) runs[target.Name] = list = [];
             list.Add(await BenchRun.PlayAsync(target, arrivals, cancellation));
         }
     }
 
-    private static void PrintJson(SortedDictionary<string, BenchResult> results)
+    private static void PrintJson(BenchResults results)
     {
         JsonObject json = [];
-        foreach ((string name, BenchResult result) in results)
+        foreach ((string name, BenchResult result) in results.Targets)
         {
             json[name] = new JsonObject
             {
@@ -80,21 +95,57 @@ internal static class BenchCommand
             };
         }
 
+        if (results.Pushes.Count > 0)
+        {
+            json["updates"] = new JsonObject
+            {
+                ["count"] = results.Pushes.Count,
+                ["push_p50_s"] = Math.Round(results.Push(0.5), 4),
+                ["stall_p50_s"] = Math.Round(results.Stall(0.5), 5),
+                ["stall_max_s"] = Math.Round(results.Stall(1), 5),
+            };
+        }
+
         Console.WriteLine(json.ToJsonString(JsonSerializerOptions.Web));
     }
 
-    private static void PrintTable(SortedDictionary<string, BenchResult> results)
+    private static void PrintTable(BenchResults results)
     {
-        double own = results["rollout"].TokensPerSecond;
+        double own = results.Targets["rollout"].TokensPerSecond;
         Table table = new();
         table.AddColumns("", "tokens/s", "rollout is", "first token p50 / p99", "between tokens p50 / p99", "seconds");
-        foreach ((string name, BenchResult result) in results)
+        foreach ((string name, BenchResult result) in results.Targets)
         {
             table.AddRow(name, $"{result.TokensPerSecond:F1}", $"{own / result.TokensPerSecond:F2}x", $"{result.FirstP50:F2} / {result.FirstP99:F2} s",
                 $"{result.GapP50 * 1e3:F1} / {result.GapP99 * 1e3:F1} ms", $"{result.Seconds:F1}");
         }
 
+        if (results.Pushes.Count > 0)
+        {
+            table.Caption = new TableTitle($"{results.Pushes.Count} weight updates of rollout meanwhile: a push took {results.Push(0.5):F2} s, "
+                + $"no step could run for {results.Stall(0.5) * 1e3:F2} ms (median), {results.Stall(1) * 1e3:F2} ms (worst)");
+        }
+
         AnsiConsole.Write(table);
+    }
+
+    /// <param name="Arrivals">Who comes when.</param>
+    /// <param name="DType">Weight format.</param>
+    /// <param name="Threads">Cores for everybody.</param>
+    /// <param name="Repeats">Rounds.</param>
+    /// <param name="UpdatesEvery">Seconds between weight updates of the sidecar; 0: none.</param>
+    /// <param name="Peer">A llama-server, or none.</param>
+    private sealed record BenchWork(Arrival[] Arrivals, string DType, int Threads, int Repeats, double UpdatesEvery, string? Peer);
+
+    /// <param name="Targets">Medians by who served.</param>
+    /// <param name="Pushes">Of all rounds.</param>
+    private sealed record BenchResults(SortedDictionary<string, BenchResult> Targets, List<PushTimings> Pushes)
+    {
+        /// <summary>Seconds from a push's begin to the word that its weights are served.</summary>
+        public double Push(double quantile) => BenchRun.At([.. Pushes.Select(push => push.Total).Order()], quantile);
+
+        /// <summary>Seconds in which the server could run no step.</summary>
+        public double Stall(double quantile) => BenchRun.At([.. Pushes.Select(push => push.ServerStall).Order()], quantile);
     }
 
     /// <summary>What all patterns take.</summary>
@@ -120,6 +171,10 @@ internal static class BenchCommand
             _dtype.AcceptOnlyFromAmong(WeightFormats.Names);
             RequirePositive(_threads);
             RequirePositive(_repeats);
+            _updatesEvery.Validators.Add(result =>
+            {
+                if (!(result.GetValueOrDefault<double>() >= 0)) result.AddError("--updates-every: must not be negative");
+            });
             _peer.Validators.Add(result =>
             {
                 string peer = result.GetValueOrDefault<string>() ?? "";
@@ -128,28 +183,33 @@ internal static class BenchCommand
             });
         }
 
+        private readonly Option<double> _updatesEvery = new("--updates-every")
+        {
+            Description = "Seconds between weight updates of the sidecar while it draws; 0: none.",
+            DefaultValueFactory = _ => 0,
+        };
+
         public Option<int> Seed { get; } = new("--seed") { Description = "Of prompts, lengths and arrivals.", DefaultValueFactory = _ => 1 };
 
         public Command Command(string name, string description, Option[] own, Func<ParseResult, Arrival[]> arrivals)
         {
-            Command command = new(name, description) { _json, _dtype, _threads, _repeats, _peer, Seed };
+            Command command = new(name, description) { _json, _dtype, _threads, _repeats, _updatesEvery, _peer, Seed };
             foreach (Option option in own) command.Add(option);
             foreach (Option option in own) RequirePositive(option);
             command.SetAction(async (arguments, cancellation) =>
             {
-                Arrival[] work = arrivals(arguments);
-                string? peer = arguments.GetValue(_peer) is { } given ? PathOf(given) : null;
+                BenchWork work = new(
+                    arrivals(arguments), arguments.GetValue(_dtype)!, arguments.GetValue(_threads), arguments.GetValue(_repeats),
+                    arguments.GetValue(_updatesEvery), arguments.GetValue(_peer) is { } peer ? PathOf(peer) : null);
                 if (arguments.GetValue(_json))
                 {
-                    PrintJson(await MeasureAsync(new Progress<string>()));
+                    PrintJson(await MeasureAsync(work, new Progress<string>(), cancellation));
                     return 0;
                 }
 
-                PrintTable(await AnsiConsole.Status().StartAsync(name, status => MeasureAsync(new Progress<string>(text => status.Status(text)))));
+                PrintTable(await AnsiConsole.Status().StartAsync(name, status =>
+                    MeasureAsync(work, new Progress<string>(text => status.Status(text)), cancellation)));
                 return 0;
-
-                Task<SortedDictionary<string, BenchResult>> MeasureAsync(IProgress<string> progress) => BenchCommand.MeasureAsync(
-                    work, arguments.GetValue(_dtype)!, arguments.GetValue(_threads), arguments.GetValue(_repeats), peer, progress, cancellation);
             });
             return command;
         }

@@ -55,7 +55,7 @@ internal static class BenchRun
         }
     }
 
-    private static double At(double[] sorted, double quantile) => sorted.Length == 0 ? 0 : sorted[(int)(quantile * (sorted.Length - 1))];
+    public static double At(double[] sorted, double quantile) => sorted.Length == 0 ? 0 : sorted[(int)(quantile * (sorted.Length - 1))];
 
     /// <summary>When the tokens of one sample came.</summary>
     private sealed class Timeline
