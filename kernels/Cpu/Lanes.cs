@@ -16,6 +16,9 @@ internal unsafe interface ILanes<TSelf>
     /// <summary>Queries of attention that fit the register file at once.</summary>
     static abstract int Queries { get; }
 
+    /// <summary>Sixteen-lane columns that each of these queries multiplies at once.</summary>
+    static abstract int Columns { get; }
+
     static abstract TSelf Create(float value);
 
     static abstract TSelf CreateBits(uint value);
@@ -87,6 +90,8 @@ internal readonly unsafe struct Lanes512(Vector512<float> value) : ILanes<Lanes5
     public readonly Vector512<float> V = value;
 
     public static int Queries => 8;
+
+    public static int Columns => 2;
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static Lanes512 Create(float value) => new(Vector512.Create(value));
@@ -193,6 +198,8 @@ internal readonly unsafe struct Lanes256(Vector256<float> a, Vector256<float> b)
     public readonly Vector256<float> B = b;
 
     public static int Queries => 4;
+
+    public static int Columns => 1;
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static Lanes256 Create(float value) => new(Vector256.Create(value), Vector256.Create(value));
@@ -318,6 +325,8 @@ internal readonly unsafe struct Lanes128(Vector128<float> a, Vector128<float> b,
     public readonly Vector128<float> D = d;
 
     public static int Queries => 2;
+
+    public static int Columns => 1;
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     private static Lanes128 Same(Vector128<float> v) => new(v, v, v, v);
@@ -518,6 +527,8 @@ internal readonly unsafe struct Lane(float value) : ILanes<Lane>
     private uint Bits => BitConverter.SingleToUInt32Bits(V);
 
     public static int Queries => 1;
+
+    public static int Columns => 1;
 
     public static Lane Create(float value) => new(value);
 
