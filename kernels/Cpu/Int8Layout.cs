@@ -1,5 +1,6 @@
 using System.Runtime.CompilerServices;
 using System.Runtime.Intrinsics;
+using System.Runtime.Intrinsics.X86;
 
 namespace Rollout.Kernels;
 
@@ -70,17 +71,37 @@ internal static unsafe class Int8Layout
     [MethodImpl(MethodImplOptions.AggressiveOptimization)]
     public static float QuantiseBlock(float* x, int count, sbyte* q, int stride, out int sum)
     {
-        Vector128<float> largest = Vector128<float>.Zero;
+        // Magnitudes order as their bits do; not-a-numbers order last and make the scale one of them.
+        uint* bits = (uint*)x;
+        Vector512<uint> largest = Vector512<uint>.Zero;
         int k = 0;
-        for (; k + 4 <= count; k += 4)
-            largest = Vector128.Max(largest, Vector128.Abs(Vector128.Load(x + k)));
-        float magnitude = MathF.Max(MathF.Max(largest[0], largest[1]), MathF.Max(largest[2], largest[3]));
+        for (; k + 16 <= count; k += 16)
+            largest = Vector512.Max(largest, Vector512.Load(bits + k) & Vector512.Create(0x7FFFFFFFu));
+        Vector256<uint> eight = Vector256.Max(largest.GetLower(), largest.GetUpper());
+        Vector128<uint> four = Vector128.Max(eight.GetLower(), eight.GetUpper());
+        uint most = Math.Max(Math.Max(four[0], four[1]), Math.Max(four[2], four[3]));
         for (; k < count; k++)
-            magnitude = MathF.Max(magnitude, MathF.Abs(x[k]));
+            most = Math.Max(most, bits[k] & 0x7FFFFFFF);
+        float magnitude = BitConverter.UInt32BitsToSingle(most);
 
+        Vector512<float> inverse16 = Vector512.Create(Inverse(magnitude));
+        Vector512<int> total16 = Vector512<int>.Zero;
+        for (k = 0; k + 16 <= count; k += 16)
+        {
+            Vector512<int> rounded = Round(Vector512.Load(x + k) * inverse16);
+            total16 += rounded;
+            Vector128<uint> groups = Bytes(rounded);
+            *(uint*)q = groups[0];
+            *(uint*)(q + stride) = groups[1];
+            *(uint*)(q + (2 * stride)) = groups[2];
+            *(uint*)(q + (3 * stride)) = groups[3];
+            q += 4 * stride;
+        }
+
+        Vector256<int> total8 = total16.GetLower() + total16.GetUpper();
+        Vector128<int> total = total8.GetLower() + total8.GetUpper();
         Vector128<float> inverse = Vector128.Create(Inverse(magnitude));
-        Vector128<int> total = Vector128<int>.Zero;
-        for (k = 0; k + 4 <= count; k += 4, q += stride)
+        for (; k + 4 <= count; k += 4, q += stride)
         {
             Vector128<int> rounded = Round(Vector128.Load(x + k) * inverse);
             total += rounded;
@@ -151,6 +172,20 @@ internal static unsafe class Int8Layout
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     private static Vector256<int> Round(Vector256<float> x) =>
         (x + Vector256.Create(Rounder)).AsInt32() - Vector256.Create(Rounder).AsInt32();
+
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    private static Vector512<int> Round(Vector512<float> x) =>
+        (x + Vector512.Create(Rounder)).AsInt32() - Vector512.Create(Rounder).AsInt32();
+
+    /// <summary>Sixteen integers of a byte's range as bytes, four to a group.</summary>
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    private static Vector128<uint> Bytes(Vector512<int> q)
+    {
+        if (Avx512F.IsSupported)
+            return Avx512F.ConvertToVector128SByte(q).AsUInt32();
+        Vector256<short> words = Vector256.Narrow(q.GetLower(), q.GetUpper());
+        return Vector128.Narrow(words.GetLower(), words.GetUpper()).AsUInt32();
+    }
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     private static uint Bytes(Vector128<int> q)

@@ -13,15 +13,15 @@ internal static unsafe class PanelSums
         for (int r = 0; r < height; r++)
         {
             float* output = arguments.Output + ((long)(firstRow + r) * arguments.OutputStride) + column;
-            for (int o = 0; o < PanelLayout.Width; o += 4)
+            for (int o = 0; o < PanelLayout.Width; o += 16)
             {
-                Vector128<float> value = Vector128.Load(sums + (r * PanelLayout.Width) + o);
+                Vector512<float> value = Vector512.Load(sums + (r * PanelLayout.Width) + o);
                 if (weightScales != null)
-                    value *= Vector128.Load(weightScales + o);
+                    value *= Vector512.Load(weightScales + o);
                 if (arguments.Bias != null)
-                    value += Vector128.Load(arguments.Bias + column + o);
+                    value += Vector512.Load(arguments.Bias + column + o);
                 if (arguments.Add)
-                    value = Vector128.Load(output + o) + value;
+                    value = Vector512.Load(output + o) + value;
                 value.Store(output + o);
             }
         }
