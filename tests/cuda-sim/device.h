@@ -1,0 +1,103 @@
+// What a .cu source sees when g++ compiles it for the simulated device: CUDA's builtins, as far as the kernels use them.
+#pragma once
+#include <math.h>
+#include <string.h>
+
+#define ROLLOUT_SIM 1
+#define __device__
+#define __host__
+#define __global__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __restrict__ __restrict
+#define __launch_bounds__(...)
+#define __shared__ static __attribute__((section("cuda_shared")))
+#define __constant__ static const
+
+struct uint3 { unsigned x, y, z; };
+struct dim3 { unsigned x, y, z; };
+struct alignas(8) float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(8) uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+
+extern "C" {
+// The fiber that runs now. Set by the scheduler at every switch.
+extern uint3 sim_thread, sim_block;
+extern dim3 sim_block_size, sim_grid_size;
+
+void sim_sync_threads();
+void sim_sync_warp(unsigned mask);
+unsigned sim_shuffle(unsigned mask, unsigned value, unsigned source_lane); // the value that source_lane brought
+unsigned sim_ballot(unsigned mask, int predicate);
+unsigned sim_atomic_add(unsigned* address, unsigned value);
+
+// Where the linker put all __shared__ variables of the source.
+extern char __start_cuda_shared[] __attribute__((weak, visibility("hidden")));
+extern char __stop_cuda_shared[] __attribute__((weak, visibility("hidden")));
+__attribute__((no_sanitize_thread)) void sim_shared_range(char** start, char** end)
+{
+    *start = __start_cuda_shared;
+    *end = __stop_cuda_shared;
+}
+}
+
+#define threadIdx sim_thread
+#define blockIdx sim_block
+#define blockDim sim_block_size
+#define gridDim sim_grid_size
+
+static inline void __syncthreads() { sim_sync_threads(); }
+static inline void __syncwarp(unsigned mask = 0xffffffffu) { sim_sync_warp(mask); }
+static inline void __threadfence() {}
+static inline unsigned sim_lane() { return (threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) & 31; }
+
+template <class T> static inline T sim_shuffle_any(unsigned mask, T value, unsigned lane)
+{
+    static_assert(sizeof(T) == 4, "32-bit values only");
+    unsigned bits;
+    memcpy(&bits, &value, 4);
+    bits = sim_shuffle(mask, bits, lane & 31);
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+template <class T> static inline T __shfl_sync(unsigned mask, T value, int lane) { return sim_shuffle_any(mask, value, lane); }
+template <class T> static inline T __shfl_xor_sync(unsigned mask, T value, int x) { return sim_shuffle_any(mask, value, sim_lane() ^ x); }
+template <class T> static inline T __shfl_down_sync(unsigned mask, T value, int d)
+{
+    unsigned lane = sim_lane();
+    return sim_shuffle_any(mask, value, lane + d < 32 ? lane + d : lane);
+}
+static inline unsigned __ballot_sync(unsigned mask, int predicate) { return sim_ballot(mask, predicate); }
+static inline unsigned atomicAdd(unsigned* address, unsigned value) { return sim_atomic_add(address, value); }
+
+static inline float __uint_as_float(unsigned x) { float f; memcpy(&f, &x, 4); return f; }
+static inline unsigned __float_as_uint(float f) { unsigned x; memcpy(&x, &f, 4); return x; }
+static inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)(((unsigned long long)a * b) >> 32); }
+static inline int __popc(unsigned x) { return __builtin_popcount(x); }
+static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+static inline float __fdividef(float a, float b) { return a / b; }
+
+#define SIM_UNCHECKED __attribute__((no_sanitize_thread)) // touches the host's memory
+
+// A kernel is called with an array of pointers to its arguments, as cuLaunchKernel has them.
+template <class F> struct sim_call;
+template <class... A> struct sim_call<void (*)(A...)>
+{
+    template <unsigned long... I> struct indices {};
+    template <unsigned long N, unsigned long... I> struct count : count<N - 1, N - 1, I...> {};
+    template <unsigned long... I> struct count<0, I...> { using type = indices<I...>; };
+    template <unsigned long... I> SIM_UNCHECKED static void run(void (*f)(A...), void** a, indices<I...>) { f(*(A*)a[I]...); }
+    SIM_UNCHECKED static void run(void (*f)(A...), void** a) { run(f, a, typename count<sizeof...(A)>::type()); }
+    SIM_UNCHECKED static int sizes(unsigned* bytes)
+    {
+        unsigned all[] = {(unsigned)sizeof(A)..., 0};
+        for (unsigned i = 0; i < sizeof...(A); i++)
+            bytes[i] = all[i];
+        return sizeof...(A);
+    }
+};
+
+#define ROLLOUT_KERNEL(name) \
+    extern "C" SIM_UNCHECKED void sim_kernel_##name(void** arguments) { sim_call<decltype(&name)>::run(&name, arguments); } \
+    extern "C" SIM_UNCHECKED int sim_sizes_##name(unsigned* bytes) { return sim_call<decltype(&name)>::sizes(bytes); }
