@@ -1,0 +1,128 @@
+// The operations of a step between its matmuls. One block a row unless said otherwise; strides count elements.
+#include "common.cuh"
+
+#define THREADS 256
+
+// output[row] = table[tokens[row]]; table [vocab][columns].
+extern "C" __global__ void __launch_bounds__(THREADS) embed(const stored* table, const int* tokens, float* output, int columns)
+{
+    const stored* from = table + (long long)tokens[blockIdx.x] * columns;
+    float* to = output + (long long)blockIdx.x * columns;
+    for (int i = threadIdx.x; i < columns; i += THREADS)
+        to[i] = load(from[i]);
+}
+ROLLOUT_KERNEL(embed)
+
+// output[row] = input[row] / sqrt(mean(input[row]^2) + epsilon) * scale, as a matmul takes it.
+extern "C" __global__ void __launch_bounds__(THREADS) rms_norm(const float* input, const float* scale, float epsilon, stored* output, int columns)
+{
+    __shared__ float parts[THREADS / 32];
+    const float* x = input + (long long)blockIdx.x * columns;
+    stored* y = output + (long long)blockIdx.x * columns;
+    float squares = 0;
+    for (int i = threadIdx.x; i < columns; i += THREADS)
+        squares = fmaf(x[i], x[i], squares);
+    float inverse = 1.0f / sqrtf(block_sum<THREADS>(squares, parts) / columns + epsilon);
+    for (int i = threadIdx.x; i < columns; i += THREADS)
+        y[i] = store(x[i] * inverse * scale[i]);
+}
+ROLLOUT_KERNEL(rms_norm)
+
+// Rows [heads | kv_heads | kv_heads] of head_dim: norms over query and key heads where scales are given, rotation by the row's position
+// (i with i + head_dim / 2), queries in place, keys and values into the row's slot of the cache [blocks][kv_heads][block_tokens][head_dim].
+// rope [positions][2][head_dim / 2]: cosines, then sines. One warp a head: blockIdx (row, heads + 2 * kv_heads), 32 threads.
+extern "C" __global__ void __launch_bounds__(32) rope_store(
+    float* qkv, int stride, int heads, int kv_heads, int head_dim, const float* query_norm, const float* key_norm, float epsilon,
+    const float* rope, const int* positions, const int* sequences, const int* tables, int max_blocks, int block_tokens,
+    stored* keys, stored* values)
+{
+    int row = blockIdx.x, head = blockIdx.y, lane = threadIdx.x, half = head_dim / 2;
+    int position = positions[row];
+    float* x = qkv + (long long)row * stride + (long long)head * head_dim;
+    bool query = head < heads, key = !query && head < heads + kv_heads;
+    int kv_head = query ? 0 : (head - heads) % kv_heads;
+    int block = tables[sequences[row] * max_blocks + position / block_tokens];
+    long long slot = (((long long)block * kv_heads + kv_head) * block_tokens + position % block_tokens) * head_dim;
+
+    if (!query && !key)
+    {
+        for (int i = lane; i < head_dim; i += 32)
+            values[slot + i] = store(x[i]);
+        return;
+    }
+
+    const float* norm = query ? query_norm : key_norm;
+    float inverse = 1;
+    if (norm != nullptr)
+    {
+        float squares = 0;
+        for (int i = lane; i < head_dim; i += 32)
+            squares = fmaf(x[i], x[i], squares);
+        inverse = 1.0f / sqrtf(warp_sum(squares) / head_dim + epsilon);
+    }
+
+    const float* cosines = rope + (long long)position * head_dim;
+    const float* sines = cosines + half;
+    for (int i = lane; i < half; i += 32)
+    {
+        float a = x[i], b = x[i + half];
+        if (norm != nullptr)
+        {
+            a = a * inverse * norm[i];
+            b = b * inverse * norm[i + half];
+        }
+
+        float rotated_a = a * cosines[i] - b * sines[i], rotated_b = b * cosines[i] + a * sines[i];
+        if (query)
+        {
+            x[i] = rotated_a;
+            x[i + half] = rotated_b;
+        }
+        else
+        {
+            keys[slot + i] = store(rotated_a);
+            keys[slot + i + half] = store(rotated_b);
+        }
+    }
+}
+ROLLOUT_KERNEL(rope_store)
+
+// output[row, i] = silu(gate_up[row, i]) * gate_up[row, width + i].
+extern "C" __global__ void __launch_bounds__(THREADS) gated_silu(const float* gate_up, stored* output, int width)
+{
+    int i = blockIdx.y * THREADS + threadIdx.x;
+    if (i >= width)
+        return;
+    const float* row = gate_up + (long long)blockIdx.x * 2 * width;
+    float gate = row[i];
+    output[(long long)blockIdx.x * width + i] = store(gate / (1.0f + expf(-gate)) * row[width + i]);
+}
+ROLLOUT_KERNEL(gated_silu)
+
+// output[k] = input[rows[k]].
+extern "C" __global__ void __launch_bounds__(THREADS) gather(const float* input, const int* rows, float* output, int columns)
+{
+    const float* from = input + (long long)rows[blockIdx.x] * columns;
+    float* to = output + (long long)blockIdx.x * columns;
+    for (int i = threadIdx.x; i < columns; i += THREADS)
+        to[i] = from[i];
+}
+ROLLOUT_KERNEL(gather)
+
+// output[row] += bias.
+extern "C" __global__ void __launch_bounds__(THREADS) add_bias(float* output, const float* bias, int columns)
+{
+    int i = blockIdx.y * THREADS + threadIdx.x;
+    if (i < columns)
+        output[(long long)blockIdx.x * columns + i] += bias[i];
+}
+ROLLOUT_KERNEL(add_bias)
+
+// fp32 to what a matmul takes.
+extern "C" __global__ void __launch_bounds__(THREADS) round_values(const float* input, stored* output, long long count)
+{
+    long long i = (long long)blockIdx.x * THREADS + threadIdx.x;
+    if (i < count)
+        output[i] = store(input[i]);
+}
+ROLLOUT_KERNEL(round_values)
