@@ -1,0 +1,30 @@
+using System.Runtime.CompilerServices;
+using System.Runtime.InteropServices;
+using Rollout.Kernels.Cuda;
+
+namespace Rollout.Kernels.Tests.Cuda;
+
+/// <summary>What crosses into NVIDIA's libraries has the layout their headers say, and a library that is missing is told in one sentence.</summary>
+public sealed class BindingsTests
+{
+    [Fact]
+    public void Structs_have_the_sizes_of_the_headers()
+    {
+        Assert.Equal(16, Unsafe.SizeOf<CUuuid>());
+        Assert.Equal(64, Unsafe.SizeOf<CUipcMemHandle>());
+        Assert.Equal(128, Unsafe.SizeOf<ncclUniqueId>());
+        Assert.Equal(64, Unsafe.SizeOf<cublasLtMatmulAlgo>());
+        Assert.Equal(96, Unsafe.SizeOf<cublasLtMatmulHeuristicResult>());
+        Assert.Equal(64, (int)Marshal.OffsetOf<cublasLtMatmulHeuristicResult>(nameof(cublasLtMatmulHeuristicResult.WorkspaceBytes)));
+        Assert.Equal(72, (int)Marshal.OffsetOf<cublasLtMatmulHeuristicResult>(nameof(cublasLtMatmulHeuristicResult.State)));
+        Assert.Equal(76, (int)Marshal.OffsetOf<cublasLtMatmulHeuristicResult>(nameof(cublasLtMatmulHeuristicResult.WavesCount)));
+        Assert.Equal(80, (int)Marshal.OffsetOf<cublasLtMatmulHeuristicResult>(nameof(cublasLtMatmulHeuristicResult.Reserved)));
+    }
+
+    [Fact]
+    public void All_libraries_of_the_simulated_device_are_found()
+    {
+        SimulatedDevice.Require();
+        Assert.Null(CudaLibraries.Missing(CudaLibraries.Driver, CudaLibraries.Nvrtc, CudaLibraries.CublasLt, CudaLibraries.Nccl));
+    }
+}

@@ -1,0 +1,29 @@
+using System.Diagnostics;
+using System.Runtime.CompilerServices;
+using Rollout.Kernels.Cuda;
+
+namespace Rollout.Kernels.Tests.Cuda;
+
+/// <summary>The simulated device of tests/cuda-sim, built and pointed to once a test run; tests that need it skip where g++ is missing.</summary>
+internal static class SimulatedDevice
+{
+    private static readonly Lazy<string?> s_missing = new(Build);
+
+    /// <summary>Skips the test, visibly, where there is no simulated device.</summary>
+    public static void Require() => Assert.SkipWhen(s_missing.Value is not null, s_missing.Value ?? "");
+
+    private static string? Build()
+    {
+        string script = Path.Combine(Root(), "tests", "cuda-sim", "build.sh");
+        using Process build = Process.Start(new ProcessStartInfo("sh", [script]) { RedirectStandardOutput = true, RedirectStandardError = true })!;
+        Task<string> errors = build.StandardError.ReadToEndAsync();
+        string folder = build.StandardOutput.ReadToEnd().Trim();
+        build.WaitForExit();
+        if (build.ExitCode != 0)
+            return errors.Result.Contains("needs g++", StringComparison.Ordinal) ? errors.Result.Trim() : throw new InvalidOperationException(errors.Result);
+        Environment.SetEnvironmentVariable(CudaLibraries.PathVariable, folder);
+        return null;
+    }
+
+    private static string Root([CallerFilePath] string here = "") => Path.GetFullPath(Path.Combine(Path.GetDirectoryName(here)!, "..", "..", ".."));
+}
