@@ -8,7 +8,7 @@ public sealed class FaultTests
     [Fact]
     public async Task A_device_failure_ends_all_samples_with_the_reason_and_refuses_new_ones()
     {
-        FailingBackend backend = new() { StepsLeft = 30 };
+        ScriptedBackend backend = new() { StepsLeft = 30 };
         await using RolloutEngine engine = RolloutEngine.Load(TestModels.Folder("qwen3"), backend, new EngineOptions { MaxSequences = 4 });
         GroupRequest request = new() { Id = "a", Prompt = [5, 6, 7], N = 6, MaxTokens = 400, IgnoreEos = true, StreamTokens = true };
         Group group = engine.Submit(request);

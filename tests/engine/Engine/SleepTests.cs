@@ -61,11 +61,14 @@ public sealed class SleepTests
     public async Task Samples_in_flight_keep_the_weights_awake_and_outlive_the_sleep_of_their_keys_and_values_under_a_pause()
     {
         await using RolloutEngine undisturbed = TestModels.Load("qwen3");
-        await using RolloutEngine engine = TestModels.Load("qwen3");
-        Group group = engine.Submit(s_request);
-        SpinWait.SpinUntil(() => group.Samples.All(sample => sample.Published >= 20));
-        await Assert.ThrowsAsync<EngineStateException>(() => engine.SleepAsync(MemoryTags.KvCache));
-        await engine.PauseAsync(PauseMode.Keep, "sleeper", TimeSpan.FromMinutes(1), Cancelled);
+        ScriptedBackend backend = new();
+        await using RolloutEngine engine = TestModels.Load("qwen3", backend);
+        Group group = engine.SubmitAndHold(backend, s_request, tokens: 20);
+        Task refused = engine.SleepAsync(MemoryTags.KvCache);
+        Task paused = engine.PauseAsync(PauseMode.Keep, "sleeper", TimeSpan.FromMinutes(1), Cancelled);
+        backend.LetGo();
+        await Assert.ThrowsAsync<EngineStateException>(() => refused);
+        await paused;
         EngineStateException e = await Assert.ThrowsAsync<EngineStateException>(() => engine.SleepAsync(MemoryTags.All));
         Assert.Equal(EngineState.Paused, e.State);
         await engine.SleepAsync(MemoryTags.KvCache);

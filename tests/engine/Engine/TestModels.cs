@@ -22,6 +22,21 @@ internal static class TestModels
         Tokenizer? tokenizer = null)
         => RolloutEngine.Load(Folder(family), new CpuBackend(threads, vectorBits), options ?? new EngineOptions(), tokenizer);
 
+    public static RolloutEngine Load(string family, ScriptedBackend backend) => RolloutEngine.Load(Folder(family), backend, new EngineOptions());
+
+    /// <summary>
+    /// Submits, and returns with the loop held when every sample has this many tokens: whatever a test orders before it lets go meets
+    /// the samples half-way, however busy the machine is. The engine is idle before, and takes the group's prompt in one step.
+    /// </summary>
+    public static Group SubmitAndHold(this RolloutEngine engine, ScriptedBackend backend, GroupRequest request, int tokens)
+    {
+        backend.HoldAfter(tokens);
+        Group group = engine.Submit(request);
+        backend.WaitUntilHeld();
+        Assert.All(group.Samples, sample => Assert.Equal(tokens, sample.Published));
+        return group;
+    }
+
     /// <summary>Waits until the group has ended and returns its samples.</summary>
     public static async Task<IReadOnlyList<Sequence>> RunAsync(this RolloutEngine engine, GroupRequest request)
     {

@@ -103,9 +103,12 @@ public sealed class WeightUpdateTests
     public async Task Under_drain_what_began_ends_on_the_old_weights_and_what_waits_begins_on_the_new()
     {
         using UpdatePayload payload = UpdatePayload.Of("qwen3");
-        await using RolloutEngine engine = TestModels.Load("qwen3");
-        (Group begun, Task<CommitResult> commit, WeightUpdate update) = await CommitInFlightAsync(engine, payload, UpdatePolicy.Drain, Cancelled);
+        ScriptedBackend backend = new();
+        await using RolloutEngine engine = TestModels.Load("qwen3", backend);
+        (Group begun, Task<CommitResult> commit, WeightUpdate update) =
+            await CommitInFlightAsync(engine, backend, payload, UpdatePolicy.Drain, Cancelled);
         Group later = engine.Submit(s_request with { Id = "later" });
+        backend.LetGo();
         await commit.WaitAsync(Cancelled);
         Assert.True(begun.Completed.IsCompleted);
         await later.Completed.WaitAsync(Cancelled);
@@ -123,11 +126,14 @@ public sealed class WeightUpdateTests
     public async Task A_drain_past_its_deadline_is_taken_back_and_service_goes_on()
     {
         using UpdatePayload payload = UpdatePayload.Of("qwen3");
-        await using RolloutEngine engine = TestModels.Load("qwen3");
+        ScriptedBackend backend = new();
+        await using RolloutEngine engine = TestModels.Load("qwen3", backend);
         using CancellationTokenSource deadline = new();
         (Group begun, Task<CommitResult> commit, WeightUpdate update) =
-            await CommitInFlightAsync(engine, payload, UpdatePolicy.Drain, deadline.Token);
-        await engine.PauseAsync(PauseMode.Keep, "whoever makes the drain late", TimeSpan.FromMinutes(1), Cancelled);
+            await CommitInFlightAsync(engine, backend, payload, UpdatePolicy.Drain, deadline.Token);
+        Task paused = engine.PauseAsync(PauseMode.Keep, "whoever makes the drain late", TimeSpan.FromMinutes(1), Cancelled);
+        backend.LetGo();
+        await paused;
         deadline.Cancel();
         UpdateFailedException e = await Assert.ThrowsAsync<UpdateFailedException>(() => commit);
         Assert.Contains("taken back", e.Message, StringComparison.Ordinal);
@@ -142,8 +148,11 @@ public sealed class WeightUpdateTests
     public async Task Under_abort_what_began_returns_its_partial_tokens()
     {
         using UpdatePayload payload = UpdatePayload.Of("qwen3");
-        await using RolloutEngine engine = TestModels.Load("qwen3");
-        (Group begun, Task<CommitResult> commit, WeightUpdate update) = await CommitInFlightAsync(engine, payload, UpdatePolicy.Abort, Cancelled);
+        ScriptedBackend backend = new();
+        await using RolloutEngine engine = TestModels.Load("qwen3", backend);
+        (Group begun, Task<CommitResult> commit, WeightUpdate update) =
+            await CommitInFlightAsync(engine, backend, payload, UpdatePolicy.Abort, Cancelled);
+        backend.LetGo();
         await commit.WaitAsync(Cancelled);
         await begun.Completed.WaitAsync(Cancelled);
         Assert.All(begun.Samples, sample => Assert.Equal(FinishReason.Abort, sample.FinishReason));
@@ -158,18 +167,24 @@ public sealed class WeightUpdateTests
     public async Task A_sample_ends_when_its_oldest_token_is_staler_than_it_allows(UpdatePolicy policy)
     {
         using UpdatePayload payload = UpdatePayload.Of("qwen3");
-        await using RolloutEngine engine = TestModels.Load("qwen3");
-        Group strict = engine.Submit(s_request with { Id = "strict", MaxTokens = 400, MaxStaleness = 1 });
-        Group loose = engine.Submit(s_request with { Id = "loose", MaxTokens = 400 });
+        ScriptedBackend backend = new();
+        await using RolloutEngine engine = TestModels.Load("qwen3", backend);
+        backend.HoldAfter(10);
+        Group strict = engine.Submit(s_request with { Id = "strict", MaxStaleness = 1 });
+        Group loose = engine.Submit(s_request with { Id = "loose" });
         for (ulong version = 1; version <= 2; version++)
         {
             // Every sample has drawn a token from the weights that are about to be replaced.
-            SpinWait.SpinUntil(() => strict.Samples.All(sample =>
-                sample.Published is > 0 and int n && sample.Versions(n - 1, n)[0] == version - 1));
+            backend.WaitUntilHeld();
+            Assert.All(strict.Samples, sample => Assert.Equal(version - 1, sample.Versions(0, sample.Published)[^1]));
             using WeightUpdate update = await engine.OpenUpdateAsync(payload.Manifest(version - 1, version) with { Policy = policy });
             update.Write(0, payload.Bytes);
-            await update.CommitAsync(payload.Digest, Cancelled);
+            Task committed = update.CommitAsync(payload.Digest, Cancelled);
+            backend.LetGo(thenHoldAfter: 10);
+            await committed;
         }
+
+        backend.LetGo();
 
         await Task.WhenAll(strict.Completed, loose.Completed).WaitAsync(Cancelled);
         Assert.All(strict.Samples, sample => Assert.Equal(FinishReason.Abort, sample.FinishReason));
@@ -278,38 +293,34 @@ public sealed class WeightUpdateTests
         }
     }
 
-    /// <summary>A group that has begun, all bytes staged, and the commit ordered.</summary>
+    /// <summary>A group that has begun, all bytes staged, the commit ordered, and the loop held.</summary>
     private static async Task<(Group Begun, Task<CommitResult> Commit, WeightUpdate Update)> CommitInFlightAsync(
-        RolloutEngine engine, UpdatePayload payload, UpdatePolicy policy, CancellationToken deadline)
+        RolloutEngine engine, ScriptedBackend backend, UpdatePayload payload, UpdatePolicy policy, CancellationToken deadline)
     {
         WeightUpdate update = await engine.OpenUpdateAsync(payload.Manifest(0, 1) with { Policy = policy });
         update.Write(0, payload.Bytes);
-        Group begun = engine.Submit(s_request);
-        SpinWait.SpinUntil(() => begun.Samples.All(sample => sample.Published >= 20));
+        Group begun = engine.SubmitAndHold(backend, s_request, tokens: 20);
         return (begun, update.CommitAsync(payload.Digest, deadline), update);
     }
 
     private static async Task<Group> UpdateInFlightAsync(UpdatePayload payload, UpdatePolicy policy, UpdateMode mode = UpdateMode.Staged)
     {
-        await using RolloutEngine engine = TestModels.Load("qwen3");
+        ScriptedBackend backend = new();
+        await using RolloutEngine engine = TestModels.Load("qwen3", backend);
         using WeightUpdate update = engine.BeginUpdate(payload.Manifest(0, 1) with { Policy = policy, Mode = mode });
         string file = Path.Combine(payload.Folder, "payload");
         await File.WriteAllBytesAsync(file, payload.Bytes, Cancelled);
         using Microsoft.Win32.SafeHandles.SafeFileHandle handle = File.OpenHandle(file);
-        if (mode == UpdateMode.Staged) await ReceiveAsync(); // or the samples may end first
-        Group group = engine.Submit(s_request);
-        await foreach (SampleChunk chunk in group.ReadAsync(Cancelled))
-            if (chunk.End >= 20 && chunk.Sample.Index == 2) break;
-        if (mode == UpdateMode.InPlace) await ReceiveAsync();
-        await update.CommitAsync(payload.Digest, Cancelled);
+        Group group = engine.SubmitAndHold(backend, s_request, tokens: 20);
+        Task opened = update.OpenAsync(Cancelled);
+        if (mode == UpdateMode.InPlace) backend.LetGo();
+        await opened;
+        update.ReadFrom(handle, 0, 0, payload.Bytes.Length, Cancelled);
+        Task committed = update.CommitAsync(payload.Digest, Cancelled);
+        backend.LetGo();
+        await committed;
         await group.Completed.WaitAsync(Cancelled);
         return group;
-
-        async Task ReceiveAsync()
-        {
-            await update.OpenAsync(Cancelled);
-            update.ReadFrom(handle, 0, 0, payload.Bytes.Length, Cancelled);
-        }
     }
 
     private static int SwapAt(Sequence sample)

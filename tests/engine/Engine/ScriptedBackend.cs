@@ -1,11 +1,15 @@
 using Rollout.Kernels;
+using Xunit;
 
 namespace Rollout.Engine.Tests;
 
-/// <summary>The CPU, until it is lost or out of memory.</summary>
-internal sealed class FailingBackend : IBackend
+/// <summary>The CPU as a test wants it: lost or held after so many steps, or out of memory.</summary>
+internal sealed class ScriptedBackend : IBackend
 {
     private readonly CpuBackend _cpu = new(1);
+    private readonly ManualResetEventSlim _held = new();
+    private readonly ManualResetEventSlim _letGo = new();
+    private int _stepsUntilHeld = int.MaxValue;
 
     public int StepsLeft { get; set; } = int.MaxValue;
 
@@ -14,7 +18,25 @@ internal sealed class FailingBackend : IBackend
 
     public long HeldBytes => _cpu.HeldBytes;
 
-    public string Name => "failing";
+    public string Name => "scripted";
+
+    /// <summary>Lets so many steps begin and holds the loop at the next. Call it while no step runs.</summary>
+    public void HoldAfter(int steps)
+    {
+        _held.Reset();
+        _letGo.Reset();
+        _stepsUntilHeld = steps;
+    }
+
+    public void WaitUntilHeld() => Assert.True(_held.Wait(TimeSpan.FromMinutes(1)), "the loop never came to the step at which it is held");
+
+    /// <summary>Lets the loop go on, if wanted to where it is held next.</summary>
+    public void LetGo(int thenHoldAfter = int.MaxValue)
+    {
+        _stepsUntilHeld = thenHoldAfter;
+        _held.Reset();
+        _letGo.Set();
+    }
 
     public Tensor AllocateTensor(int rows, int columns) => _cpu.AllocateTensor(rows, columns);
 
@@ -42,6 +64,13 @@ internal sealed class FailingBackend : IBackend
     public void BeginStep(StepLayout step)
     {
         if (StepsLeft-- == 0) throw new InvalidOperationException("device lost");
+        if (_stepsUntilHeld-- == 0)
+        {
+            _held.Set();
+            if (!_letGo.Wait(TimeSpan.FromMinutes(1))) throw new TimeoutException("the test never let the loop go");
+            _letGo.Reset();
+        }
+
         _cpu.BeginStep(step);
     }
 

@@ -1,0 +1,57 @@
+using BenchmarkDotNet.Attributes;
+using Rollout.Engine;
+using Rollout.Kernels;
+using Rollout.Load;
+
+namespace Rollout.Micro;
+
+/// <summary>What does a whole decode step cost, and how near is it to reading every weight once? `roofline` says where its time goes.</summary>
+public class Step : IHasLimit
+{
+    private const int Context = 128;
+    private const int Layers = 24;
+    private const double LayerWeights = Workload.Hidden * (Workload.QkvOutputs + Workload.Hidden + 3.0 * Workload.Intermediate);
+    private const double Weights = Layers * LayerWeights + (double)Workload.Hidden * Workload.Vocabulary;
+
+    private CpuBackend _backend = null!;
+    private Transformer _transformer = null!;
+    private WeightSet _weights = null!;
+    private KvCache _cache = null!;
+    private StepLayout _step = null!;
+
+    [Params(1, 8, 16, 32, 64)]
+    public int Batch { get; set; }
+
+    [GlobalSetup]
+    public void Setup()
+    {
+        ModelSpec model = ModelSpec.Load(ShapeS.Folder());
+        LoadPlan plan = LoadPlan.Compile(model);
+        _backend = new CpuBackend();
+        _weights = WeightSet.Allocate(_backend, plan, model.Layers);
+        foreach (WeightShape shape in plan.Weights) Workload.Fill(_backend, _weights[shape.Slot]);
+        _cache = _backend.AllocateKvCache(model.Layers, Batch * Workload.BlocksOf(Context), model.KvHeads, model.HeadDim);
+        _transformer = new Transformer(model, _backend, Batch, Context);
+        _step = Workload.DecodeStep(Batch, Context);
+    }
+
+    [Benchmark]
+    public void Decode()
+    {
+        _transformer.Forward(_step, _weights, _cache);
+        _transformer.Sample(_step, _weights);
+    }
+
+    [GlobalCleanup]
+    public void Cleanup()
+    {
+        _transformer.Dispose();
+        _cache.Dispose();
+        _weights.Dispose();
+        _backend.Dispose();
+    }
+
+    Work IHasLimit.WorkOf(string method) => new(
+        Batch * (2 * Weights + 4.0 * Layers * Workload.Heads * Workload.HeadDim * Context),
+        2 * Weights + 2.0 * sizeof(float) * Layers * Workload.KvHeads * Workload.HeadDim * Batch * Context);
+}
