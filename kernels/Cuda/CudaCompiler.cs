@@ -1,5 +1,4 @@
-using System.IO.Hashing;
-using System.Runtime.InteropServices;
+using System.Security.Cryptography;
 using System.Text;
 
 namespace Rollout.Kernels.Cuda;
@@ -23,15 +22,15 @@ internal static unsafe class CudaCompiler
     public static byte[] Compile(string name, string source, IReadOnlyDictionary<string, string> headers, string[] options)
     {
         Nvrtc.nvrtcVersion(out int major, out int minor).ThrowIfFailed();
-        XxHash128 hash = new();
+        using IncrementalHash hash = IncrementalHash.CreateHash(HashAlgorithmName.SHA256);
         foreach (string part in (IEnumerable<string>)[$"{major}.{minor}", CudaLibraries.PathOf(CudaLibraries.Nvrtc), name, source, .. options,
             .. headers.OrderBy(header => header.Key, StringComparer.Ordinal).SelectMany(header => new[] { header.Key, header.Value })])
         {
-            hash.Append(Encoding.UTF8.GetBytes(part));
-            hash.Append([0]);
+            hash.AppendData(Encoding.UTF8.GetBytes(part));
+            hash.AppendData([0]);
         }
 
-        string file = Path.Combine(CacheFolder, $"{Path.GetFileNameWithoutExtension(name)}-{Convert.ToHexStringLower(hash.GetCurrentHash())}.cubin");
+        string file = Path.Combine(CacheFolder, $"{Path.GetFileNameWithoutExtension(name)}-{Convert.ToHexStringLower(hash.GetHashAndReset().AsSpan(0, 16))}.cubin");
         if (File.Exists(file))
             return File.ReadAllBytes(file);
         byte[] cubin = Run(name, source, headers, options);

@@ -75,6 +75,18 @@ static inline float __uint_as_float(unsigned x) { float f; memcpy(&f, &x, 4); re
 static inline unsigned __float_as_uint(float f) { unsigned x; memcpy(&x, &f, 4); return x; }
 static inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)(((unsigned long long)a * b) >> 32); }
 static inline int __popc(unsigned x) { return __builtin_popcount(x); }
+static inline int __double2hiint(double x) { long long b; memcpy(&b, &x, 8); return (int)(b >> 32); }
+static inline int __double2loint(double x) { long long b; memcpy(&b, &x, 8); return (int)b; }
+static inline double __hiloint2double(int high, int low)
+{
+    long long b = (long long)((unsigned long long)(unsigned)high << 32 | (unsigned)low);
+    double x;
+    memcpy(&x, &b, 8);
+    return x;
+}
+
+static inline int min(int a, int b) { return a < b ? a : b; }
+static inline int max(int a, int b) { return a > b ? a : b; }
 static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 static inline float __fdividef(float a, float b) { return a / b; }
 

@@ -74,3 +74,55 @@ __device__ __forceinline__ float block_max(float x, float* parts)
         most = fmaxf(most, parts[warp]);
     return most;
 }
+
+// ---- Exponential and logarithm of fused multiply-adds only, bit for bit those of kernels/Cpu/VectorMath.cs (after Moshier's Cephes): the
+// same bits come from every compiler and device.
+
+#define INFINITE __uint_as_float(0x7f800000u)
+
+// a * 2^n in two factors, so that results below the normal range are rounded once; n is a whole number.
+__device__ __forceinline__ float scale_in_two(float a, float n)
+{
+    u32 bits = __float_as_uint(n + 12582912.0f) - __float_as_uint(12582912.0f);
+    u32 half = ((bits + 256u) >> 1) - 128u, rest = bits - half;
+    return a * __uint_as_float((half + 127u) << 23) * __uint_as_float((rest + 127u) << 23);
+}
+
+// e^x: exactly 1 at 0, 0 at -infinity; not-a-number stays one.
+__device__ __forceinline__ float exp_of(float x)
+{
+    x = x < -104.0f ? -104.0f : x;
+    x = 89.0f < x ? 89.0f : x;
+    float n = fmaf(x, 1.44269504f, 12582912.0f) - 12582912.0f;
+    float r = fmaf(n, -0.693359375f, x);
+    r = fmaf(n, 2.12194440e-4f, r);
+    float p = 1.9875691500e-4f;
+    p = fmaf(p, r, 1.3981999507e-3f);
+    p = fmaf(p, r, 8.3334519073e-3f);
+    p = fmaf(p, r, 4.1665795894e-2f);
+    p = fmaf(p, r, 1.6666665459e-1f);
+    p = fmaf(p, r, 5.0000001201e-1f);
+    p = fmaf(p * r, r, r) + 1.0f;
+    return scale_in_two(p, n);
+}
+
+// Natural logarithm of a positive normal number.
+__device__ __forceinline__ float log_of(float x)
+{
+    u32 offset = __float_as_uint(x) - 0x3f3504f3u;
+    float e = (float)((int)offset >> 23);
+    float f = __uint_as_float((offset & 0x007fffffu) + 0x3f3504f3u) - 1.0f, z = f * f;
+    float p = 7.0376836292e-2f;
+    p = fmaf(p, f, -1.1514610310e-1f);
+    p = fmaf(p, f, 1.1676998740e-1f);
+    p = fmaf(p, f, -1.2420140846e-1f);
+    p = fmaf(p, f, 1.4249322787e-1f);
+    p = fmaf(p, f, -1.6668057665e-1f);
+    p = fmaf(p, f, 2.0000714765e-1f);
+    p = fmaf(p, f, -2.4999993993e-1f);
+    p = fmaf(p, f, 3.3333331174e-1f);
+    float y = p * f * z;
+    y = fmaf(e, -2.12194440e-4f, y);
+    y = fmaf(z, -0.5f, y);
+    return fmaf(e, 0.693359375f, f + y);
+}

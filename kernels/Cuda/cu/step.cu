@@ -95,7 +95,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) gated_silu(const float* ga
         return;
     const float* row = gate_up + (long long)blockIdx.x * 2 * width;
     float gate = row[i];
-    output[(long long)blockIdx.x * width + i] = store(gate / (1.0f + expf(-gate)) * row[width + i]);
+    output[(long long)blockIdx.x * width + i] = store(gate / (1.0f + exp_of(-gate)) * row[width + i]);
 }
 ROLLOUT_KERNEL(gated_silu)
 
