@@ -3,9 +3,16 @@ using System.Runtime.InteropServices;
 
 namespace Rollout.Kernels.Cuda;
 
-/// <summary>A call to one of NVIDIA's libraries failed. The message names the call, what it was asked and what it answered.</summary>
+/// <summary>
+/// No device can be used, or a call to one of NVIDIA's libraries failed: then the message names the call, what it was asked and what it answered.
+/// </summary>
 public sealed class CudaException : Exception
 {
+    internal CudaException(string message)
+        : base(message)
+    {
+    }
+
     internal CudaException(string call, string answer, string? asked)
         : base(asked is null ? $"{call}: {answer}" : $"{call} ({asked}): {answer}")
     {
@@ -25,6 +32,13 @@ internal static unsafe class CudaResults
             return;
         CudaException error = new(NameOf(call), Describe(result), asked);
         throw result == CUresult.CUDA_ERROR_OUT_OF_MEMORY ? new OutOfMemoryException(error.Message, error) : error;
+    }
+
+    /// <summary>As above, for calls of every step: the text is made only when it is needed.</summary>
+    public static void ThrowIfFailed(this CUresult result, long bytes, [CallerArgumentExpression(nameof(result))] string call = "")
+    {
+        if (result != CUresult.CUDA_SUCCESS)
+            result.ThrowIfFailed($"{bytes} bytes", call);
     }
 
     /// <inheritdoc cref="ThrowIfFailed(CUresult, string?, string)"/>

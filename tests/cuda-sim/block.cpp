@@ -5,10 +5,7 @@
 #include <vector>
 
 extern "C" {
-struct uint3 { unsigned x, y, z; };
-struct dim3 { unsigned x, y, z; };
-uint3 sim_thread, sim_block;
-dim3 sim_block_size, sim_grid_size;
+sim_indices sim_index;
 
 // Saves the callee-saved registers on this stack and its pointer in *from, and goes on where `to` was saved.
 void sim_switch(void** from, void* to);
@@ -53,8 +50,8 @@ struct Fiber
 {
     void* stack_pointer;
     State state;
-    uint3 thread;
-    void* barrier; // the call that waits
+    Dim thread;
+    int barrier; // the line of the one that it waits at
 };
 
 struct Warp
@@ -79,7 +76,7 @@ bool s_stop;
 void resume(int next)
 {
     s_current = next;
-    sim_thread = s_fibers[next].thread;
+    sim_index.thread = s_fibers[next].thread;
 }
 
 // Gives the processor to the next fiber that can go on, or back to the host when none can.
@@ -117,8 +114,8 @@ void entry()
 
 std::string name(int thread)
 {
-    return "thread " + std::to_string(thread) + " of block (" + std::to_string(sim_block.x) + ", " + std::to_string(sim_block.y) + ", "
-        + std::to_string(sim_block.z) + ")";
+    return "thread " + std::to_string(thread) + " of block (" + std::to_string(sim_index.block.x) + ", " + std::to_string(sim_index.block.y) + ", "
+        + std::to_string(sim_index.block.z) + ")";
 }
 
 void run_block()
@@ -132,7 +129,7 @@ void run_block()
     {
         Fiber& f = s_fibers[i];
         f.state = State::Running;
-        f.thread = {(unsigned)i % sim_block_size.x, (unsigned)i / sim_block_size.x % sim_block_size.y, (unsigned)i / (sim_block_size.x * sim_block_size.y)};
+        f.thread = {(unsigned)i % sim_index.block_size.x, (unsigned)i / sim_index.block_size.x % sim_index.block_size.y, (unsigned)i / (sim_index.block_size.x * sim_index.block_size.y)};
         void** top = (void**)(s_stacks + (size_t)(i + 1) * StackBytes);
         *--top = nullptr;               // where entry would return to; also aligns the stack as after a call
         *--top = (void*)&entry;
@@ -176,7 +173,8 @@ void run_block()
         {
             if (s_fibers[i].barrier != s_fibers[0].barrier)
             {
-                fault("divergent barrier: " + name(0) + " and thread " + std::to_string(i) + " wait at different barriers");
+                fault("divergent barrier: " + name(0) + " and thread " + std::to_string(i) + " wait at different barriers, of lines "
+                    + std::to_string(s_fibers[0].barrier) + " and " + std::to_string(s_fibers[i].barrier));
                 return;
             }
 
@@ -208,17 +206,13 @@ void launch(void (*kernel)(void**), void** arguments, Dim grid, Dim block)
         s_stacks = (char*)mmap(nullptr, (size_t)MostThreads * StackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (s_stacks == MAP_FAILED)
             abort();
-        for (auto* index : {&sim_thread, &sim_block})
-            allow_reads((const char*)index, (const char*)(index + 1));
-        for (auto* size : {&sim_block_size, &sim_grid_size})
-            allow_reads((const char*)size, (const char*)(size + 1));
     }
 
     s_kernel = kernel;
     s_arguments = arguments;
     s_count = (int)(block.x * block.y * block.z);
-    sim_block_size = {block.x, block.y, block.z};
-    sim_grid_size = {grid.x, grid.y, grid.z};
+    sim_index.block_size = {block.x, block.y, block.z};
+    sim_index.grid_size = {grid.x, grid.y, grid.z};
     s_in_kernel = true;
     for (unsigned z = 0; z < grid.z; z++)
     {
@@ -226,7 +220,7 @@ void launch(void (*kernel)(void**), void** arguments, Dim grid, Dim block)
         {
             for (unsigned x = 0; x < grid.x && fault_text().empty(); x++)
             {
-                sim_block = {x, y, z};
+                sim_index.block = {x, y, z};
                 run_block();
             }
         }
@@ -246,10 +240,10 @@ void stop_block()
 using namespace sim;
 
 extern "C" {
-__attribute__((noinline)) void sim_sync_threads()
+void sim_sync_threads(int line)
 {
     Fiber& self = s_fibers[s_current];
-    self.barrier = __builtin_return_address(0);
+    self.barrier = line;
     self.state = State::AtBarrier;
     yield();
 }

@@ -9,7 +9,7 @@ sum=$(cat build.sh sim.h device.h $sources | cksum)
 if [ "$(cat "$out/sources" 2> /dev/null)" != "$sum" ]; then
     mkdir -p "$out"
     { printf 'extern const char sim_device_h[];\nconst char sim_device_h[] = R"rollout('; cat device.h; printf ')rollout";\n'; } > "$out/device_h.cpp"
-    g++ -std=c++17 -O2 -Wall -Wextra -mfma -fPIC -shared -Wl,-soname,libcuda-sim.so -o "$out/libcuda-sim.so" $sources "$out/device_h.cpp" -ldl >&2
+    g++ -std=c++17 -O2 -flto -fno-semantic-interposition -Wall -Wextra -mfma -fPIC -shared -Wl,-soname,libcuda-sim.so -o "$out/libcuda-sim.so" $sources "$out/device_h.cpp" -ldl >&2
     for name in libcuda.so.1 libnvrtc.so.13 libcublasLt.so.13 libnccl.so.2; do ln -sf libcuda-sim.so "$out/$name"; done
     echo "$sum" > "$out/sources"
 fi

@@ -1,4 +1,4 @@
-// D = alpha * op(A) * op(B) + beta * C, column-major, fp32 sums over ascending k.
+// D = alpha * op(A) * op(B) + beta * C (+ bias), column-major, fp32 sums over ascending k.
 #include "sim.h"
 #include <cstdint>
 #include <cstring>
@@ -9,7 +9,8 @@ namespace
 enum { Success = 0, InvalidValue = 7, ExecutionFailed = 13, NotSupported = 15 };
 enum { Fp32 = 0, Bf16 = 14 };
 
-struct Description { int transpose_a, transpose_b; };
+struct Description { int transpose_a, transpose_b, epilogue; const float* bias; };
+enum { EpilogueDefault = 1, EpilogueBias = 4 };
 struct Layout { int type; uint64_t rows, columns; int64_t leading; };
 struct Algorithm { uint64_t data[8]; };
 struct Heuristic { Algorithm algorithm; size_t workspace; int state; float waves; int reserved[4]; };
@@ -77,7 +78,7 @@ int cublasLtMatmulDescCreate(void** description, int compute, int scale)
 {
     if (compute != 68 || scale != Fp32)
         return NotSupported;
-    *description = new Description{0, 0};
+    *description = new Description{0, 0, EpilogueDefault, nullptr};
     return Success;
 }
 
@@ -89,16 +90,29 @@ int cublasLtMatmulDescDestroy(void* description)
 
 int cublasLtMatmulDescSetAttribute(void* description, int attribute, const void* value, size_t bytes)
 {
-    if (bytes != sizeof(int) || (attribute != 3 && attribute != 4))
+    Description& d = *(Description*)description;
+    void* to = attribute == 3 ? (void*)&d.transpose_a : attribute == 4 ? (void*)&d.transpose_b : attribute == 7 ? (void*)&d.epilogue
+        : attribute == 8 ? (void*)&d.bias : nullptr;
+    if (to == nullptr)
         return NotSupported;
-    memcpy(attribute == 3 ? &((Description*)description)->transpose_a : &((Description*)description)->transpose_b, value, bytes);
-    return Success;
+    if (bytes != (attribute == 8 ? sizeof(void*) : sizeof(int)))
+        return InvalidValue;
+    memcpy(to, value, bytes);
+    return d.epilogue == EpilogueDefault || d.epilogue == EpilogueBias ? Success : NotSupported;
 }
 
 int cublasLtMatrixLayoutCreate(void** layout, int type, uint64_t rows, uint64_t columns, int64_t leading)
 {
     *layout = new Layout{type, rows, columns, leading};
     return known(*(Layout*)*layout) ? Success : InvalidValue;
+}
+
+int cublasLtMatrixLayoutSetAttribute(void* layout, int attribute, const void* value, size_t bytes)
+{
+    if (attribute != 3 || bytes != sizeof(uint64_t))
+        return NotSupported;
+    memcpy(&((Layout*)layout)->columns, value, bytes);
+    return Success;
 }
 
 int cublasLtMatrixLayoutDestroy(void* layout)
@@ -161,6 +175,9 @@ int cublasLtMatmul(void*, void* description, const float* alpha, const void* a, 
         return InvalidValue;
     if (!sim::holds(a, bytes_of(la)) || !sim::holds(b, bytes_of(lb)) || !sim::holds(d, bytes_of(ld)) || (*beta != 0 && !sim::holds(c, bytes_of(lc))))
         return ExecutionFailed;
+    const float* bias = op.epilogue == EpilogueBias ? op.bias : nullptr;
+    if (op.epilogue == EpilogueBias && !sim::holds(bias, m * sizeof(float)))
+        return ExecutionFailed;
     float by = *alpha, keep = *beta;
     return sim::submit(stream, [=]
     {
@@ -174,7 +191,7 @@ int cublasLtMatmul(void*, void* description, const float* alpha, const void* a, 
                 for (uint64_t x = 0; x < k; x++)
                     sum = __builtin_fmaf(rows[i * k + x], columns[j * k + x], sum);
                 float before = keep == 0 ? 0 : keep * load(c, j * (size_t)lc.leading + i, lc.type);
-                store(d, j * (size_t)ld.leading + i, ld.type, by * sum + before);
+                store(d, j * (size_t)ld.leading + i, ld.type, by * sum + before + (bias ? bias[i] : 0));
             }
         }
 

@@ -22,10 +22,9 @@ struct alignas(16) uint4 { unsigned x, y, z, w; };
 
 extern "C" {
 // The fiber that runs now. Set by the scheduler at every switch.
-extern uint3 sim_thread, sim_block;
-extern dim3 sim_block_size, sim_grid_size;
+extern struct sim_indices { uint3 thread, block; dim3 block_size, grid_size; } sim_index;
 
-void sim_sync_threads();
+void sim_sync_threads(int line);
 void sim_sync_warp(unsigned mask);
 unsigned sim_shuffle(unsigned mask, unsigned value, unsigned source_lane); // the value that source_lane brought
 unsigned sim_ballot(unsigned mask, int predicate);
@@ -41,12 +40,13 @@ __attribute__((no_sanitize_thread)) void sim_shared_range(char** start, char** e
 }
 }
 
-#define threadIdx sim_thread
-#define blockIdx sim_block
-#define blockDim sim_block_size
-#define gridDim sim_grid_size
+#define threadIdx sim_index.thread
+#define blockIdx sim_index.block
+#define blockDim sim_index.block_size
+#define gridDim sim_index.grid_size
 
-static inline void __syncthreads() { sim_sync_threads(); }
+// By its line, not by its address: g++ may make several copies of one barrier for threads that come from different branches.
+static inline void __syncthreads(int line = __builtin_LINE()) { sim_sync_threads(line); }
 static inline void __syncwarp(unsigned mask = 0xffffffffu) { sim_sync_warp(mask); }
 static inline void __threadfence() {}
 static inline unsigned sim_lane() { return (threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) & 31; }

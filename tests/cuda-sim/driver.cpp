@@ -447,8 +447,7 @@ int cuModuleLoadData(void** module, const void* image)
     if (file < 0 || write(file, image, bytes) != (ssize_t)bytes)
         return OutOfMemory;
     std::string path = "/proc/self/fd/" + std::to_string(file);
-    void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
-    close(file);
+    void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL); // stays open: the loader knows a library by its path
     if (library == nullptr)
     {
         fault(dlerror());

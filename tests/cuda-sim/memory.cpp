@@ -11,8 +11,6 @@
 #include <unistd.h>
 #include <vector>
 
-extern "C" struct { unsigned x, y, z; } sim_block;
-
 namespace sim
 {
 void stop_block();
@@ -43,7 +41,7 @@ const Range* find(uintptr_t p)
 {
     for (const Range& r : s_recent)
     {
-        if (p >= r.start && p < r.end)
+        if (p - r.start < r.end - r.start)
             return &r;
     }
 
@@ -123,7 +121,7 @@ std::string place(const void* pointer)
 {
     Where w = where();
     fault(std::string(what) + ": thread " + std::to_string(w.thread) + (other >= 0 ? " and thread " + std::to_string(other) : "") + " of block ("
-        + std::to_string(sim_block.x) + ", " + std::to_string(sim_block.y) + ", " + std::to_string(sim_block.z) + ") at " + place(pointer));
+        + std::to_string(sim_index.block.x) + ", " + std::to_string(sim_index.block.y) + ", " + std::to_string(sim_index.block.z) + ") at " + place(pointer));
     stop_block();
     abort();
 }
@@ -138,6 +136,8 @@ void touch(void* pointer, size_t bytes, bool write)
     if (!in_kernel() || on_stack(pointer))
         return;
     uintptr_t p = (uintptr_t)pointer;
+    if (p - (uintptr_t)&sim_index < sizeof sim_index && !write)
+        return; // threadIdx and the like
     bool shared = p >= s_shared.start && p + bytes <= s_shared.end;
     if (!shared)
     {

@@ -95,15 +95,14 @@ int nvrtcCompileProgram(void* program, int count, const char** options)
             defines += " '-D" + d + "'";
     }
 
-    // Instrumented when compiled, but linked without the sanitizer's library: the calls are the simulator's (memory.cpp). No tail calls: who
-    // waits at a barrier is told by where it was called from.
+    // Instrumented when compiled, but linked without the sanitizer's library: the calls are the simulator's (memory.cpp).
     Dl_info self;
     dladdr((void*)&nvrtcVersion, &self);
     std::string here = self.dli_fname;
     here = here.substr(0, here.rfind('/'));
     std::string object = at + "kernel.o", library = at + "kernel.so", log = at + "log";
     std::string command = "g++ -std=c++17 -O1 -fPIC -ffp-contract=off -fno-strict-aliasing -fno-exceptions -fno-rtti -fno-tree-vectorize"
-        " -fno-optimize-sibling-calls -fsanitize=thread -mfma -I" + at + defines + " -c " + at + "kernel.cpp -o " + object + " > " + log
+        " -fsanitize=thread -mfma -I" + at + defines + " -c " + at + "kernel.cpp -o " + object + " > " + log
         + " 2>&1 && g++ -shared -o " + library + " " + object + " -L'" + here + "' -l:libcuda-sim.so >> " + log + " 2>&1";
     int status = system(command.c_str());
     p.log = read(log);

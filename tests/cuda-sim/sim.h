@@ -8,6 +8,13 @@
 namespace sim
 {
 struct Dim { unsigned x, y, z; };
+} // namespace sim
+
+// Of the fiber that runs now; what threadIdx and the like stand for.
+extern "C" struct sim_indices { sim::Dim thread, block, block_size, grid_size; } sim_index;
+
+namespace sim
+{
 
 // Ends the launch under way: its cuLaunchKernel fails, and every later call answers with the same error, as a real device's does.
 void fault(const std::string& what);

@@ -32,6 +32,10 @@ internal static unsafe partial class CublasLt
         out nint layout, cudaDataType type, ulong rows, ulong columns, long leadingDimension);
 
     [LibraryImport(CudaLibraries.CublasLt)]
+    public static partial cublasStatus cublasLtMatrixLayoutSetAttribute(
+        nint layout, cublasLtMatrixLayoutAttribute attribute, void* value, nuint bytes);
+
+    [LibraryImport(CudaLibraries.CublasLt)]
     public static partial cublasStatus cublasLtMatrixLayoutDestroy(nint layout);
 
     [LibraryImport(CudaLibraries.CublasLt)]
@@ -86,6 +90,13 @@ internal enum cublasLtMatmulDescAttributes
 {
     CUBLASLT_MATMUL_DESC_TRANSA = 3,
     CUBLASLT_MATMUL_DESC_TRANSB = 4,
+    CUBLASLT_MATMUL_DESC_EPILOGUE = 7,
+    CUBLASLT_MATMUL_DESC_BIAS_POINTER = 8,
+}
+
+internal enum cublasLtMatrixLayoutAttribute
+{
+    CUBLASLT_MATRIX_LAYOUT_COLS = 3,
 }
 
 internal enum cublasLtMatmulPreferenceAttributes

@@ -199,51 +199,55 @@ __device__ __forceinline__ int ordered(float value)
 
 __device__ __forceinline__ float unordered(int key) { return __uint_as_float((u32)(key >= 0 ? key : key ^ 0x7fffffff)); }
 
-// Mass, or with weigh = false the number, of the kept tokens with x >= bound.
-__device__ double mass_from(const Row& row, float bound, bool weigh, Shared& shared)
+// Mass, or with weigh = false the number, of the kept tokens with x >= bound; and of this thread's the nearest to the bound on either side.
+__device__ double mass_from(const Row& row, float bound, bool weigh, float& least_from, float& most_below, Shared& shared)
 {
     double mass = 0;
+    least_from = INFINITE;
+    most_below = -INFINITE;
     for (int v = threadIdx.x; v < row.vocabulary; v += THREADS)
     {
         float x = row.x(v);
-        if (x >= bound && row.keeps(x, v))
+        if (!row.keeps(x, v))
+            continue;
+        if (x >= bound)
+        {
             mass += weigh ? exp_of(x - row.top) : 1.0f;
+            least_from = fminf(least_from, x);
+        }
+        else
+            most_below = fmaxf(most_below, x);
     }
 
     return block_total(mass, shared);
 }
 
-// The token at which the mass (or number) of the tokens down to it first reaches the target; the first, where nothing is asked for.
+// The token at which the mass (or number) of the tokens down to it first reaches the target; the first, where nothing is asked for. By bisection
+// over keys, each time drawn in to the next key that a token has.
 __device__ Border find_border(const Row& row, double target, bool weigh, Shared& shared)
 {
     // Tokens at or above high have less than the target, those at or above low reach it.
     int low = ordered(-INFINITE), high = ordered(row.top) + 1;
-    double above = 0, reached = 0;
-    for (float step = 1.0f; step < 1e30f; step *= 2.0f)
-    {
-        int key = ordered(row.top - step);
-        if (key >= high)
-            continue;
-        reached = mass_from(row, unordered(key), weigh, shared);
-        if (reached >= target)
-        {
-            low = key;
-            break;
-        }
-
-        high = key;
-        above = reached;
-    }
-
+    double above = 0;
+    float step = 1.0f;
     while ((long long)high - low > 1)
     {
-        int middle = (int)(((long long)low + high) >> 1);
-        double mass = mass_from(row, unordered(middle), weigh, shared);
+        // Down from the top in steps that double, until a bound reaches the target; then between the two.
+        int middle = step < 1e30f ? ordered(row.top - step) : (int)(((long long)low + high) >> 1);
+        step = step < 1e30f ? step * 2.0f : step;
+        if (middle >= high || middle <= low)
+            continue;
+        float least_from, most_below;
+        double mass = mass_from(row, unordered(middle), weigh, least_from, most_below, shared);
         if (mass >= target)
-            low = middle;
+        {
+            low = ordered(-block_max<THREADS>(-least_from, shared.maxima));
+            step = 1e30f;
+        }
         else
         {
-            high = middle;
+            int next = ordered(block_max<THREADS>(most_below, shared.maxima)) + 1;
+            high = next < middle ? next : middle;
             above = mass;
         }
     }
@@ -405,7 +409,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(
                     row.by_k = find_border(row, query.top_k, false, shared);
                 if (query.top_p < 1.0f)
                 {
-                    double total = mass_from(row, -INFINITE, true, shared);
+                    float least, most;
+                    double total = mass_from(row, -INFINITE, true, least, most, shared);
                     row.by_p = find_border(row, query.top_p * total, true, shared);
                 }
 

@@ -109,15 +109,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) gather(const float* input,
 }
 ROLLOUT_KERNEL(gather)
 
-// output[row] += bias.
-extern "C" __global__ void __launch_bounds__(THREADS) add_bias(float* output, const float* bias, int columns)
-{
-    int i = blockIdx.y * THREADS + threadIdx.x;
-    if (i < columns)
-        output[(long long)blockIdx.x * columns + i] += bias[i];
-}
-ROLLOUT_KERNEL(add_bias)
-
 // fp32 to what a matmul takes.
 extern "C" __global__ void __launch_bounds__(THREADS) round_values(const float* input, stored* output, long long count)
 {
@@ -126,3 +117,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) round_values(const float* 
         output[i] = store(input[i]);
 }
 ROLLOUT_KERNEL(round_values)
+
+// And back, for whoever needs fp32.
+extern "C" __global__ void __launch_bounds__(THREADS) widen_values(const stored* input, float* output, long long count)
+{
+    long long i = (long long)blockIdx.x * THREADS + threadIdx.x;
+    if (i < count)
+        output[i] = load(input[i]);
+}
+ROLLOUT_KERNEL(widen_values)
