@@ -24,6 +24,12 @@ public interface IBackend : IDisposable
     /// <summary>Bytes the device could still give.</summary>
     long AvailableBytes { get; }
 
+    /// <summary>Bytes of one element of a key or a value.</summary>
+    int KvElementBytes { get; }
+
+    /// <summary>Most bytes to take for keys and values where the operator does not say.</summary>
+    long KvCacheBudget { get; }
+
     /// <summary>Bytes of the device that this process holds, as the system counts them.</summary>
     long HeldBytes { get; }
 

@@ -34,6 +34,9 @@ public static class WeightFormats
     /// <summary>All names; the first is the default's.</summary>
     public static string[] Names { get; } = [.. s_all.Select(entry => entry.Name)];
 
+    /// <summary>Those of the CPU; the first is the default's.</summary>
+    public static string[] CpuNames { get; } = [.. Names.Except(["fp32"])];
+
     /// <exception cref="InvalidOperationException">There is no such format.</exception>
     public static WeightFormat Parse(string name) => s_all.First(entry => entry.Name == name).Format;
 

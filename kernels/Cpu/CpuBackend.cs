@@ -75,6 +75,11 @@ public sealed unsafe class CpuBackend : IBackend
 
     public long HeldBytes => MachineMemory.HeldBytes();
 
+    public int KvElementBytes => sizeof(float);
+
+    /// <summary>A quarter of the machine's memory.</summary>
+    public long KvCacheBudget => GC.GetGCMemoryInfo().TotalAvailableMemoryBytes / 4;
+
     /// <summary>Whether the machine has vectors this wide; narrower ones are then part of them. 128 bits always run.</summary>
     public static bool IsAccelerated(int vectorBits) => vectorBits switch
     {

@@ -59,6 +59,11 @@ public sealed unsafe class CudaBackend : IBackend
 
     public long HeldBytes => Device.UsedBytes;
 
+    public int KvElementBytes => StoredBytes;
+
+    /// <summary>Half of what is free: the trainer may share the device, and a staged update takes a second set of weights.</summary>
+    public long KvCacheBudget => Device.FreeBytes / 2;
+
     internal CudaDevice Device { get; }
 
     internal bool StoresFp32 => WeightFormat == WeightFormat.Float32;

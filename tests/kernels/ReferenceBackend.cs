@@ -16,6 +16,10 @@ public sealed class ReferenceBackend(WeightFormat format = WeightFormat.BFloat16
 
     public long HeldBytes => 0;
 
+    public int KvElementBytes => sizeof(double);
+
+    public long KvCacheBudget => 0;
+
     private StepLayout Step => _step ?? throw new InvalidOperationException("BeginStep comes first.");
 
     public WeightFormat WeightFormat => format;

@@ -1,6 +1,6 @@
 using System.Diagnostics;
 using System.Runtime.CompilerServices;
-using Rollout.Kernels.Cuda;
+using Xunit;
 
 namespace Rollout.Kernels.Tests.Cuda;
 
@@ -21,7 +21,7 @@ internal static class SimulatedDevice
         build.WaitForExit();
         if (build.ExitCode != 0)
             return errors.Result.Contains("needs g++", StringComparison.Ordinal) ? errors.Result.Trim() : throw new InvalidOperationException(errors.Result);
-        Environment.SetEnvironmentVariable(CudaLibraries.PathVariable, folder);
+        Environment.SetEnvironmentVariable("ROLLOUT_CUDA_PATH", folder);
         return null;
     }
 
