@@ -22,6 +22,7 @@ internal static class SimulatedDevice
         if (build.ExitCode != 0)
             return errors.Result.Contains("needs g++", StringComparison.Ordinal) ? errors.Result.Trim() : throw new InvalidOperationException(errors.Result);
         Environment.SetEnvironmentVariable("ROLLOUT_CUDA_PATH", folder);
+        Environment.SetEnvironmentVariable("XDG_CACHE_HOME", Path.Combine(folder, "cache")); // not the user's
         return null;
     }
 
