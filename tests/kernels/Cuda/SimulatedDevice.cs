@@ -1,5 +1,6 @@
 using System.Diagnostics;
 using System.Runtime.CompilerServices;
+using System.Runtime.InteropServices;
 using Xunit;
 
 namespace Rollout.Kernels.Tests.Cuda;
@@ -11,6 +12,19 @@ internal static class SimulatedDevice
 
     /// <summary>Skips the test, visibly, where there is no simulated device.</summary>
     public static void Require() => Assert.SkipWhen(s_missing.Value is not null, s_missing.Value ?? "");
+
+    /// <summary>What the device has done since the process began.</summary>
+    public static unsafe Counters Count()
+    {
+        nint library = NativeLibrary.Load(Path.Combine(Environment.GetEnvironmentVariable("ROLLOUT_CUDA_PATH")!, "libcuda.so.1"));
+        var count = (delegate* unmanaged<Counters*, void>)NativeLibrary.GetExport(library, "cuSimCounters");
+        Counters counters;
+        count(&counters);
+        return counters;
+    }
+
+    /// <summary>As in sim.h.</summary>
+    public readonly record struct Counters(long Launches, long HostToDeviceBytes, long DeviceToHostBytes, long Synchronisations, long Allocations);
 
     private static string? Build()
     {
