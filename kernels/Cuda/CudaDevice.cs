@@ -6,7 +6,7 @@ namespace Rollout.Kernels.Cuda;
 internal sealed unsafe class CudaDevice : IDisposable
 {
     [ThreadStatic]
-    private static CudaDevice? t_current;
+    private static CudaDevice? s_current;
 
     private readonly CudaContext _context;
     private readonly Lock _copies = new();
@@ -87,10 +87,10 @@ internal sealed unsafe class CudaDevice : IDisposable
     /// <summary>This thread's calls go to this device.</summary>
     public void MakeCurrent()
     {
-        if (t_current == this)
+        if (s_current == this)
             return;
         _context.MakeCurrent();
-        t_current = this;
+        s_current = this;
     }
 
     public DeviceBuffer Allocate(long bytes)
@@ -146,7 +146,7 @@ internal sealed unsafe class CudaDevice : IDisposable
         Stream.Dispose();
         Beside.Dispose();
         _context.Dispose();
-        if (t_current == this)
-            t_current = null;
+        if (s_current == this)
+            s_current = null;
     }
 }
