@@ -1,3 +1,4 @@
+using System.Numerics;
 using System.Runtime.CompilerServices;
 using System.Runtime.InteropServices;
 
@@ -16,6 +17,7 @@ public sealed unsafe class CudaBackend : IBackend
 
     private readonly CudaKernels _kernels;
     private readonly CudaMatMul _matMul;
+    private readonly CudaCommands _commands;
     private readonly CudaAttentionPlan _plan = new();
     private readonly DeviceBuffer _staging, _stagedIndices; // of weights on their way in
     private DeviceBuffer? _partials, _counters;             // of attention that is cut by chunks
@@ -23,6 +25,8 @@ public sealed unsafe class CudaBackend : IBackend
     private CudaStep? _place;
     private StepLayout? _step;
     private int[] _rowSequence = [];
+    private Rope? _rope;
+    private bool _isDecode; // every sequence of the step has one row
     private int _rowsPerItem = 1;
     private int _uploadedFor;
     private long _stepsBegun;
@@ -41,6 +45,7 @@ public sealed unsafe class CudaBackend : IBackend
         Device = new CudaDevice(ordinal);
         _kernels = new CudaKernels(Device, StoresFp32);
         _matMul = new CudaMatMul(Device, StoresFp32);
+        _commands = new CudaCommands(Device, _kernels, _matMul);
         _staging = Device.Allocate(StagingBytes);
         _stagedIndices = Device.Allocate(StagingBytes);
         Name = $"cuda:{ordinal} {Device.Name}, {WeightFormats.NameOf(format)}";
@@ -64,6 +69,9 @@ public sealed unsafe class CudaBackend : IBackend
     /// <summary>Half of what is free: the trainer may share the device, and a staged update takes a second set of weights.</summary>
     public long KvCacheBudget => Device.FreeBytes / 2;
 
+    /// <summary>Steps, or parts of steps, that went to the device as one graph.</summary>
+    public long GraphLaunches => _commands.GraphLaunches;
+
     internal CudaDevice Device { get; }
 
     internal bool StoresFp32 => WeightFormat == WeightFormat.Float32;
@@ -76,8 +84,10 @@ public sealed unsafe class CudaBackend : IBackend
         if (_disposed)
             return;
         _disposed = true;
+        _rope = null;
         Device.MakeCurrent();
         Device.Stream.Synchronize();
+        _commands.Dispose();
         _place?.Dispose();
         _partials?.Dispose();
         _counters?.Dispose();
@@ -205,6 +215,7 @@ public sealed unsafe class CudaBackend : IBackend
         ThrowIfDisposed();
         ArgumentNullException.ThrowIfNull(step);
         Device.MakeCurrent();
+        Flush();
         if (_step is not null)
             Finish(); // of a step without answers: what was sent for it may still be on its way
         _step = null;
@@ -217,9 +228,12 @@ public sealed unsafe class CudaBackend : IBackend
             _place = new CudaStep(Device, step);
         }
 
+        _isDecode = step.RowCount == step.SequenceCount;
+        for (int s = 0; s < step.SequenceCount && _isDecode; s++)
+            _isDecode = step.RowStart[s] == s;
         _plan.Build(step, _rowsPerItem);
         _uploadedFor = _rowsPerItem;
-        _place.Upload(step, _rowSequence, _plan);
+        _place.Upload(step, _rowSequence, _plan, Math.Min(Pad(step.RowCount), step.TokenIds.Length));
         _step = step;
         _stepsBegun++;
     }
@@ -231,7 +245,7 @@ public sealed unsafe class CudaBackend : IBackend
         CudaTensor tensor = Own(output, step.RowCount, weight.Inputs);
         Checks.Tokens(step, weight);
         Use(weight);
-        Launch(_kernels.Embed, new Grid(step.RowCount), Threads, weight.Pointer, _place!.Tokens, tensor.Fp32, weight.Inputs);
+        Launch(_kernels.Embed, new Grid(Pad(step.RowCount, tensor)), Threads, weight.Pointer, _place!.Tokens, tensor.Fp32, weight.Inputs);
         tensor.IsRounded = false;
     }
 
@@ -241,6 +255,7 @@ public sealed unsafe class CudaBackend : IBackend
         CudaTensor source = Own(input, rows);
         CudaTensor destination = Own(output, rows, source.Columns);
         nuint scales = OwnVector(scale, source.Columns).Pointer;
+        rows = Pad(rows, source, destination);
         Launch(_kernels.RmsNorm, new Grid(rows), Threads, Fp32(source, rows), scales, epsilon, destination.Rounded, source.Columns);
         destination.IsRounded = true;
     }
@@ -268,11 +283,29 @@ public sealed unsafe class CudaBackend : IBackend
         CudaTensor tensor = Own(qkv, step.RowCount, allHeads * headDim);
         CudaRopeTable table = this.Own<CudaRopeTable>(rope);
         Checks.Slots(step, _rowSequence, table, keysValues);
-        nuint queryScales = queryNorm is null ? 0 : OwnVector(queryNorm, headDim).Pointer;
-        nuint keyScales = keyNorm is null ? 0 : OwnVector(keyNorm, headDim).Pointer;
-        Launch(_kernels.RopeStore, new Grid(step.RowCount, allHeads), WarpThreads,
-            Fp32(tensor, step.RowCount), tensor.Columns, heads, keysValues.KvHeads, headDim, queryScales, keyScales, epsilon, table.Pointer,
-            _place!.Positions, _place.Sequences, _place.Tables, step.MaxBlocks, KvCache.BlockTokens, keysValues.Keys(layer), keysValues.Values(layer));
+        _ = Fp32(tensor, step.RowCount);
+        _rope = new Rope(
+            tensor, heads, queryNorm is null ? 0 : OwnVector(queryNorm, headDim).Pointer, keyNorm is null ? 0 : OwnVector(keyNorm, headDim).Pointer,
+            epsilon, table.Pointer, keysValues, layer);
+        if (!_isDecode)
+            StoreKv();
+    }
+
+    /// <summary>A rotation that has been asked for and not done: in a step of single rows attention does it on its way.</summary>
+    private readonly record struct Rope(
+        CudaTensor Qkv, int Heads, nuint QueryNorm, nuint KeyNorm, float Epsilon, nuint Table, CudaKvCache Cache, int Layer);
+
+    /// <summary>Does it by itself, where something else is asked for than the attention that would.</summary>
+    private void StoreKv()
+    {
+        if (_rope is not { } rope)
+            return;
+        _rope = null;
+        int allHeads = rope.Heads + (2 * rope.Cache.KvHeads);
+        Launch(_kernels.RopeStore, new Grid(_step!.RowCount, allHeads), WarpThreads,
+            rope.Qkv.Fp32, rope.Qkv.Columns, rope.Heads, rope.Cache.KvHeads, rope.Cache.HeadDim, rope.QueryNorm, rope.KeyNorm, rope.Epsilon, rope.Table,
+            _place!.Positions, _place.Sequences, _place.Tables, _step.MaxBlocks, KvCache.BlockTokens, rope.Cache.Keys(rope.Layer),
+            rope.Cache.Values(rope.Layer));
     }
 
     public void Attend(Tensor qkv, int heads, float scale, KvCache cache, int layer, Tensor output)
@@ -297,12 +330,16 @@ public sealed unsafe class CudaBackend : IBackend
             _uploadedFor = _rowsPerItem;
         }
 
+        Rope? rope = _rope is { } asked && (asked.Qkv, asked.Heads, asked.Cache, asked.Layer) == (queries, heads, keysValues, layer) ? asked : null;
+        if (rope is not null)
+            _rope = null;
         Reserve(ref _partials, ref _partialBytes, (long)_plan.Slots * heads * (headDim + 2) * sizeof(float));
         Reserve(ref _counters, ref _counterBytes, _plan.Slots == 0 ? 0 : (long)step.RowCount * keysValues.KvHeads * slices * sizeof(uint));
-        Launch(_kernels.Attend(headDim), new Grid(_plan.ItemCount, keysValues.KvHeads, slices), AttentionThreads,
-            _place!.Items, Fp32(queries, step.RowCount), queries.Columns, _place.Positions, _place.Sequences, _place.Tables, step.MaxBlocks,
+        int items = _isDecode ? (int)BitOperations.RoundUpToPowerOf2((uint)_plan.ItemCount) : _plan.ItemCount;
+        Launch(_kernels.Attend(headDim), new Grid(items, keysValues.KvHeads, slices), AttentionThreads,
+            _place!.Counts, _place.Items, Fp32(queries, step.RowCount), queries.Columns, _place.Positions, _place.Sequences, _place.Tables, step.MaxBlocks,
             keysValues.Keys(layer), keysValues.Values(layer), heads, keysValues.KvHeads, slice, scale, destination.Rounded, _place.RowSlots,
-            _partials?.Pointer ?? 0, _counters?.Pointer ?? 0);
+            _partials?.Pointer ?? 0, _counters?.Pointer ?? 0, rope?.QueryNorm ?? 0, rope?.KeyNorm ?? 0, rope?.Epsilon ?? 0, rope?.Table ?? 0);
         destination.IsRounded = true;
     }
 
@@ -311,6 +348,7 @@ public sealed unsafe class CudaBackend : IBackend
         ThrowIfDisposed();
         CudaTensor destination = Own(output, rows);
         CudaTensor source = Own(gateUp, rows, 2 * destination.Columns);
+        rows = Pad(rows, source, destination);
         Launch(_kernels.GatedSilu, new Grid(rows, Blocks(destination.Columns).X), Threads,
             Fp32(source, rows), destination.Rounded, destination.Columns);
         destination.IsRounded = true;
@@ -322,6 +360,7 @@ public sealed unsafe class CudaBackend : IBackend
         Checks.Outputs(step, first, count);
         CudaTensor source = Own(input, step.RowCount);
         CudaTensor destination = Own(output, count, source.Columns);
+        count = Math.Min(Pad(count, destination), step.TokenIds.Length - first);
         Launch(_kernels.Gather, new Grid(count), Threads,
             Fp32(source, step.RowCount), _place!.OutputRows + (nuint)(first * sizeof(int)), destination.Fp32, source.Columns);
         destination.IsRounded = false;
@@ -333,11 +372,12 @@ public sealed unsafe class CudaBackend : IBackend
         Checks.Outputs(step, first, count);
         CudaTensor source = Own(logits, count);
         (int begin, int end) = Checks.Queries(step, first, count, source.Columns);
-        Launch(_kernels.Sample, new Grid(end - begin), Threads,
-            Fp32(source, count), source.Columns, source.Columns, _place!.Queries, begin, first, _place.BiasIds, _place.BiasValues,
+        Launch(_kernels.Sample, new Grid(Pad(end - begin)), Threads,
+            _place!.Counts, Fp32(source, count), source.Columns, source.Columns, _place.Queries, begin, first, first + source.Rows, _place.BiasIds, _place.BiasValues,
             _place.Results, _place.AlternativeIds, _place.AlternativeLogProbs);
         if (first + count < step.OutputCount)
             return; // with the last of the step's answers come all
+        Flush();
         _place.Download(step);
         Interlocked.Exchange(ref _stepsDone, _stepsBegun);
     }
@@ -347,6 +387,7 @@ public sealed unsafe class CudaBackend : IBackend
         ThrowIfDisposed();
         CudaKvCache keysValues = Own(cache);
         Checks.Blocks(cache, from, to);
+        Flush();
         Device.MakeCurrent();
         nuint source = (nuint)(from * keysValues.BlockBytes), destination = (nuint)(to * keysValues.BlockBytes);
         for (int layer = 0; layer < cache.Layers; layer++)
@@ -364,6 +405,7 @@ public sealed unsafe class CudaBackend : IBackend
     /// <summary>A tensor's values to the host.</summary>
     internal void Read(CudaTensor tensor, int rows, Span<float> destination)
     {
+        Flush();
         Device.MakeCurrent();
         CopyOut(tensor.IsRounded ? tensor.Rounded : tensor.Fp32, !tensor.IsRounded || StoresFp32, destination[..(rows * tensor.Columns)], Device.Stream);
     }
@@ -400,10 +442,15 @@ public sealed unsafe class CudaBackend : IBackend
         nuint biases = bias is null ? 0 : OwnVector(bias, weight.Outputs).Pointer;
         if (rows == 0)
             return;
+        StoreKv();
         Use(weight);
         Device.MakeCurrent();
-        nuint sums = add ? Fp32(output, rows) : output.Fp32;
-        _matMul.Multiply(Rounded(input, rows), weight.Pointer, biases, sums, rows, weight.Outputs, weight.Inputs, add);
+        rows = Pad(rows, input, output);
+        nuint sums = add ? Fp32(output, rows) : output.Fp32, factors = Rounded(input, rows);
+        if (Notes)
+            _commands.Multiply(factors, weight.Pointer, biases, sums, rows, weight.Outputs, weight.Inputs, add);
+        else
+            _matMul.Multiply(factors, weight.Pointer, biases, sums, rows, weight.Outputs, weight.Inputs, add);
         output.IsRounded = false;
     }
 
@@ -453,17 +500,48 @@ public sealed unsafe class CudaBackend : IBackend
 
     private void Launch(nint function, Grid grid, int threads, params ReadOnlySpan<Argument> arguments)
     {
+        StoreKv();
         if (grid.X == 0)
             return;
+        if (Notes)
+        {
+            _commands.Launch(function, grid, threads, arguments);
+            return;
+        }
+
         Device.MakeCurrent();
         _kernels.Launch(function, Device.Stream, grid, threads, arguments);
     }
+
+    /// <summary>Whether launches wait for the step's answers to be asked for. Of a step without answers nobody would ever send them.</summary>
+    private bool Notes => _step is { OutputCount: > 0 };
+
+    /// <summary>Sends what was noted.</summary>
+    internal void Flush()
+    {
+        StoreKv();
+        _commands.Flush();
+    }
+
+    /// <summary>
+    /// Rows to run over, in a step that decodes: one of few numbers, so that steps are alike and go as graphs. Rows past the step's are computed for
+    /// nothing, and change no bit of the others.
+    /// </summary>
+    private int Pad(int rows) =>
+        !_isDecode || rows <= 0 ? rows
+        : rows <= 8 ? (int)BitOperations.RoundUpToPowerOf2((uint)rows)
+        : (rows + 7) / 8 * 8;
+
+    private int Pad(int rows, Tensor tensor) => Math.Min(Pad(rows), tensor.Rows);
+
+    private int Pad(int rows, Tensor one, Tensor other) => Math.Min(Pad(rows, one), other.Rows);
 
     /// <summary>Room that grows with the largest step, zeroed.</summary>
     private void Reserve(ref DeviceBuffer? buffer, ref long bytes, long needed)
     {
         if (needed <= bytes)
             return;
+        Flush(); // what was noted may name the old one
         buffer?.Dispose();
         bytes = Math.Max(needed, 2 * bytes);
         buffer = Device.AllocateZeroed(bytes);

@@ -111,6 +111,9 @@ internal sealed unsafe class CudaDevice : IDisposable
         return new CudaModule(_context, cubin, name);
     }
 
+    /// <summary>Ends what <see cref="CudaGraph.BeginCapture"/> began on <see cref="Stream"/>.</summary>
+    public CudaGraph EndCapture() => new(_context, Stream);
+
     public DeviceBuffer AllocateZeroed(long bytes)
     {
         DeviceBuffer buffer = Allocate(bytes);

@@ -5,7 +5,7 @@ namespace Rollout.Kernels.Cuda;
 /// <summary>The kernels of kernels/Cuda/cu, compiled for one device and one storage type, and how they are launched.</summary>
 internal sealed unsafe class CudaKernels : IDisposable
 {
-    private static readonly Dictionary<string, string> s_headers = new() { ["common.cuh"] = Source("common.cuh") };
+    private static readonly Dictionary<string, string> s_headers = new() { ["common.cuh"] = Source("common.cuh"), ["rope.cuh"] = Source("rope.cuh") };
 
     private readonly CudaDevice _device;
     private readonly bool _storesFp32;
@@ -116,6 +116,10 @@ internal readonly struct Argument
     private readonly ulong _bits;
 
     private Argument(ulong bits) => _bits = bits;
+
+    public nuint Pointer => (nuint)_bits;
+
+    public int Int => (int)_bits;
 
     public static implicit operator Argument(nuint pointer) => new(pointer);
 

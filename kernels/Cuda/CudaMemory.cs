@@ -75,12 +75,14 @@ internal sealed class CudaTensor : Tensor
     public override void Write(int rows, ReadOnlySpan<float> source)
     {
         Check(rows, source.Length, nameof(source));
+        Owner.Flush(); // what was noted reads what this replaces
         Owner.Device.Upload(Fp32, System.Runtime.InteropServices.MemoryMarshal.AsBytes(source[..(rows * Columns)]));
         IsRounded = false;
     }
 
     public override void Discard()
     {
+        Owner.Flush();
         _fp32.Discard();
         _rounded?.Dispose();
         _rounded = null;
@@ -94,6 +96,8 @@ internal sealed class CudaTensor : Tensor
 
     public override void Dispose()
     {
+        if (!IsGone)
+            Owner.Flush();
         _fp32.Dispose();
         _rounded?.Dispose();
     }

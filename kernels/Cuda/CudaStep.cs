@@ -13,14 +13,15 @@ internal sealed unsafe class CudaStep : IDisposable
     private readonly (int Rows, int Sequences, int Blocks, int Queries, int Biases, int Alternatives) _room;
     private readonly PinnedBuffer _sent, _answered;
     private readonly DeviceBuffer _indices, _answers;
-    private readonly long _positions, _sequences, _outputRows, _rowSlots, _items, _queries, _biasIds, _biasValues, _tables;
+    private readonly long _tokens, _positions, _sequences, _outputRows, _rowSlots, _items, _queries, _biasIds, _biasValues, _tables;
     private readonly long _alternativeIds, _alternativeLogProbs;
 
     public CudaStep(CudaDevice device, StepLayout step)
     {
         _device = device;
         _room = RoomOf(step);
-        long end = Place(0, _room.Rows, sizeof(int));
+        long end = Place(0, 2, sizeof(int));
+        end = Place(_tokens = end, _room.Rows, sizeof(int));
         end = Place(_positions = end, _room.Rows, sizeof(int));
         end = Place(_sequences = end, _room.Rows, sizeof(int));
         end = Place(_outputRows = end, _room.Rows, sizeof(int));
@@ -45,7 +46,10 @@ internal sealed unsafe class CudaStep : IDisposable
 
     // ---- On the device.
 
-    public nuint Tokens => _indices.Pointer;
+    /// <summary>Items of attention, and queries: launches are rounded up.</summary>
+    public nuint Counts => _indices.Pointer;
+
+    public nuint Tokens => _indices.Pointer + (nuint)_tokens;
 
     public nuint Positions => _indices.Pointer + (nuint)_positions;
 
@@ -81,10 +85,17 @@ internal sealed unsafe class CudaStep : IDisposable
     }
 
     /// <summary>Queues the copy. What was copied last time must have arrived: the answers of that step are in, or its stream was waited for.</summary>
-    public void Upload(StepLayout step, int[] rowSequence, CudaAttentionPlan plan)
+    /// <param name="step">What to copy.</param>
+    /// <param name="rowSequence">The sequence of every row.</param>
+    /// <param name="plan">Of its attention.</param>
+    /// <param name="padded">Rows that kernels run over; those past the step's are of no sequence, token 0 and row 0.</param>
+    public void Upload(StepLayout step, int[] rowSequence, CudaAttentionPlan plan, int padded)
     {
         int rows = step.RowCount;
-        Copy(step.TokenIds, rows, 0);
+        Copy((ReadOnlySpan<int>)[plan.ItemCount, step.QueryCount], 0);
+        Copy(step.TokenIds, rows, _tokens);
+        new Span<int>(_sent.Pointer + _tokens, padded)[rows..].Clear();
+        new Span<int>(_sent.Pointer + _outputRows, padded)[step.OutputCount..].Clear();
         Copy(step.Positions, rows, _positions);
         Copy(rowSequence, rows, _sequences);
         Copy(step.OutputRows, step.OutputCount, _outputRows);
@@ -103,6 +114,8 @@ internal sealed unsafe class CudaStep : IDisposable
     public void Upload(CudaAttentionPlan plan, int rows)
     {
         _device.Stream.Synchronize(); // what is being sent may not change
+        Copy((ReadOnlySpan<int>)[plan.ItemCount], 0);
+        Driver.cuMemcpyHtoDAsync_v2(Counts, _sent.Pointer, sizeof(int), _device.Stream.Value).ThrowIfFailed();
         Copy(plan.RowSlots, rows, _rowSlots);
         Copy(plan.Items, 5 * plan.ItemCount, _items);
         Driver.cuMemcpyHtoDAsync_v2(RowSlots, _sent.Pointer + _rowSlots, (nuint)(_queries - _rowSlots), _device.Stream.Value).ThrowIfFailed();
@@ -152,6 +165,8 @@ internal sealed unsafe class CudaStep : IDisposable
         (step.TokenIds.Length, step.RowStart.Length - 1, step.MaxBlocks, step.Queries.Length, step.BiasIds.Length, step.AlternativeIds.Length);
 
     private void Copy<T>(T[] source, int count, long place)
-        where T : unmanaged =>
-        MemoryMarshal.AsBytes(source.AsSpan(0, count)).CopyTo(new Span<byte>(_sent.Pointer + place, count * Unsafe.SizeOf<T>()));
+        where T : unmanaged => Copy((ReadOnlySpan<T>)source.AsSpan(0, count), place);
+
+    private void Copy<T>(ReadOnlySpan<T> source, long place)
+        where T : unmanaged => MemoryMarshal.AsBytes(source).CopyTo(new Span<byte>(_sent.Pointer + place, source.Length * Unsafe.SizeOf<T>()));
 }

@@ -183,6 +183,7 @@ int cublasLtMatmul(void*, void* description, const float* alpha, const void* a, 
     {
         std::vector<float> rows = rows_over_k(a, la, op.transpose_a != 0), columns = rows_over_k(b, lb, op.transpose_b == 0);
         sim::counters.launches++;
+        sim::counters.matmul_weight_bytes += bytes_of(la);
         for (uint64_t j = 0; j < n; j++)
         {
             for (uint64_t i = 0; i < m; i++)

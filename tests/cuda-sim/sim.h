@@ -45,6 +45,6 @@ void launch(void (*kernel)(void**), void** arguments, Dim grid, Dim block);
 int submit(void* stream, std::function<int()> work);
 
 // ---- counters, for tests
-struct Counters { uint64_t launches, host_to_device_bytes, device_to_host_bytes, synchronisations, allocations; };
+struct Counters { uint64_t launches, host_to_device_bytes, device_to_host_bytes, synchronisations, allocations, matmul_weight_bytes; };
 extern Counters counters;
 }

@@ -9,8 +9,11 @@
 // `partials` for the block that comes last, which merges them: how a long context of few sequences fills the device. With all, it merges as it goes. Rows of
 // several sequences in one item have a prefix in common, which is then read once for all of them.
 //
+// Where every sequence of the step has one row, `rope` is given, and a block also does what rope_store of step.cu does in other steps: it rotates its
+// queries, and the one that holds the row's own token rotates its key and stores both. Same arithmetic, same bits, one launch less.
+//
 // HEAD_DIM is a definition of the compiler. Cache: [blocks][kv_heads][BLOCK_TOKENS][HEAD_DIM].
-#include "common.cuh"
+#include "rope.cuh"
 
 #define BLOCK_TOKENS 16
 #define CHUNK 128
@@ -27,9 +30,9 @@ struct Item
 
 // grid (items, kv_heads, slices of a group's heads).
 extern "C" __global__ void __launch_bounds__(THREADS) attend(
-    const Item* items, const float* qkv, int stride, const int* positions, const int* sequences, const int* tables, int max_blocks,
-    const stored* keys, const stored* values, int heads, int kv_heads, int slice, float scale, stored* output,
-    const int* row_slots, float* partials, u32* counters)
+    const int* counts, const Item* items, const float* qkv, int stride, const int* positions, const int* sequences, const int* tables, int max_blocks,
+    stored* keys, stored* values, int heads, int kv_heads, int slice, float scale, stored* output,
+    const int* row_slots, float* partials, u32* counters, const float* query_norm, const float* key_norm, float epsilon, const float* rope)
 {
     __shared__ float queries[TILE][HEAD_DIM];
     __shared__ float tile[BLOCK_TOKENS][HEAD_DIM + 1];
@@ -37,19 +40,55 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(
     __shared__ float top[TILE], sum[TILE], chunk_top[TILE], chunk_sum[TILE], keep[TILE], take[TILE];
     __shared__ int visible[TILE]; // tokens of the chunk that a query sees
     __shared__ u32 merges[TILE];  // by row of the item
+    __shared__ float own_key[HEAD_DIM], own_value[HEAD_DIM];
 
+    if ((int)blockIdx.x >= counts[0])
+        return; // the launch is rounded up
     Item item = items[blockIdx.x];
     int kv_head = blockIdx.y, group = heads / kv_heads, thread = threadIdx.x;
     int first_head = kv_head * group + blockIdx.z * slice;
     int slice_heads = min(slice, group - (int)blockIdx.z * slice), count = item.rows * slice_heads;
     const int* table = tables + (long long)sequences[item.first_row] * max_blocks;
-    int last = positions[item.first_row + item.rows - 1];
     float total[PAIRS];
 
-    for (int i = thread; i < count * HEAD_DIM; i += THREADS)
+    int own = -1; // position of the token that this block adds to the cache
+    for (int q = thread / 32; q < count; q += THREADS / 32)
     {
-        int q = i / HEAD_DIM, d = i % HEAD_DIM;
-        queries[q][d] = qkv[(long long)(item.first_row + q / slice_heads) * stride + (first_head + q % slice_heads) * HEAD_DIM + d];
+        int row = item.first_row + q / slice_heads, lane = thread % 32;
+        const float* x = qkv + (long long)row * stride + (first_head + q % slice_heads) * HEAD_DIM;
+        if (rope != nullptr)
+            rotate_head(x, query_norm, epsilon, rope + (long long)positions[row] * HEAD_DIM, HEAD_DIM, lane, [&](int i, float value) { queries[q][i] = value; });
+        else
+        {
+            for (int d = lane; d < HEAD_DIM; d += 32)
+                queries[q][d] = x[d];
+        }
+    }
+
+    if (rope != nullptr && positions[item.first_row] / CHUNK < item.first_chunk + item.chunks)
+    {
+        // The item has this row only: what several rows share came before.
+        own = positions[item.first_row];
+        const float* key = qkv + (long long)item.first_row * stride + (heads + kv_head) * HEAD_DIM;
+        const float* value = key + kv_heads * HEAD_DIM;
+        long long slot = (((long long)table[own / BLOCK_TOKENS] * kv_heads + kv_head) * BLOCK_TOKENS + own % BLOCK_TOKENS) * HEAD_DIM;
+        bool stores = blockIdx.z == 0;
+        if (thread < 32)
+        {
+            rotate_head(key, key_norm, epsilon, rope + (long long)own * HEAD_DIM, HEAD_DIM, thread, [&](int i, float rotated)
+            {
+                own_key[i] = load(store(rotated));
+                if (stores)
+                    keys[slot + i] = store(rotated);
+            });
+        }
+
+        for (int d = thread; d < HEAD_DIM; d += THREADS)
+        {
+            own_value[d] = load(store(value[d]));
+            if (stores)
+                values[slot + d] = store(value[d]);
+        }
     }
 
     if (thread < TILE)
@@ -75,8 +114,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(
         {
             int present = min(BLOCK_TOKENS, tokens - block * BLOCK_TOKENS);
             const stored* from = keys + ((long long)table[start / BLOCK_TOKENS + block] * kv_heads + kv_head) * BLOCK_TOKENS * HEAD_DIM;
+            int own_token = own - start - block * BLOCK_TOKENS;
             for (int i = thread; i < present * HEAD_DIM; i += THREADS)
-                tile[i / HEAD_DIM][i % HEAD_DIM] = load(from[i]);
+                tile[i / HEAD_DIM][i % HEAD_DIM] = i / HEAD_DIM == own_token ? own_key[i % HEAD_DIM] : load(from[i]);
             __syncthreads();
             for (int i = thread; i < count * BLOCK_TOKENS; i += THREADS)
             {
@@ -121,8 +161,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(
         {
             int present = min(BLOCK_TOKENS, tokens - block * BLOCK_TOKENS);
             const stored* from = values + ((long long)table[start / BLOCK_TOKENS + block] * kv_heads + kv_head) * BLOCK_TOKENS * HEAD_DIM;
+            int own_token = own - start - block * BLOCK_TOKENS;
             for (int i = thread; i < present * HEAD_DIM; i += THREADS)
-                tile[i / HEAD_DIM][i % HEAD_DIM] = load(from[i]);
+                tile[i / HEAD_DIM][i % HEAD_DIM] = i / HEAD_DIM == own_token ? own_value[i % HEAD_DIM] : load(from[i]);
             __syncthreads();
             for (int k = 0; k < PAIRS; k++)
             {

@@ -316,12 +316,16 @@ __device__ __forceinline__ float gumbel(u32 random)
 // ---- The kernel. grid: queries.
 
 extern "C" __global__ void __launch_bounds__(THREADS) sample(
-    const float* logits, int stride, int vocabulary, const Query* queries, int first_query, int first_output, const int* bias_ids,
+    const int* counts, const float* logits, int stride, int vocabulary, const Query* queries, int first_query, int first_output, int end_output, const int* bias_ids,
     const float* bias_values, Result* results, int* alternative_ids, float* alternative_log_probs)
 {
     __shared__ Shared shared;
     int q = first_query + blockIdx.x;
+    if (q >= counts[1])
+        return; // the launch is rounded up
     Query query = queries[q];
+    if (query.output_index >= end_output)
+        return; // so that it met one about logits that come later
     Row row;
     row.logits = logits + (long long)(query.output_index - first_output) * stride;
     row.vocabulary = vocabulary;

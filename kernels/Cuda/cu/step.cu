@@ -1,5 +1,5 @@
 // The operations of a step between its matmuls. One block a row unless said otherwise; strides count elements.
-#include "common.cuh"
+#include "rope.cuh"
 
 #define THREADS 256
 
@@ -28,62 +28,33 @@ extern "C" __global__ void __launch_bounds__(THREADS) rms_norm(const float* inpu
 }
 ROLLOUT_KERNEL(rms_norm)
 
-// Rows [heads | kv_heads | kv_heads] of head_dim: norms over query and key heads where scales are given, rotation by the row's position
-// (i with i + head_dim / 2), queries in place, keys and values into the row's slot of the cache [blocks][kv_heads][block_tokens][head_dim].
-// rope [positions][2][head_dim / 2]: cosines, then sines. One warp a head: blockIdx (row, heads + 2 * kv_heads), 32 threads.
+// Rows [heads | kv_heads | kv_heads] of head_dim: norms over query and key heads where scales are given, rotation by the row's position, queries in
+// place, keys and values into the row's slot of the cache [blocks][kv_heads][block_tokens][head_dim]. rope [positions][2][head_dim / 2]: cosines,
+// then sines. One warp a head: blockIdx (row, heads + 2 * kv_heads), 32 threads. Where all sequences have one row, attention.cu does this by itself.
 extern "C" __global__ void __launch_bounds__(32) rope_store(
     float* qkv, int stride, int heads, int kv_heads, int head_dim, const float* query_norm, const float* key_norm, float epsilon,
     const float* rope, const int* positions, const int* sequences, const int* tables, int max_blocks, int block_tokens,
     stored* keys, stored* values)
 {
-    int row = blockIdx.x, head = blockIdx.y, lane = threadIdx.x, half = head_dim / 2;
-    int position = positions[row];
+    int row = blockIdx.x, head = blockIdx.y, lane = threadIdx.x, position = positions[row];
     float* x = qkv + (long long)row * stride + (long long)head * head_dim;
-    bool query = head < heads, key = !query && head < heads + kv_heads;
-    int kv_head = query ? 0 : (head - heads) % kv_heads;
-    int block = tables[sequences[row] * max_blocks + position / block_tokens];
-    long long slot = (((long long)block * kv_heads + kv_head) * block_tokens + position % block_tokens) * head_dim;
-
-    if (!query && !key)
+    const float* cosines = rope + (long long)position * head_dim;
+    if (head < heads)
     {
-        for (int i = lane; i < head_dim; i += 32)
-            values[slot + i] = store(x[i]);
+        rotate_head(x, query_norm, epsilon, cosines, head_dim, lane, [&](int i, float value) { x[i] = value; });
         return;
     }
 
-    const float* norm = query ? query_norm : key_norm;
-    float inverse = 1;
-    if (norm != nullptr)
+    int block = tables[sequences[row] * max_blocks + position / block_tokens];
+    long long slot = (((long long)block * kv_heads + (head - heads) % kv_heads) * block_tokens + position % block_tokens) * head_dim;
+    if (head < heads + kv_heads)
     {
-        float squares = 0;
-        for (int i = lane; i < head_dim; i += 32)
-            squares = fmaf(x[i], x[i], squares);
-        inverse = 1.0f / sqrtf(warp_sum(squares) / head_dim + epsilon);
+        rotate_head(x, key_norm, epsilon, cosines, head_dim, lane, [&](int i, float value) { keys[slot + i] = store(value); });
+        return;
     }
 
-    const float* cosines = rope + (long long)position * head_dim;
-    const float* sines = cosines + half;
-    for (int i = lane; i < half; i += 32)
-    {
-        float a = x[i], b = x[i + half];
-        if (norm != nullptr)
-        {
-            a = a * inverse * norm[i];
-            b = b * inverse * norm[i + half];
-        }
-
-        float rotated_a = a * cosines[i] - b * sines[i], rotated_b = b * cosines[i] + a * sines[i];
-        if (query)
-        {
-            x[i] = rotated_a;
-            x[i + half] = rotated_b;
-        }
-        else
-        {
-            keys[slot + i] = store(rotated_a);
-            keys[slot + i + half] = store(rotated_b);
-        }
-    }
+    for (int i = lane; i < head_dim; i += 32)
+        values[slot + i] = store(x[i]);
 }
 ROLLOUT_KERNEL(rope_store)
 

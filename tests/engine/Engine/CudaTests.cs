@@ -87,6 +87,46 @@ public sealed class CudaTests
         return (differences.Average(Math.Abs), differences.Average());
     }
 
+    /// <summary>What a step of decoding asks of the device, whatever the number of rows: runs that differ by twenty steps, and their difference.</summary>
+    [Theory]
+    [InlineData("qwen2", 1)] // biases
+    [InlineData("qwen3", 5)] // norms of heads
+    public async Task A_step_of_decoding_costs_eight_launches_a_layer_one_graph_one_wait_and_reads_every_matrix_once(string family, int n)
+    {
+        SimulatedDevice.Require();
+        CudaBackend backend = new(0);
+        await using RolloutEngine engine = RolloutEngine.Load(TestModels.Folder(family), backend, new EngineOptions { MaxBatchTokens = 64, MaxSequences = 8 });
+        await Run(40);
+        await Run(40); // the prompt's step, shorter for what the cache now has, becomes a graph too
+        (SimulatedDevice.Counters few, long fewGraphs) = await Run(10);
+        (SimulatedDevice.Counters many, long manyGraphs) = await Run(30);
+        SimulatedDevice.Counters steps = many - few;
+        ModelSpec model = engine.Model;
+        const int Around = 5; // embed, gather, norm, head, sample
+        Assert.Equal(20 * ((8 * model.Layers) + Around), steps.Launches);
+        Assert.Equal(20, steps.Synchronisations);
+        Assert.Equal(20, manyGraphs - fewGraphs);
+        Assert.Equal(0, steps.Allocations);
+        long layer = model.HiddenSize * ((long)model.QkvOutputs + (model.Heads * model.HeadDim) + (3L * model.IntermediateSize));
+        Assert.Equal(20 * sizeof(ushort) * ((model.Layers * layer) + ((long)model.VocabSize * model.HiddenSize)), steps.MatMulWeightBytes);
+        Assert.InRange(steps.DeviceToHostBytes / 20, 1, 12 * n);
+
+        async Task<(SimulatedDevice.Counters Counters, long Graphs)> Run(int tokens)
+        {
+            (SimulatedDevice.Counters counters, long graphs) = (SimulatedDevice.Count(), backend.GraphLaunches);
+            await engine.RunAsync(new GroupRequest
+            {
+                Id = "probe",
+                Prompt = [.. Enumerable.Range(3, 20)],
+                N = n,
+                MaxTokens = tokens,
+                Seed = 3,
+                IgnoreEos = true,
+            });
+            return (SimulatedDevice.Count() - counters, backend.GraphLaunches - graphs);
+        }
+    }
+
     [Fact]
     public void A_sample_is_the_same_bits_however_it_is_run()
     {
