@@ -119,7 +119,7 @@ public sealed class DeterminismTests
         if (way.Neighbours == 0) neighbours.Add(engine.Submit(request));
         await Task.WhenAll(neighbours.Select(group => group.Completed)).WaitAsync(TimeSpan.FromSeconds(120), TestContext.Current.CancellationToken);
         Group probe = neighbours.Single(group => group.Request.Id == "probe");
-        if (way.KvTokens < 200 && way.Neighbours > 3) Assert.True(engine.Status.Preemptions > 0 || way.BatchTokens == 1 || way.Seats == 2);
+        if (way.KvTokens < 200 && way.Neighbours > 6) Assert.True(engine.Status.Preemptions > 0 || way.BatchTokens == 1 || way.Seats == 2);
         return [.. probe.Samples.Select(sample => sample.Bits())];
     }
 
