@@ -11,7 +11,6 @@ namespace Rollout.Kernels.Cuda;
 public sealed unsafe class CudaBackend : IBackend
 {
     private const int Threads = 256;        // a block of all kernels but attention and rope
-    private const int AttentionThreads = 128;
     private const int WarpThreads = 32;
     private const int StagingBytes = 8 << 20;
 
@@ -129,7 +128,8 @@ public sealed unsafe class CudaBackend : IBackend
         ArgumentOutOfRangeException.ThrowIfGreaterThan(headDim, 256);
         if (headDim % 2 != 0)
             throw new ArgumentException("Rotation pairs the halves of a head, so its dimension is even.", nameof(headDim));
-        _ = _kernels.Attend(headDim);
+        _ = _kernels.Attend(headDim, 1);
+        _ = _kernels.Attend(headDim, AttentionKernel.MostRowTiles(headDim));
         return new CudaKvCache(this, layers, blocks, kvHeads, headDim);
     }
 
@@ -157,7 +157,7 @@ public sealed unsafe class CudaBackend : IBackend
                 nuint to = At(weight, element);
                 CopyIn(asStored ? to : _staging.Pointer, source[..bytes]);
                 if (!asStored)
-                    _kernels.Launch(function, Device.Beside, Blocks(count), Threads, _staging.Pointer, (int)type, to, (long)count);
+                    _kernels.Launch(function, Device.Beside, Blocks(count), Threads, 0, _staging.Pointer, (int)type, to, (long)count);
                 Device.Beside.Synchronize();
                 element += count;
                 source = source[bytes..];
@@ -179,7 +179,7 @@ public sealed unsafe class CudaBackend : IBackend
                 CopyIn(_stagedIndices.Pointer, MemoryMarshal.AsBytes(indices.Slice(done, count)));
                 CopyIn(_staging.Pointer, values.Slice(done * type.Size(), count * type.Size()));
                 _kernels.Launch(
-                    function, Device.Beside, Blocks(count), Threads, _staging.Pointer, (int)type, _stagedIndices.Pointer, At(weight, element), (long)count);
+                    function, Device.Beside, Blocks(count), Threads, 0, _staging.Pointer, (int)type, _stagedIndices.Pointer, At(weight, element), (long)count);
                 Device.Beside.Synchronize();
                 done += count;
             }
@@ -321,8 +321,9 @@ public sealed unsafe class CudaBackend : IBackend
         CudaTensor destination = Own(output, step.RowCount, heads * headDim);
         Checks.Context(step, keysValues);
 
-        int group = heads / keysValues.KvHeads, slice = Math.Min(group, CudaAttentionPlan.Tile(headDim)), slices = (group + slice - 1) / slice;
-        _rowsPerItem = CudaAttentionPlan.Tile(headDim) / slice;
+        int widest = AttentionKernel.MostRowTiles(headDim), queriesPerItem = widest * AttentionKernel.TileQueries;
+        int group = heads / keysValues.KvHeads, slice = Math.Min(group, queriesPerItem), slices = (group + slice - 1) / slice;
+        _rowsPerItem = queriesPerItem / slice;
         if (_uploadedFor != _rowsPerItem)
         {
             _plan.Build(step, _rowsPerItem);
@@ -333,13 +334,18 @@ public sealed unsafe class CudaBackend : IBackend
         Rope? rope = _rope is { } asked && (asked.Qkv, asked.Heads, asked.Cache, asked.Layer) == (queries, heads, keysValues, layer) ? asked : null;
         if (rope is not null)
             _rope = null;
-        Reserve(ref _partials, ref _partialBytes, (long)_plan.Slots * heads * (headDim + 2) * sizeof(float));
-        Reserve(ref _counters, ref _counterBytes, _plan.Slots == 0 ? 0 : (long)step.RowCount * keysValues.KvHeads * slices * sizeof(uint));
+        if (_plan.Slots > 0)
+        {
+            Reserve(ref _partials, ref _partialBytes, (long)CudaAttentionPlan.MostSlots * heads * (headDim + 2) * sizeof(float));
+            Reserve(ref _counters, ref _counterBytes, (long)step.TokenIds.Length * keysValues.KvHeads * slices * sizeof(uint));
+        }
+
+        AttentionKernel kernel = _kernels.Attend(headDim, _plan.MostRows * slice <= AttentionKernel.TileQueries ? 1 : widest);
         int items = _isDecode ? (int)BitOperations.RoundUpToPowerOf2((uint)_plan.ItemCount) : _plan.ItemCount;
-        Launch(_kernels.Attend(headDim), new Grid(items, keysValues.KvHeads, slices), AttentionThreads,
-            _place!.Counts, _place.Items, Fp32(queries, step.RowCount), queries.Columns, _place.Positions, _place.Sequences, _place.Tables, step.MaxBlocks,
+        Launch(kernel.Function, new Grid(items, keysValues.KvHeads, slices), kernel.Threads, kernel.SharedBytes,
+            [_place!.Counts, _place.Items, Fp32(queries, step.RowCount), queries.Columns, _place.Positions, _place.Sequences, _place.Tables, step.MaxBlocks,
             keysValues.Keys(layer), keysValues.Values(layer), heads, keysValues.KvHeads, slice, scale, destination.Rounded, _place.RowSlots,
-            _partials?.Pointer ?? 0, _counters?.Pointer ?? 0, rope?.QueryNorm ?? 0, rope?.KeyNorm ?? 0, rope?.Epsilon ?? 0, rope?.Table ?? 0);
+            _partials?.Pointer ?? 0, _counters?.Pointer ?? 0, rope?.QueryNorm ?? 0, rope?.KeyNorm ?? 0, rope?.Epsilon ?? 0, rope?.Table ?? 0]);
         destination.IsRounded = true;
     }
 
@@ -498,19 +504,22 @@ public sealed unsafe class CudaBackend : IBackend
 
     private static Grid Blocks(long count) => new((int)((count + Threads - 1) / Threads));
 
-    private void Launch(nint function, Grid grid, int threads, params ReadOnlySpan<Argument> arguments)
+    private void Launch(nint function, Grid grid, int threads, params ReadOnlySpan<Argument> arguments) =>
+        Launch(function, grid, threads, sharedBytes: 0, arguments);
+
+    private void Launch(nint function, Grid grid, int threads, int sharedBytes, ReadOnlySpan<Argument> arguments)
     {
         StoreKv();
         if (grid.X == 0)
             return;
         if (Notes)
         {
-            _commands.Launch(function, grid, threads, arguments);
+            _commands.Launch(function, grid, threads, sharedBytes, arguments);
             return;
         }
 
         Device.MakeCurrent();
-        _kernels.Launch(function, Device.Stream, grid, threads, arguments);
+        _kernels.Launch(function, Device.Stream, grid, threads, sharedBytes, arguments);
     }
 
     /// <summary>Whether launches wait for the step's answers to be asked for. Of a step without answers nobody would ever send them.</summary>
@@ -536,14 +545,14 @@ public sealed unsafe class CudaBackend : IBackend
 
     private int Pad(int rows, Tensor one, Tensor other) => Math.Min(Pad(rows, one), other.Rows);
 
-    /// <summary>Room that grows with the largest step, zeroed.</summary>
+    /// <summary>Zeroed room, taken once for a model.</summary>
     private void Reserve(ref DeviceBuffer? buffer, ref long bytes, long needed)
     {
         if (needed <= bytes)
             return;
         Flush(); // what was noted may name the old one
         buffer?.Dispose();
-        bytes = Math.Max(needed, 2 * bytes);
+        bytes = needed;
         buffer = Device.AllocateZeroed(bytes);
     }
 

@@ -32,12 +32,13 @@ internal sealed unsafe class CudaCommands : IDisposable
     public long GraphLaunches { get; private set; }
 
     /// <summary>Notes a kernel. Arguments are as its source has them, in order.</summary>
-    public void Launch(nint function, Grid grid, int threads, params ReadOnlySpan<Argument> arguments)
+    public void Launch(nint function, Grid grid, int threads, int sharedBytes, params ReadOnlySpan<Argument> arguments)
     {
         ref Command command = ref Next();
         command.Function = function;
         command.Grid = grid;
         command.Threads = threads;
+        command.SharedBytes = sharedBytes;
         arguments.CopyTo(command.Arguments);
         command.Count = arguments.Length;
     }
@@ -104,7 +105,7 @@ internal sealed unsafe class CudaCommands : IDisposable
         {
             ReadOnlySpan<Argument> a = ((ReadOnlySpan<Argument>)command.Arguments)[..command.Count];
             if (command.Function != 0)
-                _kernels.Launch(command.Function, _device.Stream, command.Grid, command.Threads, a);
+                _kernels.Launch(command.Function, _device.Stream, command.Grid, command.Threads, command.SharedBytes, a);
             else
                 _matMul.Multiply(a[0].Pointer, a[1].Pointer, a[2].Pointer, a[3].Pointer, a[4].Int, a[5].Int, a[6].Int, a[7].Int != 0);
         }
@@ -148,6 +149,7 @@ internal sealed unsafe class CudaCommands : IDisposable
         public nint Function;
         public Grid Grid;
         public int Threads;
+        public int SharedBytes;
         public int Count;
         public ArgumentArray Arguments;
     }

@@ -5,12 +5,13 @@ namespace Rollout.Kernels.Cuda;
 /// <summary>The kernels of kernels/Cuda/cu, compiled for one device and one storage type, and how they are launched.</summary>
 internal sealed unsafe class CudaKernels : IDisposable
 {
-    private static readonly Dictionary<string, string> s_headers = new() { ["common.cuh"] = Source("common.cuh"), ["rope.cuh"] = Source("rope.cuh") };
+    private static readonly Dictionary<string, string> s_headers =
+        new[] { "common.cuh", "copy.cuh", "mma.cuh", "rope.cuh" }.ToDictionary(header => header, Source);
 
     private readonly CudaDevice _device;
     private readonly bool _storesFp32;
     private readonly List<CudaModule> _modules = [];
-    private readonly Dictionary<int, nint> _attend = []; // by head dimension
+    private readonly Dictionary<(int HeadDim, int RowTiles), AttentionKernel> _attend = [];
     private readonly Dictionary<nint, string> _names = [];
 
     public CudaKernels(CudaDevice device, bool storesFp32)
@@ -56,16 +57,24 @@ internal sealed unsafe class CudaKernels : IDisposable
 
     public nint ScatterVector { get; }
 
-    /// <summary>Attention for heads of this dimension, compiled when first asked for.</summary>
-    public nint Attend(int headDim)
+    /// <summary>Attention for heads of this dimension, by items of so many row tiles; compiled when first asked for.</summary>
+    public AttentionKernel Attend(int headDim, int rowTiles)
     {
-        if (!_attend.TryGetValue(headDim, out nint function))
-            _attend[headDim] = function = Function(Compile("attention.cu", $"-DHEAD_DIM={headDim}"), "attend");
-        return function;
+        if (!_attend.TryGetValue((headDim, rowTiles), out AttentionKernel kernel))
+        {
+            int sharedBytes = AttentionKernel.SharedBytesOf(headDim, rowTiles, _storesFp32 ? sizeof(float) : sizeof(ushort));
+            CudaModule module = Compile("attention.cu", $"-DHEAD_DIM={headDim}", $"-DROW_TILES={rowTiles}", $"-DSHARED_BYTES={sharedBytes}");
+            nint function = Function(module, "attend");
+            Driver.cuFuncSetAttribute(function, CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, sharedBytes)
+                .ThrowIfFailed($"attend, {sharedBytes} bytes of shared memory");
+            _attend[(headDim, rowTiles)] = kernel = new AttentionKernel(function, AttentionKernel.ThreadsOf(rowTiles), sharedBytes);
+        }
+
+        return kernel;
     }
 
     /// <summary>Queues a kernel. Arguments are as its source has them, in order.</summary>
-    public void Launch(nint function, CudaStream stream, Grid grid, int threads, params ReadOnlySpan<Argument> arguments)
+    public void Launch(nint function, CudaStream stream, Grid grid, int threads, int sharedBytes, params ReadOnlySpan<Argument> arguments)
     {
         void** pointers = stackalloc void*[arguments.Length];
         fixed (Argument* values = arguments)
@@ -73,7 +82,7 @@ internal sealed unsafe class CudaKernels : IDisposable
             for (int i = 0; i < arguments.Length; i++)
                 pointers[i] = values + i;
             CUresult result = Driver.cuLaunchKernel(
-                function, (uint)grid.X, (uint)grid.Y, (uint)grid.Z, (uint)threads, 1, 1, 0, stream.Value, pointers, null);
+                function, (uint)grid.X, (uint)grid.Y, (uint)grid.Z, (uint)threads, 1, 1, (uint)sharedBytes, stream.Value, pointers, null);
             if (result != CUresult.CUDA_SUCCESS)
                 result.ThrowIfFailed($"{_names[function]}, {grid.X} x {grid.Y} x {grid.Z} blocks of {threads}", nameof(Driver.cuLaunchKernel));
         }
@@ -104,6 +113,27 @@ internal sealed unsafe class CudaKernels : IDisposable
             ?? throw new InvalidOperationException($"{file} is not embedded.");
         using var reader = new StreamReader(stream);
         return reader.ReadToEnd();
+    }
+}
+
+/// <summary>The kernel of attention.cu for one head dimension, by items of 16 queries (rows times heads) or several times as many.</summary>
+internal readonly record struct AttentionKernel(nint Function, int Threads, int SharedBytes)
+{
+    /// <summary>Queries of a row tile.</summary>
+    public const int TileQueries = 16;
+
+    /// <summary>Row tiles of the largest items: as many as registers and shared memory of a multiprocessor hold.</summary>
+    public static int MostRowTiles(int headDim) => headDim <= 128 ? 4 : 2;
+
+    // As in attention.cu, which refuses to compile where it needs more.
+    public static int ThreadsOf(int rowTiles) => rowTiles == 1 ? 128 : 256;
+
+    public static int SharedBytesOf(int headDim, int rowTiles, int storedBytes)
+    {
+        const int Stages = 4, StageTokens = 32, Chunk = CudaAttentionPlan.Chunk, RowNumbers = 9;
+        int padded = (headDim + 15) / 16 * 16, queries = rowTiles * TileQueries;
+        int staged = (Stages * StageTokens * ((padded * storedBytes) + 16)) + (2 * padded * storedBytes);
+        return staged + (queries * (padded + 8 + Chunk + 8 + RowNumbers) * sizeof(float));
     }
 }
 

@@ -1,7 +1,9 @@
 // One block at a time; its threads are fibers of one host thread, switched at barriers and warp collectives only.
 #include "sim.h"
 #include <sys/mman.h>
+#include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <vector>
 
 extern "C" {
@@ -46,23 +48,29 @@ constexpr int MostThreads = 1024;
 
 enum class State { Running, AtBarrier, InWarp, Ended };
 
+struct Copy { void* to; const void* from; unsigned present; int group; };
+
 struct Fiber
 {
     void* stack_pointer;
     State state;
     Dim thread;
     int barrier; // the line of the one that it waits at
+    std::vector<Copy> copies; // under way
+    int groups;               // ended
 };
 
 struct Warp
 {
     unsigned generation;       // of collectives
     unsigned arrived, mask;
+    unsigned fragments[2][WarpSize][6]; // of a matrix product, likewise
     unsigned values[2][WarpSize]; // by parity of the generation: the last one's are still being read while the next one's come
     unsigned ended;            // lanes
 };
 
 char* s_stacks;
+alignas(16) char s_launched_shared[227 * 1024];
 Fiber s_fibers[MostThreads];
 Warp s_warps[MostThreads / WarpSize];
 int s_count, s_current;
@@ -129,6 +137,8 @@ void run_block()
     {
         Fiber& f = s_fibers[i];
         f.state = State::Running;
+        f.copies.clear();
+        f.groups = 0;
         f.thread = {(unsigned)i % sim_index.block_size.x, (unsigned)i / sim_index.block_size.x % sim_index.block_size.y, (unsigned)i / (sim_index.block_size.x * sim_index.block_size.y)};
         void** top = (void**)(s_stacks + (size_t)(i + 1) * StackBytes);
         *--top = nullptr;               // where entry would return to; also aligns the stack as after a call
@@ -193,6 +203,8 @@ Where where()
     int warp = s_current / WarpSize;
     return {s_current, warp, s_epoch, s_warps[warp].generation};
 }
+
+char* launched_shared() { return s_launched_shared; }
 
 bool on_stack(const void* pointer)
 {
@@ -289,6 +301,68 @@ static unsigned* meet(unsigned mask, unsigned value)
 }
 
 void sim_sync_warp(unsigned mask) { meet(mask, 0); }
+
+// Lanes hold what "mma.m16n8k16" of the PTX manual says. Sums are chains of fused multiply-adds; a device's are truncated differently.
+void sim_mma(float* c, const unsigned* a, const unsigned* b)
+{
+    Warp& warp = s_warps[s_current / WarpSize];
+    auto* fragments = warp.fragments[warp.generation & 1];
+    int lane = s_current % WarpSize;
+    memcpy(fragments[lane], a, 4 * sizeof(unsigned));
+    memcpy(fragments[lane] + 4, b, 2 * sizeof(unsigned));
+    meet(0xffffffffu, 0);
+    auto value = [](unsigned pair, int upper) { unsigned bits = upper ? pair & 0xffff0000u : pair << 16; float x; memcpy(&x, &bits, 4); return x; };
+    for (int i = 0; i < 4; i++)
+    {
+        int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        for (int k = 0; k < 16; k++)
+        {
+            unsigned left = fragments[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2], right = fragments[column * 4 + k % 8 / 2][4 + k / 8];
+            c[i] = fmaf(value(left, k % 2), value(right, k % 2), c[i]);
+        }
+    }
+}
+
+// What is copied to may not be read before it was waited for: until then it has no number in it.
+void sim_copy_async(void* to, const void* from, unsigned present)
+{
+    if (((uintptr_t)to | (uintptr_t)from) % 16 != 0)
+    {
+        fault("misaligned copy to shared memory: " + name(s_current));
+        stop_block();
+    }
+
+    if (present > 0)
+        touch((void*)from, present, false);
+    touch(to, 16, true);
+    memset(to, 0xFF, 16);
+    s_fibers[s_current].copies.push_back({to, from, present, s_fibers[s_current].groups});
+    counters.staged_bytes += present;
+}
+
+void sim_end_copies() { s_fibers[s_current].groups++; }
+
+void sim_wait_copies(int left)
+{
+    Fiber& self = s_fibers[s_current];
+    size_t kept = 0;
+    for (const Copy& copy : self.copies)
+    {
+        if (copy.group >= self.groups - left)
+        {
+            self.copies[kept++] = copy;
+            continue;
+        }
+
+        touch(copy.to, 16, true);
+        memset(copy.to, 0, 16);
+        memcpy(copy.to, copy.from, copy.present);
+    }
+
+    self.copies.resize(kept);
+}
+
+char* sim_launched_shared() { return s_launched_shared; }
 
 unsigned sim_shuffle(unsigned mask, unsigned value, unsigned lane)
 {

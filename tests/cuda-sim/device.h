@@ -29,6 +29,11 @@ void sim_sync_warp(unsigned mask);
 unsigned sim_shuffle(unsigned mask, unsigned value, unsigned source_lane); // the value that source_lane brought
 unsigned sim_ballot(unsigned mask, int predicate);
 unsigned sim_atomic_add(unsigned* address, unsigned value);
+void sim_mma(float* c, const unsigned* a, const unsigned* b);          // m16n8k16, bf16
+void sim_copy_async(void* to, const void* from, unsigned present);      // 16 bytes, zeros past those present
+void sim_end_copies();
+void sim_wait_copies(int left);                                         // groups that may be under way still
+char* sim_launched_shared();
 
 // Where the linker put all __shared__ variables of the source.
 extern char __start_cuda_shared[] __attribute__((weak, visibility("hidden")));
@@ -70,6 +75,19 @@ template <class T> static inline T __shfl_down_sync(unsigned mask, T value, int 
 }
 static inline unsigned __ballot_sync(unsigned mask, int predicate) { return sim_ballot(mask, predicate); }
 static inline unsigned atomicAdd(unsigned* address, unsigned value) { return sim_atomic_add(address, value); }
+
+// ldmatrix.x2.trans: lanes 0 to 15 bring the rows, of 8, of two tiles; a lane takes column lane / 4 of rows 2 (lane % 4) and the one after, of both.
+static inline void sim_load_transposed(unsigned* pairs, const unsigned short* row)
+{
+    unsigned long long address = (unsigned long long)row;
+    for (unsigned i = 0; i < 4; i++)
+    {
+        unsigned lane = i / 2 * 8 + sim_lane() % 4 * 2 + i % 2;
+        unsigned low = __shfl_sync(0xffffffffu, (unsigned)address, lane), high = __shfl_sync(0xffffffffu, (unsigned)(address >> 32), lane);
+        unsigned value = ((const unsigned short*)((unsigned long long)high << 32 | low))[sim_lane() / 4];
+        pairs[i / 2] = i % 2 == 0 ? value : pairs[i / 2] | value << 16;
+    }
+}
 
 static inline float __uint_as_float(unsigned x) { float f; memcpy(&f, &x, 4); return f; }
 static inline unsigned __float_as_uint(float f) { unsigned x; memcpy(&x, &f, 4); return x; }

@@ -512,6 +512,7 @@ int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsign
         char *start, *end;
         f->shared_range(&start, &end);
         set_shared(start, end);
+        set_launched_shared(shared_bytes);
         counters.launches++;
         launch(f->call, pointers.data(), {gx, gy, gz}, {bx, by, bz});
         return fault_text().empty() ? (int)Success : (int)LaunchFailed;

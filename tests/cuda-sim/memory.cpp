@@ -32,7 +32,13 @@ size_t s_allocated;
 std::string s_fault;
 
 struct Range { uintptr_t start, end; };
-Range s_shared;
+Range s_shared, s_launched_shared;
+
+bool in_shared(uintptr_t p, size_t bytes)
+{
+    return (p >= s_shared.start && p + bytes <= s_shared.end) || (p >= s_launched_shared.start && p + bytes <= s_launched_shared.end);
+}
+
 std::vector<Range> s_readable; // constants of modules, and what stands for threadIdx
 Range s_recent[8];
 int s_next_recent;
@@ -105,6 +111,8 @@ std::string place(const void* pointer)
     uintptr_t p = (uintptr_t)pointer;
     if (p >= s_shared.start && p < s_shared.end)
         return "shared byte " + std::to_string(p - s_shared.start);
+    if (p >= s_launched_shared.start && p < s_launched_shared.end + 4096)
+        return "launched shared byte " + std::to_string(p - s_launched_shared.start) + " of " + std::to_string(s_launched_shared.end - s_launched_shared.start);
     if (const Range* r = find(p))
         return "byte " + std::to_string(p - r->start) + " of an allocation of " + std::to_string(r->end - r->start);
     auto after = s_allocations.upper_bound(p);
@@ -130,6 +138,7 @@ bool ordered(const Where& now, int thread, unsigned epoch, unsigned warp_epoch)
 {
     return epoch < now.block_epoch || (thread / 32 == now.warp && warp_epoch < now.warp_epoch);
 }
+}
 
 void touch(void* pointer, size_t bytes, bool write)
 {
@@ -138,8 +147,7 @@ void touch(void* pointer, size_t bytes, bool write)
     uintptr_t p = (uintptr_t)pointer;
     if (p - (uintptr_t)&sim_index < sizeof sim_index && !write)
         return; // threadIdx and the like
-    bool shared = p >= s_shared.start && p + bytes <= s_shared.end;
-    if (!shared)
+    if (!in_shared(p, bytes))
     {
         const Range* r = find(p);
         if (r == nullptr || p + bytes > r->end)
@@ -184,7 +192,6 @@ void touch(void* pointer, size_t bytes, bool write)
         s.read_epoch = now.block_epoch;
         s.read_warp_epoch = now.warp_epoch;
     }
-}
 }
 
 void fault(const std::string& what)
@@ -265,7 +272,7 @@ void disown(void* pointer)
 bool holds(const void* pointer, size_t bytes)
 {
     uintptr_t p = (uintptr_t)pointer;
-    if (p >= s_shared.start && p + bytes <= s_shared.end)
+    if (in_shared(p, bytes))
         return true;
     const Range* r = find(p);
     return r != nullptr && p + bytes <= r->end;
@@ -290,6 +297,12 @@ void begin_block()
 }
 
 void set_shared(char* start, char* end) { s_shared = {(uintptr_t)start, (uintptr_t)end}; }
+
+void set_launched_shared(size_t bytes)
+{
+    s_launched_shared = {(uintptr_t)launched_shared(), (uintptr_t)launched_shared() + bytes};
+    memset(launched_shared(), 0xFF, bytes);
+}
 
 void allow_reads(const char* start, const char* end) { s_readable.push_back({(uintptr_t)start, (uintptr_t)end}); }
 }

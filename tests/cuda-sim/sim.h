@@ -32,12 +32,15 @@ void disown(void* pointer);
 void allow_reads(const char* start, const char* end);
 void begin_block();                              // no thread of this block has touched anything
 void set_shared(char* start, char* end);         // where the module's __shared__ variables lie
+void set_launched_shared(size_t bytes);          // of which the launch said the size
+void touch(void* pointer, size_t bytes, bool write); // checks, as every access of a kernel is
 
 // ---- block.cpp
 struct Where { int thread, warp; unsigned block_epoch, warp_epoch; };
 bool in_kernel();
 Where where();                                    // of the fiber that runs now
 bool on_stack(const void* pointer);               // of any fiber, or of the host
+char* launched_shared();
 void launch(void (*kernel)(void**), void** arguments, Dim grid, Dim block);
 
 // ---- driver.cpp
@@ -45,6 +48,6 @@ void launch(void (*kernel)(void**), void** arguments, Dim grid, Dim block);
 int submit(void* stream, std::function<int()> work);
 
 // ---- counters, for tests
-struct Counters { uint64_t launches, host_to_device_bytes, device_to_host_bytes, synchronisations, allocations, matmul_weight_bytes; };
+struct Counters { uint64_t launches, host_to_device_bytes, device_to_host_bytes, synchronisations, allocations, matmul_weight_bytes, staged_bytes; };
 extern Counters counters;
 }

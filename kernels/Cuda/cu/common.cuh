@@ -14,6 +14,22 @@ typedef unsigned long long u64;
 
 #define ALL_LANES 0xffffffffu
 
+// A block's shared memory whose size the launch says, as a struct.
+#if defined(ROLLOUT_SIM)
+#define LAUNCHED_SHARED(type, name) type& name = *(type*)sim_launched_shared()
+#else
+#define LAUNCHED_SHARED(type, name) \
+    extern __shared__ __align__(16) unsigned char launched_shared[]; \
+    type& name = *(type*)launched_shared
+
+__device__ __forceinline__ u32 shared_address(const void* pointer)
+{
+    u32 address;
+    asm("{ .reg .u64 wide; cvta.to.shared.u64 wide, %1; cvt.u32.u64 %0, wide; }" : "=r"(address) : "l"(pointer));
+    return address;
+}
+#endif
+
 #if STORE_BF16
 typedef unsigned short stored; // the upper half of an fp32
 
