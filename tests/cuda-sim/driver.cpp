@@ -1,4 +1,5 @@
-// The driver API. Streams are in order by doing everything at once; a capturing stream notes it instead.
+// The driver API. Streams are in order by doing everything at once; a capturing stream notes it instead. Only what waits for other processes (NCCL) is
+// done beside, and whoever uses its stream next waits for it.
 #include "sim.h"
 #include <cstdlib>
 #include <cstring>
@@ -24,7 +25,7 @@ namespace
 enum
 {
     Success = 0, InvalidValue = 1, OutOfMemory = 2, NotInitialized = 3, InvalidDevice = 101, InvalidImage = 200, InvalidContext = 201,
-    NotFound = 500, LaunchFailed = 719, InvalidHandle = 400, CaptureUnsupported = 900,
+    NotFound = 500, NotReady = 600, LaunchFailed = 719, InvalidHandle = 400, CaptureUnsupported = 900,
 };
 
 constexpr int Major = 9, Minor = 0, Multiprocessors = 8;
@@ -35,7 +36,12 @@ std::recursive_mutex s_gate; // one device, one thing at a time
 int s_context_references;
 thread_local bool s_current;
 
-struct Stream { std::vector<std::function<int()>>* recording = nullptr; };
+struct Stream
+{
+    std::vector<std::function<int()>>* recording = nullptr;
+    std::shared_future<void> beside; // valid where something is done beside
+};
+struct Event { std::shared_future<void> beside; };
 struct Graph { std::vector<std::function<int()>> work; };
 struct Module { void* library; };
 struct Function
@@ -74,9 +80,20 @@ int readable(struct dl_phdr_info* info, size_t, void* base)
 
     return 1;
 }
+
+// Without the gate, so that others go on.
+void wait_beside(void* stream)
+{
+    std::unique_lock<std::recursive_mutex> hold(s_gate);
+    std::shared_future<void> beside = stream != nullptr ? ((Stream*)stream)->beside : std::shared_future<void>();
+    hold.unlock();
+    if (beside.valid())
+        beside.wait();
+}
 }
 
 #define SIM_ENTER std::lock_guard<std::recursive_mutex> hold(s_gate); if (int not_ready = ready()) return not_ready
+#define SIM_ENTER_STREAM(stream) wait_beside(stream); SIM_ENTER
 
 namespace sim
 {
@@ -90,6 +107,28 @@ int submit(void* stream, std::function<int()> work)
     }
 
     return work();
+}
+
+bool submit_beside(void* stream, std::shared_future<void>* done, std::function<void()> work)
+{
+    std::lock_guard<std::recursive_mutex> hold(s_gate);
+    Stream* s = (Stream*)stream;
+    if (s == nullptr || s->recording != nullptr)
+        return false;
+    std::shared_future<void> before = s->beside;
+    *done = s->beside = std::async(std::launch::async, [before, work]
+    {
+        if (before.valid())
+            before.wait();
+        work();
+    }).share();
+    return true;
+}
+
+bool is_device_memory(const void* pointer, size_t bytes)
+{
+    std::lock_guard<std::recursive_mutex> hold(s_gate);
+    return device(pointer, bytes);
 }
 }
 
@@ -113,6 +152,7 @@ int cuGetErrorName(int error, const char** name)
         case InvalidImage: *name = "CUDA_ERROR_INVALID_IMAGE"; break;
         case InvalidContext: *name = "CUDA_ERROR_INVALID_CONTEXT"; break;
         case InvalidHandle: *name = "CUDA_ERROR_INVALID_HANDLE"; break;
+        case NotReady: *name = "CUDA_ERROR_NOT_READY"; break;
         case NotFound: *name = "CUDA_ERROR_NOT_FOUND"; break;
         case LaunchFailed: *name = "CUDA_ERROR_LAUNCH_FAILED"; break;
         case CaptureUnsupported: *name = "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"; break;
@@ -225,7 +265,7 @@ int cuMemFreeHost(void* pointer)
 
 int cuMemcpyHtoDAsync_v2(void* destination, const void* source, size_t bytes, void* stream)
 {
-    SIM_ENTER;
+    SIM_ENTER_STREAM(stream);
     if (!device(destination, bytes))
         return InvalidValue;
     return submit(stream, [=]
@@ -238,7 +278,7 @@ int cuMemcpyHtoDAsync_v2(void* destination, const void* source, size_t bytes, vo
 
 int cuMemcpyDtoHAsync_v2(void* destination, const void* source, size_t bytes, void* stream)
 {
-    SIM_ENTER;
+    SIM_ENTER_STREAM(stream);
     if (!device(source, bytes))
         return InvalidValue;
     return submit(stream, [=]
@@ -251,7 +291,7 @@ int cuMemcpyDtoHAsync_v2(void* destination, const void* source, size_t bytes, vo
 
 int cuMemcpyDtoDAsync_v2(void* destination, const void* source, size_t bytes, void* stream)
 {
-    SIM_ENTER;
+    SIM_ENTER_STREAM(stream);
     if (!device(destination, bytes) || !device(source, bytes))
         return InvalidValue;
     return submit(stream, [=]
@@ -263,7 +303,7 @@ int cuMemcpyDtoDAsync_v2(void* destination, const void* source, size_t bytes, vo
 
 int cuMemsetD8Async(void* pointer, unsigned char value, size_t bytes, void* stream)
 {
-    SIM_ENTER;
+    SIM_ENTER_STREAM(stream);
     if (!device(pointer, bytes))
         return InvalidValue;
     return submit(stream, [=]
@@ -332,46 +372,61 @@ int cuStreamCreate(void** stream, unsigned)
 
 int cuStreamDestroy_v2(void* stream)
 {
+    wait_beside(stream);
     delete (Stream*)stream;
     return Success;
 }
 
 int cuStreamSynchronize(void* stream)
 {
-    SIM_ENTER;
+    SIM_ENTER_STREAM(stream);
     if (stream != nullptr && ((Stream*)stream)->recording != nullptr)
         return CaptureUnsupported;
     counters.synchronisations++;
     return Success;
 }
 
-int cuStreamWaitEvent(void*, void*, unsigned)
+int cuStreamWaitEvent(void* stream, void* event, unsigned)
 {
-    SIM_ENTER;
+    SIM_ENTER_STREAM(stream);
+    if (stream == nullptr)
+        return InvalidValue;
+    ((Stream*)stream)->beside = ((Event*)event)->beside;
     return Success;
 }
 
 int cuEventCreate(void** event, unsigned)
 {
     SIM_ENTER;
-    *event = new char;
+    *event = new Event();
     return Success;
 }
 
 int cuEventDestroy_v2(void* event)
 {
-    delete (char*)event;
+    delete (Event*)event;
     return Success;
 }
 
-int cuEventRecord(void*, void*)
+int cuEventRecord(void* event, void* stream)
 {
     SIM_ENTER;
+    ((Event*)event)->beside = stream != nullptr ? ((Stream*)stream)->beside : std::shared_future<void>();
     return Success;
 }
 
-int cuEventSynchronize(void*)
+int cuEventQuery(void* event)
 {
+    SIM_ENTER;
+    const auto& beside = ((Event*)event)->beside;
+    return beside.valid() && beside.wait_for(std::chrono::seconds(0)) != std::future_status::ready ? NotReady : Success;
+}
+
+int cuEventSynchronize(void* event)
+{
+    std::shared_future<void> beside = ((Event*)event)->beside;
+    if (beside.valid())
+        beside.wait();
     SIM_ENTER;
     counters.synchronisations++;
     return Success;
@@ -379,7 +434,7 @@ int cuEventSynchronize(void*)
 
 int cuStreamBeginCapture_v2(void* stream, int)
 {
-    SIM_ENTER;
+    SIM_ENTER_STREAM(stream);
     Stream* s = (Stream*)stream;
     if (s == nullptr || s->recording != nullptr)
         return InvalidValue;
@@ -407,7 +462,7 @@ int cuGraphInstantiateWithFlags(void** executable, void* graph, unsigned long lo
 
 int cuGraphLaunch(void* executable, void* stream)
 {
-    SIM_ENTER;
+    SIM_ENTER_STREAM(stream);
     Graph* g = (Graph*)executable;
     return submit(stream, [g]
     {
@@ -495,7 +550,7 @@ int cuFuncSetAttribute(void* function, int attribute, int value)
 int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared_bytes,
     void* stream, void** arguments, void** extra)
 {
-    SIM_ENTER;
+    SIM_ENTER_STREAM(stream);
     Function* f = (Function*)function;
     if (f == nullptr || extra != nullptr || gx == 0 || gy == 0 || gz == 0 || bx == 0 || by == 0 || bz == 0 || (uint64_t)bx * by * bz > MostThreads
         || bz > 64 || gx > 0x7fffffff || gy > MostGrid || gz > MostGrid || shared_bytes > f->dynamic_bytes)

@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <future>
 #include <string>
 
 namespace sim
@@ -46,6 +47,9 @@ void launch(void (*kernel)(void**), void** arguments, Dim grid, Dim block);
 // ---- driver.cpp
 // Now, or when the graph that the stream records is launched.
 int submit(void* stream, std::function<int()> work);
+// By a thread of its own, once all that the stream had is done; what the stream gets after it waits. False where the stream records.
+bool submit_beside(void* stream, std::shared_future<void>* done, std::function<void()> work);
+bool is_device_memory(const void* pointer, size_t bytes);
 
 // ---- counters, for tests
 struct Counters { uint64_t launches, host_to_device_bytes, device_to_host_bytes, synchronisations, allocations, matmul_weight_bytes, staged_bytes; };

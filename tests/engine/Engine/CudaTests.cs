@@ -127,6 +127,41 @@ public sealed class CudaTests
         }
     }
 
+    /// <summary>Keys and values that samples of a group have in common come to the device's cores once a step, whatever the number of samples.</summary>
+    [Theory]
+    [InlineData(WeightFormat.BFloat16, 1)]
+    [InlineData(WeightFormat.BFloat16, 8)]
+    [InlineData(WeightFormat.Float32, 5)]
+    public async Task The_keys_and_values_of_a_shared_prompt_are_read_once_for_a_group(WeightFormat format, int n)
+    {
+        SimulatedDevice.Require();
+        const int Prompt = 256; // two whole chunks
+        await using RolloutEngine engine = Load("qwen3", format, new EngineOptions { MaxBatchTokens = 320, MaxSequences = 8 });
+        await Run(3); // from here on the prompt is in the cache
+        SimulatedDevice.Counters few = await Run(4), many = await Run(14);
+        ModelSpec model = engine.Model;
+
+        // The step of token i has token i - 1 for its row, which it need not read, and i - 2 own ones before it.
+        long own = Enumerable.Range(5, 10).Sum(i => i - 2);
+        long token = 2L * model.Layers * model.KvHeads * model.HeadDim * (format == WeightFormat.Float32 ? sizeof(float) : sizeof(ushort));
+        Assert.Equal(token * ((10 * Prompt) + (n * own)), (many - few).StagedBytes);
+
+        async Task<SimulatedDevice.Counters> Run(int tokens)
+        {
+            SimulatedDevice.Counters before = SimulatedDevice.Count();
+            await engine.RunAsync(new GroupRequest
+            {
+                Id = "probe",
+                Prompt = [.. Enumerable.Range(0, Prompt).Select(i => 3 + (i % 50))],
+                N = n,
+                MaxTokens = tokens,
+                Seed = 3,
+                IgnoreEos = true,
+            });
+            return SimulatedDevice.Count() - before;
+        }
+    }
+
     [Fact]
     public void A_sample_is_the_same_bits_however_it_is_run()
     {
