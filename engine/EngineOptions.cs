@@ -12,7 +12,7 @@ public sealed record EngineOptions
     /// <summary>Most tokens in one step: the chunk in which prompts are prefilled.</summary>
     public int MaxBatchTokens { get; init; } = 512;
 
-    /// <summary>Bytes for keys and values. 0: what MaxSequences samples of full length need, at most a quarter of the machine's memory.</summary>
+    /// <summary>Bytes for keys and values. 0: what MaxSequences samples of full length need, at most the backend's <see cref="Kernels.IBackend.KvCacheBudget"/>.</summary>
     public long KvCacheBytes { get; init; }
 
     /// <summary>Samples that may wait for a seat before requests are refused with "no room".</summary>

@@ -53,7 +53,7 @@ public sealed partial class RolloutEngine : IAsyncDisposable
         ArgumentOutOfRangeException.ThrowIfLessThan(options.MaxBatchTokens, 1);
         ArgumentOutOfRangeException.ThrowIfNegative(options.KvCacheBytes);
         int context = options.MaxContext == 0 ? model.MaxPositions : Math.Min(options.MaxContext, model.MaxPositions);
-        int blocks = KvBlockCount(model, options, context);
+        int blocks = KvBlockCount(model, backend, options, context);
         MaxContext = Math.Min(context, blocks * KvCache.BlockTokens);
         _validator = new RequestValidator(model.VocabSize, MaxContext, tokenizer is not null);
         _kv = backend.AllocateKvCache(model.Layers, blocks, model.KvHeads, model.HeadDim);
@@ -326,10 +326,10 @@ public sealed partial class RolloutEngine : IAsyncDisposable
         Backend.Dispose();
     }
 
-    private static int KvBlockCount(ModelSpec model, EngineOptions options, int context)
+    private static int KvBlockCount(ModelSpec model, IBackend backend, EngineOptions options, int context)
     {
-        long blockBytes = 2L * model.Layers * model.KvHeads * model.HeadDim * KvCache.BlockTokens * sizeof(float);
-        long bytes = options.KvCacheBytes > 0 ? options.KvCacheBytes : GC.GetGCMemoryInfo().TotalAvailableMemoryBytes / 4;
+        long blockBytes = 2L * model.Layers * model.KvHeads * model.HeadDim * KvCache.BlockTokens * backend.KvElementBytes;
+        long bytes = options.KvCacheBytes > 0 ? options.KvCacheBytes : backend.KvCacheBudget;
         long wanted = (long)options.MaxSequences * KvBlocks.CountFor(context);
         long affordable = Math.Max(1, bytes / blockBytes);
         return (int)Math.Min(affordable, options.KvCacheBytes > 0 ? int.MaxValue / KvCache.BlockTokens : wanted);

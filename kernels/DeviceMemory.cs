@@ -14,6 +14,12 @@ public abstract class DeviceMemory : IDisposable
     public abstract void Restore();
 
     public abstract void Dispose();
+
+    /// <summary>Whose it is, where backends check that.</summary>
+    internal virtual IBackend? Owner => null;
+
+    /// <summary>Disposed, or discarded and not restored.</summary>
+    internal virtual bool IsGone => false;
 }
 
 /// <summary>fp32 activations [rows, columns], row-major as seen by the engine.</summary>

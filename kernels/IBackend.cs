@@ -24,6 +24,12 @@ public interface IBackend : IDisposable
     /// <summary>Bytes the device could still give.</summary>
     long AvailableBytes { get; }
 
+    /// <summary>Bytes of one element of a key or a value.</summary>
+    int KvElementBytes { get; }
+
+    /// <summary>Most bytes to take for keys and values where the operator does not say.</summary>
+    long KvCacheBudget { get; }
+
     /// <summary>Bytes of the device that this process holds, as the system counts them.</summary>
     long HeldBytes { get; }
 
@@ -81,8 +87,8 @@ public interface IBackend : IDisposable
 
     /// <summary>
     /// Takes qkv rows [heads*headDim | kvHeads*headDim | kvHeads*headDim]; applies, where given, an RMS norm over each query and key head;
-    /// rotates queries (in place) and keys by the row's position (halves paired: i with i + headDim/2); stores keys and values into the
-    /// row's slot of <paramref name="cache"/>.
+    /// rotates queries and keys by the row's position (halves paired: i with i + headDim/2); stores keys and values into the row's slot of
+    /// <paramref name="cache"/>. What is left in <paramref name="qkv"/> is for <see cref="Attend"/> alone.
     /// </summary>
     void RopeStoreKv(Tensor qkv, int heads, Weight? queryNorm, Weight? keyNorm, float epsilon, RopeTable rope, KvCache cache, int layer);
 

@@ -17,6 +17,9 @@ public enum WeightFormat
     /// inputs. Half the memory and several times the arithmetic, for a small error in every log-probability: never the default.
     /// </summary>
     Int8,
+
+    /// <summary>fp32 weights, activations, keys and values: for checking a GPU's arithmetic against a reference. CUDA only.</summary>
+    Float32,
 }
 
 /// <summary>Formats by the names that people write.</summary>
@@ -25,10 +28,14 @@ public static class WeightFormats
     private static readonly (string Name, WeightFormat Format)[] s_all =
     [
         ("bf16", WeightFormat.BFloat16), ("bf16-fast", WeightFormat.BFloat16Fast), ("int8", WeightFormat.Int8),
+        ("fp32", WeightFormat.Float32),
     ];
 
     /// <summary>All names; the first is the default's.</summary>
     public static string[] Names { get; } = [.. s_all.Select(entry => entry.Name)];
+
+    /// <summary>Those of the CPU; the first is the default's.</summary>
+    public static string[] CpuNames { get; } = [.. Names.Except(["fp32"])];
 
     /// <exception cref="InvalidOperationException">There is no such format.</exception>
     public static WeightFormat Parse(string name) => s_all.First(entry => entry.Name == name).Format;

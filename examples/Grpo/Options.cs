@@ -3,7 +3,7 @@ using System.CommandLine;
 namespace Rollout.Examples.Grpo;
 
 /// <summary>What the command line chose.</summary>
-public sealed record Options(int Seed, int Steps, double Minutes, double Target, int Prompts, int Samples, int Threads, string Out)
+public sealed record Options(int Seed, int Steps, double Minutes, double Target, int Prompts, int Samples, int Threads, string Device, string Out)
 {
     /// <summary>Parses the arguments; help and mistakes are printed, and answered with null and an exit code.</summary>
     public static (Options? Options, int ExitCode) Parse(string[] args)
@@ -31,6 +31,11 @@ public sealed record Options(int Seed, int Steps, double Minutes, double Target,
             Description = "Threads of the trainer",
             DefaultValueFactory = _ => Math.Clamp(Environment.ProcessorCount, 1, 8),
         };
+        var device = new Option<string>("--device")
+        {
+            Description = "Device of the sidecar: cpu, cuda, cuda:N or auto",
+            DefaultValueFactory = _ => "cpu",
+        };
         var output = new Option<string>("--out")
         {
             Description = "Folder for the model and the plot",
@@ -47,12 +52,12 @@ public sealed record Options(int Seed, int Steps, double Minutes, double Target,
 
         var command = new RootCommand("Trains a small policy to add, with GRPO, on samples from a Rollout sidecar.")
         {
-            seed, steps, minutes, target, prompts, samples, threads, output,
+            seed, steps, minutes, target, prompts, samples, threads, device, output,
         };
         Options? options = null;
         command.SetAction(parsed => options = new(
             parsed.GetValue(seed), parsed.GetValue(steps), parsed.GetValue(minutes), parsed.GetValue(target), parsed.GetValue(prompts),
-            parsed.GetValue(samples), parsed.GetValue(threads), parsed.GetValue(output)!));
+            parsed.GetValue(samples), parsed.GetValue(threads), parsed.GetValue(device)!, parsed.GetValue(output)!));
         var code = command.Parse(args).Invoke();
         return (options, code);
     }

@@ -25,7 +25,7 @@ using var reference = policy.Freeze();
 
 var folder = Path.Combine(options.Out, "model");
 HuggingFaceFolder.Write(folder, policy);
-await using var rollouts = await Rollouts.StartAsync(folder, options.Threads);
+await using var rollouts = await Rollouts.StartAsync(folder, options.Threads, options.Device);
 var grpo = new Grpo(policy, reference, weights);
 report.HeldOut(0, await AccuracyAsync(task.HeldOut));
 

@@ -25,7 +25,7 @@ public sealed class Rollouts : IAsyncDisposable
     }
 
     /// <summary>Runs `rollout serve` on a Unix socket and waits until it has loaded the model.</summary>
-    public static async Task<Rollouts> StartAsync(string modelFolder, int threads)
+    public static async Task<Rollouts> StartAsync(string modelFolder, int threads, string device)
     {
         // The build puts the program's path into this assembly; a trainer outside the repository names an installed `rollout`.
         string program = typeof(Rollouts).Assembly.GetCustomAttributes<AssemblyMetadataAttribute>()
@@ -35,6 +35,7 @@ public sealed class Rollouts : IAsyncDisposable
             Program = program,
             ModelFolder = modelFolder,
             Threads = threads,
+            Device = device,
         }));
     }
 

@@ -75,6 +75,11 @@ public sealed unsafe class CpuBackend : IBackend
 
     public long HeldBytes => MachineMemory.HeldBytes();
 
+    public int KvElementBytes => sizeof(float);
+
+    /// <summary>A quarter of the machine's memory.</summary>
+    public long KvCacheBudget => GC.GetGCMemoryInfo().TotalAvailableMemoryBytes / 4;
+
     /// <summary>Whether the machine has vectors this wide; narrower ones are then part of them. 128 bits always run.</summary>
     public static bool IsAccelerated(int vectorBits) => vectorBits switch
     {
@@ -148,14 +153,7 @@ public sealed unsafe class CpuBackend : IBackend
     public void WriteWeight(Weight destination, long element, ReadOnlySpan<byte> source, DType type)
     {
         CpuWeight weight = Own(destination);
-        if (type is not (DType.BFloat16 or DType.Float16 or DType.Float32))
-            throw new ArgumentOutOfRangeException(nameof(type));
-        if (source.Length % type.Size() != 0)
-            throw new ArgumentException($"{source.Length} bytes are no whole number of {type} elements.", nameof(source));
-        long count = source.Length / type.Size();
-        CheckElements(weight, element, count, nameof(source));
-        if (!weight.IsVector && (element % weight.Inputs != 0 || count % weight.Inputs != 0))
-            throw new ArgumentException($"{count} elements from element {element} on are no whole rows of {weight.Inputs}.", nameof(source));
+        long count = Checks.Write(weight, element, source, type);
         fixed (byte* bytes = source)
         {
             if (weight.IsVector)
@@ -172,19 +170,7 @@ public sealed unsafe class CpuBackend : IBackend
     public void WriteWeightElements(Weight destination, long element, ReadOnlySpan<uint> indices, ReadOnlySpan<byte> values, DType type)
     {
         CpuWeight weight = Own(destination);
-        if (type is not (DType.BFloat16 or DType.Float16 or DType.Float32))
-            throw new ArgumentOutOfRangeException(nameof(type));
-        if (values.Length != (long)indices.Length * type.Size())
-            throw new ArgumentException($"{values.Length} bytes for {indices.Length} indices of {type}.", nameof(values));
-        long room = ((long)weight.Outputs * weight.Inputs) - element;
-        if (element < 0 || room < 0)
-            throw new ArgumentOutOfRangeException(nameof(element), element, $"The weight has {(long)weight.Outputs * weight.Inputs} elements.");
-        for (int i = 0; i < indices.Length; i++)
-        {
-            if (indices[i] >= room)
-                throw new ArgumentException($"Index {indices[i]} from element {element} on is past the weight's end.", nameof(indices));
-        }
-
+        Checks.WriteElements(weight, element, indices, values, type);
         fixed (byte* bytes = values)
         {
             for (int i = 0; i < indices.Length; i++)
@@ -202,15 +188,14 @@ public sealed unsafe class CpuBackend : IBackend
     {
         CpuWeight from = Own(source);
         CpuWeight to = Own(destination);
-        if ((from.Outputs, from.Inputs) != (to.Outputs, to.Inputs))
-            throw new ArgumentException($"[{to.Outputs}, {to.Inputs}], needed [{from.Outputs}, {from.Inputs}].", nameof(destination));
+        Checks.SameShape(from, to);
         Buffer.MemoryCopy(from.Data, to.Data, to.Bytes, from.Bytes);
     }
 
     public void ReadWeight(Weight source, long element, Span<float> destination)
     {
         CpuWeight weight = Own(source);
-        CheckElements(weight, element, destination.Length, nameof(destination));
+        Checks.Elements(weight, element, destination.Length, nameof(destination));
         if (weight.IsVector)
             new ReadOnlySpan<float>(weight.Vector + element, destination.Length).CopyTo(destination);
         else
@@ -227,35 +212,7 @@ public sealed unsafe class CpuBackend : IBackend
         if (_rowSequence.Length < step.TokenIds.Length)
             _rowSequence = new int[step.TokenIds.Length];
 
-        if (step.SequenceCount < 0 || step.SequenceCount >= step.RowStart.Length || step.RowStart[0] != 0)
-            throw new ArgumentException($"{step.SequenceCount} sequences, first row {step.RowStart[0]}.", nameof(step));
-        for (int s = 0; s < step.SequenceCount; s++)
-        {
-            int start = step.RowStart[s], end = step.RowStart[s + 1];
-            if (end < start || end > step.TokenIds.Length)
-                throw new ArgumentException($"Sequence {s} has rows {start} to {end}.", nameof(step));
-            for (int row = start; row < end; row++)
-            {
-                int position = step.Positions[row];
-                if (position < 0
-                    || position / KvCache.BlockTokens >= step.MaxBlocks
-                    || (row > start && position <= step.Positions[row - 1]))
-                    throw new ArgumentException($"Row {row} has position {position}: out of range or not ascending.", nameof(step));
-                _rowSequence[row] = s;
-            }
-        }
-
-        int rows = step.RowCount;
-        if (step.OutputCount < 0 || step.OutputCount > step.OutputRows.Length)
-            throw new ArgumentException($"{step.OutputCount} output rows.", nameof(step));
-        for (int o = 0; o < step.OutputCount; o++)
-        {
-            if ((uint)step.OutputRows[o] >= (uint)rows)
-                throw new ArgumentException($"Output row {o} is row {step.OutputRows[o]} of {rows}.", nameof(step));
-        }
-
-        if (step.QueryCount < 0 || step.QueryCount > step.Queries.Length)
-            throw new ArgumentException($"{step.QueryCount} queries.", nameof(step));
+        Checks.Step(step, _rowSequence);
         _step = step;
         _tiledFor = 0;
     }
@@ -265,12 +222,7 @@ public sealed unsafe class CpuBackend : IBackend
         StepLayout step = Step();
         CpuWeight weight = OwnMatrix(table);
         CpuTensor tensor = Own(output, step.RowCount, weight.Inputs);
-        for (int row = 0; row < step.RowCount; row++)
-        {
-            if ((uint)step.TokenIds[row] >= (uint)weight.Outputs)
-                throw new ArgumentException($"Row {row} has token {step.TokenIds[row]} of {weight.Outputs}.", nameof(table));
-        }
-
+        Checks.Tokens(step, weight);
         _embed.Step = step;
         _embed.Table = weight;
         _embed.Output = tensor;
@@ -309,20 +261,11 @@ public sealed unsafe class CpuBackend : IBackend
     {
         StepLayout step = Step();
         CpuKvCache keysValues = Own(cache);
-        CheckHeads(heads, keysValues);
-        CheckLayer(layer, keysValues);
+        Checks.Heads(heads, keysValues);
+        Checks.Layer(layer, keysValues);
         CpuTensor tensor = Own(qkv, step.RowCount, (heads + (2 * keysValues.KvHeads)) * keysValues.HeadDim);
         CpuRopeTable table = Own(rope);
-        if (table.HeadDim != keysValues.HeadDim)
-            throw new ArgumentException($"For heads of {table.HeadDim}, the cache has {keysValues.HeadDim}.", nameof(rope));
-        for (int row = 0; row < step.RowCount; row++)
-        {
-            int position = step.Positions[row];
-            if (position >= table.Positions)
-                throw new ArgumentException($"Row {row} is at position {position} of {table.Positions}.", nameof(rope));
-            CheckBlock(step, row, position / KvCache.BlockTokens, keysValues);
-        }
-
+        Checks.Slots(step, _rowSequence, table, keysValues);
         _rope.Qkv = tensor.Data;
         _rope.Stride = tensor.Stride;
         _rope.Heads = heads;
@@ -342,21 +285,13 @@ public sealed unsafe class CpuBackend : IBackend
     {
         StepLayout step = Step();
         CpuKvCache keysValues = Own(cache);
-        CheckHeads(heads, keysValues);
-        CheckLayer(layer, keysValues);
+        Checks.Heads(heads, keysValues);
+        Checks.Layer(layer, keysValues);
         CpuTensor queries = Own(qkv, step.RowCount);
         if (queries.Columns < heads * keysValues.HeadDim)
             throw new ArgumentException($"{queries.Columns} columns, needed at least {heads * keysValues.HeadDim}.", nameof(qkv));
         CpuTensor destination = Own(output, step.RowCount, heads * keysValues.HeadDim);
-        for (int s = 0; s < step.SequenceCount; s++)
-        {
-            int last = step.RowStart[s + 1] - 1;
-            if (last < step.RowStart[s])
-                continue;
-            for (int block = 0; block <= step.Positions[last] / KvCache.BlockTokens; block++)
-                CheckBlock(step, last, block, keysValues);
-        }
-
+        Checks.Context(step, keysValues);
         int group = heads / keysValues.KvHeads;
         if (_tiledFor != group)
         {
@@ -395,7 +330,7 @@ public sealed unsafe class CpuBackend : IBackend
     public void GatherRows(Tensor input, int first, int count, Tensor output)
     {
         StepLayout step = Step();
-        CheckOutputs(step, first, count);
+        Checks.Outputs(step, first, count);
         CpuTensor source = Own(input, step.RowCount);
         CpuTensor destination = Own(output, count, source.Columns, nameof(output));
         for (int k = 0; k < count; k++)
@@ -408,15 +343,9 @@ public sealed unsafe class CpuBackend : IBackend
     public void Sample(Tensor logits, int first, int count)
     {
         StepLayout step = Step();
-        CheckOutputs(step, first, count);
+        Checks.Outputs(step, first, count);
         CpuTensor source = Own(logits, count);
-        int begin = 0;
-        while (begin < step.QueryCount && step.Queries[begin].OutputIndex < first)
-            begin++;
-        int end = begin;
-        for (; end < step.QueryCount && step.Queries[end].OutputIndex < first + count; end++)
-            CheckQuery(step, end, first, source.Columns);
-
+        (int begin, int end) = Checks.Queries(step, first, count, source.Columns);
         _sample.Reserve(_workers.Count, source.Columns);
         _sample.Logits = source.Data;
         _sample.Stride = source.Stride;
@@ -431,16 +360,11 @@ public sealed unsafe class CpuBackend : IBackend
     {
         ThrowIfDisposed();
         CpuKvCache keysValues = Own(cache);
-        if ((uint)from >= (uint)cache.Blocks)
-            throw new ArgumentOutOfRangeException(nameof(from), from, $"The cache has {cache.Blocks} blocks.");
-        if ((uint)to >= (uint)cache.Blocks)
-            throw new ArgumentOutOfRangeException(nameof(to), to, $"The cache has {cache.Blocks} blocks.");
+        Checks.Blocks(cache, from, to);
         long bytes = (long)cache.KvHeads * keysValues.TileFloats * sizeof(float);
         for (int layer = 0; layer < cache.Layers; layer++)
             Buffer.MemoryCopy(keysValues.Keys(layer, from, 0), keysValues.Keys(layer, to, 0), bytes, bytes);
     }
-
-    // ---- Checks: memory is ours and alive, shapes fit. Names are those of the caller's parameters.
 
     private void Multiply(CpuTensor input, CpuWeight weight, Weight? bias, CpuTensor output, int rows, bool add)
     {
@@ -473,113 +397,27 @@ public sealed unsafe class CpuBackend : IBackend
         return _step ?? throw new InvalidOperationException($"{nameof(BeginStep)} comes first.");
     }
 
-    private static ArgumentException Foreign(string? name) => new("Memory of another backend, disposed, or discarded.", name);
-
-    private CpuTensor Own(Tensor tensor, int rows, int columns = 0, [CallerArgumentExpression(nameof(tensor))] string? name = null)
-    {
-        ArgumentNullException.ThrowIfNull(tensor, name);
-        if (tensor is not CpuTensor own || own.Owner != this || own.IsGone)
-            throw Foreign(name);
-        if (rows < 0 || rows > own.Rows)
-            throw new ArgumentOutOfRangeException(name, rows, $"The tensor has {own.Rows} rows.");
-        if (columns != 0 && columns != own.Columns)
-            throw new ArgumentException($"{own.Columns} columns, needed {columns}.", name);
-        return own;
-    }
+    private CpuTensor Own(Tensor tensor, int rows, int columns = 0, [CallerArgumentExpression(nameof(tensor))] string? name = null) =>
+        this.Own<CpuTensor>(tensor, rows, columns, name);
 
     private CpuWeight Own(Weight weight, [CallerArgumentExpression(nameof(weight))] string? name = null)
     {
         ThrowIfDisposed();
-        ArgumentNullException.ThrowIfNull(weight, name);
-        return weight is CpuWeight own && own.Owner == this && !own.IsGone ? own : throw Foreign(name);
+        return this.Own<CpuWeight>(weight, name);
     }
 
     private CpuWeight OwnMatrix(Weight weight, [CallerArgumentExpression(nameof(weight))] string? name = null)
     {
-        CpuWeight own = Own(weight, name);
-        return own.IsVector ? throw new ArgumentException("A vector, needed a matrix.", name) : own;
+        ThrowIfDisposed();
+        return this.OwnMatrix<CpuWeight>(weight, name);
     }
 
-    private float* OwnVector(Weight weight, int length, [CallerArgumentExpression(nameof(weight))] string? name = null)
-    {
-        CpuWeight own = Own(weight, name);
-        if (!own.IsVector || own.Inputs != length)
-            throw new ArgumentException($"[{own.Outputs}, {own.Inputs}], needed a vector of {length}.", name);
-        return own.Vector;
-    }
+    private float* OwnVector(Weight weight, int length, [CallerArgumentExpression(nameof(weight))] string? name = null) =>
+        this.OwnVector<CpuWeight>(weight, length, name).Vector;
 
-    private CpuKvCache Own(KvCache cache, [CallerArgumentExpression(nameof(cache))] string? name = null)
-    {
-        ArgumentNullException.ThrowIfNull(cache, name);
-        return cache is CpuKvCache own && own.Owner == this && !own.IsGone ? own : throw Foreign(name);
-    }
+    private CpuKvCache Own(KvCache cache, [CallerArgumentExpression(nameof(cache))] string? name = null) => this.Own<CpuKvCache>(cache, name);
 
-    private CpuRopeTable Own(RopeTable rope, [CallerArgumentExpression(nameof(rope))] string? name = null)
-    {
-        ArgumentNullException.ThrowIfNull(rope, name);
-        return rope is CpuRopeTable own && own.Owner == this && !own.IsGone ? own : throw Foreign(name);
-    }
-
-    private static void CheckElements(CpuWeight weight, long element, long count, string name)
-    {
-        long total = (long)weight.Outputs * weight.Inputs;
-        if (element < 0 || element > total)
-            throw new ArgumentOutOfRangeException(nameof(element), element, $"The weight has {total} elements.");
-        if (count > total - element)
-            throw new ArgumentException($"{count} elements from element {element} on, the weight has {total}.", name);
-    }
-
-    private static void CheckHeads(int heads, CpuKvCache cache)
-    {
-        if (heads < 1 || heads % cache.KvHeads != 0)
-            throw new ArgumentOutOfRangeException(nameof(heads), heads, $"Needed a multiple of the cache's {cache.KvHeads} heads.");
-    }
-
-    private static void CheckLayer(int layer, CpuKvCache cache)
-    {
-        if ((uint)layer >= (uint)cache.Layers)
-            throw new ArgumentOutOfRangeException(nameof(layer), layer, $"The cache has {cache.Layers} layers.");
-    }
-
-    private void CheckBlock(StepLayout step, int row, int index, CpuKvCache cache)
-    {
-        int block = step.BlockTables[(_rowSequence[row] * step.MaxBlocks) + index];
-        if ((uint)block >= (uint)cache.Blocks)
-            throw new ArgumentException($"Row {row} needs block {block} of {cache.Blocks}.", nameof(cache));
-    }
-
-    private static void CheckOutputs(StepLayout step, int first, int count)
-    {
-        if (first < 0 || first > step.OutputCount)
-            throw new ArgumentOutOfRangeException(nameof(first), first, $"The step has {step.OutputCount} output rows.");
-        if (count < 0 || count > step.OutputCount - first)
-            throw new ArgumentOutOfRangeException(nameof(count), count, $"The step has {step.OutputCount} output rows.");
-    }
-
-    private static void CheckQuery(StepLayout step, int q, int first, int vocabulary)
-    {
-        ref readonly SampleQuery query = ref step.Queries[q];
-        string? problem =
-            query.OutputIndex < first ? "output indices do not ascend"
-            : query.Target >= vocabulary ? $"target {query.Target} of {vocabulary}"
-            : !(query.Temperature >= 0f) ? $"temperature {query.Temperature}"
-            : float.IsNaN(query.TopP) ? "top-p is not a number"
-            : !(query.MinP <= 1f) ? $"min-p {query.MinP}"
-            : query.BiasCount < 0 || query.BiasStart < 0 || query.BiasStart > step.BiasIds.Length - query.BiasCount ? "biases out of range"
-            : query.AlternativesCount < 0 || query.AlternativesCount > vocabulary ? $"{query.AlternativesCount} alternatives"
-            : query.AlternativesCount > 0
-                && (query.AlternativesStart < 0 || query.AlternativesStart > step.AlternativeIds.Length - query.AlternativesCount)
-                ? "alternatives out of range"
-            : null;
-        for (int i = 0; problem == null && i < query.BiasCount; i++)
-        {
-            if ((uint)step.BiasIds[query.BiasStart + i] >= (uint)vocabulary)
-                problem = $"bias for token {step.BiasIds[query.BiasStart + i]} of {vocabulary}";
-        }
-
-        if (problem != null)
-            throw new ArgumentException($"Query {q}: {problem}.", "step");
-    }
+    private CpuRopeTable Own(RopeTable rope, [CallerArgumentExpression(nameof(rope))] string? name = null) => this.Own<CpuRopeTable>(rope, name);
 
     /// <summary>output[row] = table[TokenIds[row]]. Units: rows.</summary>
     private sealed class EmbedJob : Job

@@ -101,12 +101,12 @@ internal sealed unsafe class CpuTensor : Tensor
         _buffer = new NativeBuffer((long)rows * Stride * sizeof(float));
     }
 
-    public CpuBackend Owner { get; }
+    internal override CpuBackend Owner { get; }
 
     /// <summary>Floats from one row to the next.</summary>
     public int Stride { get; }
 
-    public bool IsGone => _buffer.IsGone;
+    internal override bool IsGone => _buffer.IsGone;
 
     public float* Data => _buffer.Floats;
 
@@ -159,9 +159,9 @@ internal sealed unsafe class CpuWeight : Weight
             IsVector ? (long)PanelLayout.RoundUp(inputs) * sizeof(float) : owner.Matrices.Bytes(outputs, inputs));
     }
 
-    public CpuBackend Owner { get; }
+    internal override CpuBackend Owner { get; }
 
-    public bool IsGone => _buffer.IsGone;
+    internal override bool IsGone => _buffer.IsGone;
 
     /// <summary>Of a matrix.</summary>
     public byte* Data => _buffer.Pointer;
@@ -195,14 +195,14 @@ internal sealed unsafe class CpuKvCache : KvCache
         _buffer = new NativeBuffer((long)layers * blocks * kvHeads * TileFloats * sizeof(float));
     }
 
-    public CpuBackend Owner { get; }
+    internal override CpuBackend Owner { get; }
 
     public int ValueStride { get; }
 
     /// <summary>Floats of one block of one head: keys, then values.</summary>
     public int TileFloats { get; }
 
-    public bool IsGone => _buffer.IsGone;
+    internal override bool IsGone => _buffer.IsGone;
 
     public override long Bytes => _buffer.Bytes;
 
@@ -242,9 +242,9 @@ internal sealed unsafe class CpuRopeTable : RopeTable
         }
     }
 
-    public CpuBackend Owner { get; }
+    internal override CpuBackend Owner { get; }
 
-    public bool IsGone => _buffer.IsGone;
+    internal override bool IsGone => _buffer.IsGone;
 
     public override long Bytes => _buffer.Bytes;
 

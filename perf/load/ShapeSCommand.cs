@@ -20,10 +20,10 @@ internal static class ShapeSCommand
         Option<string[]> weights = new("--weights")
         {
             Description = "Weight formats, as --dtype of `rollout serve` names them.",
-            DefaultValueFactory = _ => WeightFormats.Names,
+            DefaultValueFactory = _ => WeightFormats.CpuNames,
             AllowMultipleArgumentsPerToken = true,
         };
-        weights.AcceptOnlyFromAmong(WeightFormats.Names);
+        weights.AcceptOnlyFromAmong(WeightFormats.CpuNames);
         Option<string[]> peers = new("--peer")
         {
             Description = "LABEL=PATH of a llama-batched-bench to run beside (llama.cpp=..., ik_llama.cpp=...).",

@@ -47,7 +47,7 @@ internal static class StartUp
         string file = Path.Combine(model, ShapeS.WeightsFile);
         Read(file); // from now on it is in the page cache
         List<double> reads = [];
-        Dictionary<string, List<Start>> starts = WeightFormats.Names.ToDictionary(name => name, _ => new List<Start>());
+        Dictionary<string, List<Start>> starts = WeightFormats.CpuNames.ToDictionary(name => name, _ => new List<Start>());
         for (int round = 1; round <= repeats; round++)
         {
             progress.Report($"round {round} of {repeats}");

@@ -42,6 +42,10 @@ internal sealed class RecordingBackend(IBackend inner) : IBackend
 
     public long HeldBytes => inner.HeldBytes;
 
+    public int KvElementBytes => inner.KvElementBytes;
+
+    public long KvCacheBudget => inner.KvCacheBudget;
+
     public int WriteRows => inner.WriteRows;
 
     public void Clear() => _records.Clear();

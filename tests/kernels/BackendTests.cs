@@ -12,6 +12,15 @@ public abstract partial class BackendTests : IDisposable
 
     protected abstract IBackend Create();
 
+    /// <summary>How it stores matrices.</summary>
+    protected virtual WeightFormat Format => WeightFormat.BFloat16;
+
+    /// <summary>The share of a value by which a backend that rounds between operations may be off.</summary>
+    protected virtual double Rounding => 0;
+
+    /// <summary>Tokens drawn to see how they are distributed.</summary>
+    protected virtual int Draws => 20000;
+
     /// <summary>The reference allocates as it likes.</summary>
     protected virtual bool AllocatesNothing => true;
 
@@ -30,10 +39,12 @@ public abstract partial class BackendTests : IDisposable
     }
 
     /// <summary>Runs the same work on the reference and on this backend, same inputs, and compares.</summary>
-    private static void Compare(Bench subject, int seed, double tolerance, Func<Bench, float[]> work)
+    private void Compare(Bench subject, int seed, double tolerance, Func<Bench, float[]> work)
     {
-        using var reference = new ReferenceBackend();
-        Bench.Close(work(new Bench(reference, seed)), work(new Bench(subject.Backend, seed)), tolerance);
+        using var reference = new ReferenceBackend(Format);
+        float[] expected = work(new Bench(reference, seed));
+        double largest = expected.Max(value => Math.Abs((double)value));
+        Bench.Close(expected, work(new Bench(subject.Backend, seed)), tolerance + (Rounding * largest));
     }
 
     // ---- Weights.
@@ -51,7 +62,7 @@ public abstract partial class BackendTests : IDisposable
                 var random = new Random(seed);
                 byte[] bytes = Elements(random, outputs * inputs, type);
                 float[] expected = new float[outputs * inputs], actual = new float[outputs * inputs];
-                using var reference = new ReferenceBackend();
+                using var reference = new ReferenceBackend(Format);
                 Weight wanted = reference.AllocateWeight(outputs, inputs);
                 reference.WriteWeight(wanted, 0, bytes, type);
                 reference.ReadWeight(wanted, 0, expected);
@@ -163,7 +174,7 @@ public abstract partial class BackendTests : IDisposable
         bench.Backend.WriteWeight(weight, source.Length, MemoryMarshal.AsBytes<float>(source), DType.Float32);
         float[] read = new float[source.Length];
         bench.Backend.ReadWeight(weight, source.Length, read);
-        float[] expected =
+        float[] expected = Format == WeightFormat.Float32 ? source :
         [
             Bits(0x3F800000), Bits(0x3F820000), Bits(0x3F810000), Bits(0x3F800000), float.PositiveInfinity, float.NegativeInfinity,
             float.NaN, float.PositiveInfinity, -0f, 0f, float.NaN,
@@ -316,7 +327,6 @@ public abstract partial class BackendTests : IDisposable
                     Tensor output = bench.Backend.AllocateTensor(step.RowCount, heads * headDim);
                     bench.Backend.RopeStoreKv(qkv, heads, norm, norm, 1e-6f, rope, cache, 1);
                     bench.Backend.Attend(qkv, heads, 0.3f, cache, 1, output);
-                    results.AddRange(Bench.Read(qkv, step.RowCount));
                     results.AddRange(Bench.Read(output, step.RowCount));
                 }
 

@@ -3,7 +3,8 @@ using System.Runtime.InteropServices;
 namespace Rollout.Kernels.Tests;
 
 /// <summary>The plainest arithmetic that fits the contract: scalar, float64, loops. Every other backend is compared to it.</summary>
-public sealed class ReferenceBackend : IBackend
+/// <param name="format">bf16, or fp32: how matrices are rounded.</param>
+public sealed class ReferenceBackend(WeightFormat format = WeightFormat.BFloat16) : IBackend
 {
     private StepLayout? _step;
 
@@ -15,9 +16,13 @@ public sealed class ReferenceBackend : IBackend
 
     public long HeldBytes => 0;
 
+    public int KvElementBytes => sizeof(double);
+
+    public long KvCacheBudget => 0;
+
     private StepLayout Step => _step ?? throw new InvalidOperationException("BeginStep comes first.");
 
-    public WeightFormat WeightFormat => WeightFormat.BFloat16;
+    public WeightFormat WeightFormat => format;
 
     public void Dispose()
     {
@@ -27,14 +32,14 @@ public sealed class ReferenceBackend : IBackend
     {
         ArgumentOutOfRangeException.ThrowIfLessThan(rows, 1);
         ArgumentOutOfRangeException.ThrowIfLessThan(columns, 1);
-        return new RefTensor(rows, columns) { Owner = this };
+        return new RefTensor(rows, columns) { Maker = this };
     }
 
     public Weight AllocateWeight(int outputs, int inputs)
     {
         ArgumentOutOfRangeException.ThrowIfLessThan(outputs, 1);
         ArgumentOutOfRangeException.ThrowIfLessThan(inputs, 1);
-        return new RefWeight(outputs, inputs) { Owner = this };
+        return new RefWeight(outputs, inputs) { Maker = this };
     }
 
     public KvCache AllocateKvCache(int layers, int blocks, int kvHeads, int headDim)
@@ -42,12 +47,12 @@ public sealed class ReferenceBackend : IBackend
         ArgumentOutOfRangeException.ThrowIfLessThan(layers, 1);
         if (headDim < 2 || headDim % 2 != 0)
             throw new ArgumentException("Odd.", nameof(headDim));
-        return new RefCache(layers, blocks, kvHeads, headDim) { Owner = this };
+        return new RefCache(layers, blocks, kvHeads, headDim) { Maker = this };
     }
 
     public RopeTable AllocateRopeTable(ReadOnlySpan<float> inverseFrequencies, int positions, float scale)
     {
-        var table = new RefRope(positions, inverseFrequencies.Length * 2) { Owner = this };
+        var table = new RefRope(positions, inverseFrequencies.Length * 2) { Maker = this };
         for (int p = 0; p < positions; p++)
         {
             for (int i = 0; i < inverseFrequencies.Length; i++)
@@ -76,7 +81,7 @@ public sealed class ReferenceBackend : IBackend
         Store(weight, element, source, type);
     }
 
-    private static void Store(RefWeight weight, long element, ReadOnlySpan<byte> source, DType type)
+    private void Store(RefWeight weight, long element, ReadOnlySpan<byte> source, DType type)
     {
         for (int i = 0; i < source.Length / type.Size(); i++)
         {
@@ -86,7 +91,7 @@ public sealed class ReferenceBackend : IBackend
                 DType.Float16 => (float)MemoryMarshal.Cast<byte, Half>(source)[i],
                 _ => MemoryMarshal.Cast<byte, float>(source)[i],
             };
-            weight.Data[element + i] = weight.IsVector ? value : Round(value);
+            weight.Data[element + i] = weight.IsVector || format == WeightFormat.Float32 ? value : Round(value);
         }
     }
 
@@ -380,7 +385,7 @@ public sealed class ReferenceBackend : IBackend
     }
 
     private DeviceMemory Own(DeviceMemory memory, string name) =>
-        memory is IOwned { Alive: true } owned && owned.Owner == this ? memory : throw new ArgumentException("Foreign or disposed.", name);
+        memory is IOwned { Alive: true } owned && owned.Maker == this ? memory : throw new ArgumentException("Foreign or disposed.", name);
 
     private RefTensor Own(Tensor tensor, string name, int rows, int columns = 0)
     {
@@ -404,7 +409,7 @@ public sealed class ReferenceBackend : IBackend
 
     private interface IOwned
     {
-        ReferenceBackend? Owner { get; }
+        ReferenceBackend? Maker { get; }
 
         bool Alive { get; }
     }
@@ -413,7 +418,7 @@ public sealed class ReferenceBackend : IBackend
     {
         private readonly double[] _data = new double[rows * columns];
 
-        public ReferenceBackend? Owner { get; init; }
+        public ReferenceBackend? Maker { get; init; }
 
         public bool Alive { get; private set; } = true;
 
@@ -452,7 +457,7 @@ public sealed class ReferenceBackend : IBackend
     {
         public float[] Data { get; } = new float[outputs * inputs];
 
-        public ReferenceBackend? Owner { get; init; }
+        public ReferenceBackend? Maker { get; init; }
 
         public bool Alive { get; private set; } = true;
 
@@ -477,7 +482,7 @@ public sealed class ReferenceBackend : IBackend
 
         public double[,,,,] Values { get; } = new double[layers, blocks, kvHeads, BlockTokens, headDim];
 
-        public ReferenceBackend? Owner { get; init; }
+        public ReferenceBackend? Maker { get; init; }
 
         public bool Alive { get; private set; } = true;
 
@@ -501,7 +506,7 @@ public sealed class ReferenceBackend : IBackend
 
         public double[,] Sin { get; } = new double[positions, headDim / 2];
 
-        public ReferenceBackend? Owner { get; init; }
+        public ReferenceBackend? Maker { get; init; }
 
         public bool Alive { get; private set; } = true;
 

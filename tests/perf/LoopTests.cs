@@ -21,19 +21,24 @@ public sealed class LoopTests
         Request("biased") with { LogitBias = new Dictionary<int, float> { [7] = 1, [9] = -1 } },
     ];
 
+    /// <summary>
+    /// What a step allocates would show in every window. The runtime, where a thread of its own is late, takes a few hundred bytes once in a while on
+    /// whatever thread meets it: they may be in one window, not in all.
+    /// </summary>
     [Fact]
     public async Task A_decode_step_allocates_nothing()
     {
-        long first = 0;
-        long last = 0;
+        const int Windows = 4;
+        long[] bytes = new long[Windows + 1];
         await RunAsync(step =>
         {
             // The allocations of the loop's thread: its own, and those of the kernels, of which it runs its share.
-            if (step == WarmUp) first = GC.GetAllocatedBytesForCurrentThread();
-            if (step == WarmUp + Measured) last = GC.GetAllocatedBytesForCurrentThread();
+            (int window, int rest) = Math.DivRem(step - WarmUp, Measured / Windows);
+            if (rest == 0 && window is >= 0 and <= Windows) bytes[window] = GC.GetAllocatedBytesForCurrentThread();
         });
-        Assert.NotEqual(0, first);
-        Assert.Equal(0, last - first);
+        Assert.All(bytes, read => Assert.NotEqual(0, read));
+        long[] windows = [.. bytes.Skip(1).Zip(bytes, (end, start) => end - start)];
+        Assert.True(windows.Min() == 0 && windows.Sum() < 512, $"{string.Join(", ", windows)} bytes in {Measured / Windows} steps each");
     }
 
     /// <summary>

@@ -14,11 +14,11 @@ internal static class Rounds
 {
     private const int WarmUp = 2;
     private const int Least = 12;
-    private static readonly TimeSpan s_longest = TimeSpan.FromSeconds(5);
+    private static readonly TimeSpan s_longest = TimeSpan.FromSeconds(15);
 
     /// <summary>
     /// Seconds of each variant's best round. There are at least twelve; while <paramref name="hold"/> says that the times are not what
-    /// they should be, more rounds look for better ones, for five seconds. What is really too slow stays too slow.
+    /// they should be, more rounds look for better ones, for fifteen seconds. What is really too slow stays too slow.
     /// </summary>
     public static double[] Best(Func<double[], bool> hold, params Action[] variants)
     {

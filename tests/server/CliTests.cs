@@ -120,10 +120,12 @@ public sealed class CliTests(SharedServer shared)
         { "generate --model GOLDEN --ids 1,999 --temperature -1 --top-p 2", ["prompt_ids[1]", "sampling.temperature", "sampling.top_p"] },
         { "generate --model GOLDEN --prompt hello", ["prompt_text", "tokenizer"] },
         { "score --model GOLDEN --ids 999 --top 9999", ["ids[0]", "top"] },
+        { "generate --model GOLDEN --ids 1 --dtype fp32", ["--dtype fp32", "the CPU's"] },
+        { "generate --model GOLDEN --ids 1 --device cuda:250", ["cuda"] }, // no library, or no such device: says which
         { "inspect --model GOLDEN/..", ["config.json"] },
         { "serve", ["--model: must be given"] },
         { "serve --model /nowhere --socket /nowhere/s --listen here --kv-cache-bytes 3x --threads 0 --device gpu --dtype int4",
-            ["no folder '/nowhere'", "--socket", "--listen", "--kv-cache-bytes", "--threads", "--device", "'int4' is not known; 'bf16', 'bf16-fast', 'int8' are"] },
+            ["no folder '/nowhere'", "--socket", "--listen", "--kv-cache-bytes", "--threads", "--device", "'int4' is not known; 'bf16', 'bf16-fast', 'int8', 'fp32' are"] },
         { "serve --model GOLDEN/.. --listen 127.0.0.1:0", ["config.json"] },
         { "frobnicate", ["frobnicate", "rollout --help"] },
     };

@@ -153,7 +153,7 @@ internal static class BenchCommand
     {
         private readonly Option<bool> _json;
 
-        private readonly Option<string> _dtype = new("--dtype") { Description = "Weight format.", DefaultValueFactory = _ => WeightFormats.Names[0] };
+        private readonly Option<string> _dtype = new("--dtype") { Description = "Weight format.", DefaultValueFactory = _ => WeightFormats.CpuNames[0] };
 
         private readonly Option<int> _threads = new("--threads") { Description = "Cores to use.", DefaultValueFactory = _ => Environment.ProcessorCount };
 
@@ -168,7 +168,7 @@ internal static class BenchCommand
         public Common(Option<bool> json)
         {
             _json = json;
-            _dtype.AcceptOnlyFromAmong(WeightFormats.Names);
+            _dtype.AcceptOnlyFromAmong(WeightFormats.CpuNames);
             RequirePositive(_threads);
             RequirePositive(_repeats);
             _updatesEvery.Validators.Add(result =>

@@ -15,6 +15,9 @@ public sealed record SidecarOptions
     /// <summary>Worker threads of the CPU backend. Null: the sidecar's own choice.</summary>
     public int? Threads { get; init; }
 
+    /// <summary>cpu, cuda, cuda:N or auto. Null: the sidecar's own choice.</summary>
+    public string? Device { get; init; }
+
     /// <summary>Appended to the command line as they are.</summary>
     public IReadOnlyList<string> ExtraArguments { get; init; } = [];
 

@@ -112,6 +112,8 @@ public sealed class SidecarProcess : IAsyncDisposable
         List<string> arguments = ["serve", "--model", options.ModelFolder, "--socket", socket];
         if (options.Threads is { } threads)
             arguments.AddRange(["--threads", threads.ToString(System.Globalization.CultureInfo.InvariantCulture)]);
+        if (options.Device is { } device)
+            arguments.AddRange(["--device", device]);
         arguments.AddRange(options.ExtraArguments);
         if (!options.Program.EndsWith(".dll", StringComparison.OrdinalIgnoreCase))
             return (options.Program, arguments);

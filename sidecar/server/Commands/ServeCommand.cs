@@ -23,7 +23,7 @@ internal static class ServeCommand
         Option<int?> maxSequences = Arguments.Number("--max-sequences", "Most samples in one step. Default: 256.", 1, 65_536);
         Option<int?> maxBatchTokens = Arguments.Number("--max-batch-tokens", "Most tokens in one step. Default: 512.", 1, 1 << 20);
         Option<long?> kvCacheBytes = Arguments.Size(
-            "--kv-cache-bytes", "Memory for keys and values: 512MiB, 2GB. Default: as needed, at most a quarter of the machine's.");
+            "--kv-cache-bytes", "Memory for keys and values: 512MiB, 2GB. Default: as needed, at most a quarter of the machine's, or half of what a GPU has free.");
         socket.Validators.Add(result =>
         {
             if (Arguments.Value(result) is { } path && SocketFile.FindProblem(path) is { } problem) result.AddError($"--socket: {problem}");

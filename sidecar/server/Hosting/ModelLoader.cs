@@ -1,5 +1,7 @@
+using System.Globalization;
 using Rollout.Engine;
 using Rollout.Kernels;
+using Rollout.Kernels.Cuda;
 using Rollout.Server.Commands;
 using Spectre.Console;
 
@@ -26,7 +28,7 @@ internal static class ModelLoader
 
     private static RolloutEngine Load(ModelSource source, EngineOptions options, IProgress<double>? progress)
     {
-        CpuBackend backend = new(source.Threads, format: source.Format);
+        IBackend backend = Backend(source);
         try
         {
             return RolloutEngine.Load(source.Folder, backend, options, Tokenizer(source), progress);
@@ -35,6 +37,24 @@ internal static class ModelLoader
         {
             backend.Dispose();
             throw;
+        }
+    }
+
+    /// <exception cref="BadInputException">The device cannot be used, or does not store this format; says which.</exception>
+    private static IBackend Backend(ModelSource source)
+    {
+        bool cuda = source.Device.StartsWith("cuda", StringComparison.Ordinal) || (source.Device == "auto" && CudaBackend.DeviceCount > 0);
+        bool stores = cuda ? source.Format is WeightFormat.BFloat16 or WeightFormat.Float32 : source.Format is not WeightFormat.Float32;
+        if (!stores)
+            throw new BadInputException([$"--dtype {WeightFormats.NameOf(source.Format)} is not one of {(cuda ? "a GPU's" : "the CPU's")} formats"]);
+        if (!cuda) return new CpuBackend(source.Threads, format: source.Format);
+        try
+        {
+            return new CudaBackend(source.Device.Split(':') is [_, var ordinal] ? byte.Parse(ordinal, CultureInfo.InvariantCulture) : 0, source.Format);
+        }
+        catch (CudaException e)
+        {
+            throw new BadInputException([e.Message]);
         }
     }
 

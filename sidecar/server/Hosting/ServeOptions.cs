@@ -26,7 +26,8 @@ internal sealed record ServeOptions
 
 /// <summary>Which model to load, and how to compute it.</summary>
 /// <param name="Folder">A Hugging Face folder.</param>
+/// <param name="Device">cpu, cuda, cuda:N, or auto: a GPU where one is usable.</param>
 /// <param name="Threads">Worker threads; 0: one a core.</param>
 /// <param name="Format">How matrices are stored.</param>
 /// <param name="Tokenizer">"bytes" for one token a byte; null for the folder's own.</param>
-internal sealed record ModelSource(string Folder, int Threads, WeightFormat Format, string? Tokenizer);
+internal sealed record ModelSource(string Folder, string Device, int Threads, WeightFormat Format, string? Tokenizer);

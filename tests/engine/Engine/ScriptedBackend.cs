@@ -18,6 +18,10 @@ internal sealed class ScriptedBackend : IBackend
 
     public long HeldBytes => _cpu.HeldBytes;
 
+    public int KvElementBytes => _cpu.KvElementBytes;
+
+    public long KvCacheBudget => _cpu.KvCacheBudget;
+
     public string Name => "scripted";
 
     /// <summary>Lets so many steps begin and holds the loop at the next. Call it while no step runs.</summary>

@@ -1,0 +1,257 @@
+using System.Runtime.CompilerServices;
+
+namespace Rollout.Kernels;
+
+/// <summary>
+/// What every backend refuses: memory that is not its own, shapes that do not fit, indices out of range. Names are those of the caller's
+/// parameters.
+/// </summary>
+internal static class Checks
+{
+    // ---- Memory is this backend's, alive, and of the shape that is needed.
+
+    public static TOwn Own<TOwn>(this IBackend backend, DeviceMemory memory, [CallerArgumentExpression(nameof(memory))] string? name = null)
+        where TOwn : DeviceMemory
+    {
+        ArgumentNullException.ThrowIfNull(memory, name);
+        return memory is TOwn own && own.Owner == backend && !own.IsGone
+            ? own
+            : throw new ArgumentException("Memory of another backend, disposed, or discarded.", name);
+    }
+
+    /// <param name="backend">Owns it.</param>
+    /// <param name="tensor">Has at least <paramref name="rows"/> rows.</param>
+    /// <param name="rows">Rows that are used.</param>
+    /// <param name="columns">Columns it has; 0: any number.</param>
+    /// <param name="name">The caller's name for it.</param>
+    public static TOwn Own<TOwn>(
+        this IBackend backend, Tensor tensor, int rows, int columns = 0, [CallerArgumentExpression(nameof(tensor))] string? name = null)
+        where TOwn : Tensor
+    {
+        TOwn own = backend.Own<TOwn>(tensor, name);
+        if (rows < 0 || rows > own.Rows)
+            throw new ArgumentOutOfRangeException(name, rows, $"The tensor has {own.Rows} rows.");
+        if (columns != 0 && columns != own.Columns)
+            throw new ArgumentException($"{own.Columns} columns, needed {columns}.", name);
+        return own;
+    }
+
+    public static TOwn OwnMatrix<TOwn>(this IBackend backend, Weight weight, [CallerArgumentExpression(nameof(weight))] string? name = null)
+        where TOwn : Weight
+    {
+        TOwn own = backend.Own<TOwn>(weight, name);
+        return own.IsVector ? throw new ArgumentException("A vector, needed a matrix.", name) : own;
+    }
+
+    public static TOwn OwnVector<TOwn>(
+        this IBackend backend, Weight weight, int length, [CallerArgumentExpression(nameof(weight))] string? name = null)
+        where TOwn : Weight
+    {
+        TOwn own = backend.Own<TOwn>(weight, name);
+        if (!own.IsVector || own.Inputs != length)
+            throw new ArgumentException($"[{own.Outputs}, {own.Inputs}], needed a vector of {length}.", name);
+        return own;
+    }
+
+    // ---- Weights.
+
+    /// <summary>The elements that a write of whole rows, or of any part of a vector, holds.</summary>
+    public static long Write(Weight destination, long element, ReadOnlySpan<byte> source, DType type)
+    {
+        CheckType(type);
+        if (source.Length % type.Size() != 0)
+            throw new ArgumentException($"{source.Length} bytes are no whole number of {type} elements.", nameof(source));
+        long count = source.Length / type.Size();
+        Elements(destination, element, count, nameof(source));
+        if (!destination.IsVector && (element % destination.Inputs != 0 || count % destination.Inputs != 0))
+        {
+            throw new ArgumentException(
+                $"{count} elements from element {element} on are no whole rows of {destination.Inputs}.", nameof(source));
+        }
+
+        return count;
+    }
+
+    public static void WriteElements(Weight destination, long element, ReadOnlySpan<uint> indices, ReadOnlySpan<byte> values, DType type)
+    {
+        CheckType(type);
+        if (values.Length != (long)indices.Length * type.Size())
+            throw new ArgumentException($"{values.Length} bytes for {indices.Length} indices of {type}.", nameof(values));
+        long total = (long)destination.Outputs * destination.Inputs, room = total - element;
+        if (element < 0 || room < 0)
+            throw new ArgumentOutOfRangeException(nameof(element), element, $"The weight has {total} elements.");
+        foreach (uint index in indices)
+        {
+            if (index >= room)
+                throw new ArgumentException($"Index {index} from element {element} on is past the weight's end.", nameof(indices));
+        }
+    }
+
+    public static void SameShape(Weight source, Weight destination)
+    {
+        if ((source.Outputs, source.Inputs) != (destination.Outputs, destination.Inputs))
+        {
+            throw new ArgumentException(
+                $"[{destination.Outputs}, {destination.Inputs}], needed [{source.Outputs}, {source.Inputs}].", nameof(destination));
+        }
+    }
+
+    public static void Elements(Weight weight, long element, long count, string name)
+    {
+        long total = (long)weight.Outputs * weight.Inputs;
+        if (element < 0 || element > total)
+            throw new ArgumentOutOfRangeException(nameof(element), element, $"The weight has {total} elements.");
+        if (count > total - element)
+            throw new ArgumentException($"{count} elements from element {element} on, the weight has {total}.", name);
+    }
+
+    private static void CheckType(DType type)
+    {
+        if (type is not (DType.BFloat16 or DType.Float16 or DType.Float32))
+            throw new ArgumentOutOfRangeException(nameof(type));
+    }
+
+    // ---- The step.
+
+    /// <summary>Refuses a step whose parts do not fit together, and notes the sequence of every row.</summary>
+    public static void Step(StepLayout step, int[] rowSequence)
+    {
+        if (step.SequenceCount < 0 || step.SequenceCount >= step.RowStart.Length || step.RowStart[0] != 0)
+            throw new ArgumentException($"{step.SequenceCount} sequences, first row {step.RowStart[0]}.", nameof(step));
+        for (int s = 0; s < step.SequenceCount; s++)
+        {
+            int start = step.RowStart[s], end = step.RowStart[s + 1];
+            if (end < start || end > step.TokenIds.Length)
+                throw new ArgumentException($"Sequence {s} has rows {start} to {end}.", nameof(step));
+            for (int row = start; row < end; row++)
+            {
+                int position = step.Positions[row];
+                if (position < 0
+                    || position / KvCache.BlockTokens >= step.MaxBlocks
+                    || (row > start && position <= step.Positions[row - 1]))
+                    throw new ArgumentException($"Row {row} has position {position}: out of range or not ascending.", nameof(step));
+                rowSequence[row] = s;
+            }
+        }
+
+        int rows = step.RowCount;
+        if (step.OutputCount < 0 || step.OutputCount > step.OutputRows.Length)
+            throw new ArgumentException($"{step.OutputCount} output rows.", nameof(step));
+        for (int o = 0; o < step.OutputCount; o++)
+        {
+            if ((uint)step.OutputRows[o] >= (uint)rows)
+                throw new ArgumentException($"Output row {o} is row {step.OutputRows[o]} of {rows}.", nameof(step));
+        }
+
+        if (step.QueryCount < 0 || step.QueryCount > step.Queries.Length)
+            throw new ArgumentException($"{step.QueryCount} queries.", nameof(step));
+    }
+
+    public static void Tokens(StepLayout step, Weight table)
+    {
+        for (int row = 0; row < step.RowCount; row++)
+        {
+            if ((uint)step.TokenIds[row] >= (uint)table.Outputs)
+                throw new ArgumentException($"Row {row} has token {step.TokenIds[row]} of {table.Outputs}.", nameof(table));
+        }
+    }
+
+    public static void Heads(int heads, KvCache cache)
+    {
+        if (heads < 1 || heads % cache.KvHeads != 0)
+            throw new ArgumentOutOfRangeException(nameof(heads), heads, $"Needed a multiple of the cache's {cache.KvHeads} heads.");
+    }
+
+    public static void Layer(int layer, KvCache cache)
+    {
+        if ((uint)layer >= (uint)cache.Layers)
+            throw new ArgumentOutOfRangeException(nameof(layer), layer, $"The cache has {cache.Layers} layers.");
+    }
+
+    /// <summary>Every row's position has its angles, and its slot in the cache.</summary>
+    public static void Slots(StepLayout step, int[] rowSequence, RopeTable rope, KvCache cache)
+    {
+        if (rope.HeadDim != cache.HeadDim)
+            throw new ArgumentException($"For heads of {rope.HeadDim}, the cache has {cache.HeadDim}.", nameof(rope));
+        for (int row = 0; row < step.RowCount; row++)
+        {
+            int position = step.Positions[row];
+            if (position >= rope.Positions)
+                throw new ArgumentException($"Row {row} is at position {position} of {rope.Positions}.", nameof(rope));
+            Block(step, rowSequence[row], row, position / KvCache.BlockTokens, cache);
+        }
+    }
+
+    /// <summary>All that a sequence's rows look back at lies in the cache.</summary>
+    public static void Context(StepLayout step, KvCache cache)
+    {
+        for (int s = 0; s < step.SequenceCount; s++)
+        {
+            int last = step.RowStart[s + 1] - 1;
+            if (last < step.RowStart[s])
+                continue;
+            for (int block = 0; block <= step.Positions[last] / KvCache.BlockTokens; block++)
+                Block(step, s, last, block, cache);
+        }
+    }
+
+    private static void Block(StepLayout step, int sequence, int row, int index, KvCache cache)
+    {
+        int block = step.BlockTables[(sequence * step.MaxBlocks) + index];
+        if ((uint)block >= (uint)cache.Blocks)
+            throw new ArgumentException($"Row {row} needs block {block} of {cache.Blocks}.", nameof(cache));
+    }
+
+    public static void Blocks(KvCache cache, int from, int to)
+    {
+        if ((uint)from >= (uint)cache.Blocks)
+            throw new ArgumentOutOfRangeException(nameof(from), from, $"The cache has {cache.Blocks} blocks.");
+        if ((uint)to >= (uint)cache.Blocks)
+            throw new ArgumentOutOfRangeException(nameof(to), to, $"The cache has {cache.Blocks} blocks.");
+    }
+
+    public static void Outputs(StepLayout step, int first, int count)
+    {
+        if (first < 0 || first > step.OutputCount)
+            throw new ArgumentOutOfRangeException(nameof(first), first, $"The step has {step.OutputCount} output rows.");
+        if (count < 0 || count > step.OutputCount - first)
+            throw new ArgumentOutOfRangeException(nameof(count), count, $"The step has {step.OutputCount} output rows.");
+    }
+
+    /// <summary>The queries about output rows first to first + count, each of them checked.</summary>
+    public static (int Begin, int End) Queries(StepLayout step, int first, int count, int vocabulary)
+    {
+        int begin = 0;
+        while (begin < step.QueryCount && step.Queries[begin].OutputIndex < first)
+            begin++;
+        int end = begin;
+        for (; end < step.QueryCount && step.Queries[end].OutputIndex < first + count; end++)
+            Query(step, end, first, vocabulary);
+        return (begin, end);
+    }
+
+    private static void Query(StepLayout step, int q, int first, int vocabulary)
+    {
+        ref readonly SampleQuery query = ref step.Queries[q];
+        string? problem =
+            query.OutputIndex < first ? "output indices do not ascend"
+            : query.Target >= vocabulary ? $"target {query.Target} of {vocabulary}"
+            : !(query.Temperature >= 0f) ? $"temperature {query.Temperature}"
+            : float.IsNaN(query.TopP) ? "top-p is not a number"
+            : !(query.MinP <= 1f) ? $"min-p {query.MinP}"
+            : query.BiasCount < 0 || query.BiasStart < 0 || query.BiasStart > step.BiasIds.Length - query.BiasCount ? "biases out of range"
+            : query.AlternativesCount < 0 || query.AlternativesCount > vocabulary ? $"{query.AlternativesCount} alternatives"
+            : query.AlternativesCount > 0
+                && (query.AlternativesStart < 0 || query.AlternativesStart > step.AlternativeIds.Length - query.AlternativesCount)
+                ? "alternatives out of range"
+            : null;
+        for (int i = 0; problem == null && i < query.BiasCount; i++)
+        {
+            if ((uint)step.BiasIds[query.BiasStart + i] >= (uint)vocabulary)
+                problem = $"bias for token {step.BiasIds[query.BiasStart + i]} of {vocabulary}";
+        }
+
+        if (problem != null)
+            throw new ArgumentException($"Query {q}: {problem}.", nameof(step));
+    }
+}

@@ -1,0 +1,602 @@
+using System.Numerics;
+using System.Runtime.CompilerServices;
+using System.Runtime.InteropServices;
+
+namespace Rollout.Kernels.Cuda;
+
+/// <summary>
+/// The operations on an NVIDIA GPU. Weights, keys, values and what goes into a matmul are bf16, or all of it fp32; sums and the residual stream are
+/// fp32 either way. A step is queued operation by operation and waited for once, when its answers are read back.
+/// </summary>
+public sealed unsafe class CudaBackend : IBackend
+{
+    private const int Threads = 256;        // a block of all kernels but attention and rope
+    private const int WarpThreads = 32;
+    private const int StagingBytes = 8 << 20;
+
+    private readonly CudaKernels _kernels;
+    private readonly CudaMatMul _matMul;
+    private readonly CudaCommands _commands;
+    private readonly CudaAttentionPlan _plan = new();
+    private readonly DeviceBuffer _staging, _stagedIndices; // of weights on their way in
+    private DeviceBuffer? _partials, _counters;             // of attention that is cut by chunks
+    private long _partialBytes, _counterBytes;
+    private CudaStep? _place;
+    private StepLayout? _step;
+    private int[] _rowSequence = [];
+    private Rope? _rope;
+    private bool _isDecode; // every sequence of the step has one row
+    private int _rowsPerItem = 1;
+    private int _uploadedFor;
+    private long _stepsBegun;
+    private long _stepsDone;
+    private bool _disposed;
+
+    /// <param name="ordinal">Which GPU.</param>
+    /// <param name="format">bf16, or fp32.</param>
+    /// <exception cref="CudaException">A library or the device is missing, or cannot be used; says what.</exception>
+    public CudaBackend(int ordinal = 0, WeightFormat format = WeightFormat.BFloat16)
+    {
+        ArgumentOutOfRangeException.ThrowIfNegative(ordinal);
+        if (format is not (WeightFormat.BFloat16 or WeightFormat.Float32))
+            throw new ArgumentOutOfRangeException(nameof(format), format, "A GPU stores bf16 or fp32.");
+        WeightFormat = format;
+        Device = new CudaDevice(ordinal);
+        _kernels = new CudaKernels(Device, StoresFp32);
+        _matMul = new CudaMatMul(Device, StoresFp32);
+        _commands = new CudaCommands(Device, _kernels, _matMul);
+        _staging = Device.Allocate(StagingBytes);
+        _stagedIndices = Device.Allocate(StagingBytes);
+        Name = $"cuda:{ordinal} {Device.Name}, {WeightFormats.NameOf(format)}";
+    }
+
+    public string Name { get; }
+
+    /// <summary>GPUs that could be used now; 0 where the driver or a library is missing.</summary>
+    public static int DeviceCount => CudaDevice.Count;
+
+    public WeightFormat WeightFormat { get; }
+
+    public int WriteRows => 1;
+
+    public long AvailableBytes => Device.FreeBytes;
+
+    public long HeldBytes => Device.UsedBytes;
+
+    public int KvElementBytes => StoredBytes;
+
+    /// <summary>Half of what is free: the trainer may share the device, and a staged update takes a second set of weights.</summary>
+    public long KvCacheBudget => Device.FreeBytes / 2;
+
+    /// <summary>Steps, or parts of steps, that went to the device as one graph.</summary>
+    public long GraphLaunches => _commands.GraphLaunches;
+
+    internal CudaDevice Device { get; }
+
+    internal bool StoresFp32 => WeightFormat == WeightFormat.Float32;
+
+    /// <summary>Of an element of a matrix, a key or a value.</summary>
+    internal int StoredBytes => StoresFp32 ? sizeof(float) : sizeof(ushort);
+
+    public void Dispose()
+    {
+        if (_disposed)
+            return;
+        _disposed = true;
+        _rope = null;
+        Device.MakeCurrent();
+        Device.Stream.Synchronize();
+        _commands.Dispose();
+        _place?.Dispose();
+        _partials?.Dispose();
+        _counters?.Dispose();
+        _staging.Dispose();
+        _stagedIndices.Dispose();
+        _matMul.Dispose();
+        _kernels.Dispose();
+        Device.Dispose();
+    }
+
+    // ---- Memory.
+
+    public Tensor AllocateTensor(int rows, int columns)
+    {
+        ThrowIfDisposed();
+        ArgumentOutOfRangeException.ThrowIfLessThan(rows, 1);
+        ArgumentOutOfRangeException.ThrowIfLessThan(columns, 1);
+        return new CudaTensor(this, rows, columns);
+    }
+
+    public Weight AllocateWeight(int outputs, int inputs)
+    {
+        ThrowIfDisposed();
+        ArgumentOutOfRangeException.ThrowIfLessThan(outputs, 1);
+        ArgumentOutOfRangeException.ThrowIfLessThan(inputs, 1);
+        CudaWeight weight = new(this, outputs, inputs);
+        if (!weight.IsVector)
+            _matMul.Prepare(outputs, inputs);
+        return weight;
+    }
+
+    public KvCache AllocateKvCache(int layers, int blocks, int kvHeads, int headDim)
+    {
+        ThrowIfDisposed();
+        ArgumentOutOfRangeException.ThrowIfLessThan(layers, 1);
+        ArgumentOutOfRangeException.ThrowIfLessThan(blocks, 1);
+        ArgumentOutOfRangeException.ThrowIfLessThan(kvHeads, 1);
+        ArgumentOutOfRangeException.ThrowIfLessThan(headDim, 2);
+        ArgumentOutOfRangeException.ThrowIfGreaterThan(headDim, 256);
+        if (headDim % 2 != 0)
+            throw new ArgumentException("Rotation pairs the halves of a head, so its dimension is even.", nameof(headDim));
+        _ = _kernels.Attend(headDim, 1);
+        _ = _kernels.Attend(headDim, AttentionKernel.MostRowTiles(headDim));
+        return new CudaKvCache(this, layers, blocks, kvHeads, headDim);
+    }
+
+    public RopeTable AllocateRopeTable(ReadOnlySpan<float> inverseFrequencies, int positions, float scale)
+    {
+        ThrowIfDisposed();
+        if (inverseFrequencies.IsEmpty)
+            throw new ArgumentException("No frequencies.", nameof(inverseFrequencies));
+        ArgumentOutOfRangeException.ThrowIfLessThan(positions, 1);
+        return new CudaRopeTable(this, inverseFrequencies, positions, scale);
+    }
+
+    public void WriteWeight(Weight destination, long element, ReadOnlySpan<byte> source, DType type)
+    {
+        CudaWeight weight = Own(destination);
+        _ = Checks.Write(weight, element, source, type);
+        bool asStored = type == (weight.IsVector || StoresFp32 ? DType.Float32 : DType.BFloat16);
+        nint function = weight.IsVector ? _kernels.WriteVector : _kernels.WriteMatrix;
+        lock (Device.Copies)
+        {
+            BeginWrite(weight);
+            while (!source.IsEmpty)
+            {
+                int bytes = Math.Min(source.Length, StagingBytes), count = bytes / type.Size();
+                nuint to = At(weight, element);
+                CopyIn(asStored ? to : _staging.Pointer, source[..bytes]);
+                if (!asStored)
+                    _kernels.Launch(function, Device.Beside, Blocks(count), Threads, 0, _staging.Pointer, (int)type, to, (long)count);
+                Device.Beside.Synchronize();
+                element += count;
+                source = source[bytes..];
+            }
+        }
+    }
+
+    public void WriteWeightElements(Weight destination, long element, ReadOnlySpan<uint> indices, ReadOnlySpan<byte> values, DType type)
+    {
+        CudaWeight weight = Own(destination);
+        Checks.WriteElements(weight, element, indices, values, type);
+        nint function = weight.IsVector ? _kernels.ScatterVector : _kernels.ScatterMatrix;
+        lock (Device.Copies)
+        {
+            BeginWrite(weight);
+            for (int done = 0; done < indices.Length;)
+            {
+                int count = Math.Min(indices.Length - done, StagingBytes / sizeof(uint));
+                CopyIn(_stagedIndices.Pointer, MemoryMarshal.AsBytes(indices.Slice(done, count)));
+                CopyIn(_staging.Pointer, values.Slice(done * type.Size(), count * type.Size()));
+                _kernels.Launch(
+                    function, Device.Beside, Blocks(count), Threads, 0, _staging.Pointer, (int)type, _stagedIndices.Pointer, At(weight, element), (long)count);
+                Device.Beside.Synchronize();
+                done += count;
+            }
+        }
+    }
+
+    public void CopyWeight(Weight source, Weight destination)
+    {
+        CudaWeight from = Own(source);
+        CudaWeight to = Own(destination);
+        Checks.SameShape(from, to);
+        lock (Device.Copies)
+        {
+            BeginWrite(to);
+            Driver.cuMemcpyDtoDAsync_v2(to.Pointer, from.Pointer, (nuint)from.Bytes, Device.Beside.Value).ThrowIfFailed(from.Bytes);
+            Device.Beside.Synchronize();
+        }
+    }
+
+    public void ReadWeight(Weight source, long element, Span<float> destination)
+    {
+        CudaWeight weight = Own(source);
+        Checks.Elements(weight, element, destination.Length, nameof(destination));
+        Device.MakeCurrent();
+        lock (Device.Copies)
+            CopyOut(At(weight, element), weight.IsVector || StoresFp32, destination, Device.Beside);
+    }
+
+    // ---- One step.
+
+    public void BeginStep(StepLayout step)
+    {
+        ThrowIfDisposed();
+        ArgumentNullException.ThrowIfNull(step);
+        Device.MakeCurrent();
+        Flush();
+        if (_step is not null)
+            Finish(); // of a step without answers: what was sent for it may still be on its way
+        _step = null;
+        if (_rowSequence.Length < step.TokenIds.Length)
+            _rowSequence = new int[step.TokenIds.Length];
+        Checks.Step(step, _rowSequence);
+        if (_place is null || !_place.Holds(step))
+        {
+            _place?.Dispose();
+            _place = new CudaStep(Device, step);
+        }
+
+        _isDecode = step.RowCount == step.SequenceCount;
+        for (int s = 0; s < step.SequenceCount && _isDecode; s++)
+            _isDecode = step.RowStart[s] == s;
+        _plan.Build(step, _rowsPerItem);
+        _uploadedFor = _rowsPerItem;
+        _place.Upload(step, _rowSequence, _plan, Math.Min(Pad(step.RowCount), step.TokenIds.Length));
+        _step = step;
+        _stepsBegun++;
+    }
+
+    public void Embed(Weight table, Tensor output)
+    {
+        StepLayout step = Step();
+        CudaWeight weight = OwnMatrix(table);
+        CudaTensor tensor = Own(output, step.RowCount, weight.Inputs);
+        Checks.Tokens(step, weight);
+        Use(weight);
+        Launch(_kernels.Embed, new Grid(Pad(step.RowCount, tensor)), Threads, weight.Pointer, _place!.Tokens, tensor.Fp32, weight.Inputs);
+        tensor.IsRounded = false;
+    }
+
+    public void RmsNorm(Tensor input, Weight scale, float epsilon, Tensor output, int rows)
+    {
+        ThrowIfDisposed();
+        CudaTensor source = Own(input, rows);
+        CudaTensor destination = Own(output, rows, source.Columns);
+        nuint scales = OwnVector(scale, source.Columns).Pointer;
+        rows = Pad(rows, source, destination);
+        Launch(_kernels.RmsNorm, new Grid(rows), Threads, Fp32(source, rows), scales, epsilon, destination.Rounded, source.Columns);
+        destination.IsRounded = true;
+    }
+
+    public void MatMul(Tensor input, Weight weight, Weight? bias, Tensor output, int rows)
+    {
+        CudaWeight matrix = OwnMatrix(weight);
+        Multiply(Own(input, rows, matrix.Inputs), matrix, bias, Own(output, rows, matrix.Outputs), rows, add: false);
+    }
+
+    public void MatMulAdd(Tensor input, Weight weight, Weight? bias, Tensor residual, int rows)
+    {
+        CudaWeight matrix = OwnMatrix(weight);
+        Multiply(Own(input, rows, matrix.Inputs), matrix, bias, Own(residual, rows, matrix.Outputs), rows, add: true);
+    }
+
+    public void RopeStoreKv(
+        Tensor qkv, int heads, Weight? queryNorm, Weight? keyNorm, float epsilon, RopeTable rope, KvCache cache, int layer)
+    {
+        StepLayout step = Step();
+        CudaKvCache keysValues = Own(cache);
+        Checks.Heads(heads, keysValues);
+        Checks.Layer(layer, keysValues);
+        int headDim = keysValues.HeadDim, allHeads = heads + (2 * keysValues.KvHeads);
+        CudaTensor tensor = Own(qkv, step.RowCount, allHeads * headDim);
+        CudaRopeTable table = this.Own<CudaRopeTable>(rope);
+        Checks.Slots(step, _rowSequence, table, keysValues);
+        _ = Fp32(tensor, step.RowCount);
+        _rope = new Rope(
+            tensor, heads, queryNorm is null ? 0 : OwnVector(queryNorm, headDim).Pointer, keyNorm is null ? 0 : OwnVector(keyNorm, headDim).Pointer,
+            epsilon, table.Pointer, keysValues, layer);
+        if (!_isDecode)
+            StoreKv();
+    }
+
+    /// <summary>A rotation that has been asked for and not done: in a step of single rows attention does it on its way.</summary>
+    private readonly record struct Rope(
+        CudaTensor Qkv, int Heads, nuint QueryNorm, nuint KeyNorm, float Epsilon, nuint Table, CudaKvCache Cache, int Layer);
+
+    /// <summary>Does it by itself, where something else is asked for than the attention that would.</summary>
+    private void StoreKv()
+    {
+        if (_rope is not { } rope)
+            return;
+        _rope = null;
+        int allHeads = rope.Heads + (2 * rope.Cache.KvHeads);
+        Launch(_kernels.RopeStore, new Grid(_step!.RowCount, allHeads), WarpThreads,
+            rope.Qkv.Fp32, rope.Qkv.Columns, rope.Heads, rope.Cache.KvHeads, rope.Cache.HeadDim, rope.QueryNorm, rope.KeyNorm, rope.Epsilon, rope.Table,
+            _place!.Positions, _place.Sequences, _place.Tables, _step.MaxBlocks, KvCache.BlockTokens, rope.Cache.Keys(rope.Layer),
+            rope.Cache.Values(rope.Layer));
+    }
+
+    public void Attend(Tensor qkv, int heads, float scale, KvCache cache, int layer, Tensor output)
+    {
+        StepLayout step = Step();
+        CudaKvCache keysValues = Own(cache);
+        Checks.Heads(heads, keysValues);
+        Checks.Layer(layer, keysValues);
+        CudaTensor queries = Own(qkv, step.RowCount);
+        int headDim = keysValues.HeadDim;
+        if (queries.Columns < heads * headDim)
+            throw new ArgumentException($"{queries.Columns} columns, needed at least {heads * headDim}.", nameof(qkv));
+        CudaTensor destination = Own(output, step.RowCount, heads * headDim);
+        Checks.Context(step, keysValues);
+
+        int widest = AttentionKernel.MostRowTiles(headDim), queriesPerItem = widest * AttentionKernel.TileQueries;
+        int group = heads / keysValues.KvHeads, slice = Math.Min(group, queriesPerItem), slices = (group + slice - 1) / slice;
+        _rowsPerItem = queriesPerItem / slice;
+        if (_uploadedFor != _rowsPerItem)
+        {
+            _plan.Build(step, _rowsPerItem);
+            _place!.Upload(_plan, step.RowCount);
+            _uploadedFor = _rowsPerItem;
+        }
+
+        Rope? rope = _rope is { } asked && (asked.Qkv, asked.Heads, asked.Cache, asked.Layer) == (queries, heads, keysValues, layer) ? asked : null;
+        if (rope is not null)
+            _rope = null;
+        if (_plan.Slots > 0)
+        {
+            Reserve(ref _partials, ref _partialBytes, (long)CudaAttentionPlan.MostSlots * heads * (headDim + 2) * sizeof(float));
+            Reserve(ref _counters, ref _counterBytes, (long)step.TokenIds.Length * keysValues.KvHeads * slices * sizeof(uint));
+        }
+
+        AttentionKernel kernel = _kernels.Attend(headDim, _plan.MostRows * slice <= AttentionKernel.TileQueries ? 1 : widest);
+        int items = _isDecode ? (int)BitOperations.RoundUpToPowerOf2((uint)_plan.ItemCount) : _plan.ItemCount;
+        Launch(kernel.Function, new Grid(items, keysValues.KvHeads, slices), kernel.Threads, kernel.SharedBytes,
+            [_place!.Counts, _place.Items, Fp32(queries, step.RowCount), queries.Columns, _place.Positions, _place.Sequences, _place.Tables, step.MaxBlocks,
+            keysValues.Keys(layer), keysValues.Values(layer), heads, keysValues.KvHeads, slice, scale, destination.Rounded, _place.RowSlots,
+            _partials?.Pointer ?? 0, _counters?.Pointer ?? 0, rope?.QueryNorm ?? 0, rope?.KeyNorm ?? 0, rope?.Epsilon ?? 0, rope?.Table ?? 0]);
+        destination.IsRounded = true;
+    }
+
+    public void GatedSilu(Tensor gateUp, Tensor output, int rows)
+    {
+        ThrowIfDisposed();
+        CudaTensor destination = Own(output, rows);
+        CudaTensor source = Own(gateUp, rows, 2 * destination.Columns);
+        rows = Pad(rows, source, destination);
+        Launch(_kernels.GatedSilu, new Grid(rows, Blocks(destination.Columns).X), Threads,
+            Fp32(source, rows), destination.Rounded, destination.Columns);
+        destination.IsRounded = true;
+    }
+
+    public void GatherRows(Tensor input, int first, int count, Tensor output)
+    {
+        StepLayout step = Step();
+        Checks.Outputs(step, first, count);
+        CudaTensor source = Own(input, step.RowCount);
+        CudaTensor destination = Own(output, count, source.Columns);
+        count = Math.Min(Pad(count, destination), step.TokenIds.Length - first);
+        Launch(_kernels.Gather, new Grid(count), Threads,
+            Fp32(source, step.RowCount), _place!.OutputRows + (nuint)(first * sizeof(int)), destination.Fp32, source.Columns);
+        destination.IsRounded = false;
+    }
+
+    public void Sample(Tensor logits, int first, int count)
+    {
+        StepLayout step = Step();
+        Checks.Outputs(step, first, count);
+        CudaTensor source = Own(logits, count);
+        (int begin, int end) = Checks.Queries(step, first, count, source.Columns);
+        Launch(_kernels.Sample, new Grid(Pad(end - begin)), Threads,
+            _place!.Counts, Fp32(source, count), source.Columns, source.Columns, _place.Queries, begin, first, first + source.Rows, _place.BiasIds, _place.BiasValues,
+            _place.Results, _place.AlternativeIds, _place.AlternativeLogProbs);
+        if (first + count < step.OutputCount)
+            return; // with the last of the step's answers come all
+        Flush();
+        _place.Download(step);
+        Interlocked.Exchange(ref _stepsDone, _stepsBegun);
+    }
+
+    public void CopyBlock(KvCache cache, int from, int to)
+    {
+        ThrowIfDisposed();
+        CudaKvCache keysValues = Own(cache);
+        Checks.Blocks(cache, from, to);
+        Flush();
+        Device.MakeCurrent();
+        nuint source = (nuint)(from * keysValues.BlockBytes), destination = (nuint)(to * keysValues.BlockBytes);
+        for (int layer = 0; layer < cache.Layers; layer++)
+        {
+            foreach (nuint half in (ReadOnlySpan<nuint>)[keysValues.Keys(layer), keysValues.Values(layer)])
+            {
+                Driver.cuMemcpyDtoDAsync_v2(half + destination, half + source, (nuint)keysValues.BlockBytes, Device.Stream.Value)
+                    .ThrowIfFailed(keysValues.BlockBytes);
+            }
+        }
+    }
+
+    // ---- The two forms of a tensor.
+
+    /// <summary>A tensor's values to the host.</summary>
+    internal void Read(CudaTensor tensor, int rows, Span<float> destination)
+    {
+        Flush();
+        Device.MakeCurrent();
+        CopyOut(tensor.IsRounded ? tensor.Rounded : tensor.Fp32, !tensor.IsRounded || StoresFp32, destination[..(rows * tensor.Columns)], Device.Stream);
+    }
+
+    private nuint Fp32(CudaTensor tensor, int rows)
+    {
+        if (tensor.IsRounded && !StoresFp32)
+        {
+            long count = (long)rows * tensor.Columns;
+            Launch(_kernels.Widen, Blocks(count), Threads, tensor.Rounded, tensor.Fp32, count);
+        }
+
+        tensor.IsRounded = false;
+        return tensor.Fp32;
+    }
+
+    private nuint Rounded(CudaTensor tensor, int rows)
+    {
+        if (!tensor.IsRounded && !StoresFp32)
+        {
+            // The fp32 values stay the tensor's: whoever rounds them again later gets the same.
+            long count = (long)rows * tensor.Columns;
+            Launch(_kernels.Round, Blocks(count), Threads, tensor.Fp32, tensor.Rounded, count);
+        }
+
+        return tensor.Rounded;
+    }
+
+    private void Multiply(CudaTensor input, CudaWeight weight, Weight? bias, CudaTensor output, int rows, bool add)
+    {
+        ThrowIfDisposed();
+        if (ReferenceEquals(input, output))
+            throw new ArgumentException("Input and output are the same tensor.", nameof(input));
+        nuint biases = bias is null ? 0 : OwnVector(bias, weight.Outputs).Pointer;
+        if (rows == 0)
+            return;
+        StoreKv();
+        Use(weight);
+        Device.MakeCurrent();
+        rows = Pad(rows, input, output);
+        nuint sums = add ? Fp32(output, rows) : output.Fp32, factors = Rounded(input, rows);
+        if (Notes)
+            _commands.Multiply(factors, weight.Pointer, biases, sums, rows, weight.Outputs, weight.Inputs, add);
+        else
+            _matMul.Multiply(factors, weight.Pointer, biases, sums, rows, weight.Outputs, weight.Inputs, add);
+        output.IsRounded = false;
+    }
+
+    // ---- Copies beside the steps; the caller holds Device.Copies.
+
+    /// <summary>Waits for a step that still reads the weight: it was begun before, and ended without an answer.</summary>
+    private void BeginWrite(CudaWeight weight)
+    {
+        Device.MakeCurrent();
+        if (weight.LastStep > Interlocked.Read(ref _stepsDone))
+            Device.Stream.Synchronize();
+    }
+
+    private void CopyIn(nuint destination, ReadOnlySpan<byte> source)
+    {
+        fixed (byte* bytes = source)
+        {
+            Driver.cuMemcpyHtoDAsync_v2(destination, bytes, (nuint)source.Length, Device.Beside.Value).ThrowIfFailed(source.Length);
+            Device.Beside.Synchronize(); // the caller's bytes may change when this returns
+        }
+    }
+
+    private static void CopyOut(nuint source, bool fp32, Span<float> destination, CudaStream stream)
+    {
+        if (fp32)
+        {
+            fixed (float* values = destination)
+                Driver.cuMemcpyDtoHAsync_v2(values, source, (nuint)destination.Length * sizeof(float), stream.Value).ThrowIfFailed();
+            stream.Synchronize();
+            return;
+        }
+
+        ushort[] stored = new ushort[destination.Length];
+        fixed (ushort* values = stored)
+            Driver.cuMemcpyDtoHAsync_v2(values, source, (nuint)destination.Length * sizeof(ushort), stream.Value).ThrowIfFailed();
+        stream.Synchronize();
+        for (int i = 0; i < stored.Length; i++)
+            destination[i] = BitConverter.UInt32BitsToSingle((uint)stored[i] << 16);
+    }
+
+    private nuint At(CudaWeight weight, long element) =>
+        weight.Pointer + (nuint)(element * (weight.IsVector ? sizeof(float) : StoredBytes));
+
+    // ---- Launches.
+
+    private static Grid Blocks(long count) => new((int)((count + Threads - 1) / Threads));
+
+    private void Launch(nint function, Grid grid, int threads, params ReadOnlySpan<Argument> arguments) =>
+        Launch(function, grid, threads, sharedBytes: 0, arguments);
+
+    private void Launch(nint function, Grid grid, int threads, int sharedBytes, ReadOnlySpan<Argument> arguments)
+    {
+        StoreKv();
+        if (grid.X == 0)
+            return;
+        if (Notes)
+        {
+            _commands.Launch(function, grid, threads, sharedBytes, arguments);
+            return;
+        }
+
+        Device.MakeCurrent();
+        _kernels.Launch(function, Device.Stream, grid, threads, sharedBytes, arguments);
+    }
+
+    /// <summary>Whether launches wait for the step's answers to be asked for. Of a step without answers nobody would ever send them.</summary>
+    private bool Notes => _step is { OutputCount: > 0 };
+
+    /// <summary>Sends what was noted.</summary>
+    internal void Flush()
+    {
+        StoreKv();
+        _commands.Flush();
+    }
+
+    /// <summary>
+    /// Rows to run over, in a step that decodes: one of few numbers, so that steps are alike and go as graphs. Rows past the step's are computed for
+    /// nothing, and change no bit of the others.
+    /// </summary>
+    private int Pad(int rows) =>
+        !_isDecode || rows <= 0 ? rows
+        : rows <= 8 ? (int)BitOperations.RoundUpToPowerOf2((uint)rows)
+        : (rows + 7) / 8 * 8;
+
+    private int Pad(int rows, Tensor tensor) => Math.Min(Pad(rows), tensor.Rows);
+
+    private int Pad(int rows, Tensor one, Tensor other) => Math.Min(Pad(rows, one), other.Rows);
+
+    /// <summary>Zeroed room, taken once for a model.</summary>
+    private void Reserve(ref DeviceBuffer? buffer, ref long bytes, long needed)
+    {
+        if (needed <= bytes)
+            return;
+        Flush(); // what was noted may name the old one
+        buffer?.Dispose();
+        bytes = needed;
+        buffer = Device.AllocateZeroed(bytes);
+    }
+
+    private void Use(CudaWeight weight) => weight.LastStep = _stepsBegun;
+
+    private void Finish()
+    {
+        if (Interlocked.Read(ref _stepsDone) == _stepsBegun)
+            return;
+        Device.Stream.Synchronize();
+        Interlocked.Exchange(ref _stepsDone, _stepsBegun);
+    }
+
+    // ---- Memory is ours.
+
+    private void ThrowIfDisposed() => ObjectDisposedException.ThrowIf(_disposed, this);
+
+    private StepLayout Step()
+    {
+        ThrowIfDisposed();
+        return _step ?? throw new InvalidOperationException($"{nameof(BeginStep)} comes first.");
+    }
+
+    private CudaTensor Own(Tensor tensor, int rows, int columns = 0, [CallerArgumentExpression(nameof(tensor))] string? name = null) =>
+        this.Own<CudaTensor>(tensor, rows, columns, name);
+
+    private CudaWeight Own(Weight weight, [CallerArgumentExpression(nameof(weight))] string? name = null)
+    {
+        ThrowIfDisposed();
+        return this.Own<CudaWeight>(weight, name);
+    }
+
+    private CudaWeight OwnMatrix(Weight weight, [CallerArgumentExpression(nameof(weight))] string? name = null)
+    {
+        ThrowIfDisposed();
+        return this.OwnMatrix<CudaWeight>(weight, name);
+    }
+
+    private CudaWeight OwnVector(Weight weight, int length, [CallerArgumentExpression(nameof(weight))] string? name = null)
+    {
+        CudaWeight own = this.OwnVector<CudaWeight>(weight, length, name);
+        Use(own);
+        return own;
+    }
+
+    private CudaKvCache Own(KvCache cache, [CallerArgumentExpression(nameof(cache))] string? name = null) => this.Own<CudaKvCache>(cache, name);
+}

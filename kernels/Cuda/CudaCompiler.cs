@@ -1,0 +1,85 @@
+using System.Security.Cryptography;
+using System.Text;
+
+namespace Rollout.Kernels.Cuda;
+
+/// <summary>CUDA C++ into code for one kind of device, by NVRTC, kept on disk by what went into it.</summary>
+internal static unsafe class CudaCompiler
+{
+    /// <summary>Where compiled kernels are kept: $XDG_CACHE_HOME/rollout, or ~/.cache/rollout.</summary>
+    public static string CacheFolder => Path.Combine(
+        Environment.GetEnvironmentVariable("XDG_CACHE_HOME") is { Length: > 0 } cache
+            ? cache
+            : Path.Combine(Environment.GetFolderPath(Environment.SpecialFolder.UserProfile), ".cache"),
+        "rollout");
+
+    /// <summary>The code of one source, compiled now or at an earlier start.</summary>
+    /// <param name="name">For people: "step.cu".</param>
+    /// <param name="source">CUDA C++.</param>
+    /// <param name="headers">What it includes, by name.</param>
+    /// <param name="options">NVRTC's: the architecture, definitions.</param>
+    /// <exception cref="CudaException">It does not compile; the message has the compiler's.</exception>
+    public static byte[] Compile(string name, string source, IReadOnlyDictionary<string, string> headers, string[] options)
+    {
+        Nvrtc.nvrtcVersion(out int major, out int minor).ThrowIfFailed();
+        using IncrementalHash hash = IncrementalHash.CreateHash(HashAlgorithmName.SHA256);
+        foreach (string part in (IEnumerable<string>)[$"{major}.{minor}", CudaLibraries.PathOf(CudaLibraries.Nvrtc), name, source, .. options,
+            .. headers.OrderBy(header => header.Key, StringComparer.Ordinal).SelectMany(header => new[] { header.Key, header.Value })])
+        {
+            hash.AppendData(Encoding.UTF8.GetBytes(part));
+            hash.AppendData([0]);
+        }
+
+        string file = Path.Combine(CacheFolder, $"{Path.GetFileNameWithoutExtension(name)}-{Convert.ToHexStringLower(hash.GetHashAndReset().AsSpan(0, 16))}.cubin");
+        if (File.Exists(file))
+            return File.ReadAllBytes(file);
+        byte[] cubin = Run(name, source, headers, options);
+        Keep(file, cubin);
+        return cubin;
+    }
+
+    private static byte[] Run(string name, string source, IReadOnlyDictionary<string, string> headers, string[] options)
+    {
+        Nvrtc.nvrtcCreateProgram(out nint program, source, name, headers.Count, [.. headers.Values], [.. headers.Keys]).ThrowIfFailed(name);
+        try
+        {
+            nvrtcResult result = Nvrtc.nvrtcCompileProgram(program, options.Length, options);
+            if (result == nvrtcResult.NVRTC_ERROR_COMPILATION)
+                throw new CudaException(nameof(Nvrtc.nvrtcCompileProgram), Log(program), name);
+            result.ThrowIfFailed(name);
+            Nvrtc.nvrtcGetCUBINSize(program, out nuint bytes).ThrowIfFailed(name);
+            byte[] cubin = new byte[bytes];
+            fixed (byte* destination = cubin)
+                Nvrtc.nvrtcGetCUBIN(program, destination).ThrowIfFailed(name);
+            return cubin;
+        }
+        finally
+        {
+            _ = Nvrtc.nvrtcDestroyProgram(ref program); // what failed before is what matters
+        }
+    }
+
+    private static string Log(nint program)
+    {
+        Nvrtc.nvrtcGetProgramLogSize(program, out nuint bytes).ThrowIfFailed();
+        byte[] log = new byte[bytes];
+        fixed (byte* destination = log)
+            Nvrtc.nvrtcGetProgramLog(program, destination).ThrowIfFailed();
+        return Encoding.UTF8.GetString(log).TrimEnd('\0', '\n');
+    }
+
+    /// <summary>Whole or not at all: several processes may start at once. A disk that is full or not writable costs the next start its time only.</summary>
+    private static void Keep(string file, byte[] cubin)
+    {
+        try
+        {
+            Directory.CreateDirectory(CacheFolder);
+            string partial = $"{file}.{Environment.ProcessId}";
+            File.WriteAllBytes(partial, cubin);
+            File.Move(partial, file, overwrite: true);
+        }
+        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+        {
+        }
+    }
+}

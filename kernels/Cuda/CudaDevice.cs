@@ -1,0 +1,155 @@
+using System.Runtime.InteropServices;
+
+namespace Rollout.Kernels.Cuda;
+
+/// <summary>One GPU: its context, the stream that steps run on, and the one that everything beside them runs on.</summary>
+internal sealed unsafe class CudaDevice : IDisposable
+{
+    [ThreadStatic]
+    private static CudaDevice? s_current;
+
+    private readonly CudaContext _context;
+    private readonly Lock _copies = new();
+
+    /// <exception cref="CudaException">There is no such device, or a library is missing: one sentence says what was looked for and where.</exception>
+    public CudaDevice(int ordinal)
+    {
+        if (CudaLibraries.Missing(CudaLibraries.Driver, CudaLibraries.Nvrtc, CudaLibraries.CublasLt) is { } missing)
+            throw new CudaException(missing);
+        Driver.cuInit(0).ThrowIfFailed();
+        Driver.cuDeviceGetCount(out int count).ThrowIfFailed();
+        if (ordinal >= count)
+            throw new CudaException($"There is no cuda:{ordinal}: this machine has {count} CUDA {(count == 1 ? "device" : "devices")}.");
+        Driver.cuDeviceGet(out int device, ordinal).ThrowIfFailed($"device {ordinal}");
+        byte* name = stackalloc byte[256];
+        Driver.cuDeviceGetName(name, 256, device).ThrowIfFailed($"device {ordinal}");
+        Name = Marshal.PtrToStringUTF8((nint)name) ?? "";
+        Ordinal = ordinal;
+        Architecture = $"sm_{Attribute(CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)}"
+            + $"{Attribute(CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)}";
+        _context = new CudaContext(device);
+        MakeCurrent();
+        Stream = new CudaStream(_context);
+        Beside = new CudaStream(_context);
+
+        int Attribute(CUdevice_attribute attribute)
+        {
+            Driver.cuDeviceGetAttribute(out int value, attribute, device).ThrowIfFailed($"{attribute}");
+            return value;
+        }
+    }
+
+    /// <summary>Devices that could be used now; 0 where the libraries are missing.</summary>
+    public static int Count =>
+        CudaLibraries.Missing(CudaLibraries.Driver, CudaLibraries.Nvrtc, CudaLibraries.CublasLt) is null
+        && Driver.cuInit(0) == CUresult.CUDA_SUCCESS && Driver.cuDeviceGetCount(out int count) == CUresult.CUDA_SUCCESS
+            ? count
+            : 0;
+
+    public int Ordinal { get; }
+
+    /// <summary>The product: "NVIDIA H200".</summary>
+    public string Name { get; }
+
+    /// <summary>What code is compiled for: "sm_90".</summary>
+    public string Architecture { get; }
+
+    /// <summary>Steps run here, in order.</summary>
+    public CudaStream Stream { get; }
+
+    /// <summary>Weights are written and read here, while steps run.</summary>
+    public CudaStream Beside { get; }
+
+    /// <summary>Held by whoever uses <see cref="Beside"/>.</summary>
+    public Lock Copies => _copies;
+
+    public long FreeBytes
+    {
+        get
+        {
+            MakeCurrent();
+            Driver.cuMemGetInfo_v2(out nuint free, out _).ThrowIfFailed();
+            return (long)free;
+        }
+    }
+
+    /// <summary>Bytes in use, by any process: the driver does not tell them apart.</summary>
+    public long UsedBytes
+    {
+        get
+        {
+            MakeCurrent();
+            Driver.cuMemGetInfo_v2(out nuint free, out nuint total).ThrowIfFailed();
+            return (long)(total - free);
+        }
+    }
+
+    /// <summary>This thread's calls go to this device.</summary>
+    public void MakeCurrent()
+    {
+        if (s_current == this)
+            return;
+        _context.MakeCurrent();
+        s_current = this;
+    }
+
+    public DeviceBuffer Allocate(long bytes)
+    {
+        MakeCurrent();
+        return new DeviceBuffer(_context, bytes);
+    }
+
+    public PinnedBuffer AllocatePinned(long bytes)
+    {
+        MakeCurrent();
+        return new PinnedBuffer(_context, bytes);
+    }
+
+    public CudaModule Load(byte[] cubin, string name)
+    {
+        MakeCurrent();
+        return new CudaModule(_context, cubin, name);
+    }
+
+    /// <summary>Ends what <see cref="CudaGraph.BeginCapture"/> began on <see cref="Stream"/>.</summary>
+    public CudaGraph EndCapture() => new(_context, Stream);
+
+    public DeviceBuffer AllocateZeroed(long bytes)
+    {
+        DeviceBuffer buffer = Allocate(bytes);
+        lock (_copies)
+        {
+            Driver.cuMemsetD8Async(buffer.Pointer, 0, (nuint)Math.Max(1, bytes), Beside.Value).ThrowIfFailed(bytes);
+            Beside.Synchronize();
+        }
+
+        return buffer;
+    }
+
+    /// <summary>Bytes to the device. They are there when this returns, and nothing queued before has still to read what they replace.</summary>
+    public void Upload(nuint destination, ReadOnlySpan<byte> source)
+    {
+        MakeCurrent();
+        fixed (byte* bytes = source)
+            Driver.cuMemcpyHtoDAsync_v2(destination, bytes, (nuint)source.Length, Stream.Value).ThrowIfFailed(source.Length);
+        Stream.Synchronize();
+    }
+
+    /// <summary>Bytes from the device, once all that was queued before is done.</summary>
+    public void Download(nuint source, Span<byte> destination)
+    {
+        MakeCurrent();
+        fixed (byte* bytes = destination)
+            Driver.cuMemcpyDtoHAsync_v2(bytes, source, (nuint)destination.Length, Stream.Value).ThrowIfFailed(destination.Length);
+        Stream.Synchronize();
+    }
+
+    public void Dispose()
+    {
+        Stream.Dispose();
+        Beside.Dispose();
+        _context.Dispose();
+        if (s_current == this)
+            s_current = null;
+    }
+}

@@ -1,0 +1,181 @@
+using System.Runtime.InteropServices;
+
+namespace Rollout.Kernels.Cuda;
+
+/// <summary>A device's primary context: the one that every library and framework in this process shares.</summary>
+internal sealed class CudaContext : SafeHandle
+{
+    private readonly int _device;
+
+    public CudaContext(int device)
+        : base(0, ownsHandle: true)
+    {
+        _device = device;
+        Driver.cuDevicePrimaryCtxRetain(out nint context, device).ThrowIfFailed($"device {device}");
+        SetHandle(context);
+    }
+
+    public override bool IsInvalid => handle == 0;
+
+    /// <summary>Makes this thread's calls go to the device.</summary>
+    public void MakeCurrent() => Driver.cuCtxSetCurrent(handle).ThrowIfFailed();
+
+    protected override bool ReleaseHandle() => Driver.cuDevicePrimaryCtxRelease_v2(_device) == CUresult.CUDA_SUCCESS;
+}
+
+/// <summary>Something that lives in a context and keeps it alive. Given back from any thread, the finalizer's included.</summary>
+internal abstract class CudaHandle : SafeHandle
+{
+    private readonly CudaContext _context;
+
+    protected CudaHandle(CudaContext context)
+        : base(0, ownsHandle: true)
+    {
+        _context = context;
+        context.MakeCurrent();
+    }
+
+    public override bool IsInvalid => handle == 0;
+
+    public nint Value => !IsClosed ? handle : throw new ObjectDisposedException(GetType().Name);
+
+    protected abstract CUresult Destroy(nint value);
+
+    /// <summary>From here on the value is this handle's to give back, and its context stays until then.</summary>
+    protected void Own(nint value)
+    {
+        bool counted = false;
+        _context.DangerousAddRef(ref counted);
+        SetHandle(value);
+    }
+
+    protected sealed override bool ReleaseHandle()
+    {
+        bool released = Driver.cuCtxSetCurrent(_context.DangerousGetHandle()) == CUresult.CUDA_SUCCESS && Destroy(handle) == CUresult.CUDA_SUCCESS;
+        _context.DangerousRelease();
+        return released;
+    }
+}
+
+/// <summary>Bytes on the device.</summary>
+internal sealed class DeviceBuffer : CudaHandle
+{
+    public DeviceBuffer(CudaContext context, long bytes)
+        : base(context)
+    {
+        Bytes = bytes;
+        Driver.cuMemAlloc_v2(out nuint pointer, (nuint)Math.Max(1, bytes)).ThrowIfFailed($"{bytes} bytes");
+        Own((nint)pointer);
+    }
+
+    public long Bytes { get; }
+
+    public nuint Pointer => (nuint)Value;
+
+    protected override CUresult Destroy(nint value) => Driver.cuMemFree_v2((nuint)value);
+}
+
+/// <summary>Bytes on the host that the device copies from and to by itself.</summary>
+internal sealed unsafe class PinnedBuffer : CudaHandle
+{
+    public PinnedBuffer(CudaContext context, long bytes)
+        : base(context)
+    {
+        Bytes = bytes;
+        Driver.cuMemAllocHost_v2(out void* pointer, (nuint)Math.Max(1, bytes)).ThrowIfFailed($"{bytes} bytes");
+        Own((nint)pointer);
+    }
+
+    public long Bytes { get; }
+
+    public byte* Pointer => (byte*)Value;
+
+    protected override CUresult Destroy(nint value) => Driver.cuMemFreeHost((void*)value);
+}
+
+/// <summary>Work in order. It does not wait for the legacy default stream, which frameworks use.</summary>
+internal sealed class CudaStream : CudaHandle
+{
+    private const uint NonBlocking = 1; // CU_STREAM_NON_BLOCKING
+
+    public CudaStream(CudaContext context)
+        : base(context)
+    {
+        Driver.cuStreamCreate(out nint stream, NonBlocking).ThrowIfFailed();
+        Own(stream);
+    }
+
+    public void Synchronize() => Driver.cuStreamSynchronize(Value).ThrowIfFailed();
+
+    protected override CUresult Destroy(nint value) => Driver.cuStreamDestroy_v2(value);
+}
+
+/// <summary>A point in a stream's work.</summary>
+internal sealed class CudaEvent : CudaHandle
+{
+    private const uint DisableTiming = 2; // CU_EVENT_DISABLE_TIMING
+
+    public CudaEvent(CudaContext context)
+        : base(context)
+    {
+        Driver.cuEventCreate(out nint @event, DisableTiming).ThrowIfFailed();
+        Own(@event);
+    }
+
+    public void Record(CudaStream stream) => Driver.cuEventRecord(Value, stream.Value).ThrowIfFailed();
+
+    public void Synchronize() => Driver.cuEventSynchronize(Value).ThrowIfFailed();
+
+    protected override CUresult Destroy(nint value) => Driver.cuEventDestroy_v2(value);
+}
+
+/// <summary>Compiled kernels.</summary>
+internal sealed unsafe class CudaModule : CudaHandle
+{
+    public CudaModule(CudaContext context, ReadOnlySpan<byte> cubin, string name)
+        : base(context)
+    {
+        fixed (byte* image = cubin)
+        {
+            Driver.cuModuleLoadData(out nint module, image).ThrowIfFailed(name);
+            Own(module);
+        }
+    }
+
+    /// <summary>A kernel of it; valid while the module is.</summary>
+    public nint Function(string name)
+    {
+        Driver.cuModuleGetFunction(out nint function, Value, name).ThrowIfFailed(name);
+        return function;
+    }
+
+    protected override CUresult Destroy(nint value) => Driver.cuModuleUnload(value);
+}
+
+/// <summary>Work captured once, to be launched as one.</summary>
+internal sealed class CudaGraph : CudaHandle
+{
+    /// <param name="context">Of the stream.</param>
+    /// <param name="stream">Has been capturing; ends doing so.</param>
+    public CudaGraph(CudaContext context, CudaStream stream)
+        : base(context)
+    {
+        Driver.cuStreamEndCapture(stream.Value, out nint graph).ThrowIfFailed();
+        try
+        {
+            Driver.cuGraphInstantiateWithFlags(out nint executable, graph, flags: 0).ThrowIfFailed();
+            Own(executable);
+        }
+        finally
+        {
+            _ = Driver.cuGraphDestroy(graph); // the executable does not need it, and a failure to instantiate is the one to report
+        }
+    }
+
+    public static void BeginCapture(CudaStream stream) =>
+        Driver.cuStreamBeginCapture_v2(stream.Value, CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).ThrowIfFailed();
+
+    public void Launch(CudaStream stream) => Driver.cuGraphLaunch(Value, stream.Value).ThrowIfFailed();
+
+    protected override CUresult Destroy(nint value) => Driver.cuGraphExecDestroy(value);
+}

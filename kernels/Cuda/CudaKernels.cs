@@ -1,0 +1,161 @@
+using System.Reflection;
+
+namespace Rollout.Kernels.Cuda;
+
+/// <summary>The kernels of kernels/Cuda/cu, compiled for one device and one storage type, and how they are launched.</summary>
+internal sealed unsafe class CudaKernels : IDisposable
+{
+    private static readonly Dictionary<string, string> s_headers =
+        new[] { "common.cuh", "copy.cuh", "mma.cuh", "rope.cuh" }.ToDictionary(header => header, Source);
+
+    private readonly CudaDevice _device;
+    private readonly bool _storesFp32;
+    private readonly List<CudaModule> _modules = [];
+    private readonly Dictionary<(int HeadDim, int RowTiles), AttentionKernel> _attend = [];
+    private readonly Dictionary<nint, string> _names = [];
+
+    public CudaKernels(CudaDevice device, bool storesFp32)
+    {
+        _device = device;
+        _storesFp32 = storesFp32;
+        CudaModule step = Compile("step.cu"), sampling = Compile("sampling.cu"), weights = Compile("weights.cu");
+        Embed = Function(step, "embed");
+        RmsNorm = Function(step, "rms_norm");
+        RopeStore = Function(step, "rope_store");
+        GatedSilu = Function(step, "gated_silu");
+        Gather = Function(step, "gather");
+        Round = Function(step, "round_values");
+        Widen = Function(step, "widen_values");
+        Sample = Function(sampling, "sample");
+        WriteMatrix = Function(weights, "write_matrix");
+        WriteVector = Function(weights, "write_vector");
+        ScatterMatrix = Function(weights, "scatter_matrix");
+        ScatterVector = Function(weights, "scatter_vector");
+    }
+
+    public nint Embed { get; }
+
+    public nint RmsNorm { get; }
+
+    public nint RopeStore { get; }
+
+    public nint GatedSilu { get; }
+
+    public nint Gather { get; }
+
+    public nint Round { get; }
+
+    public nint Widen { get; }
+
+    public nint Sample { get; }
+
+    public nint WriteMatrix { get; }
+
+    public nint WriteVector { get; }
+
+    public nint ScatterMatrix { get; }
+
+    public nint ScatterVector { get; }
+
+    /// <summary>Attention for heads of this dimension, by items of so many row tiles; compiled when first asked for.</summary>
+    public AttentionKernel Attend(int headDim, int rowTiles)
+    {
+        if (!_attend.TryGetValue((headDim, rowTiles), out AttentionKernel kernel))
+        {
+            int sharedBytes = AttentionKernel.SharedBytesOf(headDim, rowTiles, _storesFp32 ? sizeof(float) : sizeof(ushort));
+            CudaModule module = Compile("attention.cu", $"-DHEAD_DIM={headDim}", $"-DROW_TILES={rowTiles}", $"-DSHARED_BYTES={sharedBytes}");
+            nint function = Function(module, "attend");
+            Driver.cuFuncSetAttribute(function, CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, sharedBytes)
+                .ThrowIfFailed($"attend, {sharedBytes} bytes of shared memory");
+            _attend[(headDim, rowTiles)] = kernel = new AttentionKernel(function, AttentionKernel.ThreadsOf(rowTiles), sharedBytes);
+        }
+
+        return kernel;
+    }
+
+    /// <summary>Queues a kernel. Arguments are as its source has them, in order.</summary>
+    public void Launch(nint function, CudaStream stream, Grid grid, int threads, int sharedBytes, params ReadOnlySpan<Argument> arguments)
+    {
+        void** pointers = stackalloc void*[arguments.Length];
+        fixed (Argument* values = arguments)
+        {
+            for (int i = 0; i < arguments.Length; i++)
+                pointers[i] = values + i;
+            CUresult result = Driver.cuLaunchKernel(
+                function, (uint)grid.X, (uint)grid.Y, (uint)grid.Z, (uint)threads, 1, 1, (uint)sharedBytes, stream.Value, pointers, null);
+            if (result != CUresult.CUDA_SUCCESS)
+                result.ThrowIfFailed($"{_names[function]}, {grid.X} x {grid.Y} x {grid.Z} blocks of {threads}", nameof(Driver.cuLaunchKernel));
+        }
+    }
+
+    public void Dispose() => _modules.ForEach(module => module.Dispose());
+
+    private nint Function(CudaModule module, string name)
+    {
+        nint function = module.Function(name);
+        _names[function] = name;
+        return function;
+    }
+
+    private CudaModule Compile(string file, params string[] definitions)
+    {
+        // Without contraction a product and a sum round as the source says, on every compiler; where they are to be fused, it says fmaf.
+        byte[] cubin = CudaCompiler.Compile(file, Source(file), s_headers,
+            [$"--gpu-architecture={_device.Architecture}", "--std=c++17", "--fmad=false", $"-DSTORE_BF16={(_storesFp32 ? 0 : 1)}", .. definitions]);
+        CudaModule module = _device.Load(cubin, file);
+        _modules.Add(module);
+        return module;
+    }
+
+    private static string Source(string file)
+    {
+        using Stream stream = Assembly.GetExecutingAssembly().GetManifestResourceStream(file)
+            ?? throw new InvalidOperationException($"{file} is not embedded.");
+        using var reader = new StreamReader(stream);
+        return reader.ReadToEnd();
+    }
+}
+
+/// <summary>The kernel of attention.cu for one head dimension, by items of 16 queries (rows times heads) or several times as many.</summary>
+internal readonly record struct AttentionKernel(nint Function, int Threads, int SharedBytes)
+{
+    /// <summary>Queries of a row tile.</summary>
+    public const int TileQueries = 16;
+
+    /// <summary>Row tiles of the largest items: as many as registers and shared memory of a multiprocessor hold.</summary>
+    public static int MostRowTiles(int headDim) => headDim <= 128 ? 4 : 2;
+
+    // As in attention.cu, which refuses to compile where it needs more.
+    public static int ThreadsOf(int rowTiles) => rowTiles == 1 ? 128 : 256;
+
+    public static int SharedBytesOf(int headDim, int rowTiles, int storedBytes)
+    {
+        const int Stages = 4, StageTokens = 32, Chunk = CudaAttentionPlan.Chunk, RowNumbers = 9;
+        int padded = (headDim + 15) / 16 * 16, queries = rowTiles * TileQueries;
+        int staged = (Stages * StageTokens * ((padded * storedBytes) + 16)) + (2 * padded * storedBytes);
+        return staged + (queries * (padded + 8 + Chunk + 8 + RowNumbers) * sizeof(float));
+    }
+}
+
+/// <summary>Blocks of a launch.</summary>
+internal readonly record struct Grid(int X, int Y = 1, int Z = 1);
+
+/// <summary>A kernel's argument: a pointer to device memory, or a number of 4 or 8 bytes. A launch reads as many bytes as the kernel's parameter has.</summary>
+internal readonly struct Argument
+{
+    private readonly ulong _bits;
+
+    private Argument(ulong bits) => _bits = bits;
+
+    public nuint Pointer => (nuint)_bits;
+
+    public int Int => (int)_bits;
+
+    public static implicit operator Argument(nuint pointer) => new(pointer);
+
+    public static implicit operator Argument(int value) => new((uint)value);
+
+    public static implicit operator Argument(long value) => new((ulong)value);
+
+    public static implicit operator Argument(float value) => new(BitConverter.SingleToUInt32Bits(value));
+}

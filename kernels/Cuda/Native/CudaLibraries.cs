@@ -1,0 +1,97 @@
+using System.Collections.Concurrent;
+using System.Runtime.InteropServices;
+
+namespace Rollout.Kernels.Cuda;
+
+/// <summary>
+/// Where NVIDIA's libraries are. They come with the driver, the toolkit, pip's or TorchSharp's packages, each into folders of its own; the
+/// first that loads is taken:
+/// ROLLOUT_CUDA_PATH, CUDA_HOME and CUDA_PATH, /usr/local/cuda, packages beside this program, and what the system's loader knows.
+/// </summary>
+internal static class CudaLibraries
+{
+    public const string Driver = "cuda";
+    public const string Nvrtc = "nvrtc";
+    public const string CublasLt = "cublasLt";
+    public const string Nccl = "nccl";
+
+    /// <summary>Folders to look in first, separated by colons: a toolkit's, pip's site-packages/nvidia, or the simulated device's.</summary>
+    public const string PathVariable = "ROLLOUT_CUDA_PATH";
+
+    // Newest first: a machine may have several.
+    private static readonly Dictionary<string, string[]> s_files = new()
+    {
+        [Driver] = ["libcuda.so.1"],
+        [Nvrtc] = ["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"],
+        [CublasLt] = ["libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so"],
+        [Nccl] = ["libnccl.so.2", "libnccl.so"],
+    };
+
+    private static readonly ConcurrentDictionary<string, (nint Handle, string Path)> s_loaded = new();
+
+    static CudaLibraries() => NativeLibrary.SetDllImportResolver(
+        typeof(CudaLibraries).Assembly, (name, _, _) => s_files.ContainsKey(name) ? Load(name) : 0);
+
+    /// <summary>One sentence that names the first of these libraries which cannot be found, and where it was looked for; null when all are.</summary>
+    public static string? Missing(params ReadOnlySpan<string> names)
+    {
+        foreach (string name in names)
+        {
+            if (Load(name) == 0)
+            {
+                return $"CUDA needs {string.Join(" or ", s_files[name])}, which is in none of {string.Join(", ", Folders())} "
+                    + $"and not known to the system's loader; set {PathVariable} to the folder that has it.";
+            }
+        }
+
+        return null;
+    }
+
+    /// <summary>The file that was taken, or the name that the system's loader found it by; "" where it is missing.</summary>
+    public static string PathOf(string name) => Load(name) != 0 ? s_loaded[name].Path : "";
+
+    /// <summary>Where libraries are looked for before the system's loader is asked, in order.</summary>
+    internal static IEnumerable<string> Folders()
+    {
+        IEnumerable<string> roots = [
+            .. (Environment.GetEnvironmentVariable(PathVariable) ?? "").Split(':', StringSplitOptions.RemoveEmptyEntries),
+            .. new[] { "CUDA_HOME", "CUDA_PATH" }.Select(Environment.GetEnvironmentVariable).OfType<string>().Where(path => path.Length > 0),
+            "/usr/local/cuda",
+        ];
+        return [
+            .. roots.SelectMany(Within),
+            AppContext.BaseDirectory,
+            Path.Combine(AppContext.BaseDirectory, "runtimes/linux-x64/native"), // TorchSharp's packages
+        ];
+    }
+
+    /// <summary>A folder of libraries, of a toolkit (lib64), or of pip's packages (cublas/lib, cu13/lib, ...).</summary>
+    private static IEnumerable<string> Within(string root)
+    {
+        yield return root;
+        yield return Path.Combine(root, "lib64");
+        yield return Path.Combine(root, "lib");
+        if (!Directory.Exists(root))
+            yield break;
+        foreach (string package in Directory.EnumerateDirectories(root).Order(StringComparer.Ordinal))
+        {
+            if (Directory.Exists(Path.Combine(package, "lib")))
+                yield return Path.Combine(package, "lib");
+        }
+    }
+
+    private static nint Load(string name)
+    {
+        // What was not found once is looked for again: a test or a user may have set the path meanwhile.
+        if (s_loaded.TryGetValue(name, out (nint Handle, string Path) loaded))
+            return loaded.Handle;
+        IEnumerable<string> found = Folders().SelectMany(folder => s_files[name].Select(file => Path.Combine(folder, file))).Where(File.Exists);
+        foreach (string file in found.Concat(s_files[name])) // last by name alone: what the system's loader knows
+        {
+            if (NativeLibrary.TryLoad(file, out nint handle))
+                return s_loaded.GetOrAdd(name, (handle, file)).Handle;
+        }
+
+        return 0;
+    }
+}

@@ -1,0 +1,191 @@
+using System.Runtime.InteropServices;
+
+namespace Rollout.Kernels.Cuda;
+
+/// <summary>The driver API, by the names that its manual has. All pointers to device memory are nuint, all handles nint.</summary>
+internal static unsafe partial class Driver
+{
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuInit(uint flags);
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuDriverGetVersion(out int version);
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuGetErrorName(CUresult error, out byte* name);
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuGetErrorString(CUresult error, out byte* text);
+
+    // ---- Devices and contexts.
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuDeviceGetCount(out int count);
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuDeviceGet(out int device, int ordinal);
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuDeviceGetName(byte* name, int bytes, int device);
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuDeviceGetUuid_v2(out CUuuid uuid, int device);
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuDeviceGetAttribute(out int value, CUdevice_attribute attribute, int device);
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuDevicePrimaryCtxRetain(out nint context, int device);
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuDevicePrimaryCtxRelease_v2(int device);
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuCtxSetCurrent(nint context);
+
+    // ---- Memory.
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuMemGetInfo_v2(out nuint free, out nuint total);
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuMemAlloc_v2(out nuint pointer, nuint bytes);
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuMemFree_v2(nuint pointer);
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuMemAllocHost_v2(out void* pointer, nuint bytes);
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuMemFreeHost(void* pointer);
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuMemcpyHtoDAsync_v2(nuint destination, void* source, nuint bytes, nint stream);
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuMemcpyDtoHAsync_v2(void* destination, nuint source, nuint bytes, nint stream);
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuMemcpyDtoDAsync_v2(nuint destination, nuint source, nuint bytes, nint stream);
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuMemsetD8Async(nuint pointer, byte value, nuint bytes, nint stream);
+
+    // ---- Memory of another process.
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuIpcGetMemHandle(out CUipcMemHandle handle, nuint pointer);
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuIpcOpenMemHandle_v2(out nuint pointer, CUipcMemHandle handle, uint flags);
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuIpcCloseMemHandle(nuint pointer);
+
+    // ---- Streams and events.
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuStreamCreate(out nint stream, uint flags);
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuStreamDestroy_v2(nint stream);
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuStreamSynchronize(nint stream);
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuStreamWaitEvent(nint stream, nint @event, uint flags);
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuEventCreate(out nint @event, uint flags);
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuEventDestroy_v2(nint @event);
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuEventRecord(nint @event, nint stream);
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuEventSynchronize(nint @event);
+
+    // ---- Kernels.
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuModuleLoadData(out nint module, void* image);
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuModuleUnload(nint module);
+
+    [LibraryImport(CudaLibraries.Driver, StringMarshalling = StringMarshalling.Utf8)]
+    public static partial CUresult cuModuleGetFunction(out nint function, nint module, string name);
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuFuncSetAttribute(nint function, CUfunction_attribute attribute, int value);
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuLaunchKernel(
+        nint function, uint gridX, uint gridY, uint gridZ, uint blockX, uint blockY, uint blockZ, uint sharedBytes, nint stream,
+        void** arguments, void** extra);
+
+    // ---- Graphs.
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuStreamBeginCapture_v2(nint stream, CUstreamCaptureMode mode);
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuStreamEndCapture(nint stream, out nint graph);
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuGraphInstantiateWithFlags(out nint executable, nint graph, ulong flags);
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuGraphLaunch(nint executable, nint stream);
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuGraphExecDestroy(nint executable);
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuGraphDestroy(nint graph);
+}
+
+/// <summary>The results that are told apart; all others are failures.</summary>
+internal enum CUresult
+{
+    CUDA_SUCCESS = 0,
+    CUDA_ERROR_INVALID_VALUE = 1,
+    CUDA_ERROR_OUT_OF_MEMORY = 2,
+    CUDA_ERROR_NO_DEVICE = 100,
+}
+
+internal enum CUdevice_attribute
+{
+    CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT = 16,
+    CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75,
+    CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76,
+    CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97,
+}
+
+internal enum CUfunction_attribute
+{
+    CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8,
+}
+
+internal enum CUstreamCaptureMode
+{
+    CU_STREAM_CAPTURE_MODE_THREAD_LOCAL = 1,
+}
+
+/// <summary>16 bytes that name a device wherever it is plugged in and however processes number it.</summary>
+[StructLayout(LayoutKind.Sequential, Size = 16)]
+internal unsafe struct CUuuid
+{
+    public fixed byte Bytes[16];
+}
+
+/// <summary>64 bytes by which another process of the machine opens an allocation.</summary>
+[StructLayout(LayoutKind.Sequential, Size = 64)]
+internal unsafe struct CUipcMemHandle
+{
+    public fixed byte Reserved[64];
+}

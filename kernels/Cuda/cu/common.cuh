@@ -1,0 +1,144 @@
+// What all kernels share: how values are stored, and sums over warps and blocks in one fixed order.
+// No CUDA header is included anywhere: NVRTC alone compiles this for a device, and g++ for the simulated one (tests/cuda-sim/device.h).
+//
+// STORE_BF16 = 1: weights, keys, values and what goes into a matmul are bfloat16; 0: fp32. The residual stream, sums and everything that is
+// not such storage are fp32 either way.
+#pragma once
+
+#if !defined(ROLLOUT_SIM)
+#define ROLLOUT_KERNEL(name)
+#endif
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#define ALL_LANES 0xffffffffu
+
+// A block's shared memory whose size the launch says, as a struct.
+#if defined(ROLLOUT_SIM)
+#define LAUNCHED_SHARED(type, name) type& name = *(type*)sim_launched_shared()
+#else
+#define LAUNCHED_SHARED(type, name) \
+    extern __shared__ __align__(16) unsigned char launched_shared[]; \
+    type& name = *(type*)launched_shared
+
+__device__ __forceinline__ u32 shared_address(const void* pointer)
+{
+    u32 address;
+    asm("{ .reg .u64 wide; cvta.to.shared.u64 wide, %1; cvt.u32.u64 %0, wide; }" : "=r"(address) : "l"(pointer));
+    return address;
+}
+#endif
+
+#if STORE_BF16
+typedef unsigned short stored; // the upper half of an fp32
+
+__device__ __forceinline__ float load(stored x) { return __uint_as_float((u32)x << 16); }
+
+// Rounds to nearest, ties to even; not-a-number stays one.
+__device__ __forceinline__ stored store(float x)
+{
+    u32 bits = __float_as_uint(x);
+    return (stored)((bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+#else
+typedef float stored;
+
+__device__ __forceinline__ float load(stored x) { return x; }
+__device__ __forceinline__ stored store(float x) { return x; }
+#endif
+
+__device__ __forceinline__ float warp_sum(float x)
+{
+    for (int other = 16; other > 0; other >>= 1)
+        x += __shfl_xor_sync(ALL_LANES, x, other);
+    return x;
+}
+
+__device__ __forceinline__ float warp_max(float x)
+{
+    for (int other = 16; other > 0; other >>= 1)
+        x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, other));
+    return x;
+}
+
+// The sum over a block of THREADS threads, for all of them: lanes fold, then warps add in ascending order. parts [THREADS / 32] is shared.
+template <int THREADS>
+__device__ __forceinline__ float block_sum(float x, float* parts)
+{
+    x = warp_sum(x);
+    __syncthreads(); // who still reads an earlier sum
+    if ((threadIdx.x & 31) == 0)
+        parts[threadIdx.x / 32] = x;
+    __syncthreads();
+    float sum = 0;
+    for (int warp = 0; warp < THREADS / 32; warp++)
+        sum += parts[warp];
+    return sum;
+}
+
+template <int THREADS>
+__device__ __forceinline__ float block_max(float x, float* parts)
+{
+    x = warp_max(x);
+    __syncthreads();
+    if ((threadIdx.x & 31) == 0)
+        parts[threadIdx.x / 32] = x;
+    __syncthreads();
+    float most = parts[0];
+    for (int warp = 1; warp < THREADS / 32; warp++)
+        most = fmaxf(most, parts[warp]);
+    return most;
+}
+
+// ---- Exponential and logarithm of fused multiply-adds only, bit for bit those of kernels/Cpu/VectorMath.cs (after Moshier's Cephes): the
+// same bits come from every compiler and device.
+
+#define INFINITE __uint_as_float(0x7f800000u)
+
+// a * 2^n in two factors, so that results below the normal range are rounded once; n is a whole number.
+__device__ __forceinline__ float scale_in_two(float a, float n)
+{
+    u32 bits = __float_as_uint(n + 12582912.0f) - __float_as_uint(12582912.0f);
+    u32 half = ((bits + 256u) >> 1) - 128u, rest = bits - half;
+    return a * __uint_as_float((half + 127u) << 23) * __uint_as_float((rest + 127u) << 23);
+}
+
+// e^x: exactly 1 at 0, 0 at -infinity; not-a-number stays one.
+__device__ __forceinline__ float exp_of(float x)
+{
+    x = x < -104.0f ? -104.0f : x;
+    x = 89.0f < x ? 89.0f : x;
+    float n = fmaf(x, 1.44269504f, 12582912.0f) - 12582912.0f;
+    float r = fmaf(n, -0.693359375f, x);
+    r = fmaf(n, 2.12194440e-4f, r);
+    float p = 1.9875691500e-4f;
+    p = fmaf(p, r, 1.3981999507e-3f);
+    p = fmaf(p, r, 8.3334519073e-3f);
+    p = fmaf(p, r, 4.1665795894e-2f);
+    p = fmaf(p, r, 1.6666665459e-1f);
+    p = fmaf(p, r, 5.0000001201e-1f);
+    p = fmaf(p * r, r, r) + 1.0f;
+    return scale_in_two(p, n);
+}
+
+// Natural logarithm of a positive normal number.
+__device__ __forceinline__ float log_of(float x)
+{
+    u32 offset = __float_as_uint(x) - 0x3f3504f3u;
+    float e = (float)((int)offset >> 23);
+    float f = __uint_as_float((offset & 0x007fffffu) + 0x3f3504f3u) - 1.0f, z = f * f;
+    float p = 7.0376836292e-2f;
+    p = fmaf(p, f, -1.1514610310e-1f);
+    p = fmaf(p, f, 1.1676998740e-1f);
+    p = fmaf(p, f, -1.2420140846e-1f);
+    p = fmaf(p, f, 1.4249322787e-1f);
+    p = fmaf(p, f, -1.6668057665e-1f);
+    p = fmaf(p, f, 2.0000714765e-1f);
+    p = fmaf(p, f, -2.4999993993e-1f);
+    p = fmaf(p, f, 3.3333331174e-1f);
+    float y = p * f * z;
+    y = fmaf(e, -2.12194440e-4f, y);
+    y = fmaf(z, -0.5f, y);
+    return fmaf(e, 0.693359375f, f + y);
+}

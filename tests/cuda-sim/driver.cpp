@@ -1,0 +1,527 @@
+// The driver API. Streams are in order by doing everything at once; a capturing stream notes it instead.
+#include "sim.h"
+#include <cstdlib>
+#include <cstring>
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <link.h>
+#include <map>
+#include <mutex>
+#include <string>
+#include <sys/mman.h>
+#include <unistd.h>
+#include <vector>
+
+extern "C" {
+struct CUuuid { unsigned char bytes[16]; };
+struct CUipcMemHandle { char reserved[64]; };
+}
+
+using namespace sim;
+
+namespace
+{
+enum
+{
+    Success = 0, InvalidValue = 1, OutOfMemory = 2, NotInitialized = 3, InvalidDevice = 101, InvalidImage = 200, InvalidContext = 201,
+    NotFound = 500, LaunchFailed = 719, InvalidHandle = 400, CaptureUnsupported = 900,
+};
+
+constexpr int Major = 9, Minor = 0, Multiprocessors = 8;
+constexpr unsigned MostThreads = 1024, MostSharedBytes = 227 * 1024, MostGrid = 65535;
+constexpr size_t DefaultBytes = 4ull << 30;
+
+std::recursive_mutex s_gate; // one device, one thing at a time
+int s_context_references;
+thread_local bool s_current;
+
+struct Stream { std::vector<std::function<int()>>* recording = nullptr; };
+struct Graph { std::vector<std::function<int()>> work; };
+struct Module { void* library; };
+struct Function
+{
+    void (*call)(void**);
+    void (*shared_range)(char**, char**);
+    std::vector<unsigned> sizes;
+    unsigned dynamic_bytes;
+};
+std::map<void*, size_t> s_mapped; // memory of other processes
+
+struct Handle { int pid, file; size_t offset, bytes; char magic[8]; };
+static_assert(sizeof(Handle) <= sizeof(CUipcMemHandle), "fits");
+
+size_t device_bytes()
+{
+    const char* bytes = getenv("ROLLOUT_SIM_BYTES");
+    return bytes ? strtoull(bytes, nullptr, 10) : DefaultBytes;
+}
+
+int ready() { return !s_current ? InvalidContext : fault_text().empty() ? Success : LaunchFailed; }
+
+// Only memory of the device may be given as such.
+bool device(const void* p, size_t bytes) { return bytes == 0 || holds(p, bytes); }
+
+int readable(struct dl_phdr_info* info, size_t, void* base)
+{
+    if ((void*)info->dlpi_addr != base)
+        return 0;
+    for (int i = 0; i < info->dlpi_phnum; i++)
+    {
+        const auto& part = info->dlpi_phdr[i];
+        if (part.p_type == PT_LOAD)
+            allow_reads((const char*)info->dlpi_addr + part.p_vaddr, (const char*)info->dlpi_addr + part.p_vaddr + part.p_memsz);
+    }
+
+    return 1;
+}
+}
+
+#define SIM_ENTER std::lock_guard<std::recursive_mutex> hold(s_gate); if (int not_ready = ready()) return not_ready
+
+namespace sim
+{
+int submit(void* stream, std::function<int()> work)
+{
+    Stream* s = (Stream*)stream;
+    if (s != nullptr && s->recording != nullptr)
+    {
+        s->recording->push_back(std::move(work));
+        return Success;
+    }
+
+    return work();
+}
+}
+
+extern "C" {
+int cuInit(unsigned) { return Success; }
+
+int cuDriverGetVersion(int* version)
+{
+    *version = 13000;
+    return Success;
+}
+
+int cuGetErrorName(int error, const char** name)
+{
+    switch (error)
+    {
+        case Success: *name = "CUDA_SUCCESS"; break;
+        case InvalidValue: *name = "CUDA_ERROR_INVALID_VALUE"; break;
+        case OutOfMemory: *name = "CUDA_ERROR_OUT_OF_MEMORY"; break;
+        case InvalidDevice: *name = "CUDA_ERROR_INVALID_DEVICE"; break;
+        case InvalidImage: *name = "CUDA_ERROR_INVALID_IMAGE"; break;
+        case InvalidContext: *name = "CUDA_ERROR_INVALID_CONTEXT"; break;
+        case InvalidHandle: *name = "CUDA_ERROR_INVALID_HANDLE"; break;
+        case NotFound: *name = "CUDA_ERROR_NOT_FOUND"; break;
+        case LaunchFailed: *name = "CUDA_ERROR_LAUNCH_FAILED"; break;
+        case CaptureUnsupported: *name = "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"; break;
+        default: *name = nullptr; return InvalidValue;
+    }
+
+    return Success;
+}
+
+int cuGetErrorString(int error, const char** text)
+{
+    static std::string launch;
+    launch = fault_text();
+    *text = error == LaunchFailed ? launch.c_str() : error == OutOfMemory ? "out of memory" : error == InvalidContext ? "no context is current"
+        : "the simulated device refused it";
+    return Success;
+}
+
+int cuDeviceGetCount(int* count)
+{
+    *count = 1;
+    return Success;
+}
+
+int cuDeviceGet(int* device, int ordinal)
+{
+    *device = ordinal;
+    return ordinal == 0 ? Success : InvalidDevice;
+}
+
+int cuDeviceGetName(char* name, int bytes, int)
+{
+    strncpy(name, "simulated device", (size_t)bytes);
+    return Success;
+}
+
+int cuDeviceGetUuid_v2(CUuuid* uuid, int)
+{
+    memcpy(uuid->bytes, "rollout-cuda-sim", 16);
+    return Success;
+}
+
+int cuDeviceGetAttribute(int* value, int attribute, int)
+{
+    switch (attribute)
+    {
+        case 16: *value = Multiprocessors; return Success;
+        case 75: *value = Major; return Success;
+        case 76: *value = Minor; return Success;
+        case 97: *value = MostSharedBytes; return Success;
+        default: return InvalidValue;
+    }
+}
+
+int cuDevicePrimaryCtxRetain(void** context, int)
+{
+    std::lock_guard<std::recursive_mutex> hold(s_gate);
+    s_context_references++;
+    *context = &s_context_references;
+    return Success;
+}
+
+int cuDevicePrimaryCtxRelease_v2(int)
+{
+    std::lock_guard<std::recursive_mutex> hold(s_gate);
+    return s_context_references-- > 0 ? Success : InvalidContext;
+}
+
+int cuCtxSetCurrent(void* context)
+{
+    s_current = context != nullptr;
+    return Success;
+}
+
+int cuMemGetInfo_v2(size_t* free, size_t* total)
+{
+    SIM_ENTER;
+    *total = device_bytes();
+    *free = *total - (allocated_bytes() < *total ? allocated_bytes() : *total);
+    return Success;
+}
+
+int cuMemAlloc_v2(void** pointer, size_t bytes)
+{
+    SIM_ENTER;
+    if (bytes == 0)
+        return InvalidValue;
+    *pointer = allocated_bytes() + bytes <= device_bytes() ? allocate(bytes) : nullptr;
+    return *pointer ? Success : OutOfMemory;
+}
+
+int cuMemFree_v2(void* pointer)
+{
+    std::lock_guard<std::recursive_mutex> hold(s_gate);
+    return s_mapped.count(pointer) == 0 && release(pointer) ? Success : InvalidValue;
+}
+
+int cuMemAllocHost_v2(void** pointer, size_t bytes)
+{
+    SIM_ENTER;
+    *pointer = aligned_alloc(4096, (bytes + 4095) / 4096 * 4096);
+    return *pointer ? Success : OutOfMemory;
+}
+
+int cuMemFreeHost(void* pointer)
+{
+    free(pointer);
+    return Success;
+}
+
+int cuMemcpyHtoDAsync_v2(void* destination, const void* source, size_t bytes, void* stream)
+{
+    SIM_ENTER;
+    if (!device(destination, bytes))
+        return InvalidValue;
+    return submit(stream, [=]
+    {
+        memcpy(destination, source, bytes);
+        counters.host_to_device_bytes += bytes;
+        return (int)Success;
+    });
+}
+
+int cuMemcpyDtoHAsync_v2(void* destination, const void* source, size_t bytes, void* stream)
+{
+    SIM_ENTER;
+    if (!device(source, bytes))
+        return InvalidValue;
+    return submit(stream, [=]
+    {
+        memcpy(destination, source, bytes);
+        counters.device_to_host_bytes += bytes;
+        return (int)Success;
+    });
+}
+
+int cuMemcpyDtoDAsync_v2(void* destination, const void* source, size_t bytes, void* stream)
+{
+    SIM_ENTER;
+    if (!device(destination, bytes) || !device(source, bytes))
+        return InvalidValue;
+    return submit(stream, [=]
+    {
+        memmove(destination, source, bytes);
+        return (int)Success;
+    });
+}
+
+int cuMemsetD8Async(void* pointer, unsigned char value, size_t bytes, void* stream)
+{
+    SIM_ENTER;
+    if (!device(pointer, bytes))
+        return InvalidValue;
+    return submit(stream, [=]
+    {
+        memset(pointer, value, bytes);
+        return (int)Success;
+    });
+}
+
+// ---- Memory of another process: a piece of its file.
+
+int cuIpcGetMemHandle(CUipcMemHandle* handle, void* pointer)
+{
+    SIM_ENTER;
+    Handle h = {getpid(), 0, 0, 0, "rollout"};
+    if (!arena_offset(pointer, &h.file, &h.offset, &h.bytes))
+        return InvalidValue;
+    memset(handle, 0, sizeof *handle);
+    memcpy(handle, &h, sizeof h);
+    return Success;
+}
+
+int cuIpcOpenMemHandle_v2(void** pointer, CUipcMemHandle handle, unsigned)
+{
+    SIM_ENTER;
+    Handle h;
+    memcpy(&h, &handle, sizeof h);
+    if (memcmp(h.magic, "rollout", 8) != 0 || h.pid == getpid()) // as on a device, not in the process that made it
+        return InvalidValue;
+    std::string path = "/proc/" + std::to_string(h.pid) + "/fd/" + std::to_string(h.file);
+    int file = open(path.c_str(), O_RDWR | O_CLOEXEC);
+    if (file < 0)
+        return InvalidValue;
+    size_t skipped = h.offset % 4096;
+    char* p = (char*)mmap(nullptr, h.bytes + skipped, PROT_READ | PROT_WRITE, MAP_SHARED, file, (off_t)(h.offset - skipped));
+    close(file);
+    if (p == MAP_FAILED)
+        return OutOfMemory;
+    *pointer = p + skipped;
+    s_mapped[*pointer] = h.bytes;
+    adopt(*pointer, h.bytes);
+    return Success;
+}
+
+int cuIpcCloseMemHandle(void* pointer)
+{
+    std::lock_guard<std::recursive_mutex> hold(s_gate);
+    auto it = s_mapped.find(pointer);
+    if (it == s_mapped.end())
+        return InvalidValue;
+    size_t skipped = (uintptr_t)pointer % 4096;
+    munmap((char*)pointer - skipped, it->second + skipped);
+    disown(pointer);
+    s_mapped.erase(it);
+    return Success;
+}
+
+// ---- Streams, events, graphs.
+
+int cuStreamCreate(void** stream, unsigned)
+{
+    SIM_ENTER;
+    *stream = new Stream();
+    return Success;
+}
+
+int cuStreamDestroy_v2(void* stream)
+{
+    delete (Stream*)stream;
+    return Success;
+}
+
+int cuStreamSynchronize(void* stream)
+{
+    SIM_ENTER;
+    if (stream != nullptr && ((Stream*)stream)->recording != nullptr)
+        return CaptureUnsupported;
+    counters.synchronisations++;
+    return Success;
+}
+
+int cuStreamWaitEvent(void*, void*, unsigned)
+{
+    SIM_ENTER;
+    return Success;
+}
+
+int cuEventCreate(void** event, unsigned)
+{
+    SIM_ENTER;
+    *event = new char;
+    return Success;
+}
+
+int cuEventDestroy_v2(void* event)
+{
+    delete (char*)event;
+    return Success;
+}
+
+int cuEventRecord(void*, void*)
+{
+    SIM_ENTER;
+    return Success;
+}
+
+int cuEventSynchronize(void*)
+{
+    SIM_ENTER;
+    counters.synchronisations++;
+    return Success;
+}
+
+int cuStreamBeginCapture_v2(void* stream, int)
+{
+    SIM_ENTER;
+    Stream* s = (Stream*)stream;
+    if (s == nullptr || s->recording != nullptr)
+        return InvalidValue;
+    s->recording = &(new Graph())->work;
+    return Success;
+}
+
+int cuStreamEndCapture(void* stream, void** graph)
+{
+    SIM_ENTER;
+    Stream* s = (Stream*)stream;
+    if (s == nullptr || s->recording == nullptr)
+        return InvalidValue;
+    *graph = s->recording; // the first member of a Graph
+    s->recording = nullptr;
+    return Success;
+}
+
+int cuGraphInstantiateWithFlags(void** executable, void* graph, unsigned long long)
+{
+    SIM_ENTER;
+    *executable = new Graph(*(Graph*)graph);
+    return Success;
+}
+
+int cuGraphLaunch(void* executable, void* stream)
+{
+    SIM_ENTER;
+    Graph* g = (Graph*)executable;
+    return submit(stream, [g]
+    {
+        for (const auto& work : g->work)
+        {
+            if (int error = work())
+                return error;
+        }
+
+        return (int)Success;
+    });
+}
+
+int cuGraphExecDestroy(void* executable)
+{
+    delete (Graph*)executable;
+    return Success;
+}
+
+int cuGraphDestroy(void* graph)
+{
+    delete (Graph*)graph;
+    return Success;
+}
+
+// ---- Kernels.
+
+int cuModuleLoadData(void** module, const void* image)
+{
+    SIM_ENTER;
+    // How long the image is stands in it: an ELF file ends with its section headers, as ld writes it.
+    const ElfW(Ehdr)* elf = (const ElfW(Ehdr)*)image;
+    if (memcmp(elf->e_ident, ELFMAG, SELFMAG) != 0)
+        return InvalidImage;
+    size_t bytes = elf->e_shoff + (size_t)elf->e_shentsize * elf->e_shnum;
+    int file = memfd_create("cuda-sim-module", MFD_CLOEXEC);
+    if (file < 0 || write(file, image, bytes) != (ssize_t)bytes)
+        return OutOfMemory;
+    std::string path = "/proc/self/fd/" + std::to_string(file);
+    void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL); // stays open: the loader knows a library by its path
+    if (library == nullptr)
+    {
+        fault(dlerror());
+        return InvalidImage;
+    }
+
+    link_map* map;
+    dlinfo(library, RTLD_DI_LINKMAP, &map);
+    dl_iterate_phdr(readable, (void*)map->l_addr);
+    *module = new Module{library};
+    return Success;
+}
+
+int cuModuleUnload(void* module)
+{
+    // The library stays: what it was allowed to read is not worth forgetting.
+    delete (Module*)module;
+    return Success;
+}
+
+int cuModuleGetFunction(void** function, void* module, const char* name)
+{
+    SIM_ENTER;
+    Module* m = (Module*)module;
+    auto call = (void (*)(void**))dlsym(m->library, (std::string("sim_kernel_") + name).c_str());
+    auto sizes = (int (*)(unsigned*))dlsym(m->library, (std::string("sim_sizes_") + name).c_str());
+    if (call == nullptr || sizes == nullptr)
+        return NotFound;
+    auto range = (void (*)(char**, char**))dlsym(m->library, "sim_shared_range");
+    unsigned bytes[64];
+    int count = sizes(bytes);
+    *function = new Function{call, range, std::vector<unsigned>(bytes, bytes + count), 48 * 1024};
+    return Success;
+}
+
+int cuFuncSetAttribute(void* function, int attribute, int value)
+{
+    SIM_ENTER;
+    if (attribute != 8 || value < 0 || (unsigned)value > MostSharedBytes)
+        return InvalidValue;
+    ((Function*)function)->dynamic_bytes = (unsigned)value;
+    return Success;
+}
+
+int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared_bytes,
+    void* stream, void** arguments, void** extra)
+{
+    SIM_ENTER;
+    Function* f = (Function*)function;
+    if (f == nullptr || extra != nullptr || gx == 0 || gy == 0 || gz == 0 || bx == 0 || by == 0 || bz == 0 || (uint64_t)bx * by * bz > MostThreads
+        || bz > 64 || gx > 0x7fffffff || gy > MostGrid || gz > MostGrid || shared_bytes > f->dynamic_bytes)
+        return InvalidValue;
+
+    std::vector<std::string> values;
+    for (size_t i = 0; i < f->sizes.size(); i++)
+        values.emplace_back((const char*)arguments[i], f->sizes[i]);
+    return submit(stream, [=]() mutable
+    {
+        std::vector<void*> pointers;
+        for (std::string& value : values)
+            pointers.push_back(value.data());
+        char *start, *end;
+        f->shared_range(&start, &end);
+        set_shared(start, end);
+        set_launched_shared(shared_bytes);
+        counters.launches++;
+        launch(f->call, pointers.data(), {gx, gy, gz}, {bx, by, bz});
+        return fault_text().empty() ? (int)Success : (int)LaunchFailed;
+    });
+}
+
+void cuSimCounters(Counters* out)
+{
+    std::lock_guard<std::recursive_mutex> hold(s_gate);
+    *out = counters;
+}
+}

@@ -1,0 +1,53 @@
+// What the parts of the simulated device tell each other.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <string>
+
+namespace sim
+{
+struct Dim { unsigned x, y, z; };
+} // namespace sim
+
+// Of the fiber that runs now; what threadIdx and the like stand for.
+extern "C" struct sim_indices { sim::Dim thread, block, block_size, grid_size; } sim_index;
+
+namespace sim
+{
+
+// Ends the launch under way: its cuLaunchKernel fails, and every later call answers with the same error, as a real device's does.
+void fault(const std::string& what);
+const std::string& fault_text();
+
+// ---- memory.cpp
+void* allocate(size_t bytes);
+bool release(void* pointer);
+bool holds(const void* pointer, size_t bytes);   // one allocation holds all of it
+bool allocation_of(const void* pointer, void** start, size_t* bytes);
+size_t allocated_bytes();
+bool arena_offset(const void* pointer, int* file, size_t* offset, size_t* bytes); // of an allocation, for another process to map
+void adopt(void* pointer, size_t bytes);         // memory of another process, mapped here
+void disown(void* pointer);
+void allow_reads(const char* start, const char* end);
+void begin_block();                              // no thread of this block has touched anything
+void set_shared(char* start, char* end);         // where the module's __shared__ variables lie
+void set_launched_shared(size_t bytes);          // of which the launch said the size
+void touch(void* pointer, size_t bytes, bool write); // checks, as every access of a kernel is
+
+// ---- block.cpp
+struct Where { int thread, warp; unsigned block_epoch, warp_epoch; };
+bool in_kernel();
+Where where();                                    // of the fiber that runs now
+bool on_stack(const void* pointer);               // of any fiber, or of the host
+char* launched_shared();
+void launch(void (*kernel)(void**), void** arguments, Dim grid, Dim block);
+
+// ---- driver.cpp
+// Now, or when the graph that the stream records is launched.
+int submit(void* stream, std::function<int()> work);
+
+// ---- counters, for tests
+struct Counters { uint64_t launches, host_to_device_bytes, device_to_host_bytes, synchronisations, allocations, matmul_weight_bytes, staged_bytes; };
+extern Counters counters;
+}

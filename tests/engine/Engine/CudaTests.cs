@@ -1,0 +1,197 @@
+using System.Runtime.InteropServices;
+using CsCheck;
+using Rollout.Kernels;
+using Rollout.Kernels.Cuda;
+using Rollout.Kernels.Tests.Cuda;
+using Xunit;
+
+namespace Rollout.Engine.Tests;
+
+/// <summary>The engine on the CUDA backend, on the simulated device: outside references, determinism, updates.</summary>
+public sealed class CudaTests
+{
+    public static TheoryData<string> Families => [.. TestModels.Families];
+
+    private static CancellationToken Cancelled => TestContext.Current.CancellationToken;
+
+    private static RolloutEngine Load(string family, WeightFormat format, EngineOptions? options = null)
+        => RolloutEngine.Load(TestModels.Folder(family), new CudaBackend(0, format), options ?? new EngineOptions { MaxBatchTokens = 64, MaxSequences = 8 });
+
+    [Theory, MemberData(nameof(Families))]
+    public async Task In_fp32_greedy_continuations_are_the_references_token_for_token(string family)
+    {
+        SimulatedDevice.Require();
+        TestModels.Golden golden = TestModels.ReadGolden(family);
+        await using RolloutEngine engine = Load(family, WeightFormat.Float32);
+        for (int i = 0; i < golden.Prompts.Length; i++)
+        {
+            Sequence sample = (await engine.RunAsync(new GroupRequest
+            {
+                Id = $"{i}",
+                Prompt = golden.Prompts[i],
+                Temperature = 0,
+                IgnoreEos = true,
+                MaxTokens = golden.Continuations[i].Tokens.Length,
+            }))[0];
+            Assert.Equal(golden.Continuations[i].Tokens, sample.Tokens(0, sample.Published).ToArray());
+            for (int t = 0; t < sample.Published; t++)
+                Assert.Equal(golden.Continuations[i].LogProbs[t], sample.LogProbs(0, sample.Published)[t], 1e-3f);
+        }
+    }
+
+    /// <summary>
+    /// bf16 rounds what goes into a matmul, keys and values. That costs little more than what rounding the matmuls' inputs alone costs, on these models
+    /// of 64 to 128 numbers a token; it does not lean to either side; and it changes a choice only where two tokens are nearly as probable.
+    /// </summary>
+    [Theory, MemberData(nameof(Families))]
+    public async Task In_bf16_log_probabilities_are_near_the_references_and_clear_choices_are_equal(string family)
+    {
+        SimulatedDevice.Require();
+        (double off, double mean) = await Differences(family, new CudaBackend(0), checkChoices: true);
+        (double inputsOff, _) = await Differences(family, new CpuBackend(1, 0, WeightFormat.BFloat16Fast), checkChoices: false);
+        Assert.InRange(off, 0, 1.5 * inputsOff);
+        Assert.InRange(mean, -1e-2, 1e-2);
+    }
+
+    /// <summary>Of the log-probabilities of the reference's tokens, given the ones before: the mean distance, and the mean difference.</summary>
+    private static async Task<(double Off, double Mean)> Differences(string family, IBackend backend, bool checkChoices)
+    {
+        TestModels.Golden golden = TestModels.ReadGolden(family);
+        await using RolloutEngine engine = RolloutEngine.Load(
+            TestModels.Folder(family), backend, new EngineOptions { MaxBatchTokens = 64, MaxSequences = 8 });
+        using SafetensorsFile reference = SafetensorsFile.Open(Path.Combine(TestModels.Folder(family), "golden.safetensors"));
+        List<double> differences = [];
+        int vocabulary = engine.Model.VocabSize, clear = 0;
+        for (int i = 0; i < golden.Prompts.Length; i++)
+        {
+            int[] prompt = golden.Prompts[i];
+            int[] whole = [.. prompt, .. golden.Continuations[i].Tokens];
+            Group group = engine.Submit(new GroupRequest { Id = $"{i}", Prompt = whole, MaxTokens = 0, PromptLogProbs = true, PromptTop = 1 });
+            await group.Completed.WaitAsync(TimeSpan.FromSeconds(60), Cancelled);
+            for (int t = 0; t < golden.Continuations[i].Tokens.Length; t++)
+                differences.Add(golden.Continuations[i].LogProbs[t] - group.PromptLogProbs[prompt.Length - 1 + t]);
+
+            TensorInfo info = reference.Tensors[$"logits.{i}"];
+            float[] logits = new float[info.Elements];
+            reference.Read(info, 0, MemoryMarshal.AsBytes(logits.AsSpan()));
+            for (int position = 0; position < prompt.Length && checkChoices; position++)
+            {
+                int[] order = [.. Enumerable.Range(0, vocabulary).OrderByDescending(v => logits[(position * vocabulary) + v]).Take(2)];
+                if (logits[(position * vocabulary) + order[0]] - logits[(position * vocabulary) + order[1]] <= 0.2f) continue;
+                clear++;
+                Assert.Equal(order[0], group.PromptTopIds[position]);
+            }
+        }
+
+        Assert.True(clear > 10 || !checkChoices, $"only {clear} positions had a clear choice");
+        return (differences.Average(Math.Abs), differences.Average());
+    }
+
+    /// <summary>What a step of decoding asks of the device, whatever the number of rows: runs that differ by twenty steps, and their difference.</summary>
+    [Theory]
+    [InlineData("qwen2", 1)] // biases
+    [InlineData("qwen3", 5)] // norms of heads
+    public async Task A_step_of_decoding_costs_eight_launches_a_layer_one_graph_one_wait_and_reads_every_matrix_once(string family, int n)
+    {
+        SimulatedDevice.Require();
+        CudaBackend backend = new(0);
+        await using RolloutEngine engine = RolloutEngine.Load(TestModels.Folder(family), backend, new EngineOptions { MaxBatchTokens = 64, MaxSequences = 8 });
+        await Run(40);
+        await Run(40); // the prompt's step, shorter for what the cache now has, becomes a graph too
+        (SimulatedDevice.Counters few, long fewGraphs) = await Run(10);
+        (SimulatedDevice.Counters many, long manyGraphs) = await Run(30);
+        SimulatedDevice.Counters steps = many - few;
+        ModelSpec model = engine.Model;
+        const int Around = 5; // embed, gather, norm, head, sample
+        Assert.Equal(20 * ((8 * model.Layers) + Around), steps.Launches);
+        Assert.Equal(20, steps.Synchronisations);
+        Assert.Equal(20, manyGraphs - fewGraphs);
+        Assert.Equal(0, steps.Allocations);
+        long layer = model.HiddenSize * ((long)model.QkvOutputs + (model.Heads * model.HeadDim) + (3L * model.IntermediateSize));
+        Assert.Equal(20 * sizeof(ushort) * ((model.Layers * layer) + ((long)model.VocabSize * model.HiddenSize)), steps.MatMulWeightBytes);
+        Assert.InRange(steps.DeviceToHostBytes / 20, 1, 12 * n);
+
+        async Task<(SimulatedDevice.Counters Counters, long Graphs)> Run(int tokens)
+        {
+            (SimulatedDevice.Counters counters, long graphs) = (SimulatedDevice.Count(), backend.GraphLaunches);
+            await engine.RunAsync(new GroupRequest
+            {
+                Id = "probe",
+                Prompt = [.. Enumerable.Range(3, 20)],
+                N = n,
+                MaxTokens = tokens,
+                Seed = 3,
+                IgnoreEos = true,
+            });
+            return (SimulatedDevice.Count() - counters, backend.GraphLaunches - graphs);
+        }
+    }
+
+    [Fact]
+    public void A_sample_is_the_same_bits_however_it_is_run()
+    {
+        SimulatedDevice.Require();
+        Gen.Select(Gen.OneOf(TestModels.Families), DeterminismTests.s_request, DeterminismTests.s_way, Gen.Int, Gen.Bool).Sample(
+            (family, request, way, noise, fp32) =>
+            {
+                request = request with { Prompt = request.Prompt[..Math.Min(request.Prompt.Length, 40)], MaxTokens = Math.Min(request.MaxTokens ?? 12, 12), MinTokens = 0 };
+                way = way with { Neighbours = Math.Min(way.Neighbours, 6) };
+                string[] alone = Run(new DeterminismTests.Way(512, 64, 100_000, 0, false, 1, 0), 0);
+                string[] other = Run(way, noise);
+                return alone.SequenceEqual(other) ? true : throw new InvalidOperationException(
+                    $"alone:\n{string.Join('\n', alone)}\nother way:\n{string.Join('\n', other)}");
+
+                string[] Run(DeterminismTests.Way run, int seed) => DeterminismTests.Run(
+                    family, request, run, seed, new CudaBackend(0, fp32 ? WeightFormat.Float32 : WeightFormat.BFloat16)).GetAwaiter().GetResult();
+            },
+            iter: 6,
+            threads: 1);
+    }
+
+    [Theory]
+    [InlineData(WeightFormat.BFloat16)]
+    [InlineData(WeightFormat.Float32)]
+    public async Task Every_case_the_contract_names(WeightFormat format)
+    {
+        SimulatedDevice.Require();
+
+        // A context of several chunks, so that attention is cut by chunks, and samples share them.
+        GroupRequest request = new() { Id = "probe", Prompt = [.. Enumerable.Range(3, 130)], N = 4, MaxTokens = 8, Seed = 11, IgnoreEos = true };
+        string[] alone = await Run(new(512, 64, 100_000, 0, false, 1, 0));
+        foreach (DeterminismTests.Way way in (DeterminismTests.Way[])
+        [
+            new(512, 64, 100_000, 12, false, 1, 0), // in a batch
+            new(7, 64, 100_000, 0, false, 1, 0),    // in chunks
+            new(512, 64, 100_000, 0, true, 1, 0),   // prefix hits
+            new(64, 64, 160, 3, false, 1, 0),       // hardly any room for keys and values
+        ])
+        {
+            Assert.Equal(alone, await Run(way));
+        }
+
+        Task<string[]> Run(DeterminismTests.Way way) => DeterminismTests.Run("qwen3", request, way, 5, new CudaBackend(0, format));
+    }
+
+    [Theory]
+    [InlineData(WeightFormat.BFloat16, UpdateMode.Staged)]
+    [InlineData(WeightFormat.Float32, UpdateMode.InPlace)]
+    public async Task After_a_commit_the_engine_is_one_that_loaded_the_new_weights(WeightFormat format, UpdateMode mode)
+    {
+        SimulatedDevice.Require();
+        using UpdatePayload payload = UpdatePayload.Of("qwen2");
+        GroupRequest request = new() { Id = "probe", Prompt = [.. Enumerable.Range(3, 20)], N = 2, MaxTokens = 10, Seed = 9, IgnoreEos = true };
+        EngineOptions options = new() { MaxBatchTokens = 64, MaxSequences = 8 };
+        await using RolloutEngine fresh = RolloutEngine.Load(payload.Folder, new CudaBackend(0, format), options);
+        await using RolloutEngine engine = Load("qwen2", format, options);
+        string old = (await engine.RunAsync(request))[1].Bits();
+        using (WeightUpdate update = await engine.OpenUpdateAsync(payload.Manifest(0, 1) with { Mode = mode }))
+        {
+            update.Write(0, payload.Bytes);
+            await update.CommitAsync(payload.Digest, Cancelled);
+        }
+
+        string updated = (await engine.RunAsync(request))[1].Bits();
+        Assert.NotEqual(old, updated);
+        Assert.Equal((await fresh.RunAsync(request))[1].Bits(), updated);
+    }
+}

@@ -1,0 +1,40 @@
+using System.Runtime.CompilerServices;
+using System.Runtime.InteropServices;
+using Rollout.Kernels.Cuda;
+
+namespace Rollout.Kernels.Tests.Cuda;
+
+/// <summary>What crosses into NVIDIA's libraries has the layout their headers say, and a library that is missing is told in one sentence.</summary>
+public sealed class BindingsTests
+{
+    [Fact]
+    public void Structs_have_the_sizes_of_the_headers()
+    {
+        Assert.Equal(16, Unsafe.SizeOf<CUuuid>());
+        Assert.Equal(64, Unsafe.SizeOf<CUipcMemHandle>());
+        Assert.Equal(128, Unsafe.SizeOf<ncclUniqueId>());
+        Assert.Equal(64, Unsafe.SizeOf<cublasLtMatmulAlgo>());
+        Assert.Equal(96, Unsafe.SizeOf<cublasLtMatmulHeuristicResult>());
+        Assert.Equal(64, (int)Marshal.OffsetOf<cublasLtMatmulHeuristicResult>(nameof(cublasLtMatmulHeuristicResult.WorkspaceBytes)));
+        Assert.Equal(72, (int)Marshal.OffsetOf<cublasLtMatmulHeuristicResult>(nameof(cublasLtMatmulHeuristicResult.State)));
+        Assert.Equal(76, (int)Marshal.OffsetOf<cublasLtMatmulHeuristicResult>(nameof(cublasLtMatmulHeuristicResult.WavesCount)));
+        Assert.Equal(80, (int)Marshal.OffsetOf<cublasLtMatmulHeuristicResult>(nameof(cublasLtMatmulHeuristicResult.Reserved)));
+    }
+
+    [Fact]
+    public void Structs_that_kernels_read_have_the_layout_that_their_sources_say()
+    {
+        Assert.Equal(56, Unsafe.SizeOf<SampleQuery>());
+        Assert.Equal(24, (int)Marshal.OffsetOf<SampleQuery>(nameof(SampleQuery.Seed)));
+        Assert.Equal(52, (int)Marshal.OffsetOf<SampleQuery>(nameof(SampleQuery.AlternativesCount)));
+        Assert.Equal(12, Unsafe.SizeOf<SampleResult>());
+        Assert.Equal(8, (int)Marshal.OffsetOf<SampleResult>(nameof(SampleResult.SamplingLogProb)));
+    }
+
+    [Fact]
+    public void All_libraries_of_the_simulated_device_are_found()
+    {
+        SimulatedDevice.Require();
+        Assert.Null(CudaLibraries.Missing(CudaLibraries.Driver, CudaLibraries.Nvrtc, CudaLibraries.CublasLt));
+    }
+}

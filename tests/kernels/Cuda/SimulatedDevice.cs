@@ -1,0 +1,52 @@
+using System.Diagnostics;
+using System.Runtime.CompilerServices;
+using System.Runtime.InteropServices;
+using Xunit;
+
+namespace Rollout.Kernels.Tests.Cuda;
+
+/// <summary>The simulated device of tests/cuda-sim, built and pointed to once a test run; tests that need it skip where g++ is missing.</summary>
+internal static class SimulatedDevice
+{
+    private static readonly Lazy<string?> s_missing = new(Build);
+
+    /// <summary>Skips the test, visibly, where there is no simulated device.</summary>
+    public static void Require() => Assert.SkipWhen(s_missing.Value is not null, s_missing.Value ?? "");
+
+    /// <summary>What the device has done since the process began.</summary>
+    public static unsafe Counters Count()
+    {
+        nint library = NativeLibrary.Load(Path.Combine(Environment.GetEnvironmentVariable("ROLLOUT_CUDA_PATH")!, "libcuda.so.1"));
+        var count = (delegate* unmanaged<Counters*, void>)NativeLibrary.GetExport(library, "cuSimCounters");
+        Counters counters;
+        count(&counters);
+        return counters;
+    }
+
+    /// <summary>As in sim.h.</summary>
+    public readonly record struct Counters(
+        long Launches, long HostToDeviceBytes, long DeviceToHostBytes, long Synchronisations, long Allocations, long MatMulWeightBytes,
+        long StagedBytes)
+    {
+        public static Counters operator -(Counters a, Counters b) => new(
+            a.Launches - b.Launches, a.HostToDeviceBytes - b.HostToDeviceBytes, a.DeviceToHostBytes - b.DeviceToHostBytes,
+            a.Synchronisations - b.Synchronisations, a.Allocations - b.Allocations, a.MatMulWeightBytes - b.MatMulWeightBytes,
+            a.StagedBytes - b.StagedBytes);
+    }
+
+    private static string? Build()
+    {
+        string script = Path.Combine(Root(), "tests", "cuda-sim", "build.sh");
+        using Process build = Process.Start(new ProcessStartInfo("sh", [script]) { RedirectStandardOutput = true, RedirectStandardError = true })!;
+        Task<string> errors = build.StandardError.ReadToEndAsync();
+        string folder = build.StandardOutput.ReadToEnd().Trim();
+        build.WaitForExit();
+        if (build.ExitCode != 0)
+            return errors.Result.Contains("needs g++", StringComparison.Ordinal) ? errors.Result.Trim() : throw new InvalidOperationException(errors.Result);
+        Environment.SetEnvironmentVariable("ROLLOUT_CUDA_PATH", folder);
+        Environment.SetEnvironmentVariable("XDG_CACHE_HOME", Path.Combine(folder, "cache")); // not the user's
+        return null;
+    }
+
+    private static string Root([CallerFilePath] string here = "") => Path.GetFullPath(Path.Combine(Path.GetDirectoryName(here)!, "..", "..", ".."));
+}
