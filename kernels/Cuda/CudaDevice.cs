@@ -105,6 +105,20 @@ internal sealed unsafe class CudaDevice : IDisposable
         return new PinnedBuffer(_context, bytes);
     }
 
+    /// <inheritdoc cref="PeerBuffer(CudaContext, CUipcMemHandle)"/>
+    public PeerBuffer Open(CUipcMemHandle handle)
+    {
+        MakeCurrent();
+        return new PeerBuffer(_context, handle);
+    }
+
+    /// <inheritdoc cref="NcclCommunicator(CudaContext, ncclUniqueId, int, int, TimeSpan)"/>
+    public NcclCommunicator Connect(ncclUniqueId id, int ranks, int rank, TimeSpan deadline)
+    {
+        MakeCurrent();
+        return new NcclCommunicator(_context, id, ranks, rank, deadline);
+    }
+
     public CudaModule Load(byte[] cubin, string name)
     {
         MakeCurrent();

@@ -72,7 +72,32 @@ internal sealed class DeviceBuffer : CudaHandle
 
     public nuint Pointer => (nuint)Value;
 
+    /// <summary>By which another process of this machine opens these bytes, as long as this one keeps them.</summary>
+    public CUipcMemHandle Share()
+    {
+        Driver.cuIpcGetMemHandle(out CUipcMemHandle handle, Pointer).ThrowIfFailed($"{Bytes} bytes");
+        return handle;
+    }
+
     protected override CUresult Destroy(nint value) => Driver.cuMemFree_v2((nuint)value);
+}
+
+/// <summary>Bytes on the device that another process of this machine has allocated.</summary>
+internal sealed class PeerBuffer : CudaHandle
+{
+    private const uint LazyEnablePeerAccess = 1; // CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS, the only flag there is
+
+    /// <exception cref="CudaException">It is not there any more, is of this process, or is on a device that this one cannot read.</exception>
+    public PeerBuffer(CudaContext context, CUipcMemHandle handle)
+        : base(context)
+    {
+        Driver.cuIpcOpenMemHandle_v2(out nuint pointer, handle, LazyEnablePeerAccess).ThrowIfFailed("memory of another process");
+        Own((nint)pointer);
+    }
+
+    public nuint Pointer => (nuint)Value;
+
+    protected override CUresult Destroy(nint value) => Driver.cuIpcCloseMemHandle((nuint)value);
 }
 
 /// <summary>Bytes on the host that the device copies from and to by itself.</summary>
@@ -125,6 +150,18 @@ internal sealed class CudaEvent : CudaHandle
     public void Record(CudaStream stream) => Driver.cuEventRecord(Value, stream.Value).ThrowIfFailed();
 
     public void Synchronize() => Driver.cuEventSynchronize(Value).ThrowIfFailed();
+
+    /// <summary>Whether the stream has come this far.</summary>
+    public bool IsReached
+    {
+        get
+        {
+            CUresult result = Driver.cuEventQuery(Value);
+            if (result != CUresult.CUDA_ERROR_NOT_READY)
+                result.ThrowIfFailed(call: nameof(Driver.cuEventQuery));
+            return result == CUresult.CUDA_SUCCESS;
+        }
+    }
 
     protected override CUresult Destroy(nint value) => Driver.cuEventDestroy_v2(value);
 }

@@ -30,7 +30,7 @@ struct Id { char magic[8]; uint64_t secret; uint16_t port; };
 static_assert(sizeof(Id) <= sizeof(ncclUniqueId), "fits");
 
 struct Hello { uint64_t secret; int32_t ranks, rank, port; };
-struct Header { uint64_t number, bytes; int32_t root; };
+struct Header { uint64_t number, bytes, root; };
 
 struct Comm
 {
@@ -216,20 +216,20 @@ int connect_all(Comm* comm, const Id& id)
 void broadcast(Comm* comm, const void* source, void* destination, Header what)
 {
     int error = Success;
-    if (comm->rank == what.root)
+    if (comm->rank == (int)what.root)
     {
         if (source != destination)
             memmove(destination, source, what.bytes);
         for (int rank = 0; rank < comm->ranks && error == Success; rank++)
         {
             int s = comm->peers[(size_t)rank];
-            if (rank != what.root && (!write_all(s, &what, sizeof what, &comm->aborted) || !write_all(s, source, what.bytes, &comm->aborted)))
+            if (rank != (int)what.root && (!write_all(s, &what, sizeof what, &comm->aborted) || !write_all(s, source, what.bytes, &comm->aborted)))
                 error = RemoteError;
         }
     }
     else
     {
-        int s = comm->peers[(size_t)what.root];
+        int s = comm->peers[what.root];
         Header sent;
         if (!read_all(s, &sent, sizeof sent, &comm->aborted))
             error = RemoteError;
@@ -322,11 +322,7 @@ int ncclBroadcast(const void* source, void* destination, size_t count, int type,
     size_t bytes = count * (size_t)SizeOf[type];
     if (!sim::is_device_memory(destination, bytes) || (comm->rank == root && !sim::is_device_memory(source, bytes)))
         return InvalidArgument;
-    Header what;
-    memset(&what, 0, sizeof what); // compared byte by byte
-    what.number = comm->queued++;
-    what.bytes = bytes;
-    what.root = root;
+    Header what = {comm->queued++, bytes, (uint64_t)root};
     std::shared_future<void> before = comm->last;
     return sim::submit_beside(stream, &comm->last, [=]
     {

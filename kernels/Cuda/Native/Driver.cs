@@ -107,6 +107,9 @@ internal static unsafe partial class Driver
     public static partial CUresult cuEventRecord(nint @event, nint stream);
 
     [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuEventQuery(nint @event);
+
+    [LibraryImport(CudaLibraries.Driver)]
     public static partial CUresult cuEventSynchronize(nint @event);
 
     // ---- Kernels.
@@ -156,6 +159,7 @@ internal enum CUresult
     CUDA_ERROR_INVALID_VALUE = 1,
     CUDA_ERROR_OUT_OF_MEMORY = 2,
     CUDA_ERROR_NO_DEVICE = 100,
+    CUDA_ERROR_NOT_READY = 600,
 }
 
 internal enum CUdevice_attribute

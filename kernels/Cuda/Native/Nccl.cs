@@ -15,12 +15,9 @@ internal static unsafe partial class Nccl
     public static partial ncclResult ncclGetUniqueId(out ncclUniqueId id);
 
     [LibraryImport(CudaLibraries.Nccl)]
-    public static partial ncclResult ncclCommInitRank(out nint communicator, int ranks, ncclUniqueId id, int rank);
+    public static partial ncclResult ncclCommInitRankConfig(out nint communicator, int ranks, ncclUniqueId id, int rank, in ncclConfig config);
 
-    [LibraryImport(CudaLibraries.Nccl)]
-    public static partial ncclResult ncclCommDestroy(nint communicator);
-
-    /// <summary>Ends what others wait in, from any thread.</summary>
+    /// <summary>Frees it, and ends what waits in it, from any thread. Unlike ncclCommDestroy it waits for no other rank.</summary>
     [LibraryImport(CudaLibraries.Nccl)]
     public static partial ncclResult ncclCommAbort(nint communicator);
 
@@ -30,12 +27,6 @@ internal static unsafe partial class Nccl
     [LibraryImport(CudaLibraries.Nccl)]
     public static partial ncclResult ncclBroadcast(
         nuint source, nuint destination, nuint count, ncclDataType type, int root, nint communicator, nint stream);
-
-    [LibraryImport(CudaLibraries.Nccl)]
-    public static partial ncclResult ncclGroupStart();
-
-    [LibraryImport(CudaLibraries.Nccl)]
-    public static partial ncclResult ncclGroupEnd();
 }
 
 internal enum ncclResult
@@ -54,4 +45,17 @@ internal enum ncclDataType
 internal unsafe struct ncclUniqueId
 {
     public fixed byte Internal[128];
+}
+
+/// <summary>As NCCL 2.14, the first to have it, laid it out; later ones read as much as the size says, and take the rest as not given.</summary>
+[StructLayout(LayoutKind.Sequential)]
+internal struct ncclConfig
+{
+    public nuint Size;
+    public uint Magic;
+    public uint Version;
+    public int Blocking;
+
+    /// <summary>Calls return at once and the communicator is asked whether they are done, so that every wait can have a deadline.</summary>
+    public static unsafe ncclConfig NonBlocking => new() { Size = (nuint)sizeof(ncclConfig), Magic = 0xcafebeef, Version = 21400, Blocking = 0 };
 }

@@ -13,6 +13,9 @@ public sealed class BindingsTests
         Assert.Equal(16, Unsafe.SizeOf<CUuuid>());
         Assert.Equal(64, Unsafe.SizeOf<CUipcMemHandle>());
         Assert.Equal(128, Unsafe.SizeOf<ncclUniqueId>());
+        Assert.Equal(24, Unsafe.SizeOf<ncclConfig>()); // of NCCL 2.14, which later ones still take
+        Assert.Equal(8, (int)Marshal.OffsetOf<ncclConfig>(nameof(ncclConfig.Magic)));
+        Assert.Equal(16, (int)Marshal.OffsetOf<ncclConfig>(nameof(ncclConfig.Blocking)));
         Assert.Equal(64, Unsafe.SizeOf<cublasLtMatmulAlgo>());
         Assert.Equal(96, Unsafe.SizeOf<cublasLtMatmulHeuristicResult>());
         Assert.Equal(64, (int)Marshal.OffsetOf<cublasLtMatmulHeuristicResult>(nameof(cublasLtMatmulHeuristicResult.WorkspaceBytes)));
@@ -35,6 +38,6 @@ public sealed class BindingsTests
     public void All_libraries_of_the_simulated_device_are_found()
     {
         SimulatedDevice.Require();
-        Assert.Null(CudaLibraries.Missing(CudaLibraries.Driver, CudaLibraries.Nvrtc, CudaLibraries.CublasLt));
+        Assert.Null(CudaLibraries.Missing(CudaLibraries.Driver, CudaLibraries.Nvrtc, CudaLibraries.CublasLt, CudaLibraries.Nccl));
     }
 }

@@ -1,4 +1,3 @@
-using System.Diagnostics;
 using System.Globalization;
 using System.Runtime.InteropServices;
 using Rollout.Kernels.Cuda;
@@ -69,17 +68,9 @@ public sealed class SimulatedDeviceTests
     public async Task A_planted_fault_is_caught(int fault, string what, string where)
     {
         SimulatedDevice.Require();
-        string program = Path.ChangeExtension(typeof(SimulatedDeviceTests).Assembly.Location, null);
-        ProcessStartInfo start = new(program, ["-explicit", "on", "-method", $"*{nameof(SimulatedDeviceTests)}.{nameof(The_planted_fault)}"])
-        {
-            RedirectStandardOutput = true,
-            RedirectStandardError = true,
-        };
-        start.Environment[FaultVariable] = fault.ToString(CultureInfo.InvariantCulture);
-        using Process process = Process.Start(start)!;
-        Task<string> errors = process.StandardError.ReadToEndAsync(TestContext.Current.CancellationToken);
-        string output = await process.StandardOutput.ReadToEndAsync(TestContext.Current.CancellationToken) + await errors;
-        await process.WaitForExitAsync(TestContext.Current.CancellationToken);
+        using OtherProcess process = OtherProcess.Run(
+            $"{nameof(SimulatedDeviceTests)}.{nameof(The_planted_fault)}", (FaultVariable, fault.ToString(CultureInfo.InvariantCulture)));
+        string output = await process.Ended();
         Assert.Contains(what, output, StringComparison.Ordinal);
         Assert.Contains(where, output, StringComparison.Ordinal);
         Assert.Contains("Failed: 1", output, StringComparison.Ordinal);

@@ -1,0 +1,135 @@
+using System.Diagnostics;
+using System.Runtime.InteropServices;
+
+namespace Rollout.Kernels.Cuda;
+
+/// <summary>
+/// One rank of a group of processes that hand each other bytes on their devices. A rank that dies leaves the others' work unfinished for good, so every
+/// wait here has a deadline, and ends by aborting.
+/// </summary>
+internal sealed class NcclCommunicator : CudaHandle
+{
+    private readonly CudaEvent _done; // what its work is awaited with
+
+    /// <summary>Waits until all ranks have come.</summary>
+    /// <param name="context">Of the device.</param>
+    /// <param name="id">Of <see cref="NewId"/>, the same for all ranks.</param>
+    /// <param name="ranks">How many there are.</param>
+    /// <param name="rank">Which of them this is.</param>
+    /// <param name="deadline">From now.</param>
+    /// <exception cref="CudaException">The library is missing, or NCCL refused.</exception>
+    /// <exception cref="TimeoutException">A rank has not come.</exception>
+    public NcclCommunicator(CudaContext context, ncclUniqueId id, int ranks, int rank, TimeSpan deadline)
+        : base(context)
+    {
+        Require();
+        _done = new CudaEvent(context);
+        long start = Stopwatch.GetTimestamp();
+        string asked = $"rank {rank} of {ranks}";
+        ncclResult result = Nccl.ncclCommInitRankConfig(out nint communicator, ranks, id, rank, ncclConfig.NonBlocking);
+        if (result != ncclResult.ncclInProgress)
+            result.ThrowIfFailed(asked, nameof(Nccl.ncclCommInitRankConfig));
+        Own(communicator);
+        try
+        {
+            while (!IsIdle(asked))
+                Wait(start, deadline, $"NCCL: not all of {ranks} ranks came");
+        }
+        catch
+        {
+            Dispose();
+            throw;
+        }
+    }
+
+    /// <summary>A new group's. The process that made it has to live until all ranks have come.</summary>
+    public static ncclUniqueId NewId()
+    {
+        Require();
+        Nccl.ncclGetUniqueId(out ncclUniqueId id).ThrowIfFailed();
+        return id;
+    }
+
+    /// <summary>Queues a copy of the root's bytes to all ranks. Every rank asks for the same broadcasts in the same order.</summary>
+    /// <param name="source">On the root's device; not looked at by others.</param>
+    /// <param name="destination">On this device.</param>
+    /// <param name="bytes">As many on all ranks.</param>
+    /// <param name="root">The rank that has them.</param>
+    /// <param name="stream">Of this device.</param>
+    /// <param name="deadline">From now, for the queueing alone.</param>
+    public void Broadcast(nuint source, nuint destination, long bytes, int root, CudaStream stream, TimeSpan deadline)
+    {
+        string asked = $"{bytes} bytes from rank {root}";
+        long start = Stopwatch.GetTimestamp();
+        ncclResult result = Nccl.ncclBroadcast(source, destination, (nuint)bytes, ncclDataType.ncclUint8, root, Value, stream.Value);
+        if (result != ncclResult.ncclInProgress)
+            result.ThrowIfFailed(asked, nameof(Nccl.ncclBroadcast));
+        try
+        {
+            while (!IsIdle(asked))
+                Wait(start, deadline, $"NCCL could not queue {asked}");
+        }
+        catch
+        {
+            Dispose();
+            throw;
+        }
+    }
+
+    /// <summary>Waits until what was queued on a stream is done. Where it fails the communicator is gone, and what arrived is not to be used.</summary>
+    /// <exception cref="CudaException">A rank died, or asked for something else.</exception>
+    /// <exception cref="TimeoutException">Says so.</exception>
+    public void Synchronize(CudaStream stream, TimeSpan deadline)
+    {
+        long start = Stopwatch.GetTimestamp();
+        try
+        {
+            _done.Record(stream);
+            while (!_done.IsReached)
+            {
+                _ = IsIdle("a broadcast under way");
+                Wait(start, deadline, "NCCL: a broadcast was not done");
+            }
+        }
+        catch
+        {
+            Dispose();
+            throw;
+        }
+    }
+
+    /// <summary>
+    /// Ends it without a word to the other ranks: who receives has nothing to tell them, and who sends learns in another way that all have received.
+    /// </summary>
+    protected override CUresult Destroy(nint value) =>
+        Nccl.ncclCommAbort(value) == ncclResult.ncclSuccess ? CUresult.CUDA_SUCCESS : CUresult.CUDA_ERROR_INVALID_VALUE;
+
+    protected override void Dispose(bool disposing)
+    {
+        base.Dispose(disposing);
+        if (disposing)
+            _done.Dispose();
+    }
+
+    private static void Require()
+    {
+        if (CudaLibraries.Missing(CudaLibraries.Nccl) is { } missing)
+            throw new CudaException(missing);
+    }
+
+    private static void Wait(long start, TimeSpan deadline, string what)
+    {
+        if (Stopwatch.GetElapsedTime(start) > deadline)
+            throw new TimeoutException($"{what} within {deadline.TotalSeconds:0.###} s.");
+        Thread.Sleep(1);
+    }
+
+    /// <summary>Whether the last call is done; throws what went wrong on this or another rank.</summary>
+    private bool IsIdle(string asked)
+    {
+        Nccl.ncclCommGetAsyncError(Value, out ncclResult error).ThrowIfFailed(asked);
+        if (error != ncclResult.ncclInProgress)
+            error.ThrowIfFailed(asked, "NCCL");
+        return error == ncclResult.ncclSuccess;
+    }
+}

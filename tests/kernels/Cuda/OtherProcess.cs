@@ -1,0 +1,48 @@
+using System.Diagnostics;
+
+namespace Rollout.Kernels.Tests.Cuda;
+
+/// <summary>An explicit test of this program, run in a process of its own: where a fault must not stay, or where two processes meet on a device.</summary>
+internal sealed class OtherProcess : IDisposable
+{
+    private readonly Process _process;
+    private readonly Task<string> _output, _errors;
+
+    private OtherProcess(ProcessStartInfo start)
+    {
+        _process = Process.Start(start)!;
+        _errors = _process.StandardError.ReadToEndAsync();
+        _output = _process.StandardOutput.ReadToEndAsync();
+    }
+
+    /// <param name="test">Class and method.</param>
+    /// <param name="variables">That it finds in its environment.</param>
+    public static OtherProcess Run(string test, params (string Name, string Value)[] variables)
+    {
+        string program = Path.ChangeExtension(typeof(OtherProcess).Assembly.Location, null);
+        ProcessStartInfo start = new(program, ["-explicit", "on", "-method", $"*{test}"])
+        {
+            RedirectStandardOutput = true,
+            RedirectStandardError = true,
+        };
+        foreach ((string name, string value) in variables)
+            start.Environment[name] = value;
+        return new OtherProcess(start);
+    }
+
+    /// <summary>What it said, once it has ended.</summary>
+    public async Task<string> Ended()
+    {
+        await _process.WaitForExitAsync(TestContext.Current.CancellationToken).WaitAsync(TimeSpan.FromSeconds(90));
+        return await _output + await _errors;
+    }
+
+    public async Task Succeeded() => Assert.Contains("Total: 1, Errors: 0, Failed: 0", await Ended(), StringComparison.Ordinal);
+
+    public void Dispose()
+    {
+        if (!_process.HasExited)
+            _process.Kill();
+        _process.Dispose();
+    }
+}

@@ -1,0 +1,210 @@
+using System.Diagnostics;
+using System.Globalization;
+using System.Runtime.CompilerServices;
+using System.Runtime.InteropServices;
+using Rollout.Kernels.Cuda;
+
+namespace Rollout.Kernels.Tests.Cuda;
+
+/// <summary>Device memory between real processes: mapped by CUDA IPC, and copied by NCCL, also when the other one dies, is late, or asks for something else.</summary>
+public sealed class PeersTests
+{
+    private const string HandleVariable = "ROLLOUT_TEST_HANDLE", RankVariable = "ROLLOUT_TEST_RANK", WhatVariable = "ROLLOUT_TEST_WHAT";
+    private const int Bytes = 3_000_017;
+
+    private static readonly TimeSpan s_deadline = TimeSpan.FromSeconds(30);
+
+    // ---- CUDA IPC.
+
+    [Fact]
+    public async Task Another_process_reads_and_writes_what_is_shared()
+    {
+        SimulatedDevice.Require();
+        using CudaDevice device = new(0);
+        using DeviceBuffer before = device.Allocate(1001); // so that the buffer begins somewhere
+        using DeviceBuffer buffer = device.Allocate(Bytes);
+        device.Upload(buffer.Pointer, Pattern(1));
+        using OtherProcess peer = OtherProcess.Run($"{nameof(PeersTests)}.{nameof(Opens_the_handle)}", (HandleVariable, Hex(buffer.Share())));
+        await peer.Succeeded();
+        byte[] read = new byte[Bytes];
+        device.Download(buffer.Pointer, read);
+        Assert.Equal(Pattern(2), read);
+    }
+
+    [Fact]
+    public void A_handle_of_this_process_is_refused_by_name()
+    {
+        SimulatedDevice.Require();
+        using CudaDevice device = new(0);
+        using DeviceBuffer buffer = device.Allocate(100);
+        CudaException error = Assert.Throws<CudaException>(() => device.Open(buffer.Share()));
+        Assert.StartsWith("cuIpcOpenMemHandle_v2 (memory of another process): CUDA_ERROR_INVALID_VALUE", error.Message, StringComparison.Ordinal);
+    }
+
+    [Fact(Explicit = true)]
+    public void Opens_the_handle()
+    {
+        SimulatedDevice.Require();
+        using CudaDevice device = new(0);
+        using PeerBuffer peer = device.Open(Of<CUipcMemHandle>(Environment.GetEnvironmentVariable(HandleVariable)!));
+        byte[] read = new byte[Bytes];
+        device.Download(peer.Pointer, read);
+        Assert.Equal(Pattern(1), read);
+        device.Upload(peer.Pointer, Pattern(2));
+    }
+
+    // ---- NCCL.
+
+    [Fact]
+    public async Task Broadcasts_of_any_rank_reach_all()
+    {
+        SimulatedDevice.Require();
+        using CudaDevice device = new(0);
+        ncclUniqueId id = NcclCommunicator.NewId();
+        using OtherProcess one = Rank(1, 3, id, "broadcast"), two = Rank(2, 3, id, "broadcast");
+        using (NcclCommunicator communicator = device.Connect(id, 3, 0, s_deadline))
+            Broadcasts(device, communicator, 0);
+        await one.Succeeded();
+        await two.Succeeded();
+    }
+
+    [Fact]
+    public async Task A_rank_that_dies_is_an_error_and_the_device_goes_on()
+    {
+        SimulatedDevice.Require();
+        using CudaDevice device = new(0);
+        ncclUniqueId id = NcclCommunicator.NewId();
+        using OtherProcess peer = Rank(1, 2, id, "die");
+        using NcclCommunicator communicator = device.Connect(id, 2, 0, s_deadline);
+        using DeviceBuffer buffer = device.AllocateZeroed(Bytes);
+        CudaException error = Assert.Throws<CudaException>(() => Receive(device, communicator, buffer));
+        Assert.EndsWith("): remote process exited or there was a network error", error.Message, StringComparison.Ordinal);
+        Assert.True(communicator.IsClosed);
+        GoesOn(device, buffer);
+        await peer.Ended();
+    }
+
+    [Fact]
+    public void A_rank_that_does_nothing_ends_at_the_deadline_and_the_device_goes_on()
+    {
+        SimulatedDevice.Require();
+        using CudaDevice device = new(0);
+        ncclUniqueId id = NcclCommunicator.NewId();
+        using OtherProcess peer = Rank(1, 2, id, "sleep");
+        using NcclCommunicator communicator = device.Connect(id, 2, 0, s_deadline);
+        using DeviceBuffer buffer = device.AllocateZeroed(Bytes);
+        communicator.Broadcast(buffer.Pointer, buffer.Pointer, Bytes, 1, device.Stream, s_deadline);
+        TimeoutException error = Assert.Throws<TimeoutException>(() => communicator.Synchronize(device.Stream, TimeSpan.FromSeconds(0.2)));
+        Assert.Equal("NCCL: a broadcast was not done within 0.2 s.", error.Message);
+        GoesOn(device, buffer);
+    }
+
+    [Fact]
+    public void A_rank_that_never_comes_ends_at_the_deadline()
+    {
+        SimulatedDevice.Require();
+        using CudaDevice device = new(0);
+        TimeoutException error = Assert.Throws<TimeoutException>(() => device.Connect(NcclCommunicator.NewId(), 2, 0, TimeSpan.FromSeconds(0.1)));
+        Assert.Equal("NCCL: not all of 2 ranks came within 0.1 s.", error.Message);
+    }
+
+    [Fact]
+    public async Task Ranks_that_ask_for_different_sizes_are_an_error()
+    {
+        SimulatedDevice.Require();
+        using CudaDevice device = new(0);
+        ncclUniqueId id = NcclCommunicator.NewId();
+        using OtherProcess peer = Rank(1, 2, id, "send less");
+        using NcclCommunicator communicator = device.Connect(id, 2, 0, s_deadline);
+        using DeviceBuffer buffer = device.AllocateZeroed(Bytes);
+        CudaException error = Assert.Throws<CudaException>(() => Receive(device, communicator, buffer));
+        Assert.EndsWith("): invalid usage", error.Message, StringComparison.Ordinal);
+        await peer.Succeeded();
+    }
+
+    [Fact(Explicit = true)]
+    public void Is_a_rank()
+    {
+        SimulatedDevice.Require();
+        string[] ranks = Environment.GetEnvironmentVariable(RankVariable)!.Split('/');
+        int rank = int.Parse(ranks[0], CultureInfo.InvariantCulture);
+        using CudaDevice device = new(0);
+        using NcclCommunicator communicator = device.Connect(
+            Of<ncclUniqueId>(Environment.GetEnvironmentVariable(HandleVariable)!), int.Parse(ranks[1], CultureInfo.InvariantCulture), rank, s_deadline);
+        switch (Environment.GetEnvironmentVariable(WhatVariable))
+        {
+            case "broadcast":
+                Broadcasts(device, communicator, rank);
+                break;
+            case "die":
+                Process.GetCurrentProcess().Kill();
+                break;
+            case "sleep":
+                Thread.Sleep(s_deadline);
+                break;
+            case "send less":
+                using (DeviceBuffer buffer = device.AllocateZeroed(10))
+                {
+                    communicator.Broadcast(buffer.Pointer, buffer.Pointer, 10, 1, device.Stream, s_deadline);
+                    communicator.Synchronize(device.Stream, s_deadline);
+                }
+
+                break;
+        }
+    }
+
+    private static OtherProcess Rank(int rank, int ranks, ncclUniqueId id, string what) => OtherProcess.Run(
+        $"{nameof(PeersTests)}.{nameof(Is_a_rank)}",
+        (HandleVariable, Hex(id)), (RankVariable, $"{rank.ToString(CultureInfo.InvariantCulture)}/{ranks.ToString(CultureInfo.InvariantCulture)}"), (WhatVariable, what));
+
+    /// <summary>What every rank does: three broadcasts, queued one after another, of ranks 0, 2 and 0.</summary>
+    private static void Broadcasts(CudaDevice device, NcclCommunicator communicator, int rank)
+    {
+        int[] roots = [0, 2, 0];
+        DeviceBuffer[] buffers = [.. roots.Select(_ => device.AllocateZeroed(Bytes))];
+        for (int i = 0; i < roots.Length; i++)
+        {
+            if (roots[i] == rank)
+                device.Upload(buffers[i].Pointer, Pattern(i));
+        }
+
+        for (int i = 0; i < roots.Length; i++)
+            communicator.Broadcast(buffers[i].Pointer, buffers[i].Pointer, Bytes, roots[i], device.Stream, s_deadline);
+        communicator.Synchronize(device.Stream, s_deadline);
+        for (int i = 0; i < roots.Length; i++)
+        {
+            byte[] read = new byte[Bytes];
+            device.Download(buffers[i].Pointer, read);
+            Assert.Equal(Pattern(i), read);
+            buffers[i].Dispose();
+        }
+    }
+
+    /// <summary>What the other rank did may be known while the broadcast is queued, or when it is waited for.</summary>
+    private static void Receive(CudaDevice device, NcclCommunicator communicator, DeviceBuffer buffer)
+    {
+        communicator.Broadcast(buffer.Pointer, buffer.Pointer, Bytes, 1, device.Stream, s_deadline);
+        communicator.Synchronize(device.Stream, s_deadline);
+    }
+
+    private static void GoesOn(CudaDevice device, DeviceBuffer buffer)
+    {
+        byte[] read = new byte[Bytes];
+        device.Upload(buffer.Pointer, Pattern(5));
+        device.Download(buffer.Pointer, read);
+        Assert.Equal(Pattern(5), read);
+    }
+
+    private static byte[] Pattern(int seed)
+    {
+        byte[] bytes = new byte[Bytes];
+        new Random(seed).NextBytes(bytes);
+        return bytes;
+    }
+
+    private static string Hex<T>(T value)
+        where T : unmanaged => Convert.ToHexString(MemoryMarshal.AsBytes(new ReadOnlySpan<T>(in value)));
+
+    private static T Of<T>(string hex)
+        where T : unmanaged => Unsafe.ReadUnaligned<T>(ref Convert.FromHexString(hex)[0]);
+}
