@@ -15,6 +15,9 @@ public sealed record EngineOptions
     /// <summary>Bytes for keys and values. 0: what MaxSequences samples of full length need, at most the backend's <see cref="Kernels.IBackend.KvCacheBudget"/>.</summary>
     public long KvCacheBytes { get; init; }
 
+    /// <summary>Instead of bytes: the part, above 0 and up to 1, of what the device has free once weights are loaded. 0: not given.</summary>
+    public double KvCacheFraction { get; init; }
+
     /// <summary>Samples that may wait for a seat before requests are refused with "no room".</summary>
     public int MaxWaiting { get; init; } = 65_536;
 }

@@ -52,6 +52,8 @@ public sealed partial class RolloutEngine : IAsyncDisposable
         ArgumentOutOfRangeException.ThrowIfLessThan(options.MaxSequences, 1);
         ArgumentOutOfRangeException.ThrowIfLessThan(options.MaxBatchTokens, 1);
         ArgumentOutOfRangeException.ThrowIfNegative(options.KvCacheBytes);
+        if (options.KvCacheFraction is not (>= 0 and <= 1) || (options.KvCacheFraction > 0 && options.KvCacheBytes > 0))
+            throw new ArgumentOutOfRangeException(nameof(options), options.KvCacheFraction, "A part of the free memory is from 0 to 1, and given instead of bytes.");
         int context = options.MaxContext == 0 ? model.MaxPositions : Math.Min(options.MaxContext, model.MaxPositions);
         int blocks = KvBlockCount(model, backend, options, context);
         MaxContext = Math.Min(context, blocks * KvCache.BlockTokens);
@@ -329,10 +331,10 @@ public sealed partial class RolloutEngine : IAsyncDisposable
     private static int KvBlockCount(ModelSpec model, IBackend backend, EngineOptions options, int context)
     {
         long blockBytes = 2L * model.Layers * model.KvHeads * model.HeadDim * KvCache.BlockTokens * backend.KvElementBytes;
-        long bytes = options.KvCacheBytes > 0 ? options.KvCacheBytes : backend.KvCacheBudget;
+        long stated = options.KvCacheFraction > 0 ? (long)(options.KvCacheFraction * backend.AvailableBytes) : options.KvCacheBytes;
         long wanted = (long)options.MaxSequences * KvBlocks.CountFor(context);
-        long affordable = Math.Max(1, bytes / blockBytes);
-        return (int)Math.Min(affordable, options.KvCacheBytes > 0 ? int.MaxValue / KvCache.BlockTokens : wanted);
+        long affordable = Math.Max(1, (stated > 0 ? stated : backend.KvCacheBudget) / blockBytes);
+        return (int)Math.Min(affordable, stated > 0 ? int.MaxValue / KvCache.BlockTokens : wanted);
     }
 
     private void Post(Action command)

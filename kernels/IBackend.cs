@@ -30,6 +30,9 @@ public interface IBackend : IDisposable
     /// <summary>Most bytes to take for keys and values where the operator does not say.</summary>
     long KvCacheBudget { get; }
 
+    /// <summary>Output rows to compute logits of at a time: every time the whole head is read, and they take [rows, vocabulary] fp32.</summary>
+    int LogitRows { get; }
+
     /// <summary>Bytes of the device that this process holds, as the system counts them.</summary>
     long HeldBytes { get; }
 

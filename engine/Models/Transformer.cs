@@ -8,9 +8,6 @@ namespace Rollout.Engine;
 /// </summary>
 public sealed class Transformer : IDisposable
 {
-    // Logits of so many output rows at a time: [64, 151,936] fp32 is 39 MB, and 64 rows keep a matmul busy.
-    private const int LogitRows = 64;
-
     private readonly ModelSpec _spec;
     private readonly IBackend _backend;
     private readonly RopeTable _rope;
@@ -20,8 +17,8 @@ public sealed class Transformer : IDisposable
     private readonly Tensor _attention;   // [rows, heads * headDim]
     private readonly Tensor _gateUp;      // [rows, 2 * intermediate]
     private readonly Tensor _activated;   // [rows, intermediate]
-    private readonly Tensor _lastHidden;  // [LogitRows, hidden]
-    private readonly Tensor _logits;      // [LogitRows, vocab]
+    private readonly Tensor _lastHidden;  // [logit rows, hidden]
+    private readonly Tensor _logits;      // [logit rows, vocab]
 
     /// <param name="spec">The architecture's facts.</param>
     /// <param name="backend">Owns all memory taken here.</param>
@@ -38,7 +35,7 @@ public sealed class Transformer : IDisposable
         _attention = backend.AllocateTensor(maxRows, spec.Heads * spec.HeadDim);
         _gateUp = backend.AllocateTensor(maxRows, 2 * spec.IntermediateSize);
         _activated = backend.AllocateTensor(maxRows, spec.IntermediateSize);
-        int logitRows = Math.Min(LogitRows, maxRows);
+        int logitRows = Math.Min(backend.LogitRows, maxRows);
         _lastHidden = backend.AllocateTensor(logitRows, spec.HiddenSize);
         _logits = backend.AllocateTensor(logitRows, spec.VocabSize);
     }

@@ -65,6 +65,9 @@ public sealed unsafe class CudaBackend : IBackend
 
     public int KvElementBytes => StoredBytes;
 
+    /// <summary>As many as most steps that decode have, so that they read the head once: 311 MB for a vocabulary of 151,936.</summary>
+    public int LogitRows => 512;
+
     /// <summary>Half of what is free: the trainer may share the device, and a staged update takes a second set of weights.</summary>
     public long KvCacheBudget => Device.FreeBytes / 2;
 

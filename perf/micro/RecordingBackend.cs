@@ -46,6 +46,8 @@ internal sealed class RecordingBackend(IBackend inner) : IBackend
 
     public long KvCacheBudget => inner.KvCacheBudget;
 
+    public int LogitRows => inner.LogitRows;
+
     public int WriteRows => inner.WriteRows;
 
     public void Clear() => _records.Clear();

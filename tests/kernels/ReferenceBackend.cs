@@ -20,6 +20,8 @@ public sealed class ReferenceBackend(WeightFormat format = WeightFormat.BFloat16
 
     public long KvCacheBudget => 0;
 
+    public int LogitRows => 64;
+
     private StepLayout Step => _step ?? throw new InvalidOperationException("BeginStep comes first.");
 
     public WeightFormat WeightFormat => format;

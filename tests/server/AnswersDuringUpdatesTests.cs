@@ -38,7 +38,7 @@ public sealed class AnswersDuringUpdatesTests : IDisposable
         TensorSource[] sources = [.. model.Tensors.Select(entry =>
             TensorSource.FromMemory(entry.Tensor.Name, TensorDType.BF16, entry.Tensor.Shape, entry.Bytes))];
         await using ServerProcess server = await ServerProcess.StartAsync(
-            _folder.Path, "--kv-cache-bytes", "64MiB", "--max-sequences", "4");
+            _folder.Path, "--kv-cache", "64MiB", "--max-sequences", "4");
         await using RolloutClient client = RolloutClient.Connect(server.Address);
         await using WeightPublisher publisher = new(client);
         using CancellationTokenSource enough = new();

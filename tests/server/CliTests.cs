@@ -124,8 +124,9 @@ public sealed class CliTests(SharedServer shared)
         { "generate --model GOLDEN --ids 1 --device cuda:250", ["cuda"] }, // no library, or no such device: says which
         { "inspect --model GOLDEN/..", ["config.json"] },
         { "serve", ["--model: must be given"] },
-        { "serve --model /nowhere --socket /nowhere/s --listen here --kv-cache-bytes 3x --threads 0 --device gpu --dtype int4",
-            ["no folder '/nowhere'", "--socket", "--listen", "--kv-cache-bytes", "--threads", "--device", "'int4' is not known; 'bf16', 'bf16-fast', 'int8', 'fp32' are"] },
+        { "serve --model /nowhere --socket /nowhere/s --listen here --kv-cache 3x --threads 0 --device gpu --dtype int4",
+            ["no folder '/nowhere'", "--socket", "--listen", "--kv-cache", "--threads", "--device", "'int4' is not known; 'bf16', 'bf16-fast', 'int8', 'fp32' are"] },
+        { "serve --model /nowhere --kv-cache 140%", ["no folder '/nowhere'", "--kv-cache: '140%' is not a size"] },
         { "serve --model GOLDEN/.. --listen 127.0.0.1:0", ["config.json"] },
         { "frobnicate", ["frobnicate", "rollout --help"] },
     };

@@ -25,7 +25,7 @@ public sealed class SleepTests
         const long PromptTokens = 4 * 500;
         const long KeysValues = PromptTokens * 2 * 2 * 1024 * sizeof(float);
         await using ServerProcess server = await ServerProcess.StartAsync(
-            folder.Path, "--kv-cache-bytes", "64MiB", "--max-batch-tokens", "64");
+            folder.Path, "--kv-cache", "64MiB", "--max-batch-tokens", "64");
         List<double> asleep = [];
         uint[]? expected = null;
         for (ulong cycle = 0; cycle < 5; cycle++)

@@ -76,7 +76,7 @@ public sealed class ThousandUpdatesTests
         // generation of 4 MB is collected every few updates. What survives it grows until the heap is collected whole: over 24,000 updates
         // resident memory moved between 116 and 133 MB, ended at 124, and was flat within 1% in 16 thousands of 24.
         await using ServerProcess server = await ServerProcess.StartAsync(
-            folder.Path, [("DOTNET_TieredCompilation", "0"), ("DOTNET_GCgen0size", "0x400000")], "--kv-cache-bytes", "8MiB");
+            folder.Path, [("DOTNET_TieredCompilation", "0"), ("DOTNET_GCgen0size", "0x400000")], "--kv-cache", "8MiB");
         await using RolloutClient client = RolloutClient.Connect(server.Address);
         await using WeightPublisher publisher = new(client);
         using CancellationTokenSource enough = new();

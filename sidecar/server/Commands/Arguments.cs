@@ -50,13 +50,13 @@ internal static class Arguments
         return option;
     }
 
-    public static Option<long?> Size(string name, string description)
+    public static Option<MemoryShare?> Memory(string name, string description)
     {
-        Option<long?> option = new(name) { Description = description, HelpName = "SIZE" };
+        Option<MemoryShare?> option = new(name) { Description = description, HelpName = "SIZE" };
         option.CustomParser = result =>
         {
-            if (ByteSize.TryParse(result.Tokens[0].Value, out long bytes)) return bytes;
-            result.AddError($"{name}: '{result.Tokens[0].Value}' is not a size; write 512MiB, 2GB or a number of bytes");
+            if (MemoryShare.TryParse(result.Tokens[0].Value, out MemoryShare share)) return share;
+            result.AddError($"{name}: '{result.Tokens[0].Value}' is not a size; write 512MiB, 2GB, a number of bytes or 40%");
             return null;
         };
         return option;

@@ -2,6 +2,25 @@ using System.Globalization;
 
 namespace Rollout.Server.Commands;
 
+/// <summary>A size, or a part of what is free.</summary>
+internal readonly record struct MemoryShare(long Bytes, double Fraction)
+{
+    /// <summary>"512MiB", or "40%".</summary>
+    public static bool TryParse(string text, out MemoryShare share)
+    {
+        if (text.EndsWith('%'))
+        {
+            bool isNumber = double.TryParse(text.AsSpan(0, text.Length - 1), NumberStyles.AllowDecimalPoint, CultureInfo.InvariantCulture, out double percent);
+            share = new(0, percent / 100);
+            return isNumber && share.Fraction is > 0 and <= 1;
+        }
+
+        bool isSize = ByteSize.TryParse(text, out long bytes);
+        share = new(bytes, 0);
+        return isSize;
+    }
+}
+
 /// <summary>Sizes as people write them: 512MiB, 2GB, 1048576.</summary>
 internal static class ByteSize
 {

@@ -22,8 +22,9 @@ internal static class ServeCommand
         Option<string?> metrics = new("--metrics") { Description = "TCP address to serve /metrics on, for Prometheus.", HelpName = "HOST:PORT" };
         Option<int?> maxSequences = Arguments.Number("--max-sequences", "Most samples in one step. Default: 256.", 1, 65_536);
         Option<int?> maxBatchTokens = Arguments.Number("--max-batch-tokens", "Most tokens in one step. Default: 512.", 1, 1 << 20);
-        Option<long?> kvCacheBytes = Arguments.Size(
-            "--kv-cache-bytes", "Memory for keys and values: 512MiB, 2GB. Default: as needed, at most a quarter of the machine's, or half of what a GPU has free.");
+        Option<MemoryShare?> kvCache = Arguments.Memory(
+            "--kv-cache", "Memory for keys and values: 512MiB, 2GB, or 40% of what the device has free once weights are loaded. "
+                + "Default: as needed, at most a quarter of the machine's, or half of what a GPU has free.");
         socket.Validators.Add(result =>
         {
             if (Arguments.Value(result) is { } path && SocketFile.FindProblem(path) is { } problem) result.AddError($"--socket: {problem}");
@@ -46,7 +47,7 @@ internal static class ServeCommand
         command.Add(metrics);
         command.Add(maxSequences);
         command.Add(maxBatchTokens);
-        command.Add(kvCacheBytes);
+        command.Add(kvCache);
         command.Validators.Add(result =>
         {
             if (result.GetResult(engine.Model) is null) result.AddError("--model: must be given: the folder of the model to serve");
@@ -67,7 +68,8 @@ internal static class ServeCommand
                     MaxContext = result.GetValue(engine.MaxContext) ?? 0,
                     MaxSequences = result.GetValue(maxSequences) ?? defaults.MaxSequences,
                     MaxBatchTokens = result.GetValue(maxBatchTokens) ?? defaults.MaxBatchTokens,
-                    KvCacheBytes = result.GetValue(kvCacheBytes) ?? 0,
+                    KvCacheBytes = result.GetValue(kvCache)?.Bytes ?? 0,
+                    KvCacheFraction = result.GetValue(kvCache)?.Fraction ?? 0,
                 },
                 Socket = path is null ? null : Path.GetFullPath(path),
                 Listen = endPoint,

@@ -87,29 +87,32 @@ public sealed class CudaTests
         return (differences.Average(Math.Abs), differences.Average());
     }
 
-    /// <summary>What a step of decoding asks of the device, whatever the number of rows: runs that differ by twenty steps, and their difference.</summary>
+    /// <summary>What a step of decoding asks of the device, whatever the number of rows: runs that differ by ten steps, and their difference.</summary>
     [Theory]
     [InlineData("qwen2", 1)] // biases
     [InlineData("qwen3", 5)] // norms of heads
+    [InlineData("qwen3", 70)]
     public async Task A_step_of_decoding_costs_eight_launches_a_layer_one_graph_one_wait_and_reads_every_matrix_once(string family, int n)
     {
         SimulatedDevice.Require();
         CudaBackend backend = new(0);
-        await using RolloutEngine engine = RolloutEngine.Load(TestModels.Folder(family), backend, new EngineOptions { MaxBatchTokens = 64, MaxSequences = 8 });
-        await Run(40);
-        await Run(40); // the prompt's step, shorter for what the cache now has, becomes a graph too
-        (SimulatedDevice.Counters few, long fewGraphs) = await Run(10);
-        (SimulatedDevice.Counters many, long manyGraphs) = await Run(30);
+        await using RolloutEngine engine = RolloutEngine.Load(
+            TestModels.Folder(family), backend, new EngineOptions { MaxBatchTokens = 80, MaxSequences = 72, MaxContext = 256 });
+        await Run(15);
+        await Run(15); // the prompt's step, shorter for what the cache now has, becomes a graph too
+        (SimulatedDevice.Counters few, long fewGraphs) = await Run(5);
+        (SimulatedDevice.Counters many, long manyGraphs) = await Run(15);
         SimulatedDevice.Counters steps = many - few;
         ModelSpec model = engine.Model;
+        const int Steps = 10;
         const int Around = 5; // embed, gather, norm, head, sample
-        Assert.Equal(20 * ((8 * model.Layers) + Around), steps.Launches);
-        Assert.Equal(20, steps.Synchronisations);
-        Assert.Equal(20, manyGraphs - fewGraphs);
+        Assert.Equal(Steps * ((8 * model.Layers) + Around), steps.Launches);
+        Assert.Equal(Steps, steps.Synchronisations);
+        Assert.Equal(Steps, manyGraphs - fewGraphs);
         Assert.Equal(0, steps.Allocations);
         long layer = model.HiddenSize * ((long)model.QkvOutputs + (model.Heads * model.HeadDim) + (3L * model.IntermediateSize));
-        Assert.Equal(20 * sizeof(ushort) * ((model.Layers * layer) + ((long)model.VocabSize * model.HiddenSize)), steps.MatMulWeightBytes);
-        Assert.InRange(steps.DeviceToHostBytes / 20, 1, 12 * n);
+        Assert.Equal(Steps * sizeof(ushort) * ((model.Layers * layer) + ((long)model.VocabSize * model.HiddenSize)), steps.MatMulWeightBytes);
+        Assert.InRange(steps.DeviceToHostBytes / Steps, 1, 12 * n);
 
         async Task<(SimulatedDevice.Counters Counters, long Graphs)> Run(int tokens)
         {
@@ -160,6 +163,18 @@ public sealed class CudaTests
             });
             return SimulatedDevice.Count() - before;
         }
+    }
+
+    [Fact]
+    public async Task Keys_and_values_take_the_stated_part_of_what_the_device_has_free()
+    {
+        SimulatedDevice.Require();
+        CudaBackend backend = new(0);
+        long free = backend.AvailableBytes;
+        await using RolloutEngine engine = RolloutEngine.Load(TestModels.Folder("qwen3"), backend, new EngineOptions { KvCacheFraction = 0.02, MaxContext = 64 });
+        ModelSpec model = engine.Model;
+        long taken = engine.Status.KvBlocksTotal * 2L * model.Layers * model.KvHeads * model.HeadDim * KvCache.BlockTokens * sizeof(ushort);
+        Assert.InRange(taken, 0.019 * free, 0.02 * free);
     }
 
     [Fact]

@@ -22,6 +22,8 @@ internal sealed class ScriptedBackend : IBackend
 
     public long KvCacheBudget => _cpu.KvCacheBudget;
 
+    public int LogitRows => _cpu.LogitRows;
+
     public string Name => "scripted";
 
     /// <summary>Lets so many steps begin and holds the loop at the next. Call it while no step runs.</summary>

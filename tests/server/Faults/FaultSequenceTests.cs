@@ -25,7 +25,7 @@ public sealed partial class FaultSequenceTests
         string[] before = Footprint.SharedMemory("*");
         Variants variants = await Variants.SharedAsync();
         await using ServerProcess server = await ServerProcess.StartAsync(
-            variants.Folder(default), "--kv-cache-bytes", "4MiB", "--max-context", "256");
+            variants.Folder(default), "--kv-cache", "4MiB", "--max-context", "256");
         Footprint? warm = null;
         HashSet<string> committed;
         long started = Stopwatch.GetTimestamp();

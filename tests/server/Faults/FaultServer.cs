@@ -25,7 +25,7 @@ public sealed class FaultServer : IAsyncLifetime
     public async ValueTask InitializeAsync()
     {
         Variants = await Variants.SharedAsync();
-        Process = await ServerProcess.StartAsync(Variants.Folder(Old), "--kv-cache-bytes", "4MiB");
+        Process = await ServerProcess.StartAsync(Variants.Folder(Old), "--kv-cache", "4MiB");
         // What a first update of any kind leaves for good is there before anything is counted.
         await PushAsync(Old, PushTransport.Inline, Client.UpdateMode.InPlace);
         await HealAsync();

@@ -18,7 +18,7 @@ public sealed class ServerDeathTests
     public async Task The_server_is_killed_and_started_again(string step, UpdateMode mode)
     {
         Variants variants = await Variants.SharedAsync();
-        await using ServerProcess server = await ServerProcess.StartAsync(variants.Folder(FaultServer.Old), "--kv-cache-bytes", "4MiB");
+        await using ServerProcess server = await ServerProcess.StartAsync(variants.Folder(FaultServer.Old), "--kv-cache", "4MiB");
         TaskCompletionSource killed = new();
         async Task KillAsync()
         {
@@ -67,7 +67,7 @@ public sealed class ServerDeathTests
     public async Task The_answer_to_a_commit_is_lost_and_the_client_finds_out(UpdateMode mode)
     {
         Variants variants = await Variants.SharedAsync();
-        await using ServerProcess server = await ServerProcess.StartAsync(variants.Folder(FaultServer.Old), "--kv-cache-bytes", "4MiB");
+        await using ServerProcess server = await ServerProcess.StartAsync(variants.Folder(FaultServer.Old), "--kv-cache", "4MiB");
         byte[] digest = variants.Send(Scope.Full, FaultServer.New).Digest;
         using Relay relay = new(server.SocketPath, digest, inAnswer: true, () => Task.CompletedTask);
         await using RolloutClient client = RolloutClient.Connect(relay.Address);
