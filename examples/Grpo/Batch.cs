@@ -12,7 +12,7 @@ public sealed record BatchRow(int[] Prompt, int[] Completion, float[]? LogProbs 
 /// </summary>
 public sealed class Batch
 {
-    public Batch(IReadOnlyList<BatchRow> rows)
+    public Batch(IReadOnlyList<BatchRow> rows, Device? device = null)
     {
         var length = rows.Max(r => r.Prompt.Length + r.Completion.Length);
         var tokens = new long[rows.Count, length];
@@ -34,7 +34,8 @@ public sealed class Batch
             advantages[row, 0] = advantage;
         }
 
-        (Tokens, Weights, Behaviour, Advantages) = (tensor(tokens), tensor(weights), tensor(behaviour), tensor(advantages));
+        (Tokens, Weights) = (tensor(tokens, device: device), tensor(weights, device: device));
+        (Behaviour, Advantages) = (tensor(behaviour, device: device), tensor(advantages, device: device));
     }
 
     public Tensor Tokens { get; }

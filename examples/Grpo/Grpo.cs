@@ -30,7 +30,7 @@ public sealed class Grpo(Policy policy, Policy reference, MasterWeights weights)
     public GrpoStats Step(IReadOnlyList<RolloutGroup> groups, IReadOnlyList<double[]> rewards)
     {
         using var scope = NewDisposeScope();
-        var batch = new Batch([.. groups.Zip(rewards, Rows).SelectMany(rows => rows)]);
+        var batch = new Batch([.. groups.Zip(rewards, Rows).SelectMany(rows => rows)], policy.Device);
 
         var logProbs = batch.LogProbs(policy);
         var ratio = (logProbs - batch.Behaviour).exp();

@@ -31,7 +31,7 @@ public sealed class Policy : nn.Module<Tensor, Tensor>
     [ComponentName(Name = "model")] private readonly Decoder _model;
     [ComponentName(Name = "lm_head")] private readonly Linear? _head;
 
-    public Policy(PolicyConfig config) : base(nameof(Policy))
+    public Policy(PolicyConfig config, Device? device = null) : base(nameof(Policy))
     {
         _config = config;
         _model = new Decoder(config);
@@ -39,9 +39,13 @@ public sealed class Policy : nn.Module<Tensor, Tensor>
             _head = nn.Linear(config.HiddenSize, config.VocabSize, hasBias: false);
         RegisterComponents();
         Initialize();
+        if (device is not null)
+            this.to(device);
     }
 
     public PolicyConfig Config => _config;
+
+    public Device Device => _model.Embedding.device;
 
     /// <summary>Logits [rows, length, vocabulary] for token ids [rows, length].</summary>
     public override Tensor forward(Tensor tokens)
@@ -54,7 +58,7 @@ public sealed class Policy : nn.Module<Tensor, Tensor>
     public Policy Freeze()
     {
         using var _ = no_grad();
-        var copy = new Policy(_config);
+        var copy = new Policy(_config, Device);
         foreach (var (to, from) in copy.parameters().Zip(parameters()))
             to.copy_(from).requires_grad_(false);
         return copy;
@@ -111,7 +115,7 @@ public sealed class Policy : nn.Module<Tensor, Tensor>
         {
             var length = tokens.shape[1];
             ArgumentOutOfRangeException.ThrowIfGreaterThan(length, _config.MaxPositionEmbeddings, nameof(tokens));
-            Tensor cos = _cos.slice(0, 0, length, 1), sin = _sin.slice(0, 0, length, 1);
+            Tensor cos = _cos.slice(0, 0, length, 1).to(tokens.device), sin = _sin.slice(0, 0, length, 1).to(tokens.device);
             var hidden = _embedding.forward(tokens);
             foreach (var layer in _layers)
                 hidden = layer.forward(hidden, cos, sin);

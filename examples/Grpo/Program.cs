@@ -15,7 +15,8 @@ var report = new Report(options);
 var task = new ArithmeticTask(options.Seed);
 
 // A small Qwen3 that has seen just enough right answers to be right now and then: GRPO learns from the difference.
-using var policy = new Policy(new PolicyConfig { VocabSize = ArithmeticTask.VocabSize });
+// It trains on a GPU where TorchSharp has one: built with -p:Torch=cuda.
+using var policy = new Policy(new PolicyConfig { VocabSize = ArithmeticTask.VocabSize }, torch.cuda.is_available() ? torch.CUDA : torch.CPU);
 using var weights = new MasterWeights(policy);
 var size = policy.parameters().Sum(p => p.numel());
 report.Line($"seed {options.Seed}: a Qwen3 of {size:n0} parameters, {task.HeldOut.Count} problems held out");

@@ -17,7 +17,7 @@ public static class WarmStart
         for (var step = 1; step <= MaxSteps; step++)
         {
             using var scope = NewDisposeScope();
-            var batch = new Batch([.. task.NextTraining(BatchSize).Select(p => new BatchRow(p.Tokens, p.AnswerTokens))]);
+            var batch = new Batch([.. task.NextTraining(BatchSize).Select(p => new BatchRow(p.Tokens, p.AnswerTokens))], policy.Device);
             var logProbs = batch.LogProbs(policy);
 
             // A sample is right exactly when every token of the answer is drawn. The mean probability of that is the reward to expect,
