@@ -63,7 +63,7 @@ internal sealed unsafe class CudaKernels : IDisposable
         if (!_attend.TryGetValue((headDim, rowTiles), out AttentionKernel kernel))
         {
             int sharedBytes = AttentionKernel.SharedBytesOf(headDim, rowTiles, _storesFp32 ? sizeof(float) : sizeof(ushort));
-            CudaModule module = Compile("attention.cu", $"-DHEAD_DIM={headDim}", $"-DROW_TILES={rowTiles}", $"-DSHARED_BYTES={sharedBytes}");
+            CudaModule module = Compile("attention.cu", AttentionDefinitions(headDim, rowTiles, _storesFp32));
             nint function = Function(module, "attend");
             Driver.cuFuncSetAttribute(function, CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, sharedBytes)
                 .ThrowIfFailed($"attend, {sharedBytes} bytes of shared memory");
@@ -99,13 +99,23 @@ internal sealed unsafe class CudaKernels : IDisposable
 
     private CudaModule Compile(string file, params string[] definitions)
     {
-        // Without contraction a product and a sum round as the source says, on every compiler; where they are to be fused, it says fmaf.
-        byte[] cubin = CudaCompiler.Compile(file, Source(file), s_headers,
-            [$"--gpu-architecture={_device.Architecture}", "--std=c++17", "--fmad=false", $"-DSTORE_BF16={(_storesFp32 ? 0 : 1)}", .. definitions]);
-        CudaModule module = _device.Load(cubin, file);
+        CudaModule module = _device.Load(Compile(_device.Architecture, _storesFp32, file, definitions), file);
         _modules.Add(module);
         return module;
     }
+
+    /// <summary>The code of a source for an architecture ("sm_90") and a storage type.</summary>
+    internal static byte[] Compile(string architecture, bool storesFp32, string file, params string[] definitions) =>
+        // Without contraction a product and a sum round as the source says, on every compiler; where they are to be fused, it says fmaf.
+        CudaCompiler.Compile(file, Source(file), s_headers,
+            [$"--gpu-architecture={architecture}", "--std=c++17", "--fmad=false", $"-DSTORE_BF16={(storesFp32 ? 0 : 1)}", .. definitions]);
+
+    /// <summary>Of attention.cu.</summary>
+    internal static string[] AttentionDefinitions(int headDim, int rowTiles, bool storesFp32) =>
+    [
+        $"-DHEAD_DIM={headDim}", $"-DROW_TILES={rowTiles}",
+        $"-DSHARED_BYTES={AttentionKernel.SharedBytesOf(headDim, rowTiles, storesFp32 ? sizeof(float) : sizeof(ushort))}",
+    ];
 
     private static string Source(string file)
     {
