@@ -10,6 +10,8 @@ namespace Rollout.Engine;
 /// <code>
 ///   callers --commands--> [ inbox ] --> loop: apply commands -> Next -> Forward -> Sample -> Complete --> groups --> readers
 /// </code>
+/// Where the device works beside the host, Complete is of the step before, and so is Next ahead of its answers: the host's part of a step costs no time.
+/// Commands and updates still find no step under way.
 /// </summary>
 public sealed partial class RolloutEngine : IAsyncDisposable
 {
@@ -21,7 +23,9 @@ public sealed partial class RolloutEngine : IAsyncDisposable
     private readonly KvCache _kv;
     private readonly KvBlocks _blocks;
     private readonly Scheduler _scheduler;
-    private readonly StepLayout _step;
+    private readonly ScheduledStep[] _plans; // in turn
+    private ScheduledStep _next;
+    private ScheduledStep? _underWay;
     private readonly Pause _pause = new();
 
     private readonly ConcurrentQueue<Action> _inbox = new();
@@ -63,8 +67,9 @@ public sealed partial class RolloutEngine : IAsyncDisposable
         _blocks = new KvBlocks(blocks);
         _scheduler = new Scheduler(_blocks, options.MaxSequences, options.MaxBatchTokens, GroupEnded);
         int queries = options.MaxBatchTokens + options.MaxSequences;
-        _step = new StepLayout(options.MaxBatchTokens, options.MaxSequences, KvBlocks.CountFor(MaxContext), queries,
-            queries * Math.Min(RequestValidator.MaxTop, model.VocabSize), maxBiases: 1024);
+        _plans = [.. Enumerable.Range(0, 2).Select(_ => new ScheduledStep(new StepLayout(options.MaxBatchTokens, options.MaxSequences,
+            KvBlocks.CountFor(MaxContext), queries, queries * Math.Min(RequestValidator.MaxTop, model.VocabSize), maxBiases: 1024)))];
+        _next = _plans[0];
         Metrics = new EngineMetrics(name, () => Version, _scheduler);
         _thread = new Thread(Loop) { Name = "rollout loop", IsBackground = true };
         _thread.Start();
@@ -148,10 +153,16 @@ public sealed partial class RolloutEngine : IAsyncDisposable
         {
             while (!_stopping)
             {
-                ApplyCommands();
-                if (_moment is not null) TryTake(_moment);
-                if (MustStand() || !_scheduler.Next(_step, admitNew: !_pause.HoldsNewGroups && _moment is null))
+                if (!_inbox.IsEmpty || _moment is not null || _pause.State != EngineState.Running)
                 {
+                    Land();
+                    ApplyCommands();
+                    if (_moment is not null) TryTake(_moment);
+                }
+
+                if (MustStand() || !_scheduler.Next(_next, admitNew: !_pause.HoldsNewGroups && _moment is null))
+                {
+                    if (Land()) continue;
                     _scheduler.RaiseStreams();
                     if (_scheduler.IsEmpty && checkedAfter != _steps)
                     {
@@ -163,11 +174,13 @@ public sealed partial class RolloutEngine : IAsyncDisposable
                     continue;
                 }
 
-                _transformer.Forward(_step, _weights.Current, _kv);
-                foreach (BlockCopy copy in _scheduler.Copies) Backend.CopyBlock(_kv, copy.From, copy.To);
-                _transformer.Sample(_step, _weights.Current);
-                _scheduler.Complete(_step);
-                Volatile.Write(ref _steps, _steps + 1);
+                _transformer.Forward(_next.Layout, _weights.Current, _kv);
+                foreach (BlockCopy copy in _next.Copies) Backend.CopyBlock(_kv, copy.From, copy.To);
+                _transformer.Sample(_next.Layout, _weights.Current);
+
+                Land(); // the step before, while the device works on this one
+                (_underWay, _next) = (_next, _next == _plans[0] ? _plans[1] : _plans[0]);
+                if (Backend.StepsUnderWay == 1) Land();
             }
         }
         catch (Exception e)
@@ -176,6 +189,17 @@ public sealed partial class RolloutEngine : IAsyncDisposable
         }
 
         EndAll(Stopped);
+    }
+
+    /// <summary>Takes in the answers of the step under way, waiting for them. False when there is none.</summary>
+    private bool Land()
+    {
+        if (_underWay is not { } step) return false;
+        _underWay = null;
+        Backend.FinishStep(step.Layout);
+        _scheduler.Complete(step);
+        Volatile.Write(ref _steps, _steps + 1);
+        return true;
     }
 
     /// <summary>Whether no step may run now. Ends a pause whose lease is over, and samples that poisoned weights would go on.</summary>

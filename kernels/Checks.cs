@@ -147,12 +147,18 @@ internal static class Checks
             throw new ArgumentException($"{step.QueryCount} queries.", nameof(step));
     }
 
-    public static void Tokens(StepLayout step, Weight table)
+    /// <param name="step">The step.</param>
+    /// <param name="table">Of embeddings.</param>
+    /// <param name="answers">Queries of the step before that tokens may be answers of.</param>
+    public static void Tokens(StepLayout step, Weight table, int answers = 0)
     {
         for (int row = 0; row < step.RowCount; row++)
         {
-            if ((uint)step.TokenIds[row] >= (uint)table.Outputs)
-                throw new ArgumentException($"Row {row} has token {step.TokenIds[row]} of {table.Outputs}.", nameof(table));
+            int token = step.TokenIds[row];
+            if (token < 0 && ~token >= answers)
+                throw new ArgumentException($"Row {row} waits for answer {~token} of {answers}.", nameof(table));
+            if (token >= table.Outputs)
+                throw new ArgumentException($"Row {row} has token {token} of {table.Outputs}.", nameof(table));
         }
     }
 

@@ -72,6 +72,12 @@ public interface IBackend : IDisposable
 
     // ---- One step.
 
+    /// <summary>
+    /// Steps that may have begun and not been finished: 1, or, where the device works beside the host, 2. Then the tokens of the second may be answers of
+    /// the first: see <see cref="StepLayout.TokenIds"/>.
+    /// </summary>
+    int StepsUnderWay { get; }
+
     /// <summary>Uploads the step's indices. Every later call of the step refers to them.</summary>
     void BeginStep(StepLayout step);
 
@@ -109,10 +115,16 @@ public interface IBackend : IDisposable
 
     /// <summary>
     /// Answers every <see cref="SampleQuery"/> of the step whose OutputIndex lies in [first, first + count), logits[k] being the logits of
-    /// output row first + k, [count, vocab]. Writes <see cref="StepLayout.Results"/> and the alternatives. Logits may be overwritten.
+    /// output row first + k, [count, vocab]. The answers are there after <see cref="FinishStep"/>. Logits may be overwritten.
     /// How a token is chosen, and what the log-probabilities mean, is defined in protos/rollout/v1/DEFINITIONS.md.
     /// </summary>
     void Sample(Tensor logits, int first, int count);
+
+    /// <summary>
+    /// Waits for what <see cref="Sample"/> was asked: from here on <see cref="StepLayout.Results"/> and the alternatives hold it. Steps end in the order
+    /// in which they began.
+    /// </summary>
+    void FinishStep(StepLayout step);
 
     /// <summary>Copies whole blocks (all layers, keys and values) inside a cache; used when samples of a group part ways.</summary>
     void CopyBlock(KvCache cache, int from, int to);

@@ -43,6 +43,10 @@ public sealed class StepLayout
 
     public int RowCount => RowStart[SequenceCount];
 
+    /// <summary>
+    /// A token's id, or ~q: what the step begun before this one, and not finished yet, samples for its query q. Only for backends that let two steps be
+    /// under way; where that query finds no token, any will do.
+    /// </summary>
     public int[] TokenIds { get; }
 
     public int[] Positions { get; }
@@ -55,7 +59,7 @@ public sealed class StepLayout
 
     public SampleQuery[] Queries { get; }
 
-    /// <summary>Written by the backend, one per query.</summary>
+    /// <summary>Written by the backend, one per query, by the end of <see cref="IBackend.FinishStep"/>.</summary>
     public SampleResult[] Results { get; }
 
     /// <summary>Token ids of alternatives, at each query's AlternativesStart, most probable first, ties by lower id.</summary>

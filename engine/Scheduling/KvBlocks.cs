@@ -105,7 +105,8 @@ public sealed class KvBlocks
     {
         if (!sequence.SingleVersionKv) return;
         ReadOnlySpan<int> tokens = sequence.AllTokens;
-        while ((sequence.HashedBlocks + 1) * BlockTokens <= sequence.Computed)
+        int full = Math.Min(sequence.Computed, sequence.Total) / BlockTokens;
+        while (sequence.HashedBlocks < full)
         {
             int at = sequence.HashedBlocks;
             UInt128 hash = Hash(sequence.BlockHash, tokens.Slice(at * BlockTokens, BlockTokens), version, salt);

@@ -13,6 +13,10 @@ namespace Rollout.Engine;
 ///                 +------- unseated: youngest first, computed = 0 -----+
 /// </code>
 /// These decisions change when a token comes, never which: see DEFINITIONS.md. Not thread-safe: the engine's loop owns it.
+///
+/// A step may be planned while the one before is under way: rows and queries are counted when they are planned, a row's token may be the answer to a
+/// query of that step, and a sample that turns out to have ended has a row there for nothing. Steps run in the order in which they were planned, so
+/// blocks may change hands meanwhile. All else, new weights above all, finds no step under way.
 /// </summary>
 public sealed class Scheduler
 {
@@ -23,9 +27,6 @@ public sealed class Scheduler
     private readonly List<Sequence> _running;            // oldest first
     private readonly LinkedList<Sequence> _waiting = []; // next first
     private int _unforked;                               // samples whose leader is still computing the prompt for them
-    private readonly Sequence[] _inStep;                 // of sequence s of the step
-    private readonly Question[] _questions;              // of query q of the step
-    private readonly List<BlockCopy> _copies;
     private readonly StreamWakes _streams;
     private readonly long[] _tokensByStaleness = new long[9];
 
@@ -40,9 +41,6 @@ public sealed class Scheduler
         _maxBatchTokens = maxBatchTokens;
         _groupEnded = groupEnded;
         _running = new List<Sequence>(maxSequences);
-        _inStep = new Sequence[maxSequences];
-        _questions = new Question[maxBatchTokens + maxSequences];
-        _copies = new List<BlockCopy>(maxSequences);
         _streams = new StreamWakes(maxSequences);
     }
 
@@ -72,9 +70,6 @@ public sealed class Scheduler
     /// <summary>Tokens of ended samples by how many versions old they were when their sample ended; the last counts all older ones.</summary>
     public ReadOnlyMemory<long> TokensByStaleness => _tokensByStaleness;
 
-    /// <summary>To be done between the step's forward pass and its end: samples that part from their leader take its last, partial block.</summary>
-    internal List<BlockCopy> Copies => _copies;
-
     /// <summary>Queues a group. Its first sample, the leader, computes the prompt for all of them.</summary>
     internal void Submit(Group group)
     {
@@ -86,16 +81,16 @@ public sealed class Scheduler
     /// <summary>Fills <paramref name="step"/> with the next tokens to compute. False when there is nothing to do.</summary>
     /// <param name="step">Filled.</param>
     /// <param name="admitNew">Whether groups that have not begun may begin.</param>
-    internal bool Next(StepLayout step, bool admitNew)
+    internal bool Next(ScheduledStep step, bool admitNew)
     {
         step.Clear();
-        _copies.Clear();
         int budget = _maxBatchTokens;
 
         for (int i = 0; i < _running.Count && budget > 0; i++)
         {
             Sequence sequence = _running[i];
-            int tokens = Math.Min(sequence.Total - sequence.Computed, budget);
+            int tokens = Math.Min(sequence.Gap, budget);
+            if (tokens == 0) continue; // it waits for its last token
             if (!MakeRoom(sequence, sequence.Computed + tokens)) break;
             AddRows(step, sequence, tokens);
             budget -= tokens;
@@ -107,42 +102,40 @@ public sealed class Scheduler
             next = node.Next;
             if (budget == 0 || _running.Count == _maxSequences) break;
             Sequence sequence = node.Value;
-            if (!MayBegin(sequence, admitNew)) continue;
+            if (sequence.Gap == 0 || !MayBegin(sequence, admitNew)) continue;
             if (!TrySeat(sequence)) break; // no overtaking: whoever is next gets the next free blocks
             _waiting.Remove(node);
-            int tokens = Math.Min(sequence.Total - sequence.Computed, budget);
+            int tokens = Math.Min(sequence.Gap, budget);
             AddRows(step, sequence, tokens);
             budget -= tokens;
         }
 
-        for (int s = 0; s < step.SequenceCount; s++) AddQueries(step, s);
-        return step.SequenceCount > 0;
+        int sequences = step.Layout.SequenceCount;
+        for (int s = 0; s < sequences; s++) AddQueries(step, s);
+        return sequences > 0;
     }
 
     /// <summary>
     /// Takes in what the step computed and sampled, ends samples, and raises groups that have something new, each once: those of which a
     /// sample ended now, those that stream when it is time.
     /// </summary>
-    internal void Complete(StepLayout step)
+    internal void Complete(ScheduledStep step)
     {
-        for (int s = 0; s < step.SequenceCount; s++)
+        foreach (Sequence sequence in step.Sequences.AsSpan(0, step.Layout.SequenceCount))
         {
-            Sequence sequence = _inStep[s];
-            int rows = step.RowStart[s + 1] - step.RowStart[s];
-            PrefilledTokens += Math.Clamp(sequence.PromptLength - sequence.Computed, 0, rows);
-            sequence.Computed += rows;
             _blocks.CacheFullBlocks(sequence, Version, sequence.Group.Salt);
             if (sequence.Group.PromptRunner == sequence && sequence.Computed >= sequence.PromptLength) sequence.Group.PromptRunner = null;
         }
 
-        for (int q = 0; q < step.QueryCount; q++)
+        ReadOnlySpan<Question> questions = step.Questions.AsSpan(0, step.Layout.QueryCount);
+        for (int q = 0; q < questions.Length; q++)
         {
-            Question question = _questions[q];
-            if (question.PromptPosition >= 0) TakePromptLogProb(step, q, question.Sequence, question.PromptPosition);
-            else TakeSample(step, q, question.Sequence);
+            Question question = questions[q];
+            if (question.PromptPosition >= 0) TakePromptLogProb(step.Layout, q, question.Sequence, question.PromptPosition);
+            else TakeSample(step.Layout, q, question.Sequence);
         }
 
-        for (int q = 0; q < step.QueryCount; q++) RaiseNews(_questions[q].Sequence.Group);
+        foreach (Question question in questions) RaiseNews(question.Sequence.Group);
         _streams.EndStep(Stopwatch.GetTimestamp());
     }
 
@@ -257,7 +250,7 @@ public sealed class Scheduler
         // Prompt log-probabilities need the prompt's rows computed, not found.
         bool scoring = group.Request.PromptLogProbs && sequence.Index == 0 && sequence.Sampled == 0;
         int found = scoring ? 0 : _blocks.AttachPrefix(sequence, Version, group.Salt);
-        if (!_blocks.TryGrow(sequence, sequence.Total))
+        if (!_blocks.TryGrow(sequence, sequence.Total + sequence.Asked))
         {
             DropKv(sequence);
             return false;
@@ -273,30 +266,35 @@ public sealed class Scheduler
         return true;
     }
 
-    private void AddRows(StepLayout step, Sequence sequence, int tokens)
+    private void AddRows(ScheduledStep step, Sequence sequence, int tokens)
     {
-        int s = step.SequenceCount++;
-        int row = step.RowStart[s];
+        StepLayout layout = step.Layout;
+        int s = layout.SequenceCount++;
+        int row = layout.RowStart[s];
         int position = sequence.Computed;
-        _inStep[s] = sequence;
-        step.RowStart[s + 1] = row + tokens;
-        sequence.AllTokens.Slice(position, tokens).CopyTo(step.TokenIds.AsSpan(row));
-        for (int i = 0; i < tokens; i++) step.Positions[row + i] = position + i;
-        sequence.BlockTable.AsSpan(0, sequence.BlockCount).CopyTo(step.BlockTables.AsSpan(s * step.MaxBlocks));
+        step.Sequences[s] = sequence;
+        layout.RowStart[s + 1] = row + tokens;
+        int known = Math.Min(tokens, sequence.Total - position);
+        sequence.AllTokens.Slice(position, known).CopyTo(layout.TokenIds.AsSpan(row));
+        if (known < tokens) layout.TokenIds[row + known] = ~sequence.AskedQuery;
+        for (int i = 0; i < tokens; i++) layout.Positions[row + i] = position + i;
+        sequence.BlockTable.AsSpan(0, sequence.BlockCount).CopyTo(layout.BlockTables.AsSpan(s * layout.MaxBlocks));
+        PrefilledTokens += Math.Clamp(sequence.PromptLength - position, 0, tokens);
+        sequence.Computed += tokens;
     }
 
     /// <summary>What is asked of the logits of sequence s: its prompt's log-probabilities, and its next token once the gap is closed.</summary>
-    private void AddQueries(StepLayout step, int s)
+    private void AddQueries(ScheduledStep step, int s)
     {
-        Sequence sequence = _inStep[s];
-        int first = step.RowStart[s];
-        int end = step.RowStart[s + 1];
-        if (sequence.Group.Request.PromptLogProbs && sequence.Index == 0 && sequence.Sampled == 0)
+        Sequence sequence = step.Sequences[s];
+        int first = step.Layout.RowStart[s];
+        int end = step.Layout.RowStart[s + 1];
+        if (sequence.Group.Request.PromptLogProbs && sequence.Index == 0 && sequence.Sampled + sequence.Asked == 0)
         {
-            for (int row = first; row < end; row++) AskPromptLogProb(step, sequence, row, sequence.Computed + row - first);
+            for (int row = first; row < end; row++) AskPromptLogProb(step, sequence, row, step.Layout.Positions[row]);
         }
 
-        if (sequence.Computed + end - first < sequence.Total || sequence.MaxTokens == 0) return;
+        if (sequence.Gap > 0 || sequence.MaxTokens == 0) return;
         AskSample(step, sequence, end - 1);
         if (!sequence.Group.Forked) Fork(step, sequence, end - 1);
     }
@@ -305,7 +303,7 @@ public sealed class Scheduler
     /// The leader's prompt is complete with this step: its siblings sample their first token from the same logits and share its blocks.
     /// Those that find no seat or no block wait like anyone else, and will find the prefix that the leader leaves.
     /// </summary>
-    private void Fork(StepLayout step, Sequence leader, int row)
+    private void Fork(ScheduledStep step, Sequence leader, int row)
     {
         Group group = leader.Group;
         group.Forked = true;
@@ -315,7 +313,7 @@ public sealed class Scheduler
         {
             Sequence sibling = group.Samples[seated];
             if (!_blocks.TryFork(leader, sibling, leader.Total, out BlockCopy copy)) break;
-            if (copy.From >= 0) _copies.Add(copy);
+            if (copy.From >= 0) step.Copies.Add(copy);
             sibling.Computed = leader.Total;
             sibling.OldestKvVersion = leader.OldestKvVersion;
             sibling.SingleVersionKv = leader.SingleVersionKv;
@@ -327,33 +325,36 @@ public sealed class Scheduler
         for (int i = group.Samples.Count - 1; i >= seated; i--) _waiting.AddFirst(group.Samples[i]);
     }
 
-    private void AskPromptLogProb(StepLayout step, Sequence sequence, int row, int position)
+    private static void AskPromptLogProb(ScheduledStep step, Sequence sequence, int row, int position)
     {
+        StepLayout layout = step.Layout;
         // After the last prompt token there is no token to score, only alternatives to list.
         bool last = position == sequence.PromptLength - 1;
         int top = sequence.Group.Request.PromptTop;
-        _questions[step.QueryCount] = new Question(sequence, position);
-        step.Queries[step.QueryCount++] = new SampleQuery
+        step.Questions[layout.QueryCount] = new Question(sequence, position);
+        layout.Queries[layout.QueryCount++] = new SampleQuery
         {
-            OutputIndex = OutputIndexOf(step, row),
+            OutputIndex = OutputIndexOf(layout, row),
             Target = last ? 0 : sequence.AllTokens[position + 1],
             Temperature = 1,
             TopP = 1,
-            AlternativesStart = step.AlternativesCount,
+            AlternativesStart = layout.AlternativesCount,
             AlternativesCount = top,
         };
-        step.AlternativesCount += top;
+        layout.AlternativesCount += top;
     }
 
-    private void AskSample(StepLayout step, Sequence sequence, int row)
+    private static void AskSample(ScheduledStep step, Sequence sequence, int row)
     {
+        StepLayout layout = step.Layout;
         Group group = sequence.Group;
         GroupRequest request = group.Request;
-        LogitBias bias = sequence.Sampled < request.MinTokens ? group.BiasBeforeMinTokens : group.Bias;
-        _questions[step.QueryCount] = new Question(sequence, -1);
-        step.Queries[step.QueryCount++] = new SampleQuery
+        LogitBias bias = sequence.Sampled + sequence.Asked < request.MinTokens ? group.BiasBeforeMinTokens : group.Bias;
+        step.Questions[layout.QueryCount] = new Question(sequence, -1);
+        sequence.AskedQuery = layout.QueryCount;
+        layout.Queries[layout.QueryCount++] = new SampleQuery
         {
-            OutputIndex = OutputIndexOf(step, row),
+            OutputIndex = OutputIndexOf(layout, row),
             Target = -1,
             Temperature = request.Temperature,
             TopK = request.TopK,
@@ -361,13 +362,14 @@ public sealed class Scheduler
             MinP = request.MinP,
             Seed = request.Seed,
             SampleIndex = (uint)sequence.Index,
-            Position = sequence.Total,
-            BiasStart = step.AddBiases(bias.Ids, bias.Values),
+            Position = sequence.Total + sequence.Asked,
+            BiasStart = layout.AddBiases(bias.Ids, bias.Values),
             BiasCount = bias.Ids.Length,
-            AlternativesStart = step.AlternativesCount,
+            AlternativesStart = layout.AlternativesCount,
             AlternativesCount = request.TopLogProbs,
         };
-        step.AlternativesCount += request.TopLogProbs;
+        layout.AlternativesCount += request.TopLogProbs;
+        sequence.Asked++;
     }
 
     private static int OutputIndexOf(StepLayout step, int row)
@@ -398,7 +400,8 @@ public sealed class Scheduler
 
     private void TakeSample(StepLayout step, int q, Sequence sequence)
     {
-        if (sequence.FinishReason != FinishReason.None) return;
+        if (sequence.FinishReason != FinishReason.None) return; // with the step before: this row was for nothing
+        sequence.Asked--;
         SampleResult result = step.Results[q];
         if (result.Token < 0)
         {
@@ -464,10 +467,4 @@ public sealed class Scheduler
     }
 
     private string NoToken => $"no token can be drawn under weights version {Version}: its logits are not finite, or every token is forbidden";
-
-    /// <summary>What query q of the step is for: the log-probability at a prompt position, or (-1) the sequence's next token.</summary>
-    private readonly record struct Question(Sequence Sequence, int PromptPosition);
 }
-
-/// <summary>Copy KV block From to block To; From is -1 where nothing is to be copied.</summary>
-internal readonly record struct BlockCopy(int From, int To);

@@ -10,6 +10,7 @@ namespace Rollout.Engine;
 ///   tokens   [ prompt ............ | sampled ........ ]
 ///            0            PromptLength            Total
 ///   KV       [ computed ................. | gap       ]     a step closes the gap, within the token budget
+///   and, after Total, tokens asked for in steps under way
 /// </code>
 /// </summary>
 public sealed class Sequence
@@ -99,8 +100,17 @@ public sealed class Sequence
     /// <summary>Tokens known: prompt and sampled.</summary>
     internal int Total { get; private set; }
 
-    /// <summary>Tokens whose keys and values lie in the blocks.</summary>
+    /// <summary>Tokens whose keys and values lie in the blocks, or will when the steps under way are done.</summary>
     internal int Computed { get; set; }
+
+    /// <summary>Tokens asked for in steps under way.</summary>
+    internal int Asked { get; set; }
+
+    /// <summary>The query, of the step planned last, that asks for the last of them.</summary>
+    internal int AskedQuery { get; set; }
+
+    /// <summary>Tokens to compute before the next can be asked for; none when the last was.</summary>
+    internal int Gap => Asked > 0 && Sampled + Asked == MaxTokens ? 0 : Total + Asked - Computed;
 
     internal int Sampled => Total - PromptLength;
 

@@ -207,6 +207,8 @@ public sealed unsafe class CpuBackend : IBackend
 
     // ---- One step.
 
+    public int StepsUnderWay => 1;
+
     public void BeginStep(StepLayout step)
     {
         ThrowIfDisposed();
@@ -357,6 +359,13 @@ public sealed unsafe class CpuBackend : IBackend
         _sample.FirstOutput = first;
         _sample.FirstQuery = begin;
         _workers.Run(_sample, end - begin);
+    }
+
+    public void FinishStep(StepLayout step)
+    {
+        // Sample has answered when it returns.
+        ThrowIfDisposed();
+        ArgumentNullException.ThrowIfNull(step);
     }
 
     public void CopyBlock(KvCache cache, int from, int to)

@@ -6,7 +6,7 @@ namespace Rollout.Kernels.Cuda;
 
 /// <summary>
 /// The operations on an NVIDIA GPU. Weights, keys, values and what goes into a matmul are bf16, or all of it fp32; sums and the residual stream are
-/// fp32 either way. A step is queued operation by operation and waited for once, when its answers are read back.
+/// fp32 either way. A step is queued operation by operation and waited for once, when its answers are read back: by then the next may be queued.
 /// </summary>
 public sealed unsafe class CudaBackend : IBackend
 {
@@ -30,6 +30,8 @@ public sealed unsafe class CudaBackend : IBackend
     private int _uploadedFor;
     private long _stepsBegun;
     private long _stepsDone;
+    private int _answers, _answersBefore; // queries of this step and of the one before that the device has answered, or will have
+    private StepLayout? _finishedEarly;
     private bool _disposed;
 
     /// <param name="ordinal">Which GPU.</param>
@@ -213,22 +215,24 @@ public sealed unsafe class CudaBackend : IBackend
 
     // ---- One step.
 
+    public int StepsUnderWay => 2;
+
     public void BeginStep(StepLayout step)
     {
         ThrowIfDisposed();
         ArgumentNullException.ThrowIfNull(step);
         Device.MakeCurrent();
         Flush();
-        if (_step is not null)
-            Finish(); // of a step without answers: what was sent for it may still be on its way
         _step = null;
+        (_answersBefore, _answers) = (_answers, 0);
         if (_rowSequence.Length < step.TokenIds.Length)
             _rowSequence = new int[step.TokenIds.Length];
         Checks.Step(step, _rowSequence);
         if (_place is null || !_place.Holds(step))
         {
-            _place?.Dispose();
-            _place = new CudaStep(Device, step);
+            CudaStep larger = new(Device, step);
+            _finishedEarly = _place is null ? null : larger.TakeOver(_place);
+            _place = larger;
         }
 
         _isDecode = step.RowCount == step.SequenceCount;
@@ -236,9 +240,8 @@ public sealed unsafe class CudaBackend : IBackend
             _isDecode = step.RowStart[s] == s;
         _plan.Build(step, _rowsPerItem);
         _uploadedFor = _rowsPerItem;
-        _place.Upload(step, _rowSequence, _plan, Math.Min(Pad(step.RowCount), step.TokenIds.Length));
+        _place.Upload(step, ++_stepsBegun, _rowSequence, _plan, Math.Min(Pad(step.RowCount), step.TokenIds.Length));
         _step = step;
-        _stepsBegun++;
     }
 
     public void Embed(Weight table, Tensor output)
@@ -246,9 +249,10 @@ public sealed unsafe class CudaBackend : IBackend
         StepLayout step = Step();
         CudaWeight weight = OwnMatrix(table);
         CudaTensor tensor = Own(output, step.RowCount, weight.Inputs);
-        Checks.Tokens(step, weight);
+        Checks.Tokens(step, weight, _answersBefore);
         Use(weight);
-        Launch(_kernels.Embed, new Grid(Pad(step.RowCount, tensor)), Threads, weight.Pointer, _place!.Tokens, tensor.Fp32, weight.Inputs);
+        Launch(_kernels.Embed, new Grid(Pad(step.RowCount, tensor)), Threads,
+            weight.Pointer, _place!.Tokens, _place.Results, tensor.Fp32, weight.Inputs);
         tensor.IsRounded = false;
     }
 
@@ -387,8 +391,25 @@ public sealed unsafe class CudaBackend : IBackend
         if (first + count < step.OutputCount)
             return; // with the last of the step's answers come all
         Flush();
-        _place.Download(step);
-        Interlocked.Exchange(ref _stepsDone, _stepsBegun);
+        _place.Download();
+        _answers = step.QueryCount;
+    }
+
+    public void FinishStep(StepLayout step)
+    {
+        ThrowIfDisposed();
+        ArgumentNullException.ThrowIfNull(step);
+        Device.MakeCurrent();
+        if (_finishedEarly == step)
+        {
+            _finishedEarly = null;
+            return;
+        }
+
+        long ordinal = _place?.Finish(step) ?? 0;
+        if (ordinal == 0)
+            throw new InvalidOperationException("This step is not under way.");
+        Interlocked.Exchange(ref _stepsDone, ordinal);
     }
 
     public void CopyBlock(KvCache cache, int from, int to)
@@ -560,14 +581,6 @@ public sealed unsafe class CudaBackend : IBackend
     }
 
     private void Use(CudaWeight weight) => weight.LastStep = _stepsBegun;
-
-    private void Finish()
-    {
-        if (Interlocked.Read(ref _stepsDone) == _stepsBegun)
-            return;
-        Device.Stream.Synchronize();
-        Interlocked.Exchange(ref _stepsDone, _stepsBegun);
-    }
 
     // ---- Memory is ours.
 

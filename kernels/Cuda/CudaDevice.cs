@@ -119,6 +119,12 @@ internal sealed unsafe class CudaDevice : IDisposable
         return new NcclCommunicator(_context, id, ranks, rank, deadline);
     }
 
+    public CudaEvent CreateEvent()
+    {
+        MakeCurrent();
+        return new CudaEvent(_context);
+    }
+
     public CudaModule Load(byte[] cubin, string name)
     {
         MakeCurrent();

@@ -72,6 +72,8 @@ internal sealed class RecordingBackend(IBackend inner) : IBackend
 
     public void ReadWeight(Weight source, long element, Span<float> destination) => inner.ReadWeight(source, element, destination);
 
+    public int StepsUnderWay => inner.StepsUnderWay;
+
     public void BeginStep(StepLayout step)
     {
         // The host's part of a step ends here: what it did since the last call belongs to the step that begins.
@@ -146,6 +148,8 @@ internal sealed class RecordingBackend(IBackend inner) : IBackend
         inner.Sample(logits, first, count);
         Took(Part.Sampling);
     }
+
+    public void FinishStep(StepLayout step) => inner.FinishStep(step);
 
     public void CopyBlock(KvCache cache, int from, int to) => inner.CopyBlock(cache, from, to);
 

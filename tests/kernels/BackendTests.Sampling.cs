@@ -10,6 +10,7 @@ public abstract partial class BackendTests
         tensor.Write(tensor.Rows, logits);
         backend.BeginStep(step);
         backend.Sample(tensor, 0, step.OutputCount);
+        backend.FinishStep(step);
         return step.Results[..step.QueryCount];
     }
 
@@ -151,6 +152,7 @@ public abstract partial class BackendTests
             bench.Backend.Sample(bench.Tensor(Vocabulary, logits.AsSpan(first * Vocabulary, count * Vocabulary).ToArray()), first, count);
         }
 
+        bench.Backend.FinishStep(step);
         Assert.Equal(whole, step.Results);
     }
 

@@ -548,6 +548,7 @@ public abstract partial class BackendTests : IDisposable
             backend.GatherRows(hidden, 0, Rows, normed);
             backend.MatMul(normed, table, null, logits, Rows);
             backend.Sample(logits, 0, Rows);
+            backend.FinishStep(step);
             backend.CopyBlock(cache, 0, 1);
         }
 

@@ -144,6 +144,8 @@ public sealed class ReferenceBackend(WeightFormat format = WeightFormat.BFloat16
         return BitConverter.UInt32BitsToSingle(up ? below + 0x10000 : below);
     }
 
+    public int StepsUnderWay => 1;
+
     public void BeginStep(StepLayout step)
     {
         for (int row = 0; row < step.RowCount; row++)
@@ -311,6 +313,10 @@ public sealed class ReferenceBackend(WeightFormat format = WeightFormat.BFloat16
             bool finite = !row.Any(v => double.IsNaN(v) || double.IsPositiveInfinity(v)) && !row.All(double.IsNegativeInfinity);
             Step.Results[q] = finite ? Sampling.Answer(row, query, Step) : SampleResult.Nothing;
         }
+    }
+
+    public void FinishStep(StepLayout step)
+    {
     }
 
     public void CopyBlock(KvCache cache, int from, int to)

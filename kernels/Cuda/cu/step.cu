@@ -3,10 +3,14 @@
 
 #define THREADS 256
 
-// output[row] = table[tokens[row]]; table [vocab][columns].
-extern "C" __global__ void __launch_bounds__(THREADS) embed(const stored* table, const int* tokens, float* output, int columns)
+// output[row] = table[tokens[row]]; table [vocab][columns]. Token ~q is what the step before sampled for its query q, answers [queries][3], token first;
+// where it found none, any does.
+extern "C" __global__ void __launch_bounds__(THREADS) embed(const stored* table, const int* tokens, const int* answers, float* output, int columns)
 {
-    const stored* from = table + (long long)tokens[blockIdx.x] * columns;
+    int token = tokens[blockIdx.x];
+    if (token < 0)
+        token = max(0, answers[3 * ~token]);
+    const stored* from = table + (long long)token * columns;
     float* to = output + (long long)blockIdx.x * columns;
     for (int i = threadIdx.x; i < columns; i += THREADS)
         to[i] = load(from[i]);

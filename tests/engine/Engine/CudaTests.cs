@@ -166,6 +166,69 @@ public sealed class CudaTests
     }
 
     [Fact]
+    public async Task The_next_step_is_queued_before_the_answers_of_the_one_before_are_waited_for()
+    {
+        SimulatedDevice.Require();
+        ScriptedBackend device = new(new CudaBackend(0));
+        await using RolloutEngine engine = RolloutEngine.Load(TestModels.Folder("qwen3"), device, new EngineOptions { MaxBatchTokens = 64, MaxSequences = 8 });
+        await engine.RunAsync(new GroupRequest { Id = "probe", Prompt = [5, 6, 7], N = 2, MaxTokens = 6, Seed = 3, IgnoreEos = true });
+        Assert.Equal("BBFBFBFBFBFF", device.Order); // and the tokens' number says when the last is known to be the last
+    }
+
+    [Fact]
+    public async Task Under_keep_new_weights_take_over_between_two_steps_though_one_is_under_way()
+    {
+        SimulatedDevice.Require();
+        using UpdatePayload payload = UpdatePayload.Of("qwen3");
+        ScriptedBackend device = new(new CudaBackend(0));
+        GroupRequest request = new() { Id = "probe", Prompt = [.. Enumerable.Range(3, 40)], N = 3, MaxTokens = 30, Seed = 9, IgnoreEos = true };
+        await using RolloutEngine engine = RolloutEngine.Load(TestModels.Folder("qwen3"), device, new EngineOptions { MaxBatchTokens = 64, MaxSequences = 8 });
+        using WeightUpdate update = await engine.OpenUpdateAsync(payload.Manifest(0, 1) with { Policy = UpdatePolicy.Keep });
+        update.Write(0, payload.Bytes);
+        Group group = engine.SubmitAndHold(device, request, tokens: 10);
+        Task committed = update.CommitAsync(payload.Digest, Cancelled);
+        device.LetGo();
+        await committed;
+        await group.Completed.WaitAsync(Cancelled);
+        using CudaBackend other = new(0);
+        using TwoModels models = new(other, TestModels.Folder("qwen3"), payload.Folder);
+        foreach (Sequence sample in group.Samples)
+        {
+            int swap = Array.IndexOf(sample.Versions(0, 30).ToArray(), 1ul);
+            Assert.InRange(swap, 10, 29);
+            (int[] tokens, float[] logProbs) = models.Run(request, sample.Index, swap);
+            Assert.Equal(tokens, sample.Tokens(0, 30).ToArray());
+            Assert.Equal(logProbs, sample.LogProbs(0, 30).ToArray());
+        }
+    }
+
+    /// <summary>What a step sends can outgrow its place while the step before is under way: here by biases, of a group that waited for seats.</summary>
+    [Fact]
+    public async Task A_step_that_is_larger_than_any_before_takes_the_answers_of_the_one_under_way_along()
+    {
+        SimulatedDevice.Require();
+        GroupRequest first = new() { Id = "first", Prompt = [5, 6, 7], N = 5, MaxTokens = 6, Seed = 1, IgnoreEos = true };
+        GroupRequest second = first with { Id = "second", N = 1, MaxTokens = 20, Seed = 2 };
+        GroupRequest third = first with { Id = "third", Seed = 3, LogitBias = Enumerable.Range(3, 300).ToDictionary(id => id, id => id % 7 / 10f) };
+        string[][] alone = [await Run(first), await Run(second), await Run(third)];
+        Assert.Equal(alone, await Together());
+
+        async Task<string[]> Run(GroupRequest request)
+        {
+            await using RolloutEngine engine = Load("qwen3", WeightFormat.BFloat16);
+            return [.. (await engine.RunAsync(request)).Select(sample => sample.Bits())];
+        }
+
+        async Task<string[][]> Together()
+        {
+            await using RolloutEngine engine = Load("qwen3", WeightFormat.BFloat16, new EngineOptions { MaxBatchTokens = 64, MaxSequences = 6 });
+            Group[] groups = [engine.Submit(first), engine.Submit(second), engine.Submit(third)];
+            await Task.WhenAll(groups.Select(group => group.Completed)).WaitAsync(TimeSpan.FromSeconds(60), Cancelled);
+            return [.. groups.Select(group => group.Samples.Select(sample => sample.Bits()).ToArray())];
+        }
+    }
+
+    [Fact]
     public async Task Keys_and_values_take_the_stated_part_of_what_the_device_has_free()
     {
         SimulatedDevice.Require();

@@ -1,28 +1,33 @@
+using System.Text;
 using Rollout.Kernels;
 using Xunit;
 
 namespace Rollout.Engine.Tests;
 
-/// <summary>The CPU as a test wants it: lost or held after so many steps, or out of memory.</summary>
-internal sealed class ScriptedBackend : IBackend
+/// <summary>A device, the CPU unless another is given, as a test wants it: lost or held after so many steps, or out of memory.</summary>
+internal sealed class ScriptedBackend(IBackend? device = null) : IBackend
 {
-    private readonly CpuBackend _cpu = new(1);
+    private readonly IBackend _inner = device ?? new CpuBackend(1);
+    private readonly StringBuilder _order = new();
     private readonly ManualResetEventSlim _held = new();
     private readonly ManualResetEventSlim _letGo = new();
     private int _stepsUntilHeld = int.MaxValue;
 
     public int StepsLeft { get; set; } = int.MaxValue;
 
+    /// <summary>B where a step began, F where it was finished. To be read when no step runs.</summary>
+    public string Order => _order.ToString();
+
     /// <summary>What it claims to have left.</summary>
     public long AvailableBytes { get; set; } = long.MaxValue;
 
-    public long HeldBytes => _cpu.HeldBytes;
+    public long HeldBytes => _inner.HeldBytes;
 
-    public int KvElementBytes => _cpu.KvElementBytes;
+    public int KvElementBytes => _inner.KvElementBytes;
 
-    public long KvCacheBudget => _cpu.KvCacheBudget;
+    public long KvCacheBudget => _inner.KvCacheBudget;
 
-    public int LogitRows => _cpu.LogitRows;
+    public int LogitRows => _inner.LogitRows;
 
     public string Name => "scripted";
 
@@ -44,28 +49,30 @@ internal sealed class ScriptedBackend : IBackend
         _letGo.Set();
     }
 
-    public Tensor AllocateTensor(int rows, int columns) => _cpu.AllocateTensor(rows, columns);
+    public Tensor AllocateTensor(int rows, int columns) => _inner.AllocateTensor(rows, columns);
 
-    public Weight AllocateWeight(int outputs, int inputs) => _cpu.AllocateWeight(outputs, inputs);
+    public Weight AllocateWeight(int outputs, int inputs) => _inner.AllocateWeight(outputs, inputs);
 
-    public KvCache AllocateKvCache(int layers, int blocks, int kvHeads, int headDim) => _cpu.AllocateKvCache(layers, blocks, kvHeads, headDim);
+    public KvCache AllocateKvCache(int layers, int blocks, int kvHeads, int headDim) => _inner.AllocateKvCache(layers, blocks, kvHeads, headDim);
 
     public RopeTable AllocateRopeTable(ReadOnlySpan<float> inverseFrequencies, int positions, float scale)
-        => _cpu.AllocateRopeTable(inverseFrequencies, positions, scale);
+        => _inner.AllocateRopeTable(inverseFrequencies, positions, scale);
 
     public void WriteWeight(Weight destination, long element, ReadOnlySpan<byte> source, DType type)
-        => _cpu.WriteWeight(destination, element, source, type);
+        => _inner.WriteWeight(destination, element, source, type);
 
-    public WeightFormat WeightFormat => _cpu.WeightFormat;
+    public WeightFormat WeightFormat => _inner.WeightFormat;
 
-    public int WriteRows => _cpu.WriteRows;
+    public int WriteRows => _inner.WriteRows;
 
     public void WriteWeightElements(Weight destination, long element, ReadOnlySpan<uint> indices, ReadOnlySpan<byte> values, DType type)
-        => _cpu.WriteWeightElements(destination, element, indices, values, type);
+        => _inner.WriteWeightElements(destination, element, indices, values, type);
 
-    public void CopyWeight(Weight source, Weight destination) => _cpu.CopyWeight(source, destination);
+    public void CopyWeight(Weight source, Weight destination) => _inner.CopyWeight(source, destination);
 
-    public void ReadWeight(Weight source, long element, Span<float> destination) => _cpu.ReadWeight(source, element, destination);
+    public void ReadWeight(Weight source, long element, Span<float> destination) => _inner.ReadWeight(source, element, destination);
+
+    public int StepsUnderWay => _inner.StepsUnderWay;
 
     public void BeginStep(StepLayout step)
     {
@@ -77,32 +84,39 @@ internal sealed class ScriptedBackend : IBackend
             _letGo.Reset();
         }
 
-        _cpu.BeginStep(step);
+        _order.Append('B');
+        _inner.BeginStep(step);
     }
 
-    public void Embed(Weight table, Tensor output) => _cpu.Embed(table, output);
+    public void Embed(Weight table, Tensor output) => _inner.Embed(table, output);
 
     public void RmsNorm(Tensor input, Weight scale, float epsilon, Tensor output, int rows)
-        => _cpu.RmsNorm(input, scale, epsilon, output, rows);
+        => _inner.RmsNorm(input, scale, epsilon, output, rows);
 
-    public void MatMul(Tensor input, Weight weight, Weight? bias, Tensor output, int rows) => _cpu.MatMul(input, weight, bias, output, rows);
+    public void MatMul(Tensor input, Weight weight, Weight? bias, Tensor output, int rows) => _inner.MatMul(input, weight, bias, output, rows);
 
     public void MatMulAdd(Tensor input, Weight weight, Weight? bias, Tensor residual, int rows)
-        => _cpu.MatMulAdd(input, weight, bias, residual, rows);
+        => _inner.MatMulAdd(input, weight, bias, residual, rows);
 
     public void RopeStoreKv(Tensor qkv, int heads, Weight? queryNorm, Weight? keyNorm, float epsilon, RopeTable rope, KvCache cache, int layer)
-        => _cpu.RopeStoreKv(qkv, heads, queryNorm, keyNorm, epsilon, rope, cache, layer);
+        => _inner.RopeStoreKv(qkv, heads, queryNorm, keyNorm, epsilon, rope, cache, layer);
 
     public void Attend(Tensor qkv, int heads, float scale, KvCache cache, int layer, Tensor output)
-        => _cpu.Attend(qkv, heads, scale, cache, layer, output);
+        => _inner.Attend(qkv, heads, scale, cache, layer, output);
 
-    public void GatedSilu(Tensor gateUp, Tensor output, int rows) => _cpu.GatedSilu(gateUp, output, rows);
+    public void GatedSilu(Tensor gateUp, Tensor output, int rows) => _inner.GatedSilu(gateUp, output, rows);
 
-    public void GatherRows(Tensor input, int first, int count, Tensor output) => _cpu.GatherRows(input, first, count, output);
+    public void GatherRows(Tensor input, int first, int count, Tensor output) => _inner.GatherRows(input, first, count, output);
 
-    public void Sample(Tensor logits, int first, int count) => _cpu.Sample(logits, first, count);
+    public void Sample(Tensor logits, int first, int count) => _inner.Sample(logits, first, count);
 
-    public void CopyBlock(KvCache cache, int from, int to) => _cpu.CopyBlock(cache, from, to);
+    public void FinishStep(StepLayout step)
+    {
+        _order.Append('F');
+        _inner.FinishStep(step);
+    }
 
-    public void Dispose() => _cpu.Dispose();
+    public void CopyBlock(KvCache cache, int from, int to) => _inner.CopyBlock(cache, from, to);
+
+    public void Dispose() => _inner.Dispose();
 }

@@ -53,6 +53,7 @@ internal sealed class TwoModels : IDisposable
             WeightSet weights = logProbs.Count < swap ? _old : _new;
             _transformer.Forward(step, weights, kv);
             _transformer.Sample(step, weights);
+            _backend.FinishStep(step);
             computed = all.Count;
             all.Add(step.Results[0].Token);
             logProbs.Add(step.Results[0].LogProb);

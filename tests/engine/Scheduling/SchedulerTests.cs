@@ -10,15 +10,16 @@ namespace Rollout.Engine.Tests;
 /// </summary>
 public sealed class SchedulerTests
 {
-    private sealed record Load(int Seats, int BatchTokens, int Blocks, int Prefixes, int[] Script);
+    private sealed record Load(int Seats, int BatchTokens, int Blocks, int Prefixes, bool PlansAhead, int[] Script);
 
     private static readonly Gen<Load> s_load =
         from seats in Gen.Int[1, 12]
         from batchTokens in Gen.Int[1, 80]
         from blocks in Gen.Int[8, 60] // a sample has at most 8 blocks: one always fits, many never do
         from prefixes in Gen.Int[1, 3]
+        from plansAhead in Gen.Bool
         from script in Gen.Int[0, int.MaxValue - 1].Array[10, 120]
-        select new Load(seats, batchTokens, blocks, prefixes, script);
+        select new Load(seats, batchTokens, blocks, prefixes, plansAhead, script);
 
     [Fact]
     public void No_block_leaks_no_sample_starves_and_every_row_finds_its_past()
@@ -35,8 +36,7 @@ public sealed class SchedulerTests
             Assert.False(group.Completed.IsCompleted);
             ended.Add(group);
         });
-        StepLayout step = new(load.BatchTokens, load.Seats, 8, load.BatchTokens + load.Seats, 1, 1);
-        FakeDevice device = new(load.Blocks);
+        Loop loop = new(scheduler, new FakeDevice(load.Blocks), load);
         List<Group> submitted = [];
         HashSet<Group> kept = [];
         ulong version = 0;
@@ -52,15 +52,17 @@ public sealed class SchedulerTests
                     scheduler.Submit(group);
                     break;
                 case 3 when submitted.Count > 0:
+                    loop.Land();
                     scheduler.End(submitted[random.Next(submitted.Count)], FinishReason.Abort);
                     break;
                 case 4:
+                    loop.Land();
                     UpdatePolicy policy = random.Next(2) == 0 ? UpdatePolicy.Keep : UpdatePolicy.Recompute;
                     scheduler.WeightsChanged(++version, policy);
                     if (policy == UpdatePolicy.Keep) kept.UnionWith(submitted);
                     break;
                 default:
-                    Step(scheduler, step, device, kept, admitNew: draw % 7 != 0);
+                    loop.Step(kept, admitNew: draw % 7 != 0);
                     break;
             }
 
@@ -68,10 +70,10 @@ public sealed class SchedulerTests
         }
 
         // Nothing starves: what is left ends within the steps its tokens need, one row a step at worst, each recomputed at every preemption.
-        for (int steps = 0; !scheduler.IsEmpty; steps++)
+        for (int steps = 0; !scheduler.IsEmpty || loop.Land(); steps++)
         {
             Assert.True(steps < 200_000, $"{scheduler.Running} running and {scheduler.Waiting} waiting samples do not end");
-            Step(scheduler, step, device, kept, admitNew: true);
+            loop.Step(kept, admitNew: true);
         }
 
         blocks.CheckInvariant(idle: true);
@@ -103,22 +105,40 @@ public sealed class SchedulerTests
         return new Group(request, samples, endTokens: [7]);
     }
 
-    private static void Step(Scheduler scheduler, StepLayout step, FakeDevice device, HashSet<Group> kept, bool admitNew)
+    /// <summary>As the engine's: a step at a time, or the next one planned and run before the answers of the one before are taken in.</summary>
+    private sealed class Loop(Scheduler scheduler, FakeDevice device, Load load)
     {
-        if (!scheduler.Next(step, admitNew)) return;
-        device.Forward(step, scheduler.Version);
-        foreach (BlockCopy copy in scheduler.Copies) device.CopyBlock(copy.From, copy.To);
-        device.Check(scheduler, kept);
-        for (int q = 0; q < step.QueryCount; q++)
+        private readonly ScheduledStep[] _plans = [.. Enumerable.Range(0, 2).Select(
+            _ => new ScheduledStep(new StepLayout(load.BatchTokens, load.Seats, 8, load.BatchTokens + load.Seats, 1, 1)))];
+
+        private ScheduledStep? _underWay;
+
+        public void Step(HashSet<Group> kept, bool admitNew)
         {
-            ref SampleQuery query = ref step.Queries[q];
-            int row = step.OutputRows[query.OutputIndex];
-            Assert.Equal(query.Position - 1, step.Positions[row]);
-            step.Results[q] = new SampleResult { Token = NextToken(query.Seed, query.SampleIndex, query.Position, step.TokenIds[row]) };
+            ScheduledStep step = _underWay == _plans[0] ? _plans[1] : _plans[0];
+            if (!scheduler.Next(step, admitNew))
+            {
+                Land();
+                return;
+            }
+
+            int[] answers = device.Run(step.Layout, scheduler.Version);
+            foreach (BlockCopy copy in step.Copies) device.CopyBlock(copy.From, copy.To);
+            device.Check(scheduler, kept);
+            Land();
+            for (int q = 0; q < answers.Length; q++) step.Layout.Results[q] = new SampleResult { Token = answers[q] };
+            _underWay = step;
+            if (!load.PlansAhead) Land();
         }
 
-        scheduler.Complete(step);
-        device.CheckComputed(scheduler);
+        public bool Land()
+        {
+            if (_underWay is not { } step) return false;
+            _underWay = null;
+            scheduler.Complete(step);
+            device.CheckComputed(scheduler);
+            return true;
+        }
     }
 
     /// <summary>What a sample must hold, told from its seed alone.</summary>
@@ -147,18 +167,30 @@ public sealed class SchedulerTests
     {
         private readonly (int Token, int Position, ulong Version)[] _slots = new (int, int, ulong)[blocks * KvCache.BlockTokens];
 
-        public void Forward(StepLayout step, ulong version)
+        private int[] _answers = [];
+
+        /// <summary>Computes a step, and what its queries are answered.</summary>
+        public int[] Run(StepLayout step, ulong version)
         {
             HashSet<int> written = [];
+            int[] tokens = [.. step.TokenIds.Take(step.RowCount).Select(token => token >= 0 ? token : _answers[~token])];
             for (int s = 0; s < step.SequenceCount; s++)
             {
                 for (int row = step.RowStart[s]; row < step.RowStart[s + 1]; row++)
                 {
                     int slot = Slot(step.BlockTables.AsSpan(s * step.MaxBlocks), step.Positions[row]);
                     Assert.True(written.Add(slot), "two rows of one step write one slot");
-                    _slots[slot] = (step.TokenIds[row], step.Positions[row], version);
+                    _slots[slot] = (tokens[row], step.Positions[row], version);
                 }
             }
+
+            _answers = [.. step.Queries.Take(step.QueryCount).Select(query =>
+            {
+                int row = step.OutputRows[query.OutputIndex];
+                Assert.Equal(query.Position - 1, step.Positions[row]);
+                return NextToken(query.Seed, query.SampleIndex, query.Position, tokens[row]);
+            })];
+            return _answers;
         }
 
         public void CopyBlock(int from, int to)
@@ -173,7 +205,7 @@ public sealed class SchedulerTests
         {
             foreach (Sequence sequence in scheduler.RunningSequences)
             {
-                for (int position = 0; position < sequence.Computed; position++)
+                for (int position = 0; position < Math.Min(sequence.Computed, sequence.Total); position++)
                 {
                     (int token, int at, ulong version) = _slots[Slot(sequence.BlockTable, position)];
                     Assert.Equal((sequence.AllTokens[position], position), (token, at));
