@@ -170,6 +170,38 @@ public sealed unsafe class CudaBackend : IBackend
         }
     }
 
+    /// <summary>As <see cref="WriteWeight(Weight, long, ReadOnlySpan{byte}, DType)"/>, of elements that lie on the device, another process's included.</summary>
+    internal void WriteWeight(Weight destination, long element, nuint source, int count, DType type)
+    {
+        CudaWeight weight = Own(destination);
+        Checks.Elements(weight, element, count, nameof(count));
+        bool asStored = type == (weight.IsVector || StoresFp32 ? DType.Float32 : DType.BFloat16);
+        lock (Device.Copies)
+        {
+            BeginWrite(weight);
+            nuint to = At(weight, element);
+            if (asStored)
+            {
+                nuint bytes = (nuint)count * (nuint)type.Size();
+                Driver.cuMemcpyDtoDAsync_v2(to, source, bytes, Device.Beside.Value).ThrowIfFailed((long)bytes);
+            }
+            else
+            {
+                nint function = weight.IsVector ? _kernels.WriteVector : _kernels.WriteMatrix;
+                _kernels.Launch(function, Device.Beside, Blocks(count), Threads, 0, source, (int)type, to, (long)count);
+            }
+
+            Device.Beside.Synchronize();
+        }
+    }
+
+    /// <summary>Digests of tensors on the device: see <see cref="CudaDigest"/>.</summary>
+    internal CudaDigest CreateDigest(int pieceBytes = 16 << 20)
+    {
+        ThrowIfDisposed();
+        return new CudaDigest(Device, _kernels, pieceBytes);
+    }
+
     public void WriteWeightElements(Weight destination, long element, ReadOnlySpan<uint> indices, ReadOnlySpan<byte> values, DType type)
     {
         CudaWeight weight = Own(destination);

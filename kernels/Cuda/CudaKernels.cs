@@ -18,7 +18,7 @@ internal sealed unsafe class CudaKernels : IDisposable
     {
         _device = device;
         _storesFp32 = storesFp32;
-        CudaModule step = Compile("step.cu"), sampling = Compile("sampling.cu"), weights = Compile("weights.cu");
+        CudaModule step = Compile("step.cu"), sampling = Compile("sampling.cu"), weights = Compile("weights.cu"), digest = Compile("digest.cu");
         Embed = Function(step, "embed");
         RmsNorm = Function(step, "rms_norm");
         RopeStore = Function(step, "rope_store");
@@ -31,6 +31,8 @@ internal sealed unsafe class CudaKernels : IDisposable
         WriteVector = Function(weights, "write_vector");
         ScatterMatrix = Function(weights, "scatter_matrix");
         ScatterVector = Function(weights, "scatter_vector");
+        DigestSums = Function(digest, "digest_sums");
+        DigestChain = Function(digest, "digest_chain");
     }
 
     public nint Embed { get; }
@@ -56,6 +58,10 @@ internal sealed unsafe class CudaKernels : IDisposable
     public nint ScatterMatrix { get; }
 
     public nint ScatterVector { get; }
+
+    public nint DigestSums { get; }
+
+    public nint DigestChain { get; }
 
     /// <summary>Attention for heads of this dimension, by items of so many row tiles; compiled when first asked for.</summary>
     public AttentionKernel Attend(int headDim, int rowTiles)

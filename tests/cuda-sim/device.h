@@ -92,6 +92,7 @@ static inline void sim_load_transposed(unsigned* pairs, const unsigned short* ro
 static inline float __uint_as_float(unsigned x) { float f; memcpy(&f, &x, 4); return f; }
 static inline unsigned __float_as_uint(float f) { unsigned x; memcpy(&x, &f, 4); return x; }
 static inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)(((unsigned long long)a * b) >> 32); }
+static inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) { return (unsigned long long)(((unsigned __int128)a * b) >> 64); }
 static inline int __popc(unsigned x) { return __builtin_popcount(x); }
 static inline int __double2hiint(double x) { long long b; memcpy(&b, &x, 8); return (int)(b >> 32); }
 static inline int __double2loint(double x) { long long b; memcpy(&b, &x, 8); return (int)b; }

@@ -30,6 +30,9 @@ public sealed class BindingsTests
         Assert.Equal(56, Unsafe.SizeOf<SampleQuery>());
         Assert.Equal(24, (int)Marshal.OffsetOf<SampleQuery>(nameof(SampleQuery.Seed)));
         Assert.Equal(52, (int)Marshal.OffsetOf<SampleQuery>(nameof(SampleQuery.AlternativesCount)));
+        Assert.Equal(40, Unsafe.SizeOf<CudaDigest.Piece>());
+        Assert.Equal(24, (int)Marshal.OffsetOf<CudaDigest.Piece>(nameof(CudaDigest.Piece.Blocks)));
+        Assert.Equal(36, (int)Marshal.OffsetOf<CudaDigest.Piece>(nameof(CudaDigest.Piece.Last)));
         Assert.Equal(12, Unsafe.SizeOf<SampleResult>());
         Assert.Equal(8, (int)Marshal.OffsetOf<SampleResult>(nameof(SampleResult.SamplingLogProb)));
     }

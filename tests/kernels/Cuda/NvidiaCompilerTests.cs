@@ -37,7 +37,7 @@ public sealed class NvidiaCompilerTests
         string[] target = Environment.GetEnvironmentVariable("ROLLOUT_TEST_TARGET")!.Split(' ');
         bool fp32 = bool.Parse(target[1]);
         Assert.StartsWith(Environment.GetEnvironmentVariable(FolderVariable)!, CudaLibraries.PathOf(CudaLibraries.Nvrtc), StringComparison.Ordinal);
-        foreach (string file in (string[])["step.cu", "sampling.cu", "weights.cu"])
+        foreach (string file in (string[])["step.cu", "sampling.cu", "weights.cu", "digest.cu"])
             IsCode(CudaKernels.Compile(target[0], fp32, file));
         foreach (int headDim in (int[])[64, 128, 256])
         {

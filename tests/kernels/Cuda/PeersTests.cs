@@ -53,6 +53,66 @@ public sealed class PeersTests
         device.Upload(peer.Pointer, Pattern(2));
     }
 
+    /// <summary>What an update by CUDA IPC is made of: a tensor of another process, checked and made a part of a fused weight, never on this host.</summary>
+    [Theory]
+    [InlineData(DType.BFloat16, WeightFormat.BFloat16)]
+    [InlineData(DType.Float32, WeightFormat.BFloat16)]
+    [InlineData(DType.Float16, WeightFormat.Float32)]
+    public async Task A_tensor_of_another_process_is_digested_and_written_where_it_lies(DType type, WeightFormat format)
+    {
+        SimulatedDevice.Require();
+        const int Rows = 24, Columns = 40, FirstRow = 16;
+        using CudaBackend backend = new(0, format);
+        using CudaDigest digest = backend.CreateDigest();
+        using DeviceBuffer letterbox = backend.Device.AllocateZeroed(65); // a handle, and whether it is there
+        using OtherProcess trainer = OtherProcess.Run($"{nameof(PeersTests)}.{nameof(Shares_a_tensor)}",
+            (HandleVariable, Hex(letterbox.Share())), (WhatVariable, (Rows * Columns * type.Size()).ToString(CultureInfo.InvariantCulture)));
+        WaitFor(backend.Device, letterbox.Pointer + 64, 1);
+        byte[] handle = new byte[64];
+        backend.Device.Download(letterbox.Pointer, handle);
+
+        byte[] bytes = Pattern(7)[..(Rows * Columns * type.Size())];
+        using Weight fused = backend.AllocateWeight(48, Columns), expected = backend.AllocateWeight(48, Columns);
+        using (PeerBuffer peer = backend.Device.Open(Of<CUipcMemHandle>(Convert.ToHexString(handle))))
+        {
+            Assert.Equal(System.IO.Hashing.XxHash128.Hash(bytes), digest.Of([(peer.Pointer, bytes.Length)])[0]);
+            backend.WriteWeight(fused, FirstRow * Columns, peer.Pointer, Rows * Columns, type);
+        }
+
+        backend.WriteWeight(expected, FirstRow * Columns, bytes, type);
+        float[] written = new float[48 * Columns], wanted = new float[48 * Columns];
+        backend.ReadWeight(fused, 0, written);
+        backend.ReadWeight(expected, 0, wanted);
+        Assert.Equal(wanted, written);
+        Assert.Contains(written, value => value != 0);
+        backend.Device.Upload(letterbox.Pointer + 64, [2]); // it may go
+        await trainer.Succeeded();
+    }
+
+    [Fact(Explicit = true)]
+    public void Shares_a_tensor()
+    {
+        SimulatedDevice.Require();
+        using CudaDevice device = new(0);
+        int bytes = int.Parse(Environment.GetEnvironmentVariable(WhatVariable)!, CultureInfo.InvariantCulture);
+        using DeviceBuffer tensor = device.Allocate(bytes);
+        device.Upload(tensor.Pointer, Pattern(7)[..bytes]);
+        using PeerBuffer letterbox = device.Open(Of<CUipcMemHandle>(Environment.GetEnvironmentVariable(HandleVariable)!));
+        device.Upload(letterbox.Pointer, Convert.FromHexString(Hex(tensor.Share())));
+        device.Upload(letterbox.Pointer + 64, [1]);
+        WaitFor(device, letterbox.Pointer + 64, 2);
+    }
+
+    private static void WaitFor(CudaDevice device, nuint pointer, byte value)
+    {
+        byte[] read = [0];
+        for (long start = Stopwatch.GetTimestamp(); read[0] != value; Thread.Sleep(5))
+        {
+            device.Download(pointer, read);
+            Assert.True(Stopwatch.GetElapsedTime(start) < s_deadline, "the other process did not answer");
+        }
+    }
+
     // ---- NCCL.
 
     [Fact]
