@@ -40,6 +40,7 @@ public class Step : IHasLimit
     {
         _transformer.Forward(_step, _weights, _cache);
         _transformer.Sample(_step, _weights);
+        _backend.FinishStep(_step);
     }
 
     [GlobalCleanup]

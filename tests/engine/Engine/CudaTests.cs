@@ -94,7 +94,7 @@ public sealed class CudaTests
     [InlineData("qwen3", 70)]
     public async Task A_step_of_decoding_costs_eight_launches_a_layer_one_graph_one_wait_and_reads_every_matrix_once(string family, int n)
     {
-        SimulatedDevice.Require();
+        SimulatedDevice.RequireSimulated();
         CudaBackend backend = new(0);
         await using RolloutEngine engine = RolloutEngine.Load(
             TestModels.Folder(family), backend, new EngineOptions { MaxBatchTokens = 80, MaxSequences = 72, MaxContext = 256 });
@@ -137,7 +137,7 @@ public sealed class CudaTests
     [InlineData(WeightFormat.Float32, 5)]
     public async Task The_keys_and_values_of_a_shared_prompt_are_read_once_for_a_group(WeightFormat format, int n)
     {
-        SimulatedDevice.Require();
+        SimulatedDevice.RequireSimulated();
         const int Prompt = 256; // two whole chunks
         await using RolloutEngine engine = Load("qwen3", format, new EngineOptions { MaxBatchTokens = 320, MaxSequences = 8 });
         await Run(3); // from here on the prompt is in the cache

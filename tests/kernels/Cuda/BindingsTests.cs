@@ -40,7 +40,7 @@ public sealed class BindingsTests
     [Fact]
     public void All_libraries_of_the_simulated_device_are_found()
     {
-        SimulatedDevice.Require();
+        SimulatedDevice.RequireSimulated();
         Assert.Null(CudaLibraries.Missing(CudaLibraries.Driver, CudaLibraries.Nvrtc, CudaLibraries.CublasLt, CudaLibraries.Nccl));
     }
 }

@@ -118,7 +118,7 @@ public sealed class PeersTests
     [Fact]
     public async Task Broadcasts_of_any_rank_reach_all()
     {
-        SimulatedDevice.Require();
+        SimulatedDevice.RequireSimulated(); // NCCL wants a GPU a rank
         using CudaDevice device = new(0);
         ncclUniqueId id = NcclCommunicator.NewId();
         using OtherProcess one = Rank(1, 3, id, "broadcast"), two = Rank(2, 3, id, "broadcast");
@@ -131,7 +131,7 @@ public sealed class PeersTests
     [Fact]
     public async Task A_rank_that_dies_is_an_error_and_the_device_goes_on()
     {
-        SimulatedDevice.Require();
+        SimulatedDevice.RequireSimulated(); // NCCL wants a GPU a rank
         using CudaDevice device = new(0);
         ncclUniqueId id = NcclCommunicator.NewId();
         using OtherProcess peer = Rank(1, 2, id, "die");
@@ -147,7 +147,7 @@ public sealed class PeersTests
     [Fact]
     public void A_rank_that_does_nothing_ends_at_the_deadline_and_the_device_goes_on()
     {
-        SimulatedDevice.Require();
+        SimulatedDevice.RequireSimulated(); // NCCL wants a GPU a rank
         using CudaDevice device = new(0);
         ncclUniqueId id = NcclCommunicator.NewId();
         using OtherProcess peer = Rank(1, 2, id, "sleep");
@@ -162,7 +162,7 @@ public sealed class PeersTests
     [Fact]
     public void A_rank_that_never_comes_ends_at_the_deadline()
     {
-        SimulatedDevice.Require();
+        SimulatedDevice.RequireSimulated(); // NCCL wants a GPU a rank
         using CudaDevice device = new(0);
         TimeoutException error = Assert.Throws<TimeoutException>(() => device.Connect(NcclCommunicator.NewId(), 2, 0, TimeSpan.FromSeconds(0.1)));
         Assert.Equal("NCCL: not all of 2 ranks came within 0.1 s.", error.Message);
@@ -171,7 +171,7 @@ public sealed class PeersTests
     [Fact]
     public async Task Ranks_that_ask_for_different_sizes_are_an_error()
     {
-        SimulatedDevice.Require();
+        SimulatedDevice.RequireSimulated(); // NCCL wants a GPU a rank
         using CudaDevice device = new(0);
         ncclUniqueId id = NcclCommunicator.NewId();
         using OtherProcess peer = Rank(1, 2, id, "send less");

@@ -5,13 +5,25 @@ using Xunit;
 
 namespace Rollout.Kernels.Tests.Cuda;
 
-/// <summary>The simulated device of tests/cuda-sim, built and pointed to once a test run; tests that need it skip where g++ is missing.</summary>
+/// <summary>
+/// The device that the tests of the CUDA backend run on: the simulated one of tests/cuda-sim, built and pointed to once a test run, or with
+/// ROLLOUT_TEST_CUDA=real this machine's GPU. Tests skip where g++ is missing, and those that look into the simulated device where it is not the one.
+/// </summary>
 internal static class SimulatedDevice
 {
     private static readonly Lazy<string?> s_missing = new(Build);
 
-    /// <summary>Skips the test, visibly, where there is no simulated device.</summary>
+    private static bool IsReal => Environment.GetEnvironmentVariable("ROLLOUT_TEST_CUDA") == "real";
+
+    /// <summary>Skips the test, visibly, where there is no device.</summary>
     public static void Require() => Assert.SkipWhen(s_missing.Value is not null, s_missing.Value ?? "");
+
+    /// <summary>For tests of the simulated device itself, or of what only it counts.</summary>
+    public static void RequireSimulated()
+    {
+        Assert.SkipWhen(IsReal, "the device is a real one");
+        Require();
+    }
 
     /// <summary>What the device has done since the process began.</summary>
     public static unsafe Counters Count()
@@ -36,6 +48,8 @@ internal static class SimulatedDevice
 
     private static string? Build()
     {
+        if (IsReal)
+            return null;
         string script = Path.Combine(Root(), "tests", "cuda-sim", "build.sh");
         using Process build = Process.Start(new ProcessStartInfo("sh", [script]) { RedirectStandardOutput = true, RedirectStandardError = true })!;
         Task<string> errors = build.StandardError.ReadToEndAsync();

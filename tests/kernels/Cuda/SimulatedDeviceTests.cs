@@ -45,7 +45,7 @@ public sealed class SimulatedDeviceTests
     [Fact]
     public void A_kernel_without_a_fault_runs_and_is_counted()
     {
-        SimulatedDevice.Require();
+        SimulatedDevice.RequireSimulated();
         SimulatedDevice.Counters before = SimulatedDevice.Count();
         float[] sums = Sum(fault: 0);
         for (int row = 0; row < Rows; row++)
@@ -67,7 +67,7 @@ public sealed class SimulatedDeviceTests
     [InlineData(9, "cuLaunchKernel (sum): CUDA_ERROR_INVALID_VALUE", "")] // more shared memory than was asked for
     public async Task A_planted_fault_is_caught(int fault, string what, string where)
     {
-        SimulatedDevice.Require();
+        SimulatedDevice.RequireSimulated();
         using OtherProcess process = OtherProcess.Run(
             $"{nameof(SimulatedDeviceTests)}.{nameof(The_planted_fault)}", (FaultVariable, fault.ToString(CultureInfo.InvariantCulture)));
         string output = await process.Ended();
@@ -80,7 +80,7 @@ public sealed class SimulatedDeviceTests
     [Fact(Explicit = true)]
     public void The_planted_fault()
     {
-        SimulatedDevice.Require();
+        SimulatedDevice.RequireSimulated();
         _ = Sum(int.Parse(Environment.GetEnvironmentVariable(FaultVariable)!, CultureInfo.InvariantCulture));
     }
 
