@@ -196,10 +196,10 @@ public sealed unsafe class CudaBackend : IBackend
     }
 
     /// <summary>Digests of tensors on the device: see <see cref="CudaDigest"/>.</summary>
-    internal CudaDigest CreateDigest(int pieceBytes = 16 << 20)
+    internal CudaDigest CreateDigest(Func<byte[], byte[]> onHost, int pieceBytes = 16 << 20)
     {
         ThrowIfDisposed();
-        return new CudaDigest(Device, _kernels, pieceBytes);
+        return new CudaDigest(Device, _kernels, onHost, pieceBytes);
     }
 
     public void WriteWeightElements(Weight destination, long element, ReadOnlySpan<uint> indices, ReadOnlySpan<byte> values, DType type)

@@ -1,11 +1,10 @@
 using System.Buffers.Binary;
-using System.IO.Hashing;
 using System.Runtime.InteropServices;
 
 namespace Rollout.Kernels.Cuda;
 
 /// <summary>
-/// XxHash128 of tensors that lie on the device, so that bytes which never were on the host are still checked end to end: see digest.cu. All tensors of a
+/// XXH3-128, which System.IO.Hashing calls XxHash128, of tensors that lie on the device, so that bytes which never were on the host are still checked end to end: see digest.cu. All tensors of a
 /// call go at the same time, because each of them is one chain.
 /// </summary>
 internal sealed unsafe class CudaDigest : IDisposable
@@ -20,16 +19,19 @@ internal sealed unsafe class CudaDigest : IDisposable
 
     private readonly CudaDevice _device;
     private readonly CudaKernels _kernels;
+    private readonly Func<byte[], byte[]> _onHost;
     private readonly long _pieceBlocks;
     private readonly DeviceBuffer _pieces, _sums, _states, _digests;
 
     /// <param name="device">Where the tensors are.</param>
     /// <param name="kernels">Of that device.</param>
+    /// <param name="onHost">XxHash128, for tensors of up to 240 bytes.</param>
     /// <param name="pieceBytes">Of a tensor at a time; a sixteenth of it is taken, 64 times.</param>
-    public CudaDigest(CudaDevice device, CudaKernels kernels, int pieceBytes = 16 << 20)
+    public CudaDigest(CudaDevice device, CudaKernels kernels, Func<byte[], byte[]> onHost, int pieceBytes)
     {
         _device = device;
         _kernels = kernels;
+        _onHost = onHost;
         _pieceBlocks = pieceBytes / BlockBytes;
         _pieces = device.Allocate(MostTensors * sizeof(Piece));
         _sums = device.Allocate(MostTensors * _pieceBlocks * SumBytes);
@@ -50,7 +52,7 @@ internal sealed unsafe class CudaDigest : IDisposable
         public uint Last;
     }
 
-    /// <summary>The digests of tensors, 16 bytes each, as XxHash128.Hash has them. Waits for them; nothing else may use the device's second stream meanwhile.</summary>
+    /// <summary>The digests of tensors, 16 bytes each, as XxHash128.Hash gives them. Waits for them; nothing else may use the device's second stream meanwhile.</summary>
     public byte[][] Of(ReadOnlySpan<(nuint Pointer, long Bytes)> tensors)
     {
         byte[][] digests = new byte[tensors.Length][];
@@ -128,11 +130,10 @@ internal sealed unsafe class CudaDigest : IDisposable
 
     private byte[] OnHost(nuint pointer, int bytes)
     {
-        Span<byte> tensor = stackalloc byte[HostBytes];
-        tensor = tensor[..bytes];
+        byte[] tensor = new byte[bytes];
         if (bytes > 0)
             Download(pointer, tensor);
-        return XxHash128.Hash(tensor);
+        return _onHost(tensor);
     }
 
     private void Download(nuint source, Span<byte> destination)

@@ -16,7 +16,7 @@ public sealed class CudaDigestTests
     {
         SimulatedDevice.Require();
         using CudaBackend backend = new(0);
-        using CudaDigest digest = backend.CreateDigest(pieceBytes: 4096);
+        using CudaDigest digest = backend.CreateDigest(XxHash128.Hash, pieceBytes: 4096);
         using DeviceBuffer memory = backend.Device.Allocate(100 * 40_016L);
         Gen.Select(Gen.Select(s_length, Gen.Int[0, 15]).Array[1, 100], Gen.Int).Sample(
             (tensors, seed) =>

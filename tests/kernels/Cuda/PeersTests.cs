@@ -63,7 +63,7 @@ public sealed class PeersTests
         SimulatedDevice.Require();
         const int Rows = 24, Columns = 40, FirstRow = 16;
         using CudaBackend backend = new(0, format);
-        using CudaDigest digest = backend.CreateDigest();
+        using CudaDigest digest = backend.CreateDigest(System.IO.Hashing.XxHash128.Hash);
         using DeviceBuffer letterbox = backend.Device.AllocateZeroed(65); // a handle, and whether it is there
         using OtherProcess trainer = OtherProcess.Run($"{nameof(PeersTests)}.{nameof(Shares_a_tensor)}",
             (HandleVariable, Hex(letterbox.Share())), (WhatVariable, (Rows * Columns * type.Size()).ToString(CultureInfo.InvariantCulture)));
