@@ -202,6 +202,49 @@ public sealed class CudaTests
         }
     }
 
+    /// <summary>
+    /// Samples that end when nobody expects it, many and in little memory: their rows of the step that was queued ahead are for nothing, and their blocks
+    /// belong to others at once. What every token was drawn with is what scoring it gives, bit for bit.
+    /// </summary>
+    [Theory]
+    [InlineData(400)]
+    [InlineData(100_000)]
+    public async Task Samples_that_end_while_a_step_is_under_way_harm_nobody(int kvTokens)
+    {
+        SimulatedDevice.Require();
+        using CudaBackend sizes = new(0);
+        EngineOptions options = new()
+        {
+            MaxBatchTokens = 48,
+            MaxSequences = 12,
+            MaxContext = 128,
+            KvCacheBytes = kvTokens * 2L * 3 * 2 * 32 * sizes.KvElementBytes, // of qwen3: keys and values, layers, heads, their size
+        };
+        await using RolloutEngine engine = Load("qwen3", WeightFormat.BFloat16, options);
+        Random random = new(kvTokens);
+        Group[] groups = [.. Enumerable.Range(0, 12).Select(g => engine.Submit(new GroupRequest
+        {
+            Id = $"{g}",
+            Prompt = [.. Enumerable.Range(0, random.Next(1, 40)).Select(_ => random.Next(3, 320))],
+            N = 4,
+            MaxTokens = 30,
+            Seed = (ulong)g,
+            StopTokenIds = [.. Enumerable.Range(3, 317).Where(_ => random.Next(8) == 0)],
+        }))];
+        await Task.WhenAll(groups.Select(group => group.Completed)).WaitAsync(TimeSpan.FromSeconds(120), Cancelled);
+        Assert.Contains(groups, group => group.Samples.Any(sample => sample.FinishReason == FinishReason.Stop));
+        foreach (Group group in groups)
+        {
+            foreach (Sequence sample in group.Samples)
+            {
+                int[] prompt = group.Request.Prompt, whole = [.. prompt, .. sample.Tokens(0, sample.Published)];
+                Group score = engine.Submit(new GroupRequest { Id = "score", Prompt = whole, MaxTokens = 0, PromptLogProbs = true });
+                await score.Completed.WaitAsync(TimeSpan.FromSeconds(60), Cancelled);
+                Assert.Equal(score.PromptLogProbs[(prompt.Length - 1)..(whole.Length - 1)], sample.LogProbs(0, sample.Published).ToArray());
+            }
+        }
+    }
+
     /// <summary>What a step sends can outgrow its place while the step before is under way: here by biases, of a group that waited for seats.</summary>
     [Fact]
     public async Task A_step_that_is_larger_than_any_before_takes_the_answers_of_the_one_under_way_along()
