@@ -31,15 +31,14 @@ internal sealed class CudaAttentionPlan
     /// <summary>Rows of the item that has most.</summary>
     public int MostRows { get; private set; }
 
-    /// <summary>Most items that a step may need: a row has one for every chunk of its context.</summary>
-    public static long MostItems(StepLayout step) =>
-        step.TokenIds.Length + ((step.RowStart.Length - 1) * (long)((step.MaxBlocks + ChunkBlocks - 1) / ChunkBlocks));
+    /// <summary>Most items that a step may need: one a row, or where a row is cut one a part.</summary>
+    public static int MostItems(StepLayout step) => step.TokenIds.Length + MostSlots;
 
     /// <param name="step">What to cut.</param>
     /// <param name="rowsPerItem">Most rows of an item.</param>
     public void Build(StepLayout step, int rowsPerItem)
     {
-        long most = 5 * MostItems(step);
+        int most = 5 * MostItems(step);
         if (Items.Length < most)
             Items = new int[most];
         if (RowSlots.Length < step.TokenIds.Length)

@@ -343,7 +343,7 @@ public sealed unsafe class CudaBackend : IBackend
         int allHeads = rope.Heads + (2 * rope.Cache.KvHeads);
         Launch(_kernels.RopeStore, new Grid(_step!.RowCount, allHeads), WarpThreads,
             rope.Qkv.Fp32, rope.Qkv.Columns, rope.Heads, rope.Cache.KvHeads, rope.Cache.HeadDim, rope.QueryNorm, rope.KeyNorm, rope.Epsilon, rope.Table,
-            _place!.Positions, _place.Sequences, _place.Tables, _step.MaxBlocks, KvCache.BlockTokens, rope.Cache.Keys(rope.Layer),
+            _place!.Positions, _place.Sequences, _place.Tables, _place.TableStride, KvCache.BlockTokens, rope.Cache.Keys(rope.Layer),
             rope.Cache.Values(rope.Layer));
     }
 
@@ -382,7 +382,7 @@ public sealed unsafe class CudaBackend : IBackend
         AttentionKernel kernel = _kernels.Attend(headDim, _plan.MostRows * slice <= AttentionKernel.TileQueries ? 1 : widest);
         int items = _isDecode ? (int)BitOperations.RoundUpToPowerOf2((uint)_plan.ItemCount) : _plan.ItemCount;
         Launch(kernel.Function, new Grid(items, keysValues.KvHeads, slices), kernel.Threads, kernel.SharedBytes,
-            [_place!.Counts, _place.Items, Fp32(queries, step.RowCount), queries.Columns, _place.Positions, _place.Sequences, _place.Tables, step.MaxBlocks,
+            [_place!.Counts, _place.Items, Fp32(queries, step.RowCount), queries.Columns, _place.Positions, _place.Sequences, _place.Tables, _place.TableStride,
             keysValues.Keys(layer), keysValues.Values(layer), heads, keysValues.KvHeads, slice, scale, destination.Rounded, _place.RowSlots,
             _partials?.Pointer ?? 0, _counters?.Pointer ?? 0, rope?.QueryNorm ?? 0, rope?.KeyNorm ?? 0, rope?.Epsilon ?? 0, rope?.Table ?? 0]);
         destination.IsRounded = true;

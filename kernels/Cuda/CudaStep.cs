@@ -1,3 +1,4 @@
+using System.Numerics;
 using System.Runtime.CompilerServices;
 using System.Runtime.InteropServices;
 
@@ -70,7 +71,11 @@ internal sealed unsafe class CudaStep : IDisposable
 
     public nuint BiasValues => _indices.Pointer + (nuint)_biasValues;
 
+    /// <summary>Block tables, <see cref="TableStride"/> a sequence.</summary>
     public nuint Tables => _indices.Pointer + (nuint)_tables;
+
+    /// <summary>A power of two, so that steps are alike while contexts grow; most are far shorter than they may be.</summary>
+    public int TableStride { get; private set; }
 
     public nuint Results => _answers.Pointer;
 
@@ -114,11 +119,24 @@ internal sealed unsafe class CudaStep : IDisposable
         Copy(step.Queries, step.QueryCount, _queries);
         Copy(step.BiasIds, step.BiasIds.Length, _biasIds);
         Copy(step.BiasValues, step.BiasValues.Length, _biasValues);
-        int tables = step.SequenceCount * step.MaxBlocks;
-        Copy(step.BlockTables, tables, _tables);
-        nuint bytes = (nuint)(_tables + (tables * sizeof(int)));
+        nuint bytes = (nuint)(_tables + CopyTables(step));
         Driver.cuMemcpyHtoDAsync_v2(_indices.Pointer, side.Sent.Pointer, bytes, _device.Stream.Value).ThrowIfFailed((long)bytes);
         side.Done.Record(_device.Stream);
+    }
+
+    /// <summary>The blocks that the step's contexts have. Returns their bytes.</summary>
+    private long CopyTables(StepLayout step)
+    {
+        int most = 1;
+        for (int s = 0; s < step.SequenceCount; s++)
+            most = Math.Max(most, BlocksOf(step, s));
+        TableStride = Math.Min(step.MaxBlocks, (int)BitOperations.RoundUpToPowerOf2((uint)most));
+        for (int s = 0; s < step.SequenceCount; s++)
+            Copy(step.BlockTables.AsSpan(s * step.MaxBlocks, BlocksOf(step, s)), _tables + ((long)s * TableStride * sizeof(int)));
+        return (long)step.SequenceCount * TableStride * sizeof(int);
+
+        static int BlocksOf(StepLayout step, int s) =>
+            step.RowStart[s + 1] == step.RowStart[s] ? 0 : (step.Positions[step.RowStart[s + 1] - 1] / KvCache.BlockTokens) + 1;
     }
 
     /// <summary>The attention plan alone, where it was made for other heads.</summary>
