@@ -441,7 +441,8 @@ public sealed unsafe class CudaBackend : IBackend
         long ordinal = _place?.Finish(step) ?? 0;
         if (ordinal == 0)
             throw new InvalidOperationException("This step is not under way.");
-        Interlocked.Exchange(ref _stepsDone, ordinal);
+        if (step.OutputCount > 0) // else it was waited for until it was sent, and the device may be at it
+            Interlocked.Exchange(ref _stepsDone, ordinal);
     }
 
     public void CopyBlock(KvCache cache, int from, int to)

@@ -555,16 +555,15 @@ public abstract partial class BackendTests : IDisposable
         for (int i = 0; i < 20; i++)
             Run();
 
-        // All threads of the process count, so another's allocation may fall into one of the trials, but not into all.
+        // All threads of the process count, so another's allocation may fall into one of the trials, and so may what the first wait that
+        // blocks, on a machine that is busy, takes once and for all; but not into all of them.
         long least = long.MaxValue;
         for (int trial = 0; trial < 20 && least > 0; trial++)
         {
-            long ownBefore = GC.GetAllocatedBytesForCurrentThread(), before = GC.GetTotalAllocatedBytes(precise: true);
+            long before = GC.GetTotalAllocatedBytes(precise: true);
             for (int i = 0; i < 5; i++)
                 Run();
-            long own = GC.GetAllocatedBytesForCurrentThread() - ownBefore;
             least = Math.Min(least, GC.GetTotalAllocatedBytes(precise: true) - before);
-            Assert.Equal(0, own);
 
             // Long enough for the other threads to fall asleep, so that waking them is measured as well.
             Thread.Sleep(5);

@@ -15,6 +15,38 @@ public abstract class CudaBackendTests(WeightFormat format) : BackendTests
         SimulatedDevice.Require();
         return new CudaBackend(0, format);
     }
+
+    /// <summary>A step without answers is finished when it was sent; the device may still be at it.</summary>
+    [Theory]
+    [InlineData(false, 1)]
+    [InlineData(true, 0)]
+    public void A_write_waits_for_a_step_that_still_reads_the_weight(bool withAnswer, int waits)
+    {
+        SimulatedDevice.RequireSimulated();
+        using CudaBackend backend = new(0, format);
+        Bench bench = new(backend);
+        Weight read = bench.Weight(8, 16), unread = bench.Weight(8, 16);
+        Tensor output = backend.AllocateTensor(1, 16), logits = bench.Tensor(1, 8);
+        StepLayout step = Bench.Step(1, 1, _ => (0, 1), (_, _) => 0);
+        if (withAnswer)
+        {
+            (step.OutputCount, step.QueryCount, step.OutputRows[0], step.Queries[0]) = (1, 1, 0, Bench.Query(0));
+        }
+
+        backend.BeginStep(step);
+        backend.Embed(read, output);
+        if (withAnswer)
+            backend.Sample(logits, 0, 1);
+        backend.FinishStep(step);
+        Assert.Equal(Synchronisations(unread) + waits, Synchronisations(read));
+
+        long Synchronisations(Weight weight)
+        {
+            SimulatedDevice.Counters before = SimulatedDevice.Count();
+            backend.WriteWeight(weight, 0, new byte[8 * 16 * sizeof(float)], DType.Float32);
+            return (SimulatedDevice.Count() - before).Synchronisations;
+        }
+    }
 }
 
 public sealed class CudaFp32Tests() : CudaBackendTests(WeightFormat.Float32);
