@@ -70,6 +70,7 @@ public sealed partial class RolloutEngine : IAsyncDisposable
         _plans = [.. Enumerable.Range(0, 2).Select(_ => new ScheduledStep(new StepLayout(options.MaxBatchTokens, options.MaxSequences,
             KvBlocks.CountFor(MaxContext), queries, queries * Math.Min(RequestValidator.MaxTop, model.VocabSize), maxBiases: 1024)))];
         _next = _plans[0];
+        WarmUp();
         Metrics = new EngineMetrics(name, () => Version, _scheduler);
         _thread = new Thread(Loop) { Name = "rollout loop", IsBackground = true };
         _thread.Start();
@@ -350,6 +351,17 @@ public sealed partial class RolloutEngine : IAsyncDisposable
         _weights.Dispose();
         Metrics.Dispose();
         Backend.Dispose();
+    }
+
+    /// <summary>One token through the model: whatever a backend takes at its first step, memory above all, it takes now and not when a trainer has the rest.</summary>
+    private void WarmUp()
+    {
+        StepLayout step = _next.Layout;
+        (step.SequenceCount, step.RowStart[1], step.OutputCount, step.QueryCount) = (1, 1, 1, 1);
+        step.Queries[0] = new SampleQuery { Target = -1, Temperature = 1, TopP = 1, Position = 1 };
+        _transformer.Forward(step, _weights.Current, _kv); // into a block that nobody has
+        _transformer.Sample(step, _weights.Current);
+        Backend.FinishStep(step);
     }
 
     private static int KvBlockCount(ModelSpec model, IBackend backend, EngineOptions options, int context)

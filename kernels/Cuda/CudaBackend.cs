@@ -373,11 +373,8 @@ public sealed unsafe class CudaBackend : IBackend
         Rope? rope = _rope is { } asked && (asked.Qkv, asked.Heads, asked.Cache, asked.Layer) == (queries, heads, keysValues, layer) ? asked : null;
         if (rope is not null)
             _rope = null;
-        if (_plan.Slots > 0)
-        {
-            Reserve(ref _partials, ref _partialBytes, (long)CudaAttentionPlan.MostSlots * heads * (headDim + 2) * sizeof(float));
-            Reserve(ref _counters, ref _counterBytes, (long)step.TokenIds.Length * keysValues.KvHeads * slices * sizeof(uint));
-        }
+        Reserve(ref _partials, ref _partialBytes, (long)CudaAttentionPlan.MostSlots * heads * (headDim + 2) * sizeof(float));
+        Reserve(ref _counters, ref _counterBytes, (long)step.TokenIds.Length * keysValues.KvHeads * slices * sizeof(uint));
 
         AttentionKernel kernel = _kernels.Attend(headDim, _plan.MostRows * slice <= AttentionKernel.TileQueries ? 1 : widest);
         int items = _isDecode ? (int)BitOperations.RoundUpToPowerOf2((uint)_plan.ItemCount) : _plan.ItemCount;

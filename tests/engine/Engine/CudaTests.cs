@@ -172,7 +172,7 @@ public sealed class CudaTests
         ScriptedBackend device = new(new CudaBackend(0));
         await using RolloutEngine engine = RolloutEngine.Load(TestModels.Folder("qwen3"), device, new EngineOptions { MaxBatchTokens = 64, MaxSequences = 8 });
         await engine.RunAsync(new GroupRequest { Id = "probe", Prompt = [5, 6, 7], N = 2, MaxTokens = 6, Seed = 3, IgnoreEos = true });
-        Assert.Equal("BBFBFBFBFBFF", device.Order); // and the tokens' number says when the last is known to be the last
+        Assert.Equal("BF" + "BBFBFBFBFBFF", device.Order); // the first to take memory; and the tokens' number says when the last is known to be the last
     }
 
     [Fact]
@@ -269,6 +269,17 @@ public sealed class CudaTests
             await Task.WhenAll(groups.Select(group => group.Completed)).WaitAsync(TimeSpan.FromSeconds(60), Cancelled);
             return [.. groups.Select(group => group.Samples.Select(sample => sample.Bits()).ToArray())];
         }
+    }
+
+    /// <summary>Also by a context that attention cuts, which the first token of all is not.</summary>
+    [Fact]
+    public async Task All_memory_is_taken_at_start()
+    {
+        SimulatedDevice.RequireSimulated();
+        await using RolloutEngine engine = Load("qwen3", WeightFormat.BFloat16);
+        SimulatedDevice.Counters before = SimulatedDevice.Count();
+        await engine.RunAsync(new GroupRequest { Id = "probe", Prompt = [.. Enumerable.Range(3, 300)], N = 2, MaxTokens = 4, TopLogProbs = 3, IgnoreEos = true });
+        Assert.Equal(0, (SimulatedDevice.Count() - before).Allocations);
     }
 
     [Fact]
