@@ -1,3 +1,4 @@
+using System.Diagnostics.CodeAnalysis;
 using System.Numerics;
 using System.Runtime.CompilerServices;
 using System.Runtime.InteropServices;
@@ -20,7 +21,6 @@ public sealed unsafe class CudaBackend : IBackend
     private readonly CudaAttentionPlan _plan = new();
     private readonly DeviceBuffer _staging, _stagedIndices; // of weights on their way in
     private DeviceBuffer? _partials, _counters;             // of attention that is cut by chunks
-    private long _partialBytes, _counterBytes;
     private CudaStep? _place;
     private StepLayout? _step;
     private int[] _rowSequence = [];
@@ -151,8 +151,7 @@ public sealed unsafe class CudaBackend : IBackend
     {
         CudaWeight weight = Own(destination);
         _ = Checks.Write(weight, element, source, type);
-        bool asStored = type == (weight.IsVector || StoresFp32 ? DType.Float32 : DType.BFloat16);
-        nint function = weight.IsVector ? _kernels.WriteVector : _kernels.WriteMatrix;
+        bool asStored = IsStored(weight, type);
         lock (Device.Copies)
         {
             BeginWrite(weight);
@@ -162,7 +161,7 @@ public sealed unsafe class CudaBackend : IBackend
                 nuint to = At(weight, element);
                 CopyIn(asStored ? to : _staging.Pointer, source[..bytes]);
                 if (!asStored)
-                    _kernels.Launch(function, Device.Beside, Blocks(count), Threads, 0, _staging.Pointer, (int)type, to, (long)count);
+                    Convert(weight, to, _staging.Pointer, count, type);
                 Device.Beside.Synchronize();
                 element += count;
                 source = source[bytes..];
@@ -175,20 +174,18 @@ public sealed unsafe class CudaBackend : IBackend
     {
         CudaWeight weight = Own(destination);
         Checks.Elements(weight, element, count, nameof(count));
-        bool asStored = type == (weight.IsVector || StoresFp32 ? DType.Float32 : DType.BFloat16);
         lock (Device.Copies)
         {
             BeginWrite(weight);
             nuint to = At(weight, element);
-            if (asStored)
+            if (IsStored(weight, type))
             {
                 nuint bytes = (nuint)count * (nuint)type.Size();
                 Driver.cuMemcpyDtoDAsync_v2(to, source, bytes, Device.Beside.Value).ThrowIfFailed((long)bytes);
             }
             else
             {
-                nint function = weight.IsVector ? _kernels.WriteVector : _kernels.WriteMatrix;
-                _kernels.Launch(function, Device.Beside, Blocks(count), Threads, 0, source, (int)type, to, (long)count);
+                Convert(weight, to, source, count, type);
             }
 
             Device.Beside.Synchronize();
@@ -373,15 +370,15 @@ public sealed unsafe class CudaBackend : IBackend
         Rope? rope = _rope is { } asked && (asked.Qkv, asked.Heads, asked.Cache, asked.Layer) == (queries, heads, keysValues, layer) ? asked : null;
         if (rope is not null)
             _rope = null;
-        Reserve(ref _partials, ref _partialBytes, (long)CudaAttentionPlan.MostSlots * heads * (headDim + 2) * sizeof(float));
-        Reserve(ref _counters, ref _counterBytes, (long)step.TokenIds.Length * keysValues.KvHeads * slices * sizeof(uint));
+        Reserve(ref _partials, (long)CudaAttentionPlan.MostSlots * heads * (headDim + 2) * sizeof(float));
+        Reserve(ref _counters, (long)step.TokenIds.Length * keysValues.KvHeads * slices * sizeof(uint));
 
         AttentionKernel kernel = _kernels.Attend(headDim, _plan.MostRows * slice <= AttentionKernel.TileQueries ? 1 : widest);
         int items = _isDecode ? (int)BitOperations.RoundUpToPowerOf2((uint)_plan.ItemCount) : _plan.ItemCount;
         Launch(kernel.Function, new Grid(items, keysValues.KvHeads, slices), kernel.Threads, kernel.SharedBytes,
             [_place!.Counts, _place.Items, Fp32(queries, step.RowCount), queries.Columns, _place.Positions, _place.Sequences, _place.Tables, _place.TableStride,
             keysValues.Keys(layer), keysValues.Values(layer), heads, keysValues.KvHeads, slice, scale, destination.Rounded, _place.RowSlots,
-            _partials?.Pointer ?? 0, _counters?.Pointer ?? 0, rope?.QueryNorm ?? 0, rope?.KeyNorm ?? 0, rope?.Epsilon ?? 0, rope?.Table ?? 0]);
+            _partials.Pointer, _counters.Pointer, rope?.QueryNorm ?? 0, rope?.KeyNorm ?? 0, rope?.Epsilon ?? 0, rope?.Table ?? 0]);
         destination.IsRounded = true;
     }
 
@@ -524,6 +521,12 @@ public sealed unsafe class CudaBackend : IBackend
             Device.Stream.Synchronize();
     }
 
+    /// <summary>Whether elements of the type lie in the weight as they are.</summary>
+    private bool IsStored(CudaWeight weight, DType type) => type == (weight.IsVector || StoresFp32 ? DType.Float32 : DType.BFloat16);
+
+    private void Convert(CudaWeight weight, nuint destination, nuint source, int count, DType type) => _kernels.Launch(
+        weight.IsVector ? _kernels.WriteVector : _kernels.WriteMatrix, Device.Beside, Blocks(count), Threads, 0, source, (int)type, destination, (long)count);
+
     private void CopyIn(nuint destination, ReadOnlySpan<byte> source)
     {
         fixed (byte* bytes = source)
@@ -533,20 +536,16 @@ public sealed unsafe class CudaBackend : IBackend
         }
     }
 
-    private static void CopyOut(nuint source, bool fp32, Span<float> destination, CudaStream stream)
+    private void CopyOut(nuint source, bool fp32, Span<float> destination, CudaStream stream)
     {
         if (fp32)
         {
-            fixed (float* values = destination)
-                Driver.cuMemcpyDtoHAsync_v2(values, source, (nuint)destination.Length * sizeof(float), stream.Value).ThrowIfFailed();
-            stream.Synchronize();
+            Device.Download(source, MemoryMarshal.AsBytes(destination), stream);
             return;
         }
 
         ushort[] stored = new ushort[destination.Length];
-        fixed (ushort* values = stored)
-            Driver.cuMemcpyDtoHAsync_v2(values, source, (nuint)destination.Length * sizeof(ushort), stream.Value).ThrowIfFailed();
-        stream.Synchronize();
+        Device.Download(source, MemoryMarshal.AsBytes(stored.AsSpan()), stream);
         for (int i = 0; i < stored.Length; i++)
             destination[i] = BitConverter.UInt32BitsToSingle((uint)stored[i] << 16);
     }
@@ -600,13 +599,12 @@ public sealed unsafe class CudaBackend : IBackend
     private int Pad(int rows, Tensor one, Tensor other) => Math.Min(Pad(rows, one), other.Rows);
 
     /// <summary>Zeroed room, taken once for a model.</summary>
-    private void Reserve(ref DeviceBuffer? buffer, ref long bytes, long needed)
+    private void Reserve([NotNull] ref DeviceBuffer? buffer, long bytes)
     {
-        if (needed <= bytes)
+        if (bytes <= buffer?.Bytes)
             return;
         Flush(); // what was noted may name the old one
         buffer?.Dispose();
-        bytes = needed;
         buffer = Device.AllocateZeroed(bytes);
     }
 

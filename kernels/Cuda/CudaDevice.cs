@@ -156,12 +156,15 @@ internal sealed unsafe class CudaDevice : IDisposable
     }
 
     /// <summary>Bytes from the device, once all that was queued before is done.</summary>
-    public void Download(nuint source, Span<byte> destination)
+    public void Download(nuint source, Span<byte> destination) => Download(source, destination, Stream);
+
+    /// <inheritdoc cref="Download(nuint, Span{byte})"/>
+    public void Download(nuint source, Span<byte> destination, CudaStream on)
     {
         MakeCurrent();
         fixed (byte* bytes = destination)
-            Driver.cuMemcpyDtoHAsync_v2(bytes, source, (nuint)destination.Length, Stream.Value).ThrowIfFailed(destination.Length);
-        Stream.Synchronize();
+            Driver.cuMemcpyDtoHAsync_v2(bytes, source, (nuint)destination.Length, on.Value).ThrowIfFailed(destination.Length);
+        on.Synchronize();
     }
 
     public void Dispose()

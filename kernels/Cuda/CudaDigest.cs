@@ -4,8 +4,8 @@ using System.Runtime.InteropServices;
 namespace Rollout.Kernels.Cuda;
 
 /// <summary>
-/// XXH3-128, which System.IO.Hashing calls XxHash128, of tensors that lie on the device, so that bytes which never were on the host are still checked end to end: see digest.cu. All tensors of a
-/// call go at the same time, because each of them is one chain.
+/// XXH3-128, which System.IO.Hashing calls XxHash128, of tensors that lie on the device, so that bytes which never were on the host are still checked end
+/// to end: see digest.cu. All tensors of a call go at the same time, because each of them is one chain.
 /// </summary>
 internal sealed unsafe class CudaDigest : IDisposable
 {
@@ -107,7 +107,7 @@ internal sealed unsafe class CudaDigest : IDisposable
         }
 
         Span<UInt128> found = stackalloc UInt128[MostTensors];
-        Download(_digests.Pointer, MemoryMarshal.AsBytes(found[..tensors.Length]));
+        _device.Download(_digests.Pointer, MemoryMarshal.AsBytes(found[..tensors.Length]), _device.Beside);
         for (int t = 0; t < tensors.Length; t++)
             digests[t] = tensors[t].Bytes <= HostBytes ? OnHost(tensors[t].Pointer, (int)tensors[t].Bytes) : Canonical(found[t]);
     }
@@ -132,15 +132,8 @@ internal sealed unsafe class CudaDigest : IDisposable
     {
         byte[] tensor = new byte[bytes];
         if (bytes > 0)
-            Download(pointer, tensor);
+            _device.Download(pointer, tensor, _device.Beside);
         return _onHost(tensor);
-    }
-
-    private void Download(nuint source, Span<byte> destination)
-    {
-        fixed (byte* bytes = destination)
-            Driver.cuMemcpyDtoHAsync_v2(bytes, source, (nuint)destination.Length, _device.Beside.Value).ThrowIfFailed(destination.Length);
-        _device.Beside.Synchronize();
     }
 
     private static byte[] Canonical(UInt128 digest)

@@ -30,16 +30,7 @@ internal sealed class NcclCommunicator : CudaHandle
         if (result != ncclResult.ncclInProgress)
             result.ThrowIfFailed(asked, nameof(Nccl.ncclCommInitRankConfig));
         Own(communicator);
-        try
-        {
-            while (!IsIdle(asked))
-                Wait(start, deadline, $"NCCL: not all of {ranks} ranks came");
-        }
-        catch
-        {
-            Dispose();
-            throw;
-        }
+        WaitUntilIdle(asked, start, deadline, $"NCCL: not all of {ranks} ranks came");
     }
 
     /// <summary>A new group's. The process that made it has to live until all ranks have come.</summary>
@@ -64,16 +55,7 @@ internal sealed class NcclCommunicator : CudaHandle
         ncclResult result = Nccl.ncclBroadcast(source, destination, (nuint)bytes, ncclDataType.ncclUint8, root, Value, stream.Value);
         if (result != ncclResult.ncclInProgress)
             result.ThrowIfFailed(asked, nameof(Nccl.ncclBroadcast));
-        try
-        {
-            while (!IsIdle(asked))
-                Wait(start, deadline, $"NCCL could not queue {asked}");
-        }
-        catch
-        {
-            Dispose();
-            throw;
-        }
+        WaitUntilIdle(asked, start, deadline, $"NCCL could not queue {asked}");
     }
 
     /// <summary>Waits until what was queued on a stream is done. Where it fails the communicator is gone, and what arrived is not to be used.</summary>
@@ -82,7 +64,7 @@ internal sealed class NcclCommunicator : CudaHandle
     public void Synchronize(CudaStream stream, TimeSpan deadline)
     {
         long start = Stopwatch.GetTimestamp();
-        try
+        OrEnd(() =>
         {
             _done.Record(stream);
             while (!_done.IsReached)
@@ -90,12 +72,7 @@ internal sealed class NcclCommunicator : CudaHandle
                 _ = IsIdle("a broadcast under way");
                 Wait(start, deadline, "NCCL: a broadcast was not done");
             }
-        }
-        catch
-        {
-            Dispose();
-            throw;
-        }
+        });
     }
 
     /// <summary>
@@ -115,6 +92,26 @@ internal sealed class NcclCommunicator : CudaHandle
     {
         if (CudaLibraries.Missing(CudaLibraries.Nccl) is { } missing)
             throw new CudaException(missing);
+    }
+
+    private void WaitUntilIdle(string asked, long start, TimeSpan deadline, string what) => OrEnd(() =>
+    {
+        while (!IsIdle(asked))
+            Wait(start, deadline, what);
+    });
+
+    /// <summary>Where it fails the communicator ends: nobody may wait in it any more.</summary>
+    private void OrEnd(Action wait)
+    {
+        try
+        {
+            wait();
+        }
+        catch
+        {
+            Dispose();
+            throw;
+        }
     }
 
     private static void Wait(long start, TimeSpan deadline, string what)

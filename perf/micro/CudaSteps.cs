@@ -51,18 +51,19 @@ internal static class CudaSteps
             double Median(int count, bool ahead)
             {
                 double[] seconds = new double[count];
-                Queue(0);
+                int warm = Math.Min(count, 5), next = 0;
+                Queue(next);
                 if (!ahead) backend.FinishStep(layouts[0]);
-                for (int warm = Math.Min(count, 5), i = -warm; i < count; i++)
+                for (int i = -warm; i < count; i++)
                 {
                     long start = Stopwatch.GetTimestamp();
-                    int next = (i + warm + 1) % 2;
+                    next ^= 1;
                     Queue(next);
                     backend.FinishStep(layouts[ahead ? next ^ 1 : next]);
                     if (i >= 0) seconds[i] = Stopwatch.GetElapsedTime(start).TotalSeconds;
                 }
 
-                if (ahead) backend.FinishStep(layouts[(count + Math.Min(count, 5)) % 2]);
+                if (ahead) backend.FinishStep(layouts[next]);
                 Array.Sort(seconds);
                 return seconds[count / 2];
             }

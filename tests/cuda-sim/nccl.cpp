@@ -88,13 +88,14 @@ bool ready(int socket, short what, const std::atomic<bool>* aborted)
     }
 }
 
-bool read_all(int socket, void* to, size_t bytes, const std::atomic<bool>* aborted)
+// move(p, bytes) receives or sends what it can, and says how many bytes that was; none were asked for only at the end.
+template <class Move> bool move_all(int socket, short what, char* p, size_t bytes, const std::atomic<bool>* aborted, Move move)
 {
-    for (char* p = (char*)to; bytes > 0;)
+    while (bytes > 0)
     {
-        if (!ready(socket, POLLIN, aborted))
+        if (!ready(socket, what, aborted))
             return false;
-        ssize_t n = recv(socket, p, bytes, MSG_DONTWAIT);
+        ssize_t n = move(p, bytes);
         if (n == 0 || (n < 0 && errno != EAGAIN && errno != EINTR))
             return false;
         if (n > 0)
@@ -107,23 +108,14 @@ bool read_all(int socket, void* to, size_t bytes, const std::atomic<bool>* abort
     return true;
 }
 
+bool read_all(int socket, void* to, size_t bytes, const std::atomic<bool>* aborted)
+{
+    return move_all(socket, POLLIN, (char*)to, bytes, aborted, [=](char* p, size_t left) { return recv(socket, p, left, MSG_DONTWAIT); });
+}
+
 bool write_all(int socket, const void* from, size_t bytes, const std::atomic<bool>* aborted)
 {
-    for (const char* p = (const char*)from; bytes > 0;)
-    {
-        if (!ready(socket, POLLOUT, aborted))
-            return false;
-        ssize_t n = send(socket, p, bytes, MSG_DONTWAIT | MSG_NOSIGNAL);
-        if (n < 0 && errno != EAGAIN && errno != EINTR)
-            return false;
-        if (n > 0)
-        {
-            p += n;
-            bytes -= (size_t)n;
-        }
-    }
-
-    return true;
+    return move_all(socket, POLLOUT, (char*)from, bytes, aborted, [=](char* p, size_t left) { return send(socket, p, left, MSG_DONTWAIT | MSG_NOSIGNAL); });
 }
 
 int connect_to(uint16_t port)
@@ -248,12 +240,6 @@ void broadcast(Comm* comm, const void* source, void* destination, Header what)
 }
 
 extern "C" {
-int ncclGetVersion(int* version)
-{
-    *version = 22803;
-    return Success;
-}
-
 const char* ncclGetErrorString(int error)
 {
     switch (error)

@@ -6,9 +6,6 @@ namespace Rollout.Kernels.Cuda;
 internal static unsafe partial class Nccl
 {
     [LibraryImport(CudaLibraries.Nccl)]
-    public static partial ncclResult ncclGetVersion(out int version);
-
-    [LibraryImport(CudaLibraries.Nccl)]
     public static partial byte* ncclGetErrorString(ncclResult result);
 
     [LibraryImport(CudaLibraries.Nccl)]

@@ -132,31 +132,22 @@ public sealed class PeersTests
     public async Task A_rank_that_dies_is_an_error_and_the_device_goes_on()
     {
         SimulatedDevice.RequireSimulated(); // NCCL wants a GPU a rank
-        using CudaDevice device = new(0);
-        ncclUniqueId id = NcclCommunicator.NewId();
-        using OtherProcess peer = Rank(1, 2, id, "die");
-        using NcclCommunicator communicator = device.Connect(id, 2, 0, s_deadline);
-        using DeviceBuffer buffer = device.AllocateZeroed(Bytes);
-        CudaException error = Assert.Throws<CudaException>(() => Receive(device, communicator, buffer));
+        using Pair pair = new("die");
+        CudaException error = Assert.Throws<CudaException>(() => pair.Receive(s_deadline));
         Assert.EndsWith("): remote process exited or there was a network error", error.Message, StringComparison.Ordinal);
-        Assert.True(communicator.IsClosed);
-        GoesOn(device, buffer);
-        await peer.Ended();
+        Assert.True(pair.Communicator.IsClosed);
+        pair.GoesOn();
+        await pair.Peer.Ended();
     }
 
     [Fact]
     public void A_rank_that_does_nothing_ends_at_the_deadline_and_the_device_goes_on()
     {
         SimulatedDevice.RequireSimulated(); // NCCL wants a GPU a rank
-        using CudaDevice device = new(0);
-        ncclUniqueId id = NcclCommunicator.NewId();
-        using OtherProcess peer = Rank(1, 2, id, "sleep");
-        using NcclCommunicator communicator = device.Connect(id, 2, 0, s_deadline);
-        using DeviceBuffer buffer = device.AllocateZeroed(Bytes);
-        communicator.Broadcast(buffer.Pointer, buffer.Pointer, Bytes, 1, device.Stream, s_deadline);
-        TimeoutException error = Assert.Throws<TimeoutException>(() => communicator.Synchronize(device.Stream, TimeSpan.FromSeconds(0.2)));
+        using Pair pair = new("sleep");
+        TimeoutException error = Assert.Throws<TimeoutException>(() => pair.Receive(TimeSpan.FromSeconds(0.2)));
         Assert.Equal("NCCL: a broadcast was not done within 0.2 s.", error.Message);
-        GoesOn(device, buffer);
+        pair.GoesOn();
     }
 
     [Fact]
@@ -172,14 +163,10 @@ public sealed class PeersTests
     public async Task Ranks_that_ask_for_different_sizes_are_an_error()
     {
         SimulatedDevice.RequireSimulated(); // NCCL wants a GPU a rank
-        using CudaDevice device = new(0);
-        ncclUniqueId id = NcclCommunicator.NewId();
-        using OtherProcess peer = Rank(1, 2, id, "send less");
-        using NcclCommunicator communicator = device.Connect(id, 2, 0, s_deadline);
-        using DeviceBuffer buffer = device.AllocateZeroed(Bytes);
-        CudaException error = Assert.Throws<CudaException>(() => Receive(device, communicator, buffer));
+        using Pair pair = new("send less");
+        CudaException error = Assert.Throws<CudaException>(() => pair.Receive(s_deadline));
         Assert.EndsWith("): invalid usage", error.Message, StringComparison.Ordinal);
-        await peer.Succeeded();
+        await pair.Peer.Succeeded();
     }
 
     [Fact(Explicit = true)]
@@ -240,19 +227,46 @@ public sealed class PeersTests
         }
     }
 
-    /// <summary>What the other rank did may be known while the broadcast is queued, or when it is waited for.</summary>
-    private static void Receive(CudaDevice device, NcclCommunicator communicator, DeviceBuffer buffer)
+    /// <summary>This process as rank 0 and another as rank 1, which the broadcast is to come from.</summary>
+    private sealed class Pair : IDisposable
     {
-        communicator.Broadcast(buffer.Pointer, buffer.Pointer, Bytes, 1, device.Stream, s_deadline);
-        communicator.Synchronize(device.Stream, s_deadline);
-    }
+        private readonly CudaDevice _device = new(0);
+        private readonly DeviceBuffer _buffer;
 
-    private static void GoesOn(CudaDevice device, DeviceBuffer buffer)
-    {
-        byte[] read = new byte[Bytes];
-        device.Upload(buffer.Pointer, Pattern(5));
-        device.Download(buffer.Pointer, read);
-        Assert.Equal(Pattern(5), read);
+        public Pair(string what)
+        {
+            ncclUniqueId id = NcclCommunicator.NewId();
+            Peer = Rank(1, 2, id, what);
+            Communicator = _device.Connect(id, 2, 0, s_deadline);
+            _buffer = _device.AllocateZeroed(Bytes);
+        }
+
+        public OtherProcess Peer { get; }
+
+        public NcclCommunicator Communicator { get; }
+
+        /// <summary>What the other rank did may be known while the broadcast is queued, or when it is waited for.</summary>
+        public void Receive(TimeSpan deadline)
+        {
+            Communicator.Broadcast(_buffer.Pointer, _buffer.Pointer, Bytes, 1, _device.Stream, s_deadline);
+            Communicator.Synchronize(_device.Stream, deadline);
+        }
+
+        public void GoesOn()
+        {
+            byte[] read = new byte[Bytes];
+            _device.Upload(_buffer.Pointer, Pattern(5));
+            _device.Download(_buffer.Pointer, read);
+            Assert.Equal(Pattern(5), read);
+        }
+
+        public void Dispose()
+        {
+            _buffer.Dispose();
+            Communicator.Dispose();
+            Peer.Dispose();
+            _device.Dispose();
+        }
     }
 
     private static byte[] Pattern(int seed)
