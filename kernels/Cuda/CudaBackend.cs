@@ -28,6 +28,7 @@ public sealed unsafe class CudaBackend : IBackend
     private bool _isDecode; // every sequence of the step has one row
     private int _rowsPerItem = 1;
     private int _uploadedFor;
+    private ContextChecks _contextChecks;
     private long _stepsBegun;
     private long _stepsDone;
     private int _answers, _answersBefore; // queries of this step and of the one before that the device has answered, or will have
@@ -117,10 +118,19 @@ public sealed unsafe class CudaBackend : IBackend
         ThrowIfDisposed();
         ArgumentOutOfRangeException.ThrowIfLessThan(outputs, 1);
         ArgumentOutOfRangeException.ThrowIfLessThan(inputs, 1);
-        CudaWeight weight = new(this, outputs, inputs);
-        if (!weight.IsVector)
-            _matMul.Prepare(outputs, inputs);
-        return weight;
+        return new CudaWeight(this, outputs, inputs);
+    }
+
+    public WeightArena AllocateWeights(IReadOnlyList<(int Outputs, int Inputs)> shapes)
+    {
+        ThrowIfDisposed();
+        foreach ((int outputs, int inputs) in shapes)
+        {
+            ArgumentOutOfRangeException.ThrowIfLessThan(outputs, 1);
+            ArgumentOutOfRangeException.ThrowIfLessThan(inputs, 1);
+        }
+
+        return CudaWeightArena.Allocate(this, shapes);
     }
 
     public KvCache AllocateKvCache(int layers, int blocks, int kvHeads, int headDim)
@@ -246,14 +256,40 @@ public sealed unsafe class CudaBackend : IBackend
 
     public int StepsUnderWay => 2;
 
+    public int StepTokens => 4096;
+
+    public IEnumerable<StepLayout> Rehearsals(StepLayout room)
+    {
+        int sequences = Math.Min(room.RowStart.Length - 1, room.TokenIds.Length);
+        StepLayout step = new(room.TokenIds.Length, sequences, room.MaxBlocks, room.Queries.Length, room.AlternativeIds.Length, room.BiasIds.Length)
+        {
+            IsRehearsal = true,
+        };
+        // Alone, and where the context is long enough for a shared chunk also sharing one: attention has a kernel for each.
+        int[] positions = room.MaxBlocks * KvCache.BlockTokens > CudaAttentionPlan.Chunk ? [0, CudaAttentionPlan.Chunk] : [0];
+        for (int last = 0, rows = 1; last < sequences; last = rows, rows = Math.Min(Bucket(rows + 1), sequences))
+        {
+            foreach (int position in positions)
+            {
+                (step.SequenceCount, step.OutputCount, step.QueryCount) = (rows, rows, rows);
+                for (int s = 0; s < rows; s++)
+                {
+                    (step.RowStart[s + 1], step.Positions[s], step.OutputRows[s]) = (s + 1, position, s);
+                    step.Queries[s] = new SampleQuery { OutputIndex = s, Target = -1, Temperature = 1, TopP = 1 };
+                }
+
+                yield return step;
+            }
+        }
+    }
+
     public void BeginStep(StepLayout step)
     {
         ThrowIfDisposed();
         ArgumentNullException.ThrowIfNull(step);
         Device.MakeCurrent();
         Flush();
-        _step = null;
-        (_answersBefore, _answers) = (_answers, 0);
+        (_step, _contextChecks) = (null, default);
         if (_rowSequence.Length < step.TokenIds.Length)
             _rowSequence = new int[step.TokenIds.Length];
         Checks.Step(step, _rowSequence);
@@ -269,7 +305,18 @@ public sealed unsafe class CudaBackend : IBackend
             _isDecode = step.RowStart[s] == s;
         _plan.Build(step, _rowsPerItem);
         _uploadedFor = _rowsPerItem;
-        _place.Upload(step, ++_stepsBegun, _rowSequence, _plan, Math.Min(Pad(step.RowCount), step.TokenIds.Length));
+        int rows = Math.Min(Pad(step.RowCount), step.TokenIds.Length);
+        int queries = Math.Min(Math.Max(step.QueryCount, Pad(step.RowCount)), step.Queries.Length);
+        if (step.IsRehearsal)
+        {
+            _place.Place(rows, queries);
+        }
+        else
+        {
+            (_answersBefore, _answers) = (_answers, 0);
+            _place.Upload(step, ++_stepsBegun, _rowSequence, _plan, rows, queries);
+        }
+
         _step = step;
     }
 
@@ -318,7 +365,7 @@ public sealed unsafe class CudaBackend : IBackend
         int headDim = keysValues.HeadDim, allHeads = heads + (2 * keysValues.KvHeads);
         CudaTensor tensor = Own(qkv, step.RowCount, allHeads * headDim);
         CudaRopeTable table = this.Own<CudaRopeTable>(rope);
-        Checks.Slots(step, _rowSequence, table, keysValues);
+        _contextChecks.Check(step, table, keysValues);
         _ = Fp32(tensor, step.RowCount);
         _rope = new Rope(
             tensor, heads, queryNorm is null ? 0 : OwnVector(queryNorm, headDim).Pointer, keyNorm is null ? 0 : OwnVector(keyNorm, headDim).Pointer,
@@ -340,8 +387,7 @@ public sealed unsafe class CudaBackend : IBackend
         int allHeads = rope.Heads + (2 * rope.Cache.KvHeads);
         Launch(_kernels.RopeStore, new Grid(_step!.RowCount, allHeads), WarpThreads,
             rope.Qkv.Fp32, rope.Qkv.Columns, rope.Heads, rope.Cache.KvHeads, rope.Cache.HeadDim, rope.QueryNorm, rope.KeyNorm, rope.Epsilon, rope.Table,
-            _place!.Positions, _place.Sequences, _place.Tables, _place.TableStride, KvCache.BlockTokens, rope.Cache.Keys(rope.Layer),
-            rope.Cache.Values(rope.Layer));
+            _place!.Header, _place.Positions, _place.Sequences, KvCache.BlockTokens, rope.Cache.Keys(rope.Layer), rope.Cache.Values(rope.Layer));
     }
 
     public void Attend(Tensor qkv, int heads, float scale, KvCache cache, int layer, Tensor output)
@@ -355,7 +401,7 @@ public sealed unsafe class CudaBackend : IBackend
         if (queries.Columns < heads * headDim)
             throw new ArgumentException($"{queries.Columns} columns, needed at least {heads * headDim}.", nameof(qkv));
         CudaTensor destination = Own(output, step.RowCount, heads * headDim);
-        Checks.Context(step, keysValues);
+        _contextChecks.Check(step, keysValues);
 
         int widest = AttentionKernel.MostRowTiles(headDim), queriesPerItem = widest * AttentionKernel.TileQueries;
         int group = heads / keysValues.KvHeads, slice = Math.Min(group, queriesPerItem), slices = (group + slice - 1) / slice;
@@ -363,7 +409,7 @@ public sealed unsafe class CudaBackend : IBackend
         if (_uploadedFor != _rowsPerItem)
         {
             _plan.Build(step, _rowsPerItem);
-            _place!.Upload(_plan, step.RowCount);
+            _place!.Upload(step, _plan);
             _uploadedFor = _rowsPerItem;
         }
 
@@ -376,7 +422,7 @@ public sealed unsafe class CudaBackend : IBackend
         AttentionKernel kernel = _kernels.Attend(headDim, _plan.MostRows * slice <= AttentionKernel.TileQueries ? 1 : widest);
         int items = _isDecode ? (int)BitOperations.RoundUpToPowerOf2((uint)_plan.ItemCount) : _plan.ItemCount;
         Launch(kernel.Function, new Grid(items, keysValues.KvHeads, slices), kernel.Threads, kernel.SharedBytes,
-            [_place!.Counts, _place.Items, Fp32(queries, step.RowCount), queries.Columns, _place.Positions, _place.Sequences, _place.Tables, _place.TableStride,
+            [_place!.Header, Fp32(queries, step.RowCount), queries.Columns, _place.Positions, _place.Sequences,
             keysValues.Keys(layer), keysValues.Values(layer), heads, keysValues.KvHeads, slice, scale, destination.Rounded, _place.RowSlots,
             _partials.Pointer, _counters.Pointer, rope?.QueryNorm ?? 0, rope?.KeyNorm ?? 0, rope?.Epsilon ?? 0, rope?.Table ?? 0]);
         destination.IsRounded = true;
@@ -412,11 +458,17 @@ public sealed unsafe class CudaBackend : IBackend
         CudaTensor source = Own(logits, count);
         (int begin, int end) = Checks.Queries(step, first, count, source.Columns);
         Launch(_kernels.Sample, new Grid(Pad(end - begin)), Threads,
-            _place!.Counts, Fp32(source, count), source.Columns, source.Columns, _place.Queries, begin, first, first + source.Rows, _place.BiasIds, _place.BiasValues,
+            _place!.Header, Fp32(source, count), source.Columns, source.Columns, _place.Queries, begin, first, first + source.Rows,
             _place.Results, _place.AlternativeIds, _place.AlternativeLogProbs);
         if (first + count < step.OutputCount)
             return; // with the last of the step's answers come all
         Flush();
+        if (step.IsRehearsal)
+        {
+            _step = null;
+            return;
+        }
+
         _place.Download();
         _answers = step.QueryCount;
     }
@@ -578,21 +630,31 @@ public sealed unsafe class CudaBackend : IBackend
     /// <summary>Whether launches wait for the step's answers to be asked for. Of a step without answers nobody would ever send them.</summary>
     private bool Notes => _step is { OutputCount: > 0 };
 
-    /// <summary>Sends what was noted.</summary>
+    /// <summary>Sends what was noted, or in a rehearsal keeps it for the steps that will be like this one.</summary>
     internal void Flush()
     {
         StoreKv();
-        _commands.Flush();
+        if (_step is { IsRehearsal: true })
+            _commands.Record();
+        else
+            _commands.Send();
     }
+
+    /// <summary>Memory of these addresses ends.</summary>
+    internal void Forget(nuint start, long bytes) => _commands.Forget(start, bytes);
 
     /// <summary>
     /// Rows to run over, in a step that decodes: one of few numbers, so that steps are alike and go as graphs. Rows past the step's are computed for
     /// nothing, and change no bit of the others.
     /// </summary>
-    private int Pad(int rows) =>
-        !_isDecode || rows <= 0 ? rows
-        : rows <= 8 ? (int)BitOperations.RoundUpToPowerOf2((uint)rows)
-        : (rows + 7) / 8 * 8;
+    private int Pad(int rows) => !_isDecode || rows <= 0 ? rows : Bucket(rows);
+
+    /// <summary>The next power of two, or from 8 up what lies half-way to it.</summary>
+    private static int Bucket(int rows)
+    {
+        int above = (int)BitOperations.RoundUpToPowerOf2((uint)rows);
+        return above > 8 && rows <= above / 4 * 3 ? above / 4 * 3 : above;
+    }
 
     private int Pad(int rows, Tensor tensor) => Math.Min(Pad(rows), tensor.Rows);
 

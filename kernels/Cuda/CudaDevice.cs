@@ -99,6 +99,13 @@ internal sealed unsafe class CudaDevice : IDisposable
         return new DeviceBuffer(_context, bytes);
     }
 
+    /// <inheritdoc cref="DeviceRange(CudaContext, int, long)"/>
+    public DeviceRange Reserve(long bytes)
+    {
+        MakeCurrent();
+        return new DeviceRange(_context, Ordinal, bytes);
+    }
+
     public PinnedBuffer AllocatePinned(long bytes)
     {
         MakeCurrent();
@@ -137,13 +144,20 @@ internal sealed unsafe class CudaDevice : IDisposable
     public DeviceBuffer AllocateZeroed(long bytes)
     {
         DeviceBuffer buffer = Allocate(bytes);
+        Zero(buffer.Pointer, Math.Max(1, bytes));
+        return buffer;
+    }
+
+    /// <summary>Zeroes bytes that nothing queued uses.</summary>
+    public void Zero(nuint pointer, long bytes)
+    {
+        if (bytes == 0)
+            return;
         lock (_copies)
         {
-            Driver.cuMemsetD8Async(buffer.Pointer, 0, (nuint)Math.Max(1, bytes), Beside.Value).ThrowIfFailed(bytes);
+            Driver.cuMemsetD8Async(pointer, 0, (nuint)bytes, Beside.Value).ThrowIfFailed(bytes);
             Beside.Synchronize();
         }
-
-        return buffer;
     }
 
     /// <summary>Bytes to the device. They are there when this returns, and nothing queued before has still to read what they replace.</summary>

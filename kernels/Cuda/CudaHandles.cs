@@ -212,6 +212,13 @@ internal sealed class CudaGraph : CudaHandle
     public static void BeginCapture(CudaStream stream) =>
         Driver.cuStreamBeginCapture_v2(stream.Value, CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).ThrowIfFailed();
 
+    /// <summary>Ends a capture whose work is not wanted; also one that failed.</summary>
+    public static void AbandonCapture(CudaStream stream)
+    {
+        if (Driver.cuStreamEndCapture(stream.Value, out nint graph) == CUresult.CUDA_SUCCESS)
+            _ = Driver.cuGraphDestroy(graph); // there is nothing to be done about it
+    }
+
     public void Launch(CudaStream stream) => Driver.cuGraphLaunch(Value, stream.Value).ThrowIfFailed();
 
     protected override CUresult Destroy(nint value) => Driver.cuGraphExecDestroy(value);

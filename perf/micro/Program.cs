@@ -17,5 +17,11 @@ if (args is ["cuda", ..])
     return 0;
 }
 
+if (args is ["host", ..])
+{
+    CudaHost.Print(args.Length > 1 ? int.Parse(args[1], System.Globalization.CultureInfo.InvariantCulture) : 500, Console.Out);
+    return 0;
+}
+
 BenchmarkSwitcher.FromAssembly(typeof(ShortRuns).Assembly).Run(args, new ShortRuns());
 return 0;

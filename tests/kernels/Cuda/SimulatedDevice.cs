@@ -35,15 +35,22 @@ internal static class SimulatedDevice
         return counters;
     }
 
+    /// <summary>Whether what is submitted is left undone from now on, for tests of the host's part alone. Every step then answers token 0.</summary>
+    public static unsafe void Idle(bool idle)
+    {
+        nint library = NativeLibrary.Load(Path.Combine(Environment.GetEnvironmentVariable("ROLLOUT_CUDA_PATH")!, "libcuda.so.1"));
+        ((delegate* unmanaged<int, void>)NativeLibrary.GetExport(library, "cuSimIdle"))(idle ? 1 : 0);
+    }
+
     /// <summary>As in sim.h.</summary>
     public readonly record struct Counters(
         long Launches, long HostToDeviceBytes, long DeviceToHostBytes, long Synchronisations, long Allocations, long MatMulWeightBytes,
-        long StagedBytes)
+        long StagedBytes, long Graphs)
     {
         public static Counters operator -(Counters a, Counters b) => new(
             a.Launches - b.Launches, a.HostToDeviceBytes - b.HostToDeviceBytes, a.DeviceToHostBytes - b.DeviceToHostBytes,
             a.Synchronisations - b.Synchronisations, a.Allocations - b.Allocations, a.MatMulWeightBytes - b.MatMulWeightBytes,
-            a.StagedBytes - b.StagedBytes);
+            a.StagedBytes - b.StagedBytes, a.Graphs - b.Graphs);
     }
 
     private static string? Build()
