@@ -48,7 +48,7 @@ public sealed class CudaMemoryTests
         Assert.Throws<OutOfMemoryException>(() => backend.AllocateWeights([(1 << 20, 1 << 20), (8, 8)]));
         Assert.Equal(free, backend.Device.FreeBytes);
 
-        using WeightArena arena = backend.AllocateWeights([(1 << 10, 1 << 10)]);
+        using WeightArena arena = backend.AllocateWeights([(1 << 12, 1 << 10)]);
         arena.Discard();
         CUmemAllocationProp prop = new()
         {
