@@ -24,22 +24,29 @@ public sealed partial class RolloutEngine
         weights.IsRehearsed = true;
     }
 
-    /// <summary>As above, one rehearsal between two steps, so that decoding goes on meanwhile.</summary>
+    /// <summary>As above, one rehearsal between two steps, so that decoding goes on meanwhile. What is left undone a commit makes up for.</summary>
     internal async Task RehearseAsync(WeightSet weights)
     {
         if (weights.IsRehearsed) return;
-        foreach (StepLayout step in Backend.Rehearsals(_plans[0].Layout))
+        StepLayout[] steps = [.. Backend.Rehearsals(_plans[0].Layout)];
+        for (int i = 0; i < steps.Length; i++)
         {
-            if (!await OnLoop(() => _asleep == MemoryTags.None && Rehearse(step, weights)).ConfigureAwait(false)) return;
+            bool last = i == steps.Length - 1;
+            StepLayout step = steps[i];
+            bool done = await OnLoop(() =>
+            {
+                if (_asleep != MemoryTags.None) return false;
+                Rehearse(step, weights);
+                weights.IsRehearsed |= last;
+                return true;
+            }).ConfigureAwait(false);
+            if (!done) return;
         }
-
-        await OnLoop(() => weights.IsRehearsed = true).ConfigureAwait(false);
     }
 
-    private bool Rehearse(StepLayout step, WeightSet weights)
+    private void Rehearse(StepLayout step, WeightSet weights)
     {
         _transformer.Forward(step, weights, _kv);
         _transformer.Sample(step, weights);
-        return true;
     }
 }

@@ -261,26 +261,33 @@ public sealed unsafe class CudaBackend : IBackend
     public IEnumerable<StepLayout> Rehearsals(StepLayout room)
     {
         int sequences = Math.Min(room.RowStart.Length - 1, room.TokenIds.Length);
-        StepLayout step = new(room.TokenIds.Length, sequences, room.MaxBlocks, room.Queries.Length, room.AlternativeIds.Length, room.BiasIds.Length)
-        {
-            IsRehearsal = true,
-        };
         // Alone, and where the context is long enough for a shared chunk also sharing one: attention has a kernel for each.
         int[] positions = room.MaxBlocks * KvCache.BlockTokens > CudaAttentionPlan.Chunk ? [0, CudaAttentionPlan.Chunk] : [0];
         for (int last = 0, rows = 1; last < sequences; last = rows, rows = Math.Min(Bucket(rows + 1), sequences))
         {
             foreach (int position in positions)
-            {
-                (step.SequenceCount, step.OutputCount, step.QueryCount) = (rows, rows, rows);
-                for (int s = 0; s < rows; s++)
-                {
-                    (step.RowStart[s + 1], step.Positions[s], step.OutputRows[s]) = (s + 1, position, s);
-                    step.Queries[s] = new SampleQuery { OutputIndex = s, Target = -1, Temperature = 1, TopP = 1 };
-                }
-
-                yield return step;
-            }
+                yield return Rehearsal(room, rows, position);
         }
+    }
+
+    /// <summary>A step that decodes <paramref name="rows"/> sequences, all at the same position and with the same blocks.</summary>
+    private static StepLayout Rehearsal(StepLayout room, int rows, int position)
+    {
+        int padded = Bucket(rows);
+        StepLayout step = new(Math.Min(padded, room.TokenIds.Length), rows, room.MaxBlocks, Math.Min(padded, room.Queries.Length), 0, 0)
+        {
+            IsRehearsal = true,
+            SequenceCount = rows,
+            OutputCount = rows,
+            QueryCount = rows,
+        };
+        for (int s = 0; s < rows; s++)
+        {
+            (step.RowStart[s + 1], step.Positions[s], step.OutputRows[s]) = (s + 1, position, s);
+            step.Queries[s] = new SampleQuery { OutputIndex = s, Target = -1, Temperature = 1, TopP = 1 };
+        }
+
+        return step;
     }
 
     public void BeginStep(StepLayout step)
