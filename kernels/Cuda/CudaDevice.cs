@@ -27,6 +27,8 @@ internal sealed unsafe class CudaDevice : IDisposable
         Ordinal = ordinal;
         Architecture = $"sm_{Attribute(CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)}"
             + $"{Attribute(CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)}";
+        if (Attribute(CUdevice_attribute.CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED) == 0)
+            throw new CudaException($"cuda:{ordinal} {Name} cannot map memory to reserved addresses (virtual memory management), where weights, keys and values lie.");
         _context = new CudaContext(device);
         MakeCurrent();
         Stream = new CudaStream(_context);

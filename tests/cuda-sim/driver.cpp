@@ -218,6 +218,7 @@ int cuDeviceGetAttribute(int* value, int attribute, int)
         case 75: *value = Major; return Success;
         case 76: *value = Minor; return Success;
         case 97: *value = MostSharedBytes; return Success;
+        case 102: *value = 1; return Success; // memory apart from its addresses
         default: return InvalidValue;
     }
 }
