@@ -32,8 +32,8 @@ internal sealed unsafe class CudaCommands : IDisposable
         Note(new Command(function, grid, threads, sharedBytes, arguments.Length), arguments);
 
     /// <summary>Notes a matmul; see <see cref="CudaMatMul.Multiply"/>.</summary>
-    public void Multiply(nuint input, nuint weight, nuint bias, nuint output, int rows, int outputs, int inputs, bool add) =>
-        Note(new Command(0, default, 0, 0, 8), [input, weight, bias, output, rows, outputs, inputs, add ? 1 : 0]);
+    public void Multiply(nuint input, nuint weight, nuint bias, nuint output, int rows, int outputs, int inputs, MatMulOutput kind) =>
+        Note(new Command(0, default, 0, 0, 8), [input, weight, bias, output, rows, outputs, inputs, (int)kind]);
 
     /// <summary>Queues all that was noted.</summary>
     public void Send()
@@ -118,7 +118,7 @@ internal sealed unsafe class CudaCommands : IDisposable
             if (command.Function != 0)
                 _kernels.Launch(command.Function, _device.Stream, new Grid(command.X, command.Y, command.Z), command.Threads, command.SharedBytes, a);
             else
-                _matMul.Multiply(a[0].Pointer, a[1].Pointer, a[2].Pointer, a[3].Pointer, a[4].Int, a[5].Int, a[6].Int, a[7].Int != 0);
+                _matMul.Multiply(a[0].Pointer, a[1].Pointer, a[2].Pointer, a[3].Pointer, a[4].Int, a[5].Int, a[6].Int, (MatMulOutput)a[7].Int);
             left = left[command.ArgumentCount..];
         }
     }

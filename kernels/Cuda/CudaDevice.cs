@@ -27,6 +27,8 @@ internal sealed unsafe class CudaDevice : IDisposable
         Ordinal = ordinal;
         Architecture = $"sm_{Attribute(CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)}"
             + $"{Attribute(CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)}";
+        Multiprocessors = Attribute(CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
+        L2Bytes = Attribute(CUdevice_attribute.CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE);
         if (Attribute(CUdevice_attribute.CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED) == 0)
             throw new CudaException($"cuda:{ordinal} {Name} cannot map memory to reserved addresses (virtual memory management), where weights, keys and values lie.");
         _context = new CudaContext(device);
@@ -55,6 +57,11 @@ internal sealed unsafe class CudaDevice : IDisposable
 
     /// <summary>What code is compiled for: "sm_90".</summary>
     public string Architecture { get; }
+
+    public int Multiprocessors { get; }
+
+    /// <summary>Of the cache that all multiprocessors share.</summary>
+    public long L2Bytes { get; }
 
     /// <summary>Steps run here, in order.</summary>
     public CudaStream Stream { get; }
@@ -128,10 +135,11 @@ internal sealed unsafe class CudaDevice : IDisposable
         return new NcclCommunicator(_context, id, ranks, rank, deadline);
     }
 
-    public CudaEvent CreateEvent()
+    /// <inheritdoc cref="CudaEvent(CudaContext, bool)"/>
+    public CudaEvent CreateEvent(bool timed = false)
     {
         MakeCurrent();
-        return new CudaEvent(_context);
+        return new CudaEvent(_context, timed);
     }
 
     public CudaModule Load(byte[] cubin, string name)

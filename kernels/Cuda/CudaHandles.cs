@@ -140,11 +140,20 @@ internal sealed class CudaEvent : CudaHandle
 {
     private const uint DisableTiming = 2; // CU_EVENT_DISABLE_TIMING
 
-    public CudaEvent(CudaContext context)
+    /// <param name="context">Of the streams whose work it marks.</param>
+    /// <param name="timed">Whether <see cref="SecondsSince"/> will be asked.</param>
+    public CudaEvent(CudaContext context, bool timed = false)
         : base(context)
     {
-        Driver.cuEventCreate(out nint @event, DisableTiming).ThrowIfFailed();
+        Driver.cuEventCreate(out nint @event, timed ? 0 : DisableTiming).ThrowIfFailed();
         Own(@event);
+    }
+
+    /// <summary>What the device took from an earlier point to this one; both have been reached.</summary>
+    public double SecondsSince(CudaEvent start)
+    {
+        Driver.cuEventElapsedTime(out float milliseconds, start.Value, Value).ThrowIfFailed();
+        return milliseconds / 1000.0;
     }
 
     public void Record(CudaStream stream) => Driver.cuEventRecord(Value, stream.Value).ThrowIfFailed();

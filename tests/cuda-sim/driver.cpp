@@ -32,31 +32,39 @@ enum
     NotFound = 500, NotReady = 600, LaunchFailed = 719, InvalidHandle = 400, CaptureUnsupported = 900, CaptureInvalidated = 901,
 };
 
-constexpr int Major = 9, Minor = 0, Multiprocessors = 8;
+constexpr int Major = 9, Minor = 0, Multiprocessors = 8, L2Bytes = 64 * 1024;
+constexpr int MostDevices = 8;
 constexpr unsigned MostThreads = 1024, MostSharedBytes = 227 * 1024, MostGrid = 65535;
 constexpr size_t DefaultBytes = 4ull << 30;
 
-std::recursive_mutex s_gate; // one device, one thing at a time
-int s_context_references;
-thread_local bool s_current;
+std::recursive_mutex s_gate; // one thing at a time
+
+struct Context { int references; }; // a device's primary one: no other is made
+Context s_contexts[MostDevices];
+thread_local std::vector<Context*> s_current; // a stack: the last is current
 
 struct Stream
 {
+    Context* context;
     std::vector<std::function<int()>>* recording = nullptr;
     bool invalidated = false; // a call failed while it recorded
     std::shared_future<void> beside; // valid where something is done beside
+    uint64_t nanoseconds = 0;        // what its matmuls have taken, by their algorithms
 };
-struct Event { std::shared_future<void> beside; };
+struct Event { unsigned flags; std::shared_future<void> beside; uint64_t nanoseconds; };
+constexpr unsigned DisableTiming = 2;
 struct Graph { std::vector<std::function<int()>> work; };
-struct Module { void* library; };
+struct Module { Context* context; void* library; };
 struct Function
 {
+    Context* context;
     void (*call)(void**);
     void (*shared_range)(char**, char**);
     std::vector<unsigned> sizes;
     unsigned dynamic_bytes;
 };
 std::map<void*, size_t> s_mapped; // memory of other processes
+std::map<void*, Context*> s_owners; // of allocations and of what is mapped
 
 // Memory that is mapped to reserved addresses. What it holds lies there: it is mapped at one place only.
 struct Physical { size_t bytes; void* at; bool accessible, released; };
@@ -76,10 +84,32 @@ size_t device_bytes()
 // What is submitted is not done: what is measured then is the host's work alone. For this process from its start (ROLLOUT_SIM_IDLE=1), or until cuSimIdle says otherwise.
 bool s_idle = getenv("ROLLOUT_SIM_IDLE") != nullptr;
 
-int ready() { return !s_current ? InvalidContext : fault_text().empty() ? Success : LaunchFailed; }
+int device_count()
+{
+    const char* count = getenv("ROLLOUT_SIM_DEVICES");
+    int devices = count ? atoi(count) : 1;
+    return devices < MostDevices ? devices : MostDevices;
+}
 
-// Only memory of the device may be given as such.
-bool device(const void* p, size_t bytes) { return bytes == 0 || holds(p, bytes); }
+Context* current() { return s_current.empty() ? nullptr : s_current.back(); }
+
+int ready() { return current() == nullptr || current()->references == 0 ? InvalidContext : fault_text().empty() ? Success : LaunchFailed; }
+
+// A stream of another device's context; the default stream is everybody's.
+bool is_foreign(void* stream) { return stream != nullptr && ((Stream*)stream)->context != current(); }
+
+// Whether memory that is given as the device's is memory of the current context's device: of another's, a real one refuses without peer access.
+int check(const void* p, size_t bytes)
+{
+    if (bytes == 0)
+        return Success;
+    void* start;
+    size_t all;
+    if (!holds(p, bytes) || !allocation_of(p, &start, &all))
+        return InvalidValue;
+    auto owner = s_owners.find(start);
+    return owner == s_owners.end() || owner->second == current() ? Success : InvalidContext;
+}
 
 int readable(struct dl_phdr_info* info, size_t, void* base)
 {
@@ -107,7 +137,8 @@ void wait_beside(void* stream)
 }
 
 #define SIM_ENTER std::lock_guard<std::recursive_mutex> hold(s_gate); if (int not_ready = ready()) return not_ready
-#define SIM_ENTER_STREAM(stream) wait_beside(stream); SIM_ENTER
+#define SIM_ENTER_STREAM(stream) wait_beside(stream); SIM_ENTER; if (is_foreign(stream)) return InvalidContext
+#define SIM_CHECK(pointer, bytes) if (int refused = check(pointer, bytes)) return refused
 
 namespace sim
 {
@@ -142,7 +173,19 @@ bool submit_beside(void* stream, std::shared_future<void>* done, std::function<v
 bool is_device_memory(const void* pointer, size_t bytes)
 {
     std::lock_guard<std::recursive_mutex> hold(s_gate);
-    return device(pointer, bytes);
+    return check(pointer, bytes) == Success;
+}
+
+bool is_usable(void* stream)
+{
+    std::lock_guard<std::recursive_mutex> hold(s_gate);
+    return ready() == Success && !is_foreign(stream);
+}
+
+void spend(void* stream, uint64_t nanoseconds)
+{
+    if (stream != nullptr)
+        ((Stream*)stream)->nanoseconds += nanoseconds;
 }
 }
 
@@ -181,21 +224,21 @@ int cuGetErrorString(int error, const char** text)
 {
     static std::string launch;
     launch = fault_text();
-    *text = error == LaunchFailed ? launch.c_str() : error == OutOfMemory ? "out of memory" : error == InvalidContext ? "no context is current"
+    *text = error == LaunchFailed ? launch.c_str() : error == OutOfMemory ? "out of memory" : error == InvalidContext ? "invalid device context"
         : "the simulated device refused it";
     return Success;
 }
 
 int cuDeviceGetCount(int* count)
 {
-    *count = 1;
+    *count = device_count();
     return Success;
 }
 
 int cuDeviceGet(int* device, int ordinal)
 {
     *device = ordinal;
-    return ordinal == 0 ? Success : InvalidDevice;
+    return ordinal >= 0 && ordinal < device_count() ? Success : InvalidDevice;
 }
 
 int cuDeviceGetName(char* name, int bytes, int)
@@ -204,9 +247,10 @@ int cuDeviceGetName(char* name, int bytes, int)
     return Success;
 }
 
-int cuDeviceGetUuid_v2(CUuuid* uuid, int)
+int cuDeviceGetUuid_v2(CUuuid* uuid, int device)
 {
     memcpy(uuid->bytes, "rollout-cuda-sim", 16);
+    uuid->bytes[15] = (unsigned char)(uuid->bytes[15] + device);
     return Success;
 }
 
@@ -215,6 +259,7 @@ int cuDeviceGetAttribute(int* value, int attribute, int)
     switch (attribute)
     {
         case 16: *value = Multiprocessors; return Success;
+        case 38: *value = L2Bytes; return Success;
         case 75: *value = Major; return Success;
         case 76: *value = Minor; return Success;
         case 97: *value = MostSharedBytes; return Success;
@@ -223,23 +268,53 @@ int cuDeviceGetAttribute(int* value, int attribute, int)
     }
 }
 
-int cuDevicePrimaryCtxRetain(void** context, int)
+int cuDevicePrimaryCtxRetain(void** context, int device)
 {
     std::lock_guard<std::recursive_mutex> hold(s_gate);
-    s_context_references++;
-    *context = &s_context_references;
+    if (device < 0 || device >= device_count())
+        return InvalidDevice;
+    s_contexts[device].references++;
+    *context = &s_contexts[device];
     return Success;
 }
 
-int cuDevicePrimaryCtxRelease_v2(int)
+int cuDevicePrimaryCtxRelease_v2(int device)
 {
     std::lock_guard<std::recursive_mutex> hold(s_gate);
-    return s_context_references-- > 0 ? Success : InvalidContext;
+    if (device < 0 || device >= device_count())
+        return InvalidDevice;
+    return s_contexts[device].references-- > 0 ? Success : InvalidContext;
+}
+
+int cuCtxGetCurrent(void** context)
+{
+    *context = current();
+    return Success;
 }
 
 int cuCtxSetCurrent(void* context)
 {
-    s_current = context != nullptr;
+    if (!s_current.empty())
+        s_current.pop_back();
+    if (context != nullptr)
+        s_current.push_back((Context*)context);
+    return Success;
+}
+
+int cuCtxPushCurrent_v2(void* context)
+{
+    if (context == nullptr)
+        return InvalidContext;
+    s_current.push_back((Context*)context);
+    return Success;
+}
+
+int cuCtxPopCurrent_v2(void** context)
+{
+    if (s_current.empty())
+        return InvalidContext;
+    *context = s_current.back();
+    s_current.pop_back();
     return Success;
 }
 
@@ -248,7 +323,7 @@ int cuMemGetInfo_v2(size_t* free, size_t* total)
     SIM_ENTER;
     size_t taken = allocated_bytes() + s_physical_bytes;
     *total = device_bytes();
-    *free = *total - (taken < *total ? taken : *total);
+    *free = *total - (taken < *total ? taken : *total); // as if all devices had one memory
     return Success;
 }
 
@@ -258,13 +333,24 @@ int cuMemAlloc_v2(void** pointer, size_t bytes)
     if (bytes == 0)
         return InvalidValue;
     *pointer = allocated_bytes() + s_physical_bytes + bytes <= device_bytes() ? allocate(bytes) : nullptr;
-    return *pointer ? Success : OutOfMemory;
+    if (*pointer == nullptr)
+        return OutOfMemory;
+    s_owners[*pointer] = current();
+    return Success;
 }
 
 int cuMemFree_v2(void* pointer)
 {
     std::lock_guard<std::recursive_mutex> hold(s_gate);
-    return s_mapped.count(pointer) == 0 && release(pointer) ? Success : InvalidValue;
+    void* start;
+    size_t bytes;
+    if (s_mapped.count(pointer) != 0 || !allocation_of(pointer, &start, &bytes) || start != pointer)
+        return InvalidValue;
+    if (s_owners[pointer] != current())
+        return InvalidContext;
+    release(pointer);
+    s_owners.erase(pointer);
+    return Success;
 }
 
 int cuMemAllocHost_v2(void** pointer, size_t bytes)
@@ -286,8 +372,7 @@ int cuMemFreeHost(void* pointer)
 int cuMemcpyHtoDAsync_v2(void* destination, const void* source, size_t bytes, void* stream)
 {
     SIM_ENTER_STREAM(stream);
-    if (!device(destination, bytes))
-        return InvalidValue;
+    SIM_CHECK(destination, bytes);
     return submit(stream, [=]
     {
         memcpy(destination, source, bytes);
@@ -299,8 +384,7 @@ int cuMemcpyHtoDAsync_v2(void* destination, const void* source, size_t bytes, vo
 int cuMemcpyDtoHAsync_v2(void* destination, const void* source, size_t bytes, void* stream)
 {
     SIM_ENTER_STREAM(stream);
-    if (!device(source, bytes))
-        return InvalidValue;
+    SIM_CHECK(source, bytes);
     return submit(stream, [=]
     {
         memcpy(destination, source, bytes);
@@ -312,8 +396,8 @@ int cuMemcpyDtoHAsync_v2(void* destination, const void* source, size_t bytes, vo
 int cuMemcpyDtoDAsync_v2(void* destination, const void* source, size_t bytes, void* stream)
 {
     SIM_ENTER_STREAM(stream);
-    if (!device(destination, bytes) || !device(source, bytes))
-        return InvalidValue;
+    SIM_CHECK(destination, bytes);
+    SIM_CHECK(source, bytes);
     return submit(stream, [=]
     {
         memmove(destination, source, bytes);
@@ -324,8 +408,7 @@ int cuMemcpyDtoDAsync_v2(void* destination, const void* source, size_t bytes, vo
 int cuMemsetD8Async(void* pointer, unsigned char value, size_t bytes, void* stream)
 {
     SIM_ENTER_STREAM(stream);
-    if (!device(pointer, bytes))
-        return InvalidValue;
+    SIM_CHECK(pointer, bytes);
     return submit(stream, [=]
     {
         memset(pointer, value, bytes);
@@ -359,7 +442,7 @@ int cuMemAddressFree(void* pointer, size_t bytes)
 int cuMemCreate(unsigned long long* handle, size_t bytes, const CUmemAllocationProp* prop, unsigned long long)
 {
     SIM_ENTER;
-    if (bytes == 0 || bytes % Granularity != 0 || prop->type != 1 || prop->location.type != 1 || prop->location.id != 0)
+    if (bytes == 0 || bytes % Granularity != 0 || prop->type != 1 || prop->location.type != 1 || prop->location.id < 0 || prop->location.id >= device_count())
         return InvalidValue;
     if (allocated_bytes() + s_physical_bytes + bytes > device_bytes())
         return OutOfMemory;
@@ -400,10 +483,11 @@ int cuMemSetAccess(void* pointer, size_t bytes, const CUmemAccessDesc* access, s
 {
     SIM_ENTER;
     auto it = s_maps.find(pointer);
-    if (it == s_maps.end() || it->second->bytes != bytes || count != 1 || access->location.type != 1 || access->location.id != 0 || access->flags != 3)
+    if (it == s_maps.end() || it->second->bytes != bytes || count != 1 || access->location.type != 1 || access->flags != 3)
         return InvalidValue;
     if (!it->second->accessible)
         back(pointer, bytes);
+    s_owners[pointer] = current();
     it->second->accessible = true;
     return Success;
 }
@@ -417,6 +501,7 @@ int cuMemUnmap(void* pointer, size_t bytes)
     Physical* p = it->second;
     if (p->accessible)
         unback(pointer);
+    s_owners.erase(pointer);
     s_maps.erase(it);
     p->at = nullptr;
     p->accessible = false;
@@ -442,8 +527,10 @@ int cuIpcOpenMemHandle_v2(void** pointer, CUipcMemHandle handle, unsigned)
     SIM_ENTER;
     Handle h;
     memcpy(&h, &handle, sizeof h);
-    if (memcmp(h.magic, "rollout", 8) != 0 || h.pid == getpid()) // as on a device, not in the process that made it
+    if (memcmp(h.magic, "rollout", 8) != 0)
         return InvalidValue;
+    if (h.pid == getpid())
+        return InvalidContext; // what a driver answers in the process that made it
     std::string path = "/proc/" + std::to_string(h.pid) + "/fd/" + std::to_string(h.file);
     int file = open(path.c_str(), O_RDWR | O_CLOEXEC);
     if (file < 0)
@@ -455,6 +542,7 @@ int cuIpcOpenMemHandle_v2(void** pointer, CUipcMemHandle handle, unsigned)
         return OutOfMemory;
     *pointer = p + skipped;
     s_mapped[*pointer] = h.bytes;
+    s_owners[*pointer] = current();
     adopt(*pointer, h.bytes);
     return Success;
 }
@@ -469,6 +557,7 @@ int cuIpcCloseMemHandle(void* pointer)
     munmap((char*)pointer - skipped, it->second + skipped);
     disown(pointer);
     s_mapped.erase(it);
+    s_owners.erase(pointer);
     return Success;
 }
 
@@ -477,7 +566,7 @@ int cuIpcCloseMemHandle(void* pointer)
 int cuStreamCreate(void** stream, unsigned)
 {
     SIM_ENTER;
-    *stream = new Stream();
+    *stream = new Stream{current(), nullptr, false, {}, 0};
     return Success;
 }
 
@@ -506,10 +595,10 @@ int cuStreamWaitEvent(void* stream, void* event, unsigned)
     return Success;
 }
 
-int cuEventCreate(void** event, unsigned)
+int cuEventCreate(void** event, unsigned flags)
 {
     SIM_ENTER;
-    *event = new Event();
+    *event = new Event{flags, {}, 0};
     return Success;
 }
 
@@ -522,7 +611,21 @@ int cuEventDestroy_v2(void* event)
 int cuEventRecord(void* event, void* stream)
 {
     SIM_ENTER;
+    if (is_foreign(stream))
+        return InvalidContext;
     ((Event*)event)->beside = stream != nullptr ? ((Stream*)stream)->beside : std::shared_future<void>();
+    ((Event*)event)->nanoseconds = stream != nullptr ? ((Stream*)stream)->nanoseconds : 0;
+    return Success;
+}
+
+// Nothing takes time here but matmuls, as their algorithms say: no stopwatch of the host's comes in.
+int cuEventElapsedTime(float* milliseconds, void* from, void* to)
+{
+    SIM_ENTER;
+    const Event &first = *(Event*)from, &last = *(Event*)to;
+    if (((first.flags | last.flags) & DisableTiming) != 0)
+        return InvalidHandle;
+    *milliseconds = (float)((double)(last.nanoseconds - first.nanoseconds) / 1e6);
     return Success;
 }
 
@@ -624,12 +727,14 @@ int cuModuleLoadData(void** module, const void* image)
     link_map* map;
     dlinfo(library, RTLD_DI_LINKMAP, &map);
     dl_iterate_phdr(readable, (void*)map->l_addr);
-    *module = new Module{library};
+    *module = new Module{current(), library};
     return Success;
 }
 
 int cuModuleUnload(void* module)
 {
+    if (((Module*)module)->context != current())
+        return InvalidContext;
     // The library stays: what it was allowed to read is not worth forgetting.
     delete (Module*)module;
     return Success;
@@ -646,7 +751,7 @@ int cuModuleGetFunction(void** function, void* module, const char* name)
     auto range = (void (*)(char**, char**))dlsym(m->library, "sim_shared_range");
     unsigned bytes[64];
     int count = sizes(bytes);
-    *function = new Function{call, range, std::vector<unsigned>(bytes, bytes + count), 48 * 1024};
+    *function = new Function{m->context, call, range, std::vector<unsigned>(bytes, bytes + count), 48 * 1024};
     return Success;
 }
 
@@ -672,6 +777,8 @@ int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsign
         return InvalidValue;
     }
 
+    if (f->context != current())
+        return InvalidContext;
 
     std::vector<std::string> values;
     for (size_t i = 0; i < f->sizes.size(); i++)

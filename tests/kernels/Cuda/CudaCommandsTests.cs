@@ -72,7 +72,7 @@ public sealed class CudaCommandsTests
         public Device()
         {
             _kernels = new CudaKernels(Cuda, storesFp32: false);
-            _matMul = new CudaMatMul(Cuda, storesFp32: false);
+            _matMul = new CudaMatMul(Cuda, _kernels, storesFp32: false, CudaCompiler.CacheFolder);
             _input = Cuda.AllocateZeroed(2 * Columns * sizeof(float));
             Output = Cuda.AllocateZeroed(2 * Columns * sizeof(ushort));
             Commands = new CudaCommands(Cuda, _kernels, _matMul);
