@@ -85,13 +85,11 @@ internal sealed class DeviceBuffer : CudaHandle
 /// <summary>Bytes on the device that another process of this machine has allocated.</summary>
 internal sealed class PeerBuffer : CudaHandle
 {
-    private const uint LazyEnablePeerAccess = 1; // CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS, the only flag there is
-
     /// <exception cref="CudaException">It is not there any more, is of this process, or is on a device that this one cannot read.</exception>
     public PeerBuffer(CudaContext context, CUipcMemHandle handle)
         : base(context)
     {
-        Driver.cuIpcOpenMemHandle_v2(out nuint pointer, handle, LazyEnablePeerAccess).ThrowIfFailed("memory of another process");
+        Driver.cuIpcOpenMemHandle_v2(out nuint pointer, handle, Driver.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS).ThrowIfFailed("memory of another process");
         Own((nint)pointer);
     }
 
@@ -121,12 +119,10 @@ internal sealed unsafe class PinnedBuffer : CudaHandle
 /// <summary>Work in order. It does not wait for the legacy default stream, which frameworks use.</summary>
 internal sealed class CudaStream : CudaHandle
 {
-    private const uint NonBlocking = 1; // CU_STREAM_NON_BLOCKING
-
     public CudaStream(CudaContext context)
         : base(context)
     {
-        Driver.cuStreamCreate(out nint stream, NonBlocking).ThrowIfFailed();
+        Driver.cuStreamCreate(out nint stream, Driver.CU_STREAM_NON_BLOCKING).ThrowIfFailed();
         Own(stream);
     }
 
@@ -138,12 +134,10 @@ internal sealed class CudaStream : CudaHandle
 /// <summary>A point in a stream's work.</summary>
 internal sealed class CudaEvent : CudaHandle
 {
-    private const uint DisableTiming = 2; // CU_EVENT_DISABLE_TIMING
-
     public CudaEvent(CudaContext context)
         : base(context)
     {
-        Driver.cuEventCreate(out nint @event, DisableTiming).ThrowIfFailed();
+        Driver.cuEventCreate(out nint @event, Driver.CU_EVENT_DISABLE_TIMING).ThrowIfFailed();
         Own(@event);
     }
 
