@@ -25,6 +25,8 @@ internal sealed unsafe class CudaDevice : IDisposable
         Ordinal = ordinal;
         Architecture = $"sm_{Attribute(CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)}"
             + $"{Attribute(CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)}";
+        Multiprocessors = Attribute(CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
+        L2Bytes = Attribute(CUdevice_attribute.CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE);
         _context = new CudaContext(device);
         MakeCurrent();
         Stream = new CudaStream(_context);
@@ -50,6 +52,11 @@ internal sealed unsafe class CudaDevice : IDisposable
 
     /// <summary>What code is compiled for: "sm_90".</summary>
     public string Architecture { get; }
+
+    public int Multiprocessors { get; }
+
+    /// <summary>Of the cache that all multiprocessors share.</summary>
+    public long L2Bytes { get; }
 
     /// <summary>Steps run here, in order.</summary>
     public CudaStream Stream { get; }
@@ -81,10 +88,13 @@ internal sealed unsafe class CudaDevice : IDisposable
         }
     }
 
-    /// <summary>This thread's calls go to this device.</summary>
+    /// <summary>
+    /// This thread's calls go to this device, whatever another library has set on the thread since the last call. A device that is used again after its last
+    /// user has gone may have the same context as before, of which the threads that knew that one have to be told again.
+    /// </summary>
     public void MakeCurrent()
     {
-        if (s_current == this)
+        if (s_current == this && _context.IsCurrent)
             return;
         _context.MakeCurrent();
         s_current = this;
@@ -116,10 +126,11 @@ internal sealed unsafe class CudaDevice : IDisposable
         return new NcclCommunicator(_context, id, ranks, rank, deadline);
     }
 
-    public CudaEvent CreateEvent()
+    /// <inheritdoc cref="CudaEvent(CudaContext, bool)"/>
+    public CudaEvent CreateEvent(bool timed = false)
     {
         MakeCurrent();
-        return new CudaEvent(_context);
+        return new CudaEvent(_context, timed);
     }
 
     public CudaModule Load(byte[] cubin, string name)
