@@ -57,6 +57,9 @@ public sealed unsafe partial class CudaBackend : IBackend
     /// <summary>GPUs that could be used now; 0 where the driver or a library is missing.</summary>
     public static int DeviceCount => CudaDevice.Count;
 
+    /// <summary>Why no GPU could be used now, in one sentence; null where one could.</summary>
+    public static string? WhyNoDevice => CudaDevice.WhyNone;
+
     public WeightFormat WeightFormat { get; }
 
     public int WriteRows => 1;

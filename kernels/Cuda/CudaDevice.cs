@@ -14,10 +14,8 @@ internal sealed unsafe class CudaDevice : IDisposable
     /// <exception cref="CudaException">There is no such device, or a library is missing: one sentence says what was looked for and where.</exception>
     public CudaDevice(int ordinal)
     {
-        if (CudaLibraries.Missing(CudaLibraries.Driver, CudaLibraries.Nvrtc, CudaLibraries.CublasLt) is { } missing)
-            throw new CudaException(missing);
-        Driver.cuInit(0).ThrowIfFailed();
-        Driver.cuDeviceGetCount(out int count).ThrowIfFailed();
+        if (Find(out int count) is { } none)
+            throw new CudaException(none);
         if (ordinal >= count)
             throw new CudaException($"There is no cuda:{ordinal}: this machine has {count} CUDA {(count == 1 ? "device" : "devices")}.");
         Driver.cuDeviceGet(out int device, ordinal).ThrowIfFailed($"device {ordinal}");
@@ -44,11 +42,10 @@ internal sealed unsafe class CudaDevice : IDisposable
     }
 
     /// <summary>Devices that could be used now; 0 where the libraries are missing.</summary>
-    public static int Count =>
-        CudaLibraries.Missing(CudaLibraries.Driver, CudaLibraries.Nvrtc, CudaLibraries.CublasLt) is null
-        && Driver.cuInit(0) == CUresult.CUDA_SUCCESS && Driver.cuDeviceGetCount(out int count) == CUresult.CUDA_SUCCESS
-            ? count
-            : 0;
+    public static int Count => Find(out int count) is null ? count : 0;
+
+    /// <summary>Why there is no device that could be used now, in one sentence; null where there is one.</summary>
+    public static string? WhyNone => Find(out _);
 
     public int Ordinal { get; }
 
@@ -93,10 +90,13 @@ internal sealed unsafe class CudaDevice : IDisposable
         }
     }
 
-    /// <summary>This thread's calls go to this device.</summary>
+    /// <summary>
+    /// This thread's calls go to this device, whatever another library has set on the thread since the last call. A device that is used again after its last
+    /// user has gone may have the same context as before, of which the threads that knew that one have to be told again.
+    /// </summary>
     public void MakeCurrent()
     {
-        if (s_current == this)
+        if (s_current == this && _context.IsCurrent)
             return;
         _context.MakeCurrent();
         s_current = this;
@@ -198,5 +198,23 @@ internal sealed unsafe class CudaDevice : IDisposable
         _context.Dispose();
         if (s_current == this)
             s_current = null;
+    }
+
+    private static string? Find(out int count)
+    {
+        count = 0;
+        if (CudaLibraries.Missing(CudaLibraries.Driver, CudaLibraries.Nvrtc, CudaLibraries.CublasLt) is { } missing)
+            return missing;
+        try
+        {
+            Driver.cuInit(0).ThrowIfFailed();
+            Driver.cuDeviceGetCount(out count).ThrowIfFailed();
+        }
+        catch (CudaException e)
+        {
+            return e.Message;
+        }
+
+        return count == 0 ? "This machine has no CUDA device." : null;
     }
 }

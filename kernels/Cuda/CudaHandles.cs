@@ -17,13 +17,18 @@ internal sealed class CudaContext : SafeHandle
 
     public override bool IsInvalid => handle == 0;
 
+    /// <summary>Whether this thread's calls go to the device. The driver knows it without asking the device: it costs nanoseconds.</summary>
+    public bool IsCurrent => Driver.cuCtxGetCurrent(out nint current) == CUresult.CUDA_SUCCESS && current == handle;
+
     /// <summary>Makes this thread's calls go to the device.</summary>
     public void MakeCurrent() => Driver.cuCtxSetCurrent(handle).ThrowIfFailed();
 
     protected override bool ReleaseHandle() => Driver.cuDevicePrimaryCtxRelease_v2(_device) == CUresult.CUDA_SUCCESS;
 }
 
-/// <summary>Something that lives in a context and keeps it alive. Given back from any thread, the finalizer's included.</summary>
+/// <summary>
+/// Something that lives in a context and keeps it alive. Given back from any thread, the finalizer's included; the thread's current context stays what it was.
+/// </summary>
 internal abstract class CudaHandle : SafeHandle
 {
     private readonly CudaContext _context;
@@ -51,7 +56,13 @@ internal abstract class CudaHandle : SafeHandle
 
     protected sealed override bool ReleaseHandle()
     {
-        bool released = Driver.cuCtxSetCurrent(_context.DangerousGetHandle()) == CUresult.CUDA_SUCCESS && Destroy(handle) == CUresult.CUDA_SUCCESS;
+        bool released = false;
+        if (Driver.cuCtxPushCurrent_v2(_context.DangerousGetHandle()) == CUresult.CUDA_SUCCESS)
+        {
+            released = Destroy(handle) == CUresult.CUDA_SUCCESS;
+            released &= Driver.cuCtxPopCurrent_v2(out _) == CUresult.CUDA_SUCCESS;
+        }
+
         _context.DangerousRelease();
         return released;
     }
@@ -85,13 +96,11 @@ internal sealed class DeviceBuffer : CudaHandle
 /// <summary>Bytes on the device that another process of this machine has allocated.</summary>
 internal sealed class PeerBuffer : CudaHandle
 {
-    private const uint LazyEnablePeerAccess = 1; // CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS, the only flag there is
-
     /// <exception cref="CudaException">It is not there any more, is of this process, or is on a device that this one cannot read.</exception>
     public PeerBuffer(CudaContext context, CUipcMemHandle handle)
         : base(context)
     {
-        Driver.cuIpcOpenMemHandle_v2(out nuint pointer, handle, LazyEnablePeerAccess).ThrowIfFailed("memory of another process");
+        Driver.cuIpcOpenMemHandle_v2(out nuint pointer, handle, Driver.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS).ThrowIfFailed("memory of another process");
         Own((nint)pointer);
     }
 
@@ -121,12 +130,10 @@ internal sealed unsafe class PinnedBuffer : CudaHandle
 /// <summary>Work in order. It does not wait for the legacy default stream, which frameworks use.</summary>
 internal sealed class CudaStream : CudaHandle
 {
-    private const uint NonBlocking = 1; // CU_STREAM_NON_BLOCKING
-
     public CudaStream(CudaContext context)
         : base(context)
     {
-        Driver.cuStreamCreate(out nint stream, NonBlocking).ThrowIfFailed();
+        Driver.cuStreamCreate(out nint stream, Driver.CU_STREAM_NON_BLOCKING).ThrowIfFailed();
         Own(stream);
     }
 
@@ -138,14 +145,12 @@ internal sealed class CudaStream : CudaHandle
 /// <summary>A point in a stream's work.</summary>
 internal sealed class CudaEvent : CudaHandle
 {
-    private const uint DisableTiming = 2; // CU_EVENT_DISABLE_TIMING
-
     /// <param name="context">Of the streams whose work it marks.</param>
     /// <param name="timed">Whether <see cref="SecondsSince"/> will be asked.</param>
     public CudaEvent(CudaContext context, bool timed = false)
         : base(context)
     {
-        Driver.cuEventCreate(out nint @event, timed ? 0 : DisableTiming).ThrowIfFailed();
+        Driver.cuEventCreate(out nint @event, timed ? 0 : Driver.CU_EVENT_DISABLE_TIMING).ThrowIfFailed();
         Own(@event);
     }
 

@@ -5,6 +5,10 @@ namespace Rollout.Kernels.Cuda;
 /// <summary>The driver API, by the names that its manual has. All pointers to device memory are nuint, all handles nint.</summary>
 internal static unsafe partial class Driver
 {
+    public const uint CU_STREAM_NON_BLOCKING = 1;
+    public const uint CU_EVENT_DISABLE_TIMING = 2;
+    public const uint CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS = 1;
+
     [LibraryImport(CudaLibraries.Driver)]
     public static partial CUresult cuInit(uint flags);
 

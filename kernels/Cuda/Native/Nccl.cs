@@ -5,6 +5,11 @@ namespace Rollout.Kernels.Cuda;
 /// <summary>What an update takes of NCCL, by the names that its manual has.</summary>
 internal static unsafe partial class Nccl
 {
+    public const uint NCCL_API_MAGIC = 0xcafebeef;
+
+    /// <summary>NCCL_VERSION(2, 14, 0): the first that has a config.</summary>
+    public const uint ConfigVersion = 21400;
+
     [LibraryImport(CudaLibraries.Nccl)]
     public static partial byte* ncclGetErrorString(ncclResult result);
 
@@ -12,7 +17,7 @@ internal static unsafe partial class Nccl
     public static partial ncclResult ncclGetUniqueId(out ncclUniqueId id);
 
     [LibraryImport(CudaLibraries.Nccl)]
-    public static partial ncclResult ncclCommInitRankConfig(out nint communicator, int ranks, ncclUniqueId id, int rank, in ncclConfig config);
+    public static partial ncclResult ncclCommInitRankConfig(ref nint communicator, int ranks, ncclUniqueId id, int rank, in ncclConfig config);
 
     /// <summary>Frees it, and ends what waits in it, from any thread. Unlike ncclCommDestroy it waits for no other rank.</summary>
     [LibraryImport(CudaLibraries.Nccl)]
@@ -54,5 +59,6 @@ internal struct ncclConfig
     public int Blocking;
 
     /// <summary>Calls return at once and the communicator is asked whether they are done, so that every wait can have a deadline.</summary>
-    public static unsafe ncclConfig NonBlocking => new() { Size = (nuint)sizeof(ncclConfig), Magic = 0xcafebeef, Version = 21400, Blocking = 0 };
+    public static unsafe ncclConfig NonBlocking =>
+        new() { Size = (nuint)sizeof(ncclConfig), Magic = Nccl.NCCL_API_MAGIC, Version = Nccl.ConfigVersion, Blocking = 0 };
 }
