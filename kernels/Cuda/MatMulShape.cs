@@ -15,9 +15,6 @@ internal sealed unsafe class MatMulShape : IDisposable
     /// <summary>Proposals for a row count that are asked for.</summary>
     public const int MostProposals = 16;
 
-    private const int Transpose = 1; // CUBLAS_OP_T
-    private const int EpilogueDefault = 1, EpilogueBias = 4;
-
     private readonly nint _handle;
     private readonly nint _plain, _biased; // descriptions
     private readonly nint _weight, _input, _output; // layouts
@@ -35,8 +32,8 @@ internal sealed unsafe class MatMulShape : IDisposable
         Inputs = inputs;
         StoredBytes = BytesOf(stored);
         OutputBytes = BytesOf(output);
-        _plain = Describe(EpilogueDefault);
-        _biased = Describe(EpilogueBias);
+        _plain = Describe(CublasLt.CUBLASLT_EPILOGUE_DEFAULT);
+        _biased = Describe(CublasLt.CUBLASLT_EPILOGUE_BIAS);
         _weight = Layout(stored, inputs, outputs, inputs);
         _input = Layout(stored, inputs, 1, inputs);
         _output = Layout(output, outputs, 1, outputs);
@@ -192,7 +189,7 @@ internal sealed unsafe class MatMulShape : IDisposable
     private static nint Describe(int epilogue)
     {
         CublasLt.cublasLtMatmulDescCreate(out nint description, cublasComputeType.CUBLAS_COMPUTE_32F, cudaDataType.CUDA_R_32F).ThrowIfFailed();
-        int transpose = Transpose;
+        int transpose = CublasLt.CUBLAS_OP_T;
         Set(description, cublasLtMatmulDescAttributes.CUBLASLT_MATMUL_DESC_TRANSA, &transpose, sizeof(int));
         Set(description, cublasLtMatmulDescAttributes.CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof(int));
         return description;
