@@ -9,7 +9,9 @@ internal sealed unsafe class MatMulShape : IDisposable
     /// <summary>Of every call: a result must not depend on how much there is.</summary>
     public const int WorkspaceBytes = 32 << 20;
 
-    /// <summary>Of all matrices. It is what the heuristic assumes by default, when matrices are tried as when they are multiplied.</summary>
+    /// <summary>
+    /// Of all matrices. It is what the heuristic assumes by default, when matrices are tried as when they are multiplied.
+    /// </summary>
     public const int Alignment = 256;
 
     /// <summary>Proposals for a row count that are asked for.</summary>
@@ -55,7 +57,8 @@ internal sealed unsafe class MatMulShape : IDisposable
 
     /// <summary>Queues a matmul; see <see cref="CudaMatMul.Multiply"/>.</summary>
     public cublasStatus Run(
-        in cublasLtMatmulAlgo algorithm, nuint input, nuint weight, nuint bias, nuint output, int rows, bool add, nuint workspace, CudaStream stream)
+        in cublasLtMatmulAlgo algorithm, nuint input, nuint weight, nuint bias, nuint output, int rows, bool add, nuint workspace,
+        CudaStream stream)
     {
         SetRows(rows);
         nint description = _plain;
@@ -69,8 +72,8 @@ internal sealed unsafe class MatMulShape : IDisposable
         fixed (cublasLtMatmulAlgo* chosen = &algorithm)
         {
             return CublasLt.cublasLtMatmul(
-                _handle, description, &one, weight, _weight, input, _input, &beta, output, _output, output, _output, chosen, workspace, WorkspaceBytes,
-                stream.Value);
+                _handle, description, &one, weight, _weight, input, _input, &beta, output, _output, output, _output, chosen, workspace,
+                WorkspaceBytes, stream.Value);
         }
     }
 
@@ -121,11 +124,11 @@ internal sealed unsafe class MatMulShape : IDisposable
                 _handle, description, _weight, _input, _output, _output, &algorithm, out cublasLtMatmulHeuristicResult result);
             if (status == cublasStatus.CUBLAS_STATUS_SUCCESS)
                 status = result.State;
-            workspaceBytes = Math.Max(workspaceBytes, (long)result.WorkspaceBytes);
-            if (status == cublasStatus.CUBLAS_STATUS_SUCCESS && result.WorkspaceBytes > WorkspaceBytes)
-                status = cublasStatus.CUBLAS_STATUS_NOT_SUPPORTED;
             if (status != cublasStatus.CUBLAS_STATUS_SUCCESS)
                 return status;
+            workspaceBytes = Math.Max(workspaceBytes, (long)result.WorkspaceBytes);
+            if (workspaceBytes > WorkspaceBytes)
+                return cublasStatus.CUBLAS_STATUS_NOT_SUPPORTED;
         }
 
         return cublasStatus.CUBLAS_STATUS_SUCCESS;
@@ -175,9 +178,8 @@ internal sealed unsafe class MatMulShape : IDisposable
     private static int? Setting(cublasLtMatmulAlgo algorithm, cublasLtMatmulAlgoConfigAttributes attribute)
     {
         int value = 0;
-        return CublasLt.cublasLtMatmulAlgoConfigGetAttribute(&algorithm, attribute, &value, BytesOf(attribute), out _) == cublasStatus.CUBLAS_STATUS_SUCCESS
-            ? value
-            : null;
+        cublasStatus status = CublasLt.cublasLtMatmulAlgoConfigGetAttribute(&algorithm, attribute, &value, BytesOf(attribute), out _);
+        return status == cublasStatus.CUBLAS_STATUS_SUCCESS ? value : null;
     }
 
     private static nuint BytesOf(cublasLtMatmulAlgoConfigAttributes attribute) =>
@@ -188,7 +190,8 @@ internal sealed unsafe class MatMulShape : IDisposable
 
     private static nint Describe(int epilogue)
     {
-        CublasLt.cublasLtMatmulDescCreate(out nint description, cublasComputeType.CUBLAS_COMPUTE_32F, cudaDataType.CUDA_R_32F).ThrowIfFailed();
+        CublasLt.cublasLtMatmulDescCreate(out nint description, cublasComputeType.CUBLAS_COMPUTE_32F, cudaDataType.CUDA_R_32F)
+            .ThrowIfFailed();
         int transpose = CublasLt.CUBLAS_OP_T;
         Set(description, cublasLtMatmulDescAttributes.CUBLASLT_MATMUL_DESC_TRANSA, &transpose, sizeof(int));
         Set(description, cublasLtMatmulDescAttributes.CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof(int));
