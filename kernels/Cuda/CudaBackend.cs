@@ -26,8 +26,8 @@ public sealed unsafe class CudaBackend : IBackend
     private int[] _rowSequence = [];
     private Rope? _rope;
     private bool _isDecode; // every sequence of the step has one row
-    private int _rowsPerItem = 1;
-    private int _uploadedFor;
+    private (int RowsPerItem, int Slots) _cut = (1, 0); // how the last attention's model cuts steps
+    private (int RowsPerItem, int Slots) _uploadedFor;
     private long _stepsBegun;
     private long _stepsDone;
     private int _answers, _answersBefore; // queries of this step and of the one before that the device has answered, or will have
@@ -75,6 +75,9 @@ public sealed unsafe class CudaBackend : IBackend
 
     /// <summary>Steps, or parts of steps, that went to the device as one graph.</summary>
     public long GraphLaunches => _commands.GraphLaunches;
+
+    /// <summary>Most memory that parts of long contexts take: see <see cref="CudaAttentionPlan"/>. Bits do not depend on it.</summary>
+    internal long MostPartBytes { get; init; } = 128 << 20;
 
     internal CudaDevice Device { get; }
 
@@ -267,8 +270,8 @@ public sealed unsafe class CudaBackend : IBackend
         _isDecode = step.RowCount == step.SequenceCount;
         for (int s = 0; s < step.SequenceCount && _isDecode; s++)
             _isDecode = step.RowStart[s] == s;
-        _plan.Build(step, _rowsPerItem);
-        _uploadedFor = _rowsPerItem;
+        _plan.Build(step, _cut.RowsPerItem, _cut.Slots);
+        _uploadedFor = _cut;
         _place.Upload(step, ++_stepsBegun, _rowSequence, _plan, Math.Min(Pad(step.RowCount), step.TokenIds.Length));
         _step = step;
     }
@@ -340,7 +343,7 @@ public sealed unsafe class CudaBackend : IBackend
         int allHeads = rope.Heads + (2 * rope.Cache.KvHeads);
         Launch(_kernels.RopeStore, new Grid(_step!.RowCount, allHeads), WarpThreads,
             rope.Qkv.Fp32, rope.Qkv.Columns, rope.Heads, rope.Cache.KvHeads, rope.Cache.HeadDim, rope.QueryNorm, rope.KeyNorm, rope.Epsilon, rope.Table,
-            _place!.Positions, _place.Sequences, _place.Tables, _place.TableStride, KvCache.BlockTokens, rope.Cache.Keys(rope.Layer),
+            _place!.Positions, _place.Sequences, _place.Tables, _place.Counts, KvCache.BlockTokens, rope.Cache.Keys(rope.Layer),
             rope.Cache.Values(rope.Layer));
     }
 
@@ -357,26 +360,27 @@ public sealed unsafe class CudaBackend : IBackend
         CudaTensor destination = Own(output, step.RowCount, heads * headDim);
         Checks.Context(step, keysValues);
 
-        int widest = AttentionKernel.MostRowTiles(headDim), queriesPerItem = widest * AttentionKernel.TileQueries;
-        int group = heads / keysValues.KvHeads, slice = Math.Min(group, queriesPerItem), slices = (group + slice - 1) / slice;
-        _rowsPerItem = queriesPerItem / slice;
-        if (_uploadedFor != _rowsPerItem)
+        int group = heads / keysValues.KvHeads, queriesPerItem = AttentionKernel.MostRowTiles(headDim) * AttentionKernel.TileQueries;
+        int slice = Math.Min(group, queriesPerItem), slices = (group + slice - 1) / slice;
+        _cut = (queriesPerItem / slice, CudaAttentionPlan.SlotsFor(step, heads, headDim, MostPartBytes));
+        if (_uploadedFor != _cut)
         {
-            _plan.Build(step, _rowsPerItem);
+            _plan.Build(step, _cut.RowsPerItem, _cut.Slots);
             _place!.Upload(_plan, step.RowCount);
-            _uploadedFor = _rowsPerItem;
+            _uploadedFor = _cut;
         }
 
         Rope? rope = _rope is { } asked && (asked.Qkv, asked.Heads, asked.Cache, asked.Layer) == (queries, heads, keysValues, layer) ? asked : null;
         if (rope is not null)
             _rope = null;
-        Reserve(ref _partials, (long)CudaAttentionPlan.MostSlots * heads * (headDim + 2) * sizeof(float));
+        Reserve(ref _partials, _cut.Slots * CudaAttentionPlan.PartBytes(heads, headDim));
         Reserve(ref _counters, (long)step.TokenIds.Length * keysValues.KvHeads * slices * sizeof(uint));
 
-        AttentionKernel kernel = _kernels.Attend(headDim, _plan.MostRows * slice <= AttentionKernel.TileQueries ? 1 : widest);
-        int items = _isDecode ? (int)BitOperations.RoundUpToPowerOf2((uint)_plan.ItemCount) : _plan.ItemCount;
-        Launch(kernel.Function, new Grid(items, keysValues.KvHeads, slices), kernel.Threads, kernel.SharedBytes,
-            [_place!.Counts, _place.Items, Fp32(queries, step.RowCount), queries.Columns, _place.Positions, _place.Sequences, _place.Tables, _place.TableStride,
+        // A step that decodes is launched by its number of rows alone, whatever their contexts: blocks take items until there are none.
+        AttentionKernel kernel = _kernels.Attend(headDim, _plan.RowTiles(slice, headDim));
+        int blocks = _isDecode ? kernel.BlocksFor(Pad(step.RowCount) + _cut.Slots, keysValues.KvHeads * slices) : _plan.ItemCount;
+        Launch(kernel.Function, new Grid(blocks, keysValues.KvHeads, slices), kernel.Threads, kernel.SharedBytes,
+            [_place!.Counts, _place.Items, Fp32(queries, step.RowCount), queries.Columns, _place.Positions, _place.Tables,
             keysValues.Keys(layer), keysValues.Values(layer), heads, keysValues.KvHeads, slice, scale, destination.Rounded, _place.RowSlots,
             _partials.Pointer, _counters.Pointer, rope?.QueryNorm ?? 0, rope?.KeyNorm ?? 0, rope?.Epsilon ?? 0, rope?.Table ?? 0]);
         destination.IsRounded = true;

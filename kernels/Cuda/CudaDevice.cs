@@ -25,8 +25,11 @@ internal sealed unsafe class CudaDevice : IDisposable
         Driver.cuDeviceGetName(name, 256, device).ThrowIfFailed($"device {ordinal}");
         Name = Marshal.PtrToStringUTF8((nint)name) ?? "";
         Ordinal = ordinal;
-        Architecture = $"sm_{Attribute(CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)}"
-            + $"{Attribute(CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)}";
+        int major = Attribute(CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR);
+        Architecture = $"sm_{major}{Attribute(CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)}";
+        Multiprocessors = Attribute(CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
+        Driver.cuDriverGetVersion(out int version).ThrowIfFailed();
+        StartsKernelsEarly = major >= 9 && version >= 12030;
         _context = new CudaContext(device);
         MakeCurrent();
         Stream = new CudaStream(_context);
@@ -53,6 +56,14 @@ internal sealed unsafe class CudaDevice : IDisposable
 
     /// <summary>What code is compiled for: "sm_90".</summary>
     public string Architecture { get; }
+
+    public int Multiprocessors { get; }
+
+    /// <summary>
+    /// Whether a kernel may be started while the one before it in its stream still runs, and waits for it by itself (programmatic dependent launch): from
+    /// compute capability 9.0 on, and in graphs from CUDA 12.3 on.
+    /// </summary>
+    public bool StartsKernelsEarly { get; }
 
     /// <summary>Steps run here, in order.</summary>
     public CudaStream Stream { get; }

@@ -1,4 +1,3 @@
-using System.Numerics;
 using System.Runtime.CompilerServices;
 using System.Runtime.InteropServices;
 
@@ -23,13 +22,13 @@ internal sealed unsafe class CudaStep : IDisposable
     {
         _device = device;
         _room = RoomOf(step);
-        long end = Place(0, 2, sizeof(int));
+        long end = Place(0, 3, sizeof(int));
         end = Place(_tokens = end, _room.Rows, sizeof(int));
         end = Place(_positions = end, _room.Rows, sizeof(int));
         end = Place(_sequences = end, _room.Rows, sizeof(int));
         end = Place(_outputRows = end, _room.Rows, sizeof(int));
         end = Place(_rowSlots = end, _room.Rows, sizeof(int));
-        end = Place(_items = end, CudaAttentionPlan.MostItems(step), 5 * sizeof(int));
+        end = Place(_items = end, CudaAttentionPlan.MostItems(step), CudaAttentionPlan.ItemNumbers * sizeof(int));
         end = Place(_queries = end, _room.Queries, sizeof(SampleQuery));
         end = Place(_biasIds = end, _room.Biases, sizeof(int));
         end = Place(_biasValues = end, _room.Biases, sizeof(float));
@@ -49,7 +48,7 @@ internal sealed unsafe class CudaStep : IDisposable
 
     // ---- On the device.
 
-    /// <summary>Items of attention, and queries: launches are rounded up.</summary>
+    /// <summary>Items of attention, queries, and blocks of a sequence's table: launches do not say them.</summary>
     public nuint Counts => _indices.Pointer;
 
     public nuint Tokens => _indices.Pointer + (nuint)_tokens;
@@ -71,11 +70,8 @@ internal sealed unsafe class CudaStep : IDisposable
 
     public nuint BiasValues => _indices.Pointer + (nuint)_biasValues;
 
-    /// <summary>Block tables, <see cref="TableStride"/> a sequence.</summary>
+    /// <summary>Block tables, as many blocks a sequence as <see cref="Counts"/> says.</summary>
     public nuint Tables => _indices.Pointer + (nuint)_tables;
-
-    /// <summary>A power of two, so that steps are alike while contexts grow; most are far shorter than they may be.</summary>
-    public int TableStride { get; private set; }
 
     public nuint Results => _answers.Pointer;
 
@@ -107,7 +103,7 @@ internal sealed unsafe class CudaStep : IDisposable
             side.Done.Synchronize(); // what is being sent may not change
         (side.Step, side.Ordinal, side.Busy) = (step, ordinal, true);
         int rows = step.RowCount;
-        Copy((ReadOnlySpan<int>)[plan.ItemCount, step.QueryCount], 0);
+        Copy((ReadOnlySpan<int>)[plan.ItemCount, step.QueryCount, TableStride(step)], 0);
         Copy(step.TokenIds, rows, _tokens);
         new Span<int>(side.Sent.Pointer + _tokens, padded)[rows..].Clear();
         new Span<int>(side.Sent.Pointer + _outputRows, padded)[step.OutputCount..].Clear();
@@ -115,7 +111,7 @@ internal sealed unsafe class CudaStep : IDisposable
         Copy(rowSequence, rows, _sequences);
         Copy(step.OutputRows, step.OutputCount, _outputRows);
         Copy(plan.RowSlots, rows, _rowSlots);
-        Copy(plan.Items, 5 * plan.ItemCount, _items);
+        Copy(plan.Items, CudaAttentionPlan.ItemNumbers * plan.ItemCount, _items);
         Copy(step.Queries, step.QueryCount, _queries);
         Copy(step.BiasIds, step.BiasIds.Length, _biasIds);
         Copy(step.BiasValues, step.BiasValues.Length, _biasValues);
@@ -127,17 +123,23 @@ internal sealed unsafe class CudaStep : IDisposable
     /// <summary>The blocks that the step's contexts have. Returns their bytes.</summary>
     private long CopyTables(StepLayout step)
     {
+        int stride = TableStride(step);
+        for (int s = 0; s < step.SequenceCount; s++)
+            Copy(step.BlockTables.AsSpan(s * step.MaxBlocks, BlocksOf(step, s)), _tables + ((long)s * stride * sizeof(int)));
+        return (long)step.SequenceCount * stride * sizeof(int);
+    }
+
+    /// <summary>Blocks of the longest context: most are far shorter than they may be.</summary>
+    private static int TableStride(StepLayout step)
+    {
         int most = 1;
         for (int s = 0; s < step.SequenceCount; s++)
             most = Math.Max(most, BlocksOf(step, s));
-        TableStride = Math.Min(step.MaxBlocks, (int)BitOperations.RoundUpToPowerOf2((uint)most));
-        for (int s = 0; s < step.SequenceCount; s++)
-            Copy(step.BlockTables.AsSpan(s * step.MaxBlocks, BlocksOf(step, s)), _tables + ((long)s * TableStride * sizeof(int)));
-        return (long)step.SequenceCount * TableStride * sizeof(int);
-
-        static int BlocksOf(StepLayout step, int s) =>
-            step.RowStart[s + 1] == step.RowStart[s] ? 0 : (step.Positions[step.RowStart[s + 1] - 1] / KvCache.BlockTokens) + 1;
+        return most;
     }
+
+    private static int BlocksOf(StepLayout step, int s) =>
+        step.RowStart[s + 1] == step.RowStart[s] ? 0 : (step.Positions[step.RowStart[s + 1] - 1] / KvCache.BlockTokens) + 1;
 
     /// <summary>The attention plan alone, where it was made for other heads.</summary>
     public void Upload(CudaAttentionPlan plan, int rows)
@@ -147,7 +149,7 @@ internal sealed unsafe class CudaStep : IDisposable
         PinnedBuffer sent = _sides[_side].Sent;
         Driver.cuMemcpyHtoDAsync_v2(Counts, sent.Pointer, sizeof(int), _device.Stream.Value).ThrowIfFailed();
         Copy(plan.RowSlots, rows, _rowSlots);
-        Copy(plan.Items, 5 * plan.ItemCount, _items);
+        Copy(plan.Items, CudaAttentionPlan.ItemNumbers * plan.ItemCount, _items);
         Driver.cuMemcpyHtoDAsync_v2(RowSlots, sent.Pointer + _rowSlots, (nuint)(_queries - _rowSlots), _device.Stream.Value).ThrowIfFailed();
     }
 

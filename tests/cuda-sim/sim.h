@@ -35,6 +35,7 @@ void begin_block();                              // no thread of this block has 
 void set_shared(char* start, char* end);         // where the module's __shared__ variables lie
 void set_launched_shared(size_t bytes);          // of which the launch said the size
 void touch(void* pointer, size_t bytes, bool write); // checks, as every access of a kernel is
+void check_waited(const void* pointer);          // that earlier kernels may not be at this address any more
 
 // ---- block.cpp
 struct Where { int thread, warp; unsigned block_epoch, warp_epoch; };
@@ -42,7 +43,9 @@ bool in_kernel();
 Where where();                                    // of the fiber that runs now
 bool on_stack(const void* pointer);               // of any fiber, or of the host
 char* launched_shared();
-void launch(void (*kernel)(void**), void** arguments, Dim grid, Dim block);
+// early: before the kernel before it has ended, as far as the kernel can tell.
+void launch(void (*kernel)(void**), void** arguments, Dim grid, Dim block, bool early);
+bool waits_for_earlier_kernels();                 // whether the fiber that runs now has still to
 
 // ---- driver.cpp
 // Now, or when the graph that the stream records is launched.
@@ -52,6 +55,10 @@ bool submit_beside(void* stream, std::shared_future<void>* done, std::function<v
 bool is_device_memory(const void* pointer, size_t bytes);
 
 // ---- counters, for tests
-struct Counters { uint64_t launches, host_to_device_bytes, device_to_host_bytes, synchronisations, allocations, matmul_weight_bytes, staged_bytes; };
+struct Counters
+{
+    uint64_t launches, host_to_device_bytes, device_to_host_bytes, synchronisations, allocations, matmul_weight_bytes, staged_bytes;
+    uint64_t early_launches; // of kernels that may start before those before them have ended
+};
 extern Counters counters;
 }

@@ -7,6 +7,7 @@
 // where it found none, any does.
 extern "C" __global__ void __launch_bounds__(THREADS) embed(const stored* table, const int* tokens, const int* answers, float* output, int columns)
 {
+    wait_for_earlier_kernels();
     int token = tokens[blockIdx.x];
     if (token < 0)
         token = max(0, answers[3 * ~token]);
@@ -24,6 +25,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) rms_norm(const float* inpu
     const float* x = input + (long long)blockIdx.x * columns;
     stored* y = output + (long long)blockIdx.x * columns;
     float squares = 0;
+    wait_for_earlier_kernels();
     for (int i = threadIdx.x; i < columns; i += THREADS)
         squares = fmaf(x[i], x[i], squares);
     float inverse = 1.0f / sqrtf(block_sum<THREADS>(squares, parts) / columns + epsilon);
@@ -34,12 +36,14 @@ ROLLOUT_KERNEL(rms_norm)
 
 // Rows [heads | kv_heads | kv_heads] of head_dim: norms over query and key heads where scales are given, rotation by the row's position, queries in
 // place, keys and values into the row's slot of the cache [blocks][kv_heads][block_tokens][head_dim]. rope [positions][2][head_dim / 2]: cosines,
-// then sines. One warp a head: blockIdx (row, heads + 2 * kv_heads), 32 threads. Where all sequences have one row, attention.cu does this by itself.
+// then sines. tables: blocks of every sequence, counts[2] each. One warp a head: blockIdx (row, heads + 2 * kv_heads), 32 threads. Where all sequences have
+// one row, attention.cu does this by itself.
 extern "C" __global__ void __launch_bounds__(32) rope_store(
     float* qkv, int stride, int heads, int kv_heads, int head_dim, const float* query_norm, const float* key_norm, float epsilon,
-    const float* rope, const int* positions, const int* sequences, const int* tables, int max_blocks, int block_tokens,
+    const float* rope, const int* positions, const int* sequences, const int* tables, const int* counts, int block_tokens,
     stored* keys, stored* values)
 {
+    wait_for_earlier_kernels();
     int row = blockIdx.x, head = blockIdx.y, lane = threadIdx.x, position = positions[row];
     float* x = qkv + (long long)row * stride + (long long)head * head_dim;
     const float* cosines = rope + (long long)position * head_dim;
@@ -49,7 +53,7 @@ extern "C" __global__ void __launch_bounds__(32) rope_store(
         return;
     }
 
-    int block = tables[sequences[row] * max_blocks + position / block_tokens];
+    int block = tables[(long long)sequences[row] * counts[2] + position / block_tokens];
     long long slot = (((long long)block * kv_heads + (head - heads) % kv_heads) * block_tokens + position % block_tokens) * head_dim;
     if (head < heads + kv_heads)
     {
@@ -65,6 +69,7 @@ ROLLOUT_KERNEL(rope_store)
 // output[row, i] = silu(gate_up[row, i]) * gate_up[row, width + i].
 extern "C" __global__ void __launch_bounds__(THREADS) gated_silu(const float* gate_up, stored* output, int width)
 {
+    wait_for_earlier_kernels();
     int i = blockIdx.y * THREADS + threadIdx.x;
     if (i >= width)
         return;
@@ -77,6 +82,7 @@ ROLLOUT_KERNEL(gated_silu)
 // output[k] = input[rows[k]].
 extern "C" __global__ void __launch_bounds__(THREADS) gather(const float* input, const int* rows, float* output, int columns)
 {
+    wait_for_earlier_kernels();
     const float* from = input + (long long)rows[blockIdx.x] * columns;
     float* to = output + (long long)blockIdx.x * columns;
     for (int i = threadIdx.x; i < columns; i += THREADS)
@@ -87,6 +93,7 @@ ROLLOUT_KERNEL(gather)
 // fp32 to what a matmul takes.
 extern "C" __global__ void __launch_bounds__(THREADS) round_values(const float* input, stored* output, long long count)
 {
+    wait_for_earlier_kernels();
     long long i = (long long)blockIdx.x * THREADS + threadIdx.x;
     if (i < count)
         output[i] = store(input[i]);
@@ -96,6 +103,7 @@ ROLLOUT_KERNEL(round_values)
 // And back, for whoever needs fp32.
 extern "C" __global__ void __launch_bounds__(THREADS) widen_values(const stored* input, float* output, long long count)
 {
+    wait_for_earlier_kernels();
     long long i = (long long)blockIdx.x * THREADS + threadIdx.x;
     if (i < count)
         output[i] = load(input[i]);
