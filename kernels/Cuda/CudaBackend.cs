@@ -25,8 +25,8 @@ public sealed unsafe partial class CudaBackend : IBackend
     private int[] _rowSequence = [];
     private Rope? _rope;
     private bool _isDecode; // every sequence of the step has one row
-    private int _rowsPerItem = 1;
-    private int _uploadedFor;
+    private (int RowsPerItem, int Slots) _cut = (1, 0); // how the last attention's model cuts steps
+    private (int RowsPerItem, int Slots) _uploadedFor;
     private ContextChecks _contextChecks;
     private long _stepsBegun;
     private long _stepsDone;
@@ -78,6 +78,9 @@ public sealed unsafe partial class CudaBackend : IBackend
 
     /// <summary>Steps, or parts of steps, that went to the device as one graph.</summary>
     public long GraphLaunches => _commands.GraphLaunches;
+
+    /// <summary>Most memory that parts of long contexts take: see <see cref="CudaAttentionPlan"/>. Bits do not depend on it.</summary>
+    internal long MostPartBytes { get; init; } = 128 << 20;
 
     internal CudaDevice Device { get; }
 
@@ -226,8 +229,8 @@ public sealed unsafe partial class CudaBackend : IBackend
         _isDecode = step.RowCount == step.SequenceCount;
         for (int s = 0; s < step.SequenceCount && _isDecode; s++)
             _isDecode = step.RowStart[s] == s;
-        _plan.Build(step, _rowsPerItem);
-        _uploadedFor = _rowsPerItem;
+        _plan.Build(step, _cut.RowsPerItem, _cut.Slots);
+        _uploadedFor = _cut;
         int rows = Math.Min(Pad(step.RowCount), step.TokenIds.Length);
         int queries = Math.Min(Math.Max(step.QueryCount, Pad(step.RowCount)), step.Queries.Length);
         if (step.IsRehearsal)
@@ -326,26 +329,27 @@ public sealed unsafe partial class CudaBackend : IBackend
         CudaTensor destination = Own(output, step.RowCount, heads * headDim);
         _contextChecks.Check(step, keysValues);
 
-        int widest = AttentionKernel.MostRowTiles(headDim), queriesPerItem = widest * AttentionKernel.TileQueries;
-        int group = heads / keysValues.KvHeads, slice = Math.Min(group, queriesPerItem), slices = (group + slice - 1) / slice;
-        _rowsPerItem = queriesPerItem / slice;
-        if (_uploadedFor != _rowsPerItem)
+        int group = heads / keysValues.KvHeads, queriesPerItem = AttentionKernel.MostRowTiles(headDim) * AttentionKernel.TileQueries;
+        int slice = Math.Min(group, queriesPerItem), slices = (group + slice - 1) / slice;
+        _cut = (queriesPerItem / slice, CudaAttentionPlan.SlotsFor(_place!.MostSequences, step.MaxBlocks, heads, headDim, MostPartBytes));
+        if (_uploadedFor != _cut)
         {
-            _plan.Build(step, _rowsPerItem);
+            _plan.Build(step, _cut.RowsPerItem, _cut.Slots);
             _place!.Upload(step, _plan);
-            _uploadedFor = _rowsPerItem;
+            _uploadedFor = _cut;
         }
 
         Rope? rope = _rope is { } asked && (asked.Qkv, asked.Heads, asked.Cache, asked.Layer) == (queries, heads, keysValues, layer) ? asked : null;
         if (rope is not null)
             _rope = null;
-        Reserve(ref _partials, (long)CudaAttentionPlan.MostSlots * heads * (headDim + 2) * sizeof(float));
+        Reserve(ref _partials, _cut.Slots * CudaAttentionPlan.PartBytes(heads, headDim));
         Reserve(ref _counters, (long)step.TokenIds.Length * keysValues.KvHeads * slices * sizeof(uint));
 
-        AttentionKernel kernel = _kernels.Attend(headDim, _plan.MostRows * slice <= AttentionKernel.TileQueries ? 1 : widest);
-        int items = _isDecode ? (int)BitOperations.RoundUpToPowerOf2((uint)_plan.ItemCount) : _plan.ItemCount;
-        Launch(kernel.Function, new Grid(items, keysValues.KvHeads, slices), kernel.Threads, kernel.SharedBytes,
-            [_place!.Header, Fp32(queries, step.RowCount), queries.Columns, _place.Positions, _place.Sequences,
+        // A step that decodes is launched by its number of rows alone, whatever their contexts: blocks take items until there are none.
+        AttentionKernel kernel = _kernels.Attend(headDim, _plan.RowTiles(slice, headDim));
+        int blocks = _isDecode ? kernel.BlocksFor(Pad(step.RowCount) + _cut.Slots, keysValues.KvHeads * slices) : _plan.ItemCount;
+        Launch(kernel.Function, new Grid(blocks, keysValues.KvHeads, slices), kernel.Threads, kernel.SharedBytes,
+            [_place.Header, Fp32(queries, step.RowCount), queries.Columns, _place.Positions,
             keysValues.Keys(layer), keysValues.Values(layer), heads, keysValues.KvHeads, slice, scale, destination.Rounded, _place.RowSlots,
             _partials.Pointer, _counters.Pointer, rope?.QueryNorm ?? 0, rope?.KeyNorm ?? 0, rope?.Epsilon ?? 0, rope?.Table ?? 0]);
         destination.IsRounded = true;

@@ -142,6 +142,12 @@ bool ordered(const Where& now, int thread, unsigned epoch, unsigned warp_epoch)
 }
 }
 
+void check_waited(const void* pointer)
+{
+    if (waits_for_earlier_kernels() && find((uintptr_t)pointer) != nullptr)
+        fail("touched global memory before it waited for the kernel before it", pointer, -1);
+}
+
 void touch(void* pointer, size_t bytes, bool write)
 {
     if (!in_kernel() || on_stack(pointer))
@@ -162,6 +168,8 @@ void touch(void* pointer, size_t bytes, bool write)
 
             fail(write ? "write out of bounds" : "read out of bounds", pointer, -1);
         }
+
+        check_waited(pointer);
     }
 
     Where now = where();

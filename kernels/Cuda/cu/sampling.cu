@@ -320,6 +320,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(
     Result* results, int* alternative_ids, float* alternative_log_probs)
 {
     __shared__ Shared shared;
+    wait_for_earlier_kernels();
     int q = first_query + blockIdx.x;
     if (q >= step->queries)
         return; // the launch is rounded up

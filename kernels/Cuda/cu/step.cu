@@ -7,6 +7,7 @@
 // where it found none, any does.
 extern "C" __global__ void __launch_bounds__(THREADS) embed(const stored* table, const int* tokens, const int* answers, float* output, int columns)
 {
+    wait_for_earlier_kernels();
     int token = tokens[blockIdx.x];
     if (token < 0)
         token = max(0, answers[3 * ~token]);
@@ -24,6 +25,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) rms_norm(const float* inpu
     const float* x = input + (long long)blockIdx.x * columns;
     stored* y = output + (long long)blockIdx.x * columns;
     float squares = 0;
+    wait_for_earlier_kernels();
     for (int i = threadIdx.x; i < columns; i += THREADS)
         squares = fmaf(x[i], x[i], squares);
     float inverse = 1.0f / sqrtf(block_sum<THREADS>(squares, parts) / columns + epsilon);
@@ -39,6 +41,7 @@ extern "C" __global__ void __launch_bounds__(32) rope_store(
     float* qkv, int stride, int heads, int kv_heads, int head_dim, const float* query_norm, const float* key_norm, float epsilon,
     const float* rope, const StepHeader* step, const int* positions, const int* sequences, int block_tokens, stored* keys, stored* values)
 {
+    wait_for_earlier_kernels();
     int row = blockIdx.x, head = blockIdx.y, lane = threadIdx.x, position = positions[row];
     float* x = qkv + (long long)row * stride + (long long)head * head_dim;
     const float* cosines = rope + (long long)position * head_dim;
@@ -64,6 +67,7 @@ ROLLOUT_KERNEL(rope_store)
 // output[row, i] = silu(gate_up[row, i]) * gate_up[row, width + i].
 extern "C" __global__ void __launch_bounds__(THREADS) gated_silu(const float* gate_up, stored* output, int width)
 {
+    wait_for_earlier_kernels();
     int i = blockIdx.y * THREADS + threadIdx.x;
     if (i >= width)
         return;
@@ -76,6 +80,7 @@ ROLLOUT_KERNEL(gated_silu)
 // output[k] = input[rows[k]].
 extern "C" __global__ void __launch_bounds__(THREADS) gather(const float* input, const int* rows, float* output, int columns)
 {
+    wait_for_earlier_kernels();
     const float* from = input + (long long)rows[blockIdx.x] * columns;
     float* to = output + (long long)blockIdx.x * columns;
     for (int i = threadIdx.x; i < columns; i += THREADS)
@@ -86,6 +91,7 @@ ROLLOUT_KERNEL(gather)
 // fp32 to what a matmul takes.
 extern "C" __global__ void __launch_bounds__(THREADS) round_values(const float* input, stored* output, long long count)
 {
+    wait_for_earlier_kernels();
     long long i = (long long)blockIdx.x * THREADS + threadIdx.x;
     if (i < count)
         output[i] = store(input[i]);
@@ -95,6 +101,7 @@ ROLLOUT_KERNEL(round_values)
 // And back, for whoever needs fp32.
 extern "C" __global__ void __launch_bounds__(THREADS) widen_values(const stored* input, float* output, long long count)
 {
+    wait_for_earlier_kernels();
     long long i = (long long)blockIdx.x * THREADS + threadIdx.x;
     if (i < count)
         output[i] = load(input[i]);
