@@ -40,8 +40,8 @@ public sealed class CudaTests
     }
 
     /// <summary>
-    /// bf16 rounds what goes into a matmul, keys and values. That costs little more than what rounding the matmuls' inputs alone costs, on these models
-    /// of 64 to 128 numbers a token; it does not lean to either side; and it changes a choice only where two tokens are nearly as probable.
+    /// bf16 rounds what goes into a matmul, keys, values, and gate and up. That costs little more than what rounding the matmuls' inputs alone costs, on
+    /// these models of 64 to 128 numbers a token; it does not lean to either side; and it changes a choice only where two tokens are nearly as probable.
     /// </summary>
     [Theory, MemberData(nameof(Families))]
     public async Task In_bf16_log_probabilities_are_near_the_references_and_clear_choices_are_equal(string family)
@@ -49,7 +49,7 @@ public sealed class CudaTests
         SimulatedDevice.Require();
         (double off, double mean) = await Differences(family, new CudaBackend(0), checkChoices: true);
         (double inputsOff, _) = await Differences(family, new CpuBackend(1, 0, WeightFormat.BFloat16Fast), checkChoices: false);
-        Assert.InRange(off, 0, 1.5 * inputsOff);
+        Assert.InRange(off, 0, 2 * inputsOff); // of some 50 tokens
         Assert.InRange(mean, -1e-2, 1e-2);
     }
 
@@ -107,7 +107,7 @@ public sealed class CudaTests
         const int Steps = 10;
         const int Around = 5;  // embed, gather, norm, head, sample
         const int MatMuls = 4; // of a layer
-        Assert.Equal(Steps * ((8 * model.Layers) + Around), steps.Launches);
+        Assert.Equal(Steps * ((9 * model.Layers) + Around), steps.Launches);
         Assert.Equal(steps.Launches - (Steps * ((MatMuls * model.Layers) + 1)), steps.EarlyLaunches); // all but matmuls
         Assert.Equal(Steps, steps.Synchronisations);
         Assert.Equal(Steps, manyGraphs - fewGraphs);
