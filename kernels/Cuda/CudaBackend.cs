@@ -361,8 +361,8 @@ public sealed unsafe partial class CudaBackend : IBackend
         CudaTensor destination = Own(output, rows);
         CudaTensor source = Own(gateUp, rows, 2 * destination.Columns);
         rows = Pad(rows, source, destination);
-        Launch(_kernels.GatedSilu, new Grid(rows, Blocks(destination.Columns).X), Threads,
-            Fp32(source, rows), destination.Rounded, destination.Columns);
+        Launch(_kernels.GatedSilu, new Grid(rows, Blocks(destination.Columns, 16 / StoredBytes).X), Threads,
+            Rounded(source, rows), destination.Rounded, destination.Columns);
         destination.IsRounded = true;
     }
 
@@ -451,7 +451,7 @@ public sealed unsafe partial class CudaBackend : IBackend
         if (tensor.IsRounded && !StoresFp32)
         {
             long count = (long)rows * tensor.Columns;
-            Launch(_kernels.Widen, Blocks(count), Threads, tensor.Rounded, tensor.Fp32, count);
+            Launch(_kernels.Widen, Blocks(count, 4), Threads, tensor.Rounded, tensor.Fp32, count);
         }
 
         tensor.IsRounded = false;
@@ -464,7 +464,7 @@ public sealed unsafe partial class CudaBackend : IBackend
         {
             // The fp32 values stay the tensor's: whoever rounds them again later gets the same.
             long count = (long)rows * tensor.Columns;
-            Launch(_kernels.Round, Blocks(count), Threads, tensor.Fp32, tensor.Rounded, count);
+            Launch(_kernels.Round, Blocks(count, 4), Threads, tensor.Fp32, tensor.Rounded, count);
         }
 
         return tensor.Rounded;
@@ -495,7 +495,8 @@ public sealed unsafe partial class CudaBackend : IBackend
 
     // ---- Launches.
 
-    private static Grid Blocks(long count) => new((int)((count + Threads - 1) / Threads));
+    /// <summary>For so many elements, of which a thread takes `each`.</summary>
+    private static Grid Blocks(long count, int each = 1) => new((int)((count + ((long)Threads * each) - 1) / ((long)Threads * each)));
 
     private void Launch(nint function, Grid grid, int threads, params ReadOnlySpan<Argument> arguments) =>
         Launch(function, grid, threads, sharedBytes: 0, arguments);

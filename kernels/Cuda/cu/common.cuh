@@ -93,6 +93,21 @@ __device__ __forceinline__ float load(stored x) { return x; }
 __device__ __forceinline__ stored store(float x) { return x; }
 #endif
 
+// As many as 16 bytes hold, in one access.
+#define WIDE (16 / (int)sizeof(stored))
+struct alignas(16) Wide { stored x[WIDE]; };
+
+// Four at a time; those of fp32 lie on 16 bytes, those of bf16 on 8.
+struct alignas(4 * sizeof(stored)) Four { stored x[4]; };
+
+__device__ __forceinline__ float4 load_four(const stored* from)
+{
+    Four four = *(const Four*)from;
+    return {load(four.x[0]), load(four.x[1]), load(four.x[2]), load(four.x[3])};
+}
+
+__device__ __forceinline__ void store_four(stored* to, float4 x) { *(Four*)to = {store(x.x), store(x.y), store(x.z), store(x.w)}; }
+
 __device__ __forceinline__ float warp_sum(float x)
 {
     for (int other = 16; other > 0; other >>= 1)
