@@ -52,6 +52,10 @@ bool submit_beside(void* stream, std::shared_future<void>* done, std::function<v
 bool is_device_memory(const void* pointer, size_t bytes);
 
 // ---- counters, for tests
-struct Counters { uint64_t launches, host_to_device_bytes, device_to_host_bytes, synchronisations, allocations, matmul_weight_bytes, staged_bytes; };
+struct Counters
+{
+    uint64_t launches, host_to_device_bytes, device_to_host_bytes, synchronisations, allocations, matmul_weight_bytes, staged_bytes;
+    uint64_t read_bytes; // of device memory, by kernels; staged_bytes among them
+};
 extern Counters counters;
 }

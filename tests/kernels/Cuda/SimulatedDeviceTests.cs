@@ -38,6 +38,8 @@ public sealed class SimulatedDeviceTests
                 y[blockIdx.x] = 0;
             if (FAULT == 6 && threadIdx.x < 7)
                 __shfl_xor_sync(0xffffffffu, v, 1);
+            if (FAULT == 10 && threadIdx.x == 5)
+                y[blockIdx.x] = ((const float4*)(x + 1))->y;
         }
         ROLLOUT_KERNEL(sum)
         """;
@@ -51,7 +53,8 @@ public sealed class SimulatedDeviceTests
         for (int row = 0; row < Rows; row++)
             Assert.Equal(Enumerable.Range(row * Columns, Columns).Sum(), sums[row]);
         SimulatedDevice.Counters spent = SimulatedDevice.Count() - before;
-        Assert.Equal(new(Launches: 1, Rows * Columns * sizeof(float), Rows * sizeof(float), Synchronisations: 1, Allocations: 2, 0, 0), spent);
+        const int Bytes = Rows * Columns * sizeof(float);
+        Assert.Equal(new(Launches: 1, Bytes, Rows * sizeof(float), Synchronisations: 1, Allocations: 2, 0, 0, ReadBytes: Bytes), spent);
     }
 
     [Theory]
@@ -64,6 +67,7 @@ public sealed class SimulatedDeviceTests
     [InlineData(7, "cuMemcpyDtoHAsync_v2", "CUDA_ERROR_INVALID_VALUE")] // read after it was freed
     [InlineData(8, "cuLaunchKernel (sum): CUDA_ERROR_INVALID_VALUE", "")] // more threads than a block has
     [InlineData(9, "cuLaunchKernel (sum): CUDA_ERROR_INVALID_VALUE", "")] // more shared memory than was asked for
+    [InlineData(10, "misaligned access: thread 5 of block (0, 0, 0)", "at byte 4 of an allocation of 2400")]
     public async Task A_planted_fault_is_caught(int fault, string what, string where)
     {
         SimulatedDevice.RequireSimulated();
