@@ -6,7 +6,7 @@ namespace Rollout.Kernels.Cuda;
 internal sealed unsafe class CudaKernels : IDisposable
 {
     private static readonly Dictionary<string, string> s_headers =
-        new[] { "common.cuh", "copy.cuh", "mma.cuh", "rope.cuh" }.ToDictionary(header => header, Source);
+        new[] { "common.cuh", "copy.cuh", "logits.cuh", "mma.cuh", "rope.cuh", "truncation.cuh" }.ToDictionary(header => header, Source);
 
     private readonly CudaDevice _device;
     private readonly bool _storesFp32;
