@@ -20,6 +20,7 @@ public sealed unsafe partial class CudaBackend : IBackend
     private readonly CudaAttentionPlan _plan = new();
     private readonly DeviceBuffer _staging, _stagedIndices; // of weights on their way in
     private DeviceBuffer? _partials, _counters;             // of attention that is cut by chunks
+    private DeviceBuffer? _sampling;                        // see CudaSampleScratch
     private CudaStep? _place;
     private StepLayout? _step;
     private int[] _rowSequence = [];
@@ -101,6 +102,7 @@ public sealed unsafe partial class CudaBackend : IBackend
         _place?.Dispose();
         _partials?.Dispose();
         _counters?.Dispose();
+        _sampling?.Dispose();
         _staging.Dispose();
         _stagedIndices.Dispose();
         _matMul.Dispose();
@@ -384,9 +386,17 @@ public sealed unsafe partial class CudaBackend : IBackend
         Checks.Outputs(step, first, count);
         CudaTensor source = Own(logits, count);
         (int begin, int end) = Checks.Queries(step, first, count, source.Columns);
-        Launch(_kernels.Sample, new Grid(Pad(end - begin)), Threads,
-            _place!.Header, Fp32(source, count), source.Columns, source.Columns, _place.Queries, begin, first, first + source.Rows,
-            _place.Results, _place.AlternativeIds, _place.AlternativeLogProbs);
+        CudaSampleScratch scratch = new(source.Columns);
+        Reserve(ref _sampling, scratch.Bytes);
+        nuint values = Fp32(source, count), counters = _sampling.Pointer;
+        int queries = Pad(end - begin);
+        for (int done = 0; done < queries; done += CudaSampleScratch.MostQueries)
+        {
+            Launch(_kernels.Sample, new Grid(Math.Min(queries - done, CudaSampleScratch.MostQueries), scratch.Slices), Threads,
+                _place!.Header, values, source.Columns, source.Columns, _place.Queries, begin + done, first, first + source.Rows, _place.Results,
+                _place.AlternativeIds, _place.AlternativeLogProbs, counters, counters + (nuint)CudaSampleScratch.Found, counters + (nuint)scratch.Tops);
+        }
+
         if (first + count < step.OutputCount)
             return; // with the last of the step's answers come all
         Flush();
@@ -396,7 +406,7 @@ public sealed unsafe partial class CudaBackend : IBackend
             return;
         }
 
-        _place.Download();
+        _place!.Download();
         _answers = step.QueryCount;
     }
 

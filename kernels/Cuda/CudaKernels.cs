@@ -6,7 +6,8 @@ namespace Rollout.Kernels.Cuda;
 internal sealed unsafe class CudaKernels : IDisposable
 {
     private static readonly Dictionary<string, string> s_headers =
-        new[] { "attention.cuh", "common.cuh", "copy.cuh", "merge.cuh", "mma.cuh", "ring.cuh", "rope.cuh" }.ToDictionary(header => header, Source);
+        new[] { "attention.cuh", "common.cuh", "copy.cuh", "logits.cuh", "merge.cuh", "mma.cuh", "ring.cuh", "rope.cuh", "truncation.cuh" }
+            .ToDictionary(header => header, Source);
 
     private readonly CudaDevice _device;
     private readonly bool _storesFp32;

@@ -66,6 +66,7 @@ struct Counters
 {
     uint64_t launches, host_to_device_bytes, device_to_host_bytes, synchronisations, allocations, matmul_weight_bytes, staged_bytes, graphs;
     uint64_t early_launches; // of kernels that may start before those before them have ended
+    uint64_t read_bytes; // of device memory, by kernels; staged_bytes among them
 };
 extern Counters counters;
 }

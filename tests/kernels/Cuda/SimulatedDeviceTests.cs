@@ -42,6 +42,8 @@ public sealed class SimulatedDeviceTests
                 y[blockIdx.x] = 0;
             if (FAULT == 6 && threadIdx.x < 7)
                 __shfl_xor_sync(0xffffffffu, v, 1);
+            if (FAULT == 12 && threadIdx.x == 5)
+                y[blockIdx.x] = ((const float4*)(x + 1))->y;
         }
         ROLLOUT_KERNEL(sum)
         """;
@@ -55,7 +57,9 @@ public sealed class SimulatedDeviceTests
         for (int row = 0; row < Rows; row++)
             Assert.Equal(Enumerable.Range(row * Columns, Columns).Sum(), sums[row]);
         SimulatedDevice.Counters spent = SimulatedDevice.Count() - before;
-        Assert.Equal(new(Launches: 1, Rows * Columns * sizeof(float), Rows * sizeof(float), Synchronisations: 1, Allocations: 2, 0, 0, 0, EarlyLaunches: 1), spent);
+        const int Bytes = Rows * Columns * sizeof(float);
+        Assert.Equal(
+            new(Launches: 1, Bytes, Rows * sizeof(float), Synchronisations: 1, Allocations: 2, 0, 0, 0, EarlyLaunches: 1, ReadBytes: Bytes), spent);
     }
 
     [Theory]
@@ -70,6 +74,7 @@ public sealed class SimulatedDeviceTests
     [InlineData(9, "cuLaunchKernelEx (sum): CUDA_ERROR_INVALID_VALUE", "")] // more shared memory than was asked for
     [InlineData(10, "touched global memory before it waited for the kernel before it: thread 7 of block (0, 0, 0)", "at byte 28 of an allocation of 2400")]
     [InlineData(11, "ended without having waited for the kernel before it: thread 33 of block (0, 0, 0)", "")]
+    [InlineData(12, "misaligned access: thread 5 of block (0, 0, 0)", "at byte 4 of an allocation of 2400")]
     public async Task A_planted_fault_is_caught(int fault, string what, string where)
     {
         SimulatedDevice.RequireSimulated();
