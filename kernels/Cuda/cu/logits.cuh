@@ -126,9 +126,10 @@ struct alignas(16) Shared
     u32 count;
     bool is_last;
 };
+__shared__ Shared shared;
 
 // Of all threads' values; all threads get the answer.
-__device__ __forceinline__ double block_total(double x, Shared& shared)
+__device__ __forceinline__ double block_total(double x)
 {
     for (int other = 16; other > 0; other >>= 1)
     {
@@ -146,7 +147,7 @@ __device__ __forceinline__ double block_total(double x, Shared& shared)
     return total;
 }
 
-__device__ __forceinline__ Best block_best(Best x, Shared& shared)
+__device__ __forceinline__ Best block_best(Best x)
 {
     for (int other = 16; other > 0; other >>= 1)
     {

@@ -31,7 +31,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(
     int end_output, Result* results, int* alternative_ids, float* alternative_log_probs,
     u32* counters, Found* found, float* tops)
 {
-    __shared__ Shared shared;
     int q = first_query + (int)blockIdx.x, slice = blockIdx.y, slices = gridDim.y, thread = threadIdx.x;
     int chunks = (vocabulary + CHUNK - 1) / CHUNK, groups = (vocabulary + 3) / 4; // of four tokens
     int first = slice * (SLICE / 4), end = min(first + SLICE / 4, groups);
@@ -108,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(
     Found mine = {0, 0, 0, 0, {-INFINITE, NONE}, {-INFINITE, NONE}};
     mine.top = block_max<THREADS>(bad ? INFINITE : top, shared.values);
     if (draws)
-        mine.largest = block_best(largest, shared);
+        mine.largest = block_best(largest);
 
     // ---- Sums and noise.
     float drawn_top = row.divided(mine.largest.value), sum = 0, drawn_sum = 0;
@@ -159,11 +158,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(
     if (noisy)
     {
         mine.drawn_sum = as_model ? mine.sum : block_sum<THREADS>(drawn_sum, shared.values);
-        mine.best = block_best(best, shared);
+        mine.best = block_best(best);
     }
 
     if (weighs)
-        mine.mass = block_total(mass, shared);
+        mine.mass = block_total(mass);
 
     // ---- The block that comes last for the query goes on.
     if (thread == 0)
@@ -191,8 +190,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(
     }
 
     top = block_max<THREADS>(top, shared.values);
-    largest = block_best(largest, shared);
-    best = block_best(best, shared);
+    largest = block_best(largest);
+    best = block_best(best);
     row.top = row.divided(largest.value);
     if (thread == 0)
         shared.row = row;
@@ -208,12 +207,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(
 
     sum = block_sum<THREADS>(sum, shared.values);
     drawn_sum = block_sum<THREADS>(drawn_sum, shared.values);
-    mass = block_total(mass, shared);
+    mass = block_total(mass);
 
     bool nothing = !(top < INFINITE && top > -INFINITE);
     float log_sum = log_of(sum);
     if (!nothing && query.alternatives_count > 0)
-        list_alternatives(top, log_sum, tops + chunks, alternative_ids, alternative_log_probs, shared);
+        list_alternatives(top, log_sum, tops + chunks, alternative_ids, alternative_log_probs);
     int token = query.target;
     float sampling_log_prob = 0;
     if (!nothing && draws)
@@ -225,7 +224,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(
         }
         else
         {
-            Drawn drawn = truncated ? draw_truncated(by_k, mass, tops, shared) : Drawn{best, drawn_sum};
+            Drawn drawn = truncated ? draw_truncated(by_k, mass, tops) : Drawn{best, drawn_sum};
             token = drawn.best.id == NONE ? -1 : drawn.best.id;
             sampling_log_prob = token < 0 ? 0.0f : shared.row.x(token) - shared.row.top - log_of(drawn.sum);
         }

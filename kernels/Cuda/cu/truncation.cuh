@@ -67,7 +67,7 @@ struct Mass
 };
 
 // Of the tokens up to the last; with weigh = false their number is their mass.
-__device__ Mass mass_up_to(u64 last, const Row& row, const float* tops, bool weigh, Shared& shared)
+__device__ Mass mass_up_to(u64 last, const Row& row, const float* tops, bool weigh)
 {
     double mass = 0, count = 0;
     visit_up_to(last, row, tops, [&](u64, float x, int)
@@ -76,8 +76,8 @@ __device__ Mass mass_up_to(u64 last, const Row& row, const float* tops, bool wei
         if (weigh)
             mass += exp_of(x - row.top);
     });
-    count = block_total(count, shared);
-    return Mass{weigh ? block_total(mass, shared) : count, count};
+    count = block_total(count);
+    return Mass{weigh ? block_total(mass) : count, count};
 }
 
 // Tokens after one and up to another, and the mass of those before.
@@ -88,7 +88,7 @@ struct Range
 };
 
 // No more tokens than `most`, or one, among which the mass first reaches the target.
-__device__ Range narrow(const Row& row, const float* tops, double target, bool weigh, int most, Shared& shared)
+__device__ Range narrow(const Row& row, const float* tops, double target, bool weigh, int most)
 {
     Range range = {0, packed(-INFINITE, NONE), 0};
     double count_before = 0, count = row.vocabulary;
@@ -100,7 +100,7 @@ __device__ Range narrow(const Row& row, const float* tops, double target, bool w
         step = step < 1e30f ? step * 2.0f : step;
         if (middle <= range.after || middle >= range.last)
             continue;
-        Mass found = mass_up_to(middle, row, tops, weigh, shared);
+        Mass found = mass_up_to(middle, row, tops, weigh);
         if (found.count > 0 && found.mass >= target)
         {
             range.last = middle;
@@ -119,15 +119,15 @@ __device__ Range narrow(const Row& row, const float* tops, double target, bool w
 }
 
 // A value that at least so many tokens reach, unless there are no more chunks.
-__device__ float bound_for(int wanted, const Row& row, const float* tops, float top, Shared& shared)
+__device__ float bound_for(int wanted, const Row& row, const float* tops, float top)
 {
     Row of_chunks = plain_row(tops, (row.vocabulary + CHUNK - 1) / CHUNK);
     of_chunks.top = top;
-    return value_of(narrow(of_chunks, nullptr, min(wanted, of_chunks.vocabulary), false, wanted / 4 + 1, shared).last);
+    return value_of(narrow(of_chunks, nullptr, min(wanted, of_chunks.vocabulary), false, wanted / 4 + 1).last);
 }
 
 // Puts tokens into the list, in any order. Returns how many there are, also where there is no room for them.
-__device__ int collect(u64 after, u64 last, const Row& row, const float* tops, Shared& shared)
+__device__ int collect(u64 after, u64 last, const Row& row, const float* tops)
 {
     __syncthreads(); // all are done with an earlier list
     if (threadIdx.x == 0)
@@ -148,7 +148,7 @@ __device__ int collect(u64 after, u64 last, const Row& row, const float* tops, S
 // ---- The list.
 
 // Bitonic (Batcher 1968).
-__device__ void sort_list(int count, Shared& shared)
+__device__ void sort_list(int count)
 {
     int size = 1;
     while (size < count)
@@ -176,24 +176,24 @@ __device__ void sort_list(int count, Shared& shared)
     __syncthreads();
 }
 
-__device__ double mass_of_first(int count, bool weigh, Shared& shared)
+__device__ double mass_of_first(int count, bool weigh)
 {
     if (!weigh)
         return count;
     double mass = 0;
     for (int i = threadIdx.x; i < count; i += THREADS)
         mass += exp_of(value_of(shared.list[i]) - shared.row.top);
-    return block_total(mass, shared);
+    return block_total(mass);
 }
 
 // The fewest tokens of the sorted list, but one at least, whose mass reaches the target; all, where it does not.
-__device__ int reaching(int count, double target, bool weigh, Shared& shared)
+__device__ int reaching(int count, double target, bool weigh)
 {
     int less = 0;
     while (count - less > 1)
     {
         int middle = (less + count) / 2;
-        if (mass_of_first(middle, weigh, shared) >= target)
+        if (mass_of_first(middle, weigh) >= target)
             count = middle;
         else
             less = middle;
@@ -203,7 +203,7 @@ __device__ int reaching(int count, double target, bool weigh, Shared& shared)
 }
 
 // How many tokens of the sorted list top-k and top-p keep; 0 where the list ends before they do. mass: of the whole row.
-__device__ int kept_of_list(int count, bool is_all, bool by_k, double mass, Shared& shared)
+__device__ int kept_of_list(int count, bool is_all, bool by_k, double mass)
 {
     const Query& query = shared.query;
     if (by_k && count < query.top_k && !is_all)
@@ -212,9 +212,9 @@ __device__ int kept_of_list(int count, bool is_all, bool by_k, double mass, Shar
     bool ends = by_k || is_all || (query.min_p > 0.0f && exp_of(value_of(shared.list[count - 1]) - shared.row.top) < query.min_p);
     if (query.top_p < 1.0f)
     {
-        double found = mass_of_first(kept, true, shared), target = query.top_p * (by_k ? found : mass);
+        double found = mass_of_first(kept, true), target = query.top_p * (by_k ? found : mass);
         ends |= found >= target;
-        kept = reaching(kept, target, true, shared);
+        kept = reaching(kept, target, true);
     }
 
     return ends ? kept : 0;
@@ -223,23 +223,23 @@ __device__ int kept_of_list(int count, bool is_all, bool by_k, double mass, Shar
 // ---- The draw.
 
 // The token at which the mass first reaches the target.
-__device__ u64 find_last(double target, bool weigh, const float* tops, Shared& shared)
+__device__ u64 find_last(double target, bool weigh, const float* tops)
 {
-    Range range = narrow(shared.row, tops, target, weigh, ROOM, shared);
-    int count = collect(range.after, range.last, shared.row, tops, shared);
-    sort_list(count, shared);
-    return shared.list[reaching(count, target - range.before, weigh, shared) - 1];
+    Range range = narrow(shared.row, tops, target, weigh, ROOM);
+    int count = collect(range.after, range.last, shared.row, tops);
+    sort_list(count);
+    return shared.list[reaching(count, target - range.before, weigh) - 1];
 }
 
-__device__ Drawn draw_from_row(bool by_k, double mass, const float* tops, Shared& shared)
+__device__ Drawn draw_from_row(bool by_k, double mass, const float* tops)
 {
     const Row& row = shared.row;
     const Query& query = shared.query;
     u64 last = packed(LEAST, NONE);
     if (by_k)
-        last = find_last(query.top_k, false, tops, shared);
+        last = find_last(query.top_k, false, tops);
     if (query.top_p < 1.0f)
-        last = find_last(query.top_p * (by_k ? mass_up_to(last, row, tops, true, shared).mass : mass), true, tops, shared);
+        last = find_last(query.top_p * (by_k ? mass_up_to(last, row, tops, true).mass : mass), true, tops);
     Best best = {-INFINITE, NONE};
     float sum = 0;
     visit_up_to(last, row, tops, [&](u64, float x, int v)
@@ -250,23 +250,23 @@ __device__ Drawn draw_from_row(bool by_k, double mass, const float* tops, Shared
         sum += weight;
         best = better(best, x + noise(query, v), v);
     });
-    return Drawn{block_best(best, shared), block_sum<THREADS>(sum, shared.values)};
+    return Drawn{block_best(best), block_sum<THREADS>(sum, shared.values)};
 }
 
 // mass: of the whole row, where top-p alone is asked for. tops: the largest x of every chunk.
-__device__ __noinline__ Drawn draw_truncated(bool by_k, double mass, const float* tops, Shared& shared)
+__device__ __noinline__ Drawn draw_truncated(bool by_k, double mass, const float* tops)
 {
     const Row& row = shared.row;
     const Query& query = shared.query;
     int chunks = (row.vocabulary + CHUNK - 1) / CHUNK;
     for (int wanted = by_k ? query.top_k : 64;; wanted *= 4)
     {
-        float bound = row.vocabulary <= ROOM ? LEAST : fmaxf(bound_for(wanted, row, tops, row.top, shared), LEAST);
-        int count = collect(0, packed(bound, NONE), row, tops, shared);
+        float bound = row.vocabulary <= ROOM ? LEAST : fmaxf(bound_for(wanted, row, tops, row.top), LEAST);
+        int count = collect(0, packed(bound, NONE), row, tops);
         if (count > ROOM)
             break;
-        sort_list(count, shared);
-        int kept = kept_of_list(count, bound == LEAST, by_k, mass, shared);
+        sort_list(count);
+        int kept = kept_of_list(count, bound == LEAST, by_k, mass);
         if (kept > 0)
         {
             Best best = {-INFINITE, NONE};
@@ -281,26 +281,26 @@ __device__ __noinline__ Drawn draw_truncated(bool by_k, double mass, const float
                 best = better(best, x + noise(query, v), v);
             }
 
-            return Drawn{block_best(best, shared), block_sum<THREADS>(sum, shared.values)};
+            return Drawn{block_best(best), block_sum<THREADS>(sum, shared.values)};
         }
 
         if (wanted >= chunks)
             break;
     }
 
-    return draw_from_row(by_k, mass, tops, shared);
+    return draw_from_row(by_k, mass, tops);
 }
 
 // The most probable tokens. tops: the largest logit of every chunk.
-__device__ __noinline__ void list_alternatives(float top, float log_sum, const float* tops, int* ids, float* log_probs, Shared& shared)
+__device__ __noinline__ void list_alternatives(float top, float log_sum, const float* tops, int* ids, float* log_probs)
 {
     Row row = plain_row(shared.row.logits, shared.row.vocabulary);
     int wanted = shared.query.alternatives_count, start = shared.query.alternatives_start;
-    float bound = row.vocabulary <= ROOM ? -INFINITE : bound_for(wanted, row, tops, top, shared);
-    int count = collect(0, packed(bound, NONE), row, tops, shared);
+    float bound = row.vocabulary <= ROOM ? -INFINITE : bound_for(wanted, row, tops, top);
+    int count = collect(0, packed(bound, NONE), row, tops);
     if (count >= wanted && count <= ROOM)
     {
-        sort_list(count, shared);
+        sort_list(count);
         for (int i = threadIdx.x; i < wanted; i += THREADS)
         {
             ids[start + i] = id_of(shared.list[i]);
@@ -322,7 +322,7 @@ __device__ __noinline__ void list_alternatives(float top, float log_sum, const f
                 next = better(next, z, v);
         }
 
-        previous = block_best(next, shared);
+        previous = block_best(next);
         if (threadIdx.x == 0)
         {
             ids[start + i] = previous.id;
