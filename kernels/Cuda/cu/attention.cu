@@ -70,7 +70,7 @@ __device__ __forceinline__ void weigh(Shared& s, int q, int seen, int lane)
 }
 
 // grid (blocks, kv_heads, slices of a group's heads). counts: items, queries, and blocks of a sequence's table.
-extern "C" __global__ void __launch_bounds__(THREADS) attend(
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(
     const int* counts, const Item* items, const float* qkv, int stride, const int* positions, const int* tables, stored* keys, stored* values,
     int heads, int kv_heads, int slice, float scale, stored* output, const int* row_slots, float* partials, u32* counters,
     const float* query_norm, const float* key_norm, float epsilon, const float* rope)
@@ -80,8 +80,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(
     int kv_head = blockIdx.y, group = heads / kv_heads, thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
     int first_head = kv_head * group + blockIdx.z * slice, slice_heads = min(slice, group - (int)blockIdx.z * slice);
     int row_tile = warp / COLUMN_WARPS * 16, part = warp % COLUMN_WARPS; // what this warp multiplies
-    int item_count = counts[0], max_blocks = counts[2];
-    for (int next_item = blockIdx.x; next_item < item_count; next_item += gridDim.x)
+    for (int next_item = blockIdx.x; next_item < counts[0]; next_item += gridDim.x)
     {
         Item item = items[next_item];
         int count = item.rows * slice_heads;
@@ -97,7 +96,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(
 
         // The token that this block adds to the cache. The item has this row only: what several rows share came before.
         int own = rope != nullptr && item.last / CHUNK < item.first_chunk + item.chunks ? item.last : -1;
-        const int* table = tables + (long long)item.sequence * max_blocks;
+        const int* table = tables + (long long)item.sequence * counts[2];
         Ring ring;
         ring.begin(s, item, keys, values, table, kv_heads, kv_head, own);
 
@@ -174,7 +173,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(
                     for (int k = 0; k < HEAD_TILES; k++)
                     {
                         RowTile query = kept[k % KEPT];
-                        if (KEPT < HEAD_TILES)
+                        if (k >= KEPT)
                             load_rows<HEAD_PADDED>(query, s.queries[row_tile], 16 * k, lane);
                         if (k % 2 == 0 && k + 1 < HEAD_TILES)
                             load_columns<2>(key, &tokens[token][16 * k], STAGE_ROW, lane);
@@ -238,6 +237,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(
                 }
             }
         }
+
+        item = items[next_item]; // again, so that no register keeps it meanwhile
 
         // ---- What the block found: the output, or a part of it [row_slots[row] + chunk][heads][PARTIAL]: weighted values, then m and l.
 #pragma unroll
