@@ -69,8 +69,10 @@ __device__ __forceinline__ void weigh(Shared& s, int q, int seen, int lane)
     }
 }
 
+__device__ __forceinline__ const Item& item_of(const StepHeader* step, int i) { return ((const Item*)((const char*)step + step->items_at))[i]; }
+
 // grid (blocks, kv_heads, slices of a group's heads).
-extern "C" __global__ void __launch_bounds__(THREADS) attend(
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(
     const StepHeader* step, const float* qkv, int stride, const int* positions, stored* keys, stored* values,
     int heads, int kv_heads, int slice, float scale, stored* output, const int* row_slots, float* partials, u32* counters,
     const float* query_norm, const float* key_norm, float epsilon, const float* rope)
@@ -80,11 +82,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(
     int kv_head = blockIdx.y, group = heads / kv_heads, thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
     int first_head = kv_head * group + blockIdx.z * slice, slice_heads = min(slice, group - (int)blockIdx.z * slice);
     int row_tile = warp / COLUMN_WARPS * 16, part = warp % COLUMN_WARPS; // what this warp multiplies
-    const Item* items = (const Item*)((const char*)step + step->items_at);
-    int item_count = step->items;
-    for (int next_item = blockIdx.x; next_item < item_count; next_item += gridDim.x)
+    for (int next_item = blockIdx.x; next_item < step->items; next_item += gridDim.x)
     {
-        Item item = items[next_item];
+        Item item = item_of(step, next_item);
         int count = item.rows * slice_heads;
         bool multiplies = row_tile < count;
         if (HEAD_PADDED > HEAD_DIM)
@@ -175,7 +175,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(
                     for (int k = 0; k < HEAD_TILES; k++)
                     {
                         RowTile query = kept[k % KEPT];
-                        if (KEPT < HEAD_TILES)
+                        if (k >= KEPT)
                             load_rows<HEAD_PADDED>(query, s.queries[row_tile], 16 * k, lane);
                         if (k % 2 == 0 && k + 1 < HEAD_TILES)
                             load_columns<2>(key, &tokens[token][16 * k], STAGE_ROW, lane);
@@ -239,6 +239,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(
                 }
             }
         }
+
+        item = item_of(step, next_item); // again, so that no register keeps it meanwhile
 
         // ---- What the block found: the output, or a part of it [row_slots[row] + chunk][heads][PARTIAL]: weighted values, then m and l.
 #pragma unroll

@@ -16,9 +16,12 @@
 #define HEAD_TILES (HEAD_PADDED / 16)
 #define OUTPUT_TILES ((HEAD_PADDED / 8 + COLUMN_WARPS - 1) / COLUMN_WARPS) // of 8 columns, a warp
 #define SCORE_TILES (STAGE / 8 / COLUMN_WARPS)                              // of 8 tokens, a warp
-#define KEPT (HEAD_DIM <= 128 ? HEAD_TILES : 1)                             // of the queries' tiles, in registers
 #define STAGE_ROW (HEAD_PADDED + 16 / (int)sizeof(stored))                  // longer than needed: rows next to each other begin in other banks
 #define PARTIAL (HEAD_DIM + 4) // of a chunk and a query: weighted values, m, l, and room, so that every part begins at 16 bytes
+
+// Blocks of a multiprocessor that registers leave room for, and how many of the queries' tiles they can hold for that; the others are loaded again.
+#define RESIDENT (ROW_TILES == 1 ? (HEAD_DIM <= 64 ? 4 : 3) : (HEAD_DIM <= 64 ? 2 : 1))
+#define KEPT (HEAD_DIM > 128 ? 1 : HEAD_DIM > 32 && HEAD_DIM <= 64 && ROW_TILES == 4 ? 2 : HEAD_TILES)
 
 // As CudaAttentionPlan writes it.
 struct alignas(16) Item
