@@ -104,9 +104,9 @@ internal sealed unsafe class CudaKernels : IDisposable
             BlockDimY = 1,
             BlockDimZ = 1,
             SharedMemBytes = (uint)sharedBytes,
-            Stream = stream.Value,
-            Attributes = &early,
-            NumAttributes = _device.StartsKernelsEarly && stream == _device.Stream ? 1u : 0u,
+            hStream = stream.Value,
+            attrs = &early,
+            numAttrs = _device.StartsKernelsEarly && stream == _device.Stream ? 1u : 0u,
         };
         void** pointers = stackalloc void*[arguments.Length];
         fixed (Argument* values = arguments)

@@ -291,9 +291,9 @@ internal unsafe struct CUlaunchConfig
     public uint GridDimX, GridDimY, GridDimZ;
     public uint BlockDimX, BlockDimY, BlockDimZ;
     public uint SharedMemBytes;
-    public nint Stream;
-    public CUlaunchAttribute* Attributes;
-    public uint NumAttributes;
+    public nint hStream;
+    public CUlaunchAttribute* attrs;
+    public uint numAttrs;
 }
 
 /// <summary>What else a launch says. Of the value's 64 bytes the first 8: a number, as all attributes in use have it.</summary>

@@ -56,7 +56,7 @@ public sealed class CudaCommandsTests
         using Device device = new();
         device.Note(rows: 1, threads: 4096);
         CudaException error = Assert.Throws<CudaException>(device.Commands.Record);
-        Assert.StartsWith("cuLaunchKernel (round_values", error.Message, StringComparison.Ordinal);
+        Assert.StartsWith("cuLaunchKernelEx (round_values", error.Message, StringComparison.Ordinal);
         device.Commands.Clear();
         device.Note(rows: 1);
         device.Commands.Send();
