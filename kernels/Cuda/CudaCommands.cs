@@ -59,6 +59,13 @@ internal sealed unsafe class CudaCommands : IDisposable
         if (_count == 0)
             return;
         _device.MakeCurrent();
+        if (_device.Times is not null)
+        {
+            Run();
+            Empty();
+            return;
+        }
+
         ReadOnlySpan<byte> list = MemoryMarshal.AsBytes(_list.AsSpan(0, _count));
         HashCode code = default;
         code.AddBytes(list);
@@ -82,14 +89,19 @@ internal sealed unsafe class CudaCommands : IDisposable
             GraphLaunches++;
         }
 
-        _list.AsSpan(0, _count).Clear(); // what is not written again must not be left from before: lists are compared byte by byte
-        _count = 0;
+        Empty();
     }
 
     public void Dispose()
     {
         foreach (Recorded recorded in _known.Values)
             recorded.Graph?.Dispose();
+    }
+
+    private void Empty()
+    {
+        _list.AsSpan(0, _count).Clear(); // what is not written again must not be left from before: lists are compared byte by byte
+        _count = 0;
     }
 
     private ref Command Next()

@@ -57,6 +57,9 @@ internal sealed unsafe class CudaDevice : IDisposable
     /// <summary>Steps run here, in order.</summary>
     public CudaStream Stream { get; }
 
+    /// <summary>Gets the time of every launch while it is there; then no graphs are used. For measurements.</summary>
+    public CudaLaunchTimes? Times { get; set; }
+
     /// <summary>Weights are written and read here, while steps run.</summary>
     public CudaStream Beside { get; }
 
@@ -119,10 +122,11 @@ internal sealed unsafe class CudaDevice : IDisposable
         return new NcclCommunicator(_context, id, ranks, rank, deadline);
     }
 
-    public CudaEvent CreateEvent()
+    /// <inheritdoc cref="CudaEvent(CudaContext, bool)"/>
+    public CudaEvent CreateEvent(bool timed = false)
     {
         MakeCurrent();
-        return new CudaEvent(_context);
+        return new CudaEvent(_context, timed);
     }
 
     public CudaModule Load(byte[] cubin, string name)

@@ -140,16 +140,25 @@ internal sealed class CudaEvent : CudaHandle
 {
     private const uint DisableTiming = 2; // CU_EVENT_DISABLE_TIMING
 
-    public CudaEvent(CudaContext context)
+    /// <param name="context">Of the streams it is recorded in.</param>
+    /// <param name="timed">Whether <see cref="SecondsSince"/> may be asked; costs the device a time stamp.</param>
+    public CudaEvent(CudaContext context, bool timed = false)
         : base(context)
     {
-        Driver.cuEventCreate(out nint @event, DisableTiming).ThrowIfFailed();
+        Driver.cuEventCreate(out nint @event, timed ? 0 : DisableTiming).ThrowIfFailed();
         Own(@event);
     }
 
     public void Record(CudaStream stream) => Driver.cuEventRecord(Value, stream.Value).ThrowIfFailed();
 
     public void Synchronize() => Driver.cuEventSynchronize(Value).ThrowIfFailed();
+
+    /// <summary>Device time from another event to this one, both timed and reached.</summary>
+    public double SecondsSince(CudaEvent earlier)
+    {
+        Driver.cuEventElapsedTime(out float milliseconds, earlier.Value, Value).ThrowIfFailed();
+        return milliseconds / 1e3;
+    }
 
     /// <summary>Whether the stream has come this far.</summary>
     public bool IsReached

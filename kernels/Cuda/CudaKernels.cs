@@ -87,10 +87,13 @@ internal sealed unsafe class CudaKernels : IDisposable
         {
             for (int i = 0; i < arguments.Length; i++)
                 pointers[i] = values + i;
+            CudaLaunchTimes? times = stream == _device.Stream ? _device.Times : null;
+            times?.Before(_names[function]);
             CUresult result = Driver.cuLaunchKernel(
                 function, (uint)grid.X, (uint)grid.Y, (uint)grid.Z, (uint)threads, 1, 1, (uint)sharedBytes, stream.Value, pointers, null);
             if (result != CUresult.CUDA_SUCCESS)
                 result.ThrowIfFailed($"{_names[function]}, {grid.X} x {grid.Y} x {grid.Z} blocks of {threads}", nameof(Driver.cuLaunchKernel));
+            times?.After();
         }
     }
 

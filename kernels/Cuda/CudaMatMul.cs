@@ -46,8 +46,14 @@ internal sealed unsafe class CudaMatMul : IDisposable
     /// <param name="outputs">Of the weight.</param>
     /// <param name="inputs">Of the weight.</param>
     /// <param name="add">Onto what stands in the output.</param>
-    public void Multiply(nuint input, nuint weight, nuint bias, nuint output, int rows, int outputs, int inputs, bool add) =>
-        ShapeOf(outputs, inputs).Run(input, weight, bias, output, rows, add);
+    public void Multiply(nuint input, nuint weight, nuint bias, nuint output, int rows, int outputs, int inputs, bool add)
+    {
+        Shape shape = ShapeOf(outputs, inputs);
+        CudaLaunchTimes? times = _device.Times;
+        times?.Before($"matmul [{outputs}, {inputs}]");
+        shape.Run(input, weight, bias, output, rows, add);
+        times?.After();
+    }
 
     public void Dispose()
     {

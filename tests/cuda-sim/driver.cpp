@@ -1,6 +1,7 @@
 // The driver API. Streams are in order by doing everything at once; a capturing stream notes it instead. Only what waits for other processes (NCCL) is
 // done beside, and whoever uses its stream next waits for it.
 #include "sim.h"
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <dlfcn.h>
@@ -41,7 +42,12 @@ struct Stream
     std::vector<std::function<int()>>* recording = nullptr;
     std::shared_future<void> beside; // valid where something is done beside
 };
-struct Event { std::shared_future<void> beside; };
+struct Event
+{
+    std::shared_future<void> beside;
+    bool timed;
+    std::chrono::steady_clock::time_point at; // of the record; everything before it is done
+};
 struct Graph { std::vector<std::function<int()>> work; };
 struct Module { void* library; };
 struct Function
@@ -395,10 +401,11 @@ int cuStreamWaitEvent(void* stream, void* event, unsigned)
     return Success;
 }
 
-int cuEventCreate(void** event, unsigned)
+int cuEventCreate(void** event, unsigned flags)
 {
     SIM_ENTER;
-    *event = new Event();
+    constexpr unsigned DisableTiming = 2;
+    *event = new Event{{}, (flags & DisableTiming) == 0, {}};
     return Success;
 }
 
@@ -412,6 +419,17 @@ int cuEventRecord(void* event, void* stream)
 {
     SIM_ENTER;
     ((Event*)event)->beside = stream != nullptr ? ((Stream*)stream)->beside : std::shared_future<void>();
+    ((Event*)event)->at = std::chrono::steady_clock::now();
+    return Success;
+}
+
+int cuEventElapsedTime(float* milliseconds, void* start, void* end)
+{
+    SIM_ENTER;
+    const Event &from = *(Event*)start, &to = *(Event*)end;
+    if (!from.timed || !to.timed || from.at.time_since_epoch().count() == 0 || to.at.time_since_epoch().count() == 0)
+        return InvalidHandle;
+    *milliseconds = std::chrono::duration<float, std::milli>(to.at - from.at).count();
     return Success;
 }
 

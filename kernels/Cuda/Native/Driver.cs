@@ -112,6 +112,9 @@ internal static unsafe partial class Driver
     [LibraryImport(CudaLibraries.Driver)]
     public static partial CUresult cuEventSynchronize(nint @event);
 
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuEventElapsedTime(out float milliseconds, nint start, nint end);
+
     // ---- Kernels.
 
     [LibraryImport(CudaLibraries.Driver)]
