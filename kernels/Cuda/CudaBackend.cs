@@ -199,6 +199,15 @@ public sealed unsafe class CudaBackend : IBackend
         return new CudaDigest(Device, _kernels, onHost, pieceBytes);
     }
 
+    /// <summary>
+    /// What every algorithm that cuBLASLt proposes for a weight shape computes, and how fast: see <see cref="MatMulCandidate"/>. Nothing is chosen or kept.
+    /// </summary>
+    internal IReadOnlyList<MatMulCandidate> SurveyMatMul(int outputs, int inputs, MatMulOutput kind, ReadOnlySpan<int> rows)
+    {
+        ThrowIfDisposed();
+        throw new NotImplementedException($"{outputs} {inputs} {kind} {rows.Length}");
+    }
+
     public void WriteWeightElements(Weight destination, long element, ReadOnlySpan<uint> indices, ReadOnlySpan<byte> values, DType type)
     {
         CudaWeight weight = Own(destination);
