@@ -1,0 +1,101 @@
+using System.Diagnostics;
+using System.Globalization;
+using System.Runtime.InteropServices;
+using Rollout.Kernels;
+using Rollout.Kernels.Cuda;
+
+namespace Rollout.Gpu;
+
+/// <summary>Stage 1: what the machine is, whether it compiles every kernel, and its two ceilings.</summary>
+internal static class Machine
+{
+    private const string Facts = "Machine", Ceilings = "Ceilings";
+
+    public static IReadOnlyList<Part> Parts { get; } = [new("facts", 15, Describe), new("kernels", 90, Compile), new("ceilings", 30, Measure)];
+
+    private static Task Describe(Stage stage)
+    {
+        stage.Write(Facts, "host", "", $"{RuntimeInformation.OSDescription}, {Environment.ProcessorCount} cores, "
+            + $"{GC.GetGCMemoryInfo().TotalAvailableMemoryBytes / 1e9:F0} GB, .NET {Environment.Version}");
+        string commit = Path.Combine(Stage.Root, "commit");
+        if (File.Exists(commit)) stage.Write(Facts, "commit", "", File.ReadAllText(commit).Trim());
+        foreach (string library in (string[])[CudaLibraries.Driver, CudaLibraries.Nvrtc, CudaLibraries.CublasLt, CudaLibraries.Nccl])
+        {
+            string? missing = CudaLibraries.Missing(library);
+            stage.Write(Facts, $"lib{library}", "", missing is null ? Resolved(CudaLibraries.PathOf(library)) : "missing");
+        }
+
+        stage.Try(Facts, "versions", () =>
+        {
+            Driver.cuDriverGetVersion(out int driver).ThrowIfFailed();
+            Nvrtc.nvrtcVersion(out int major, out int minor).ThrowIfFailed();
+            stage.Write(Facts, "versions", "", string.Create(CultureInfo.InvariantCulture,
+                $"driver API {driver / 1000}.{driver % 1000 / 10}, NVRTC {major}.{minor}, cuBLASLt {CublasLt.cublasLtGetVersion()}"));
+        });
+        stage.Try(Facts, "device", () =>
+        {
+            using CudaDevice device = new(0);
+            stage.Write(Facts, "device", "", $"{device.Name}, {device.Architecture}, {device.FreeBytes / 1e9:F1} GB free");
+        });
+        stage.Try(Facts, "nvidia-smi", () =>
+        {
+            if (stage.IsSmall || Programs.Find("nvidia-smi") is null) return;
+            const string Asked = "name,driver_version,memory.total,clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu";
+            ProcessStartInfo info = new("nvidia-smi", [$"--query-gpu={Asked}", "--format=csv,noheader"]) { RedirectStandardOutput = true };
+            using Process process = Process.Start(info)!;
+            stage.Write(Facts, "nvidia-smi", "", $"{process.StandardOutput.ReadToEnd().Trim()} ({Asked})");
+        });
+        return Task.CompletedTask;
+
+        static string Resolved(string path)
+            => Path.IsPathRooted(path) && File.ResolveLinkTarget(path, returnFinalTarget: true) is { } target ? $"{path} ({target.Name})" : path;
+    }
+
+    /// <summary>Kernels that an earlier run compiled come from its cache: then this is the time to load them.</summary>
+    private static Task Compile(Stage stage)
+    {
+        int[] headDims = stage.IsSmall ? [16, 32] : [64, 128];
+        foreach (WeightFormat format in (WeightFormat[])[WeightFormat.BFloat16, WeightFormat.Float32])
+        {
+            string name = WeightFormats.NameOf(format);
+            stage.Try("Kernels", name, () =>
+            {
+                long start = Stopwatch.GetTimestamp();
+                using CudaBackend backend = new(0, format);
+                stage.Write("Kernels", name, "start, s", Stopwatch.GetElapsedTime(start).TotalSeconds);
+                foreach (int headDim in headDims)
+                {
+                    start = Stopwatch.GetTimestamp();
+                    using KvCache cache = backend.AllocateKvCache(1, 1, 1, headDim);
+                    stage.Write("Kernels", name, $"attention, head {headDim}, s", Stopwatch.GetElapsedTime(start).TotalSeconds);
+                }
+            });
+        }
+
+        return Task.CompletedTask;
+    }
+
+    private static Task Measure(Stage stage)
+    {
+        using CudaBackend backend = new();
+        stage.Try(Ceilings, "copy on the device", () => stage.Write(Ceilings, "copy on the device", "GB/s, read and written",
+            DeviceClock.CopyRate(backend.Device, stage.IsSmall ? 1 << 20 : 4L << 30) / 1e9));
+        stage.Try(Ceilings, "matmul, bf16 to fp32", () =>
+        {
+            int size = stage.IsSmall ? 64 : 8192;
+            using RandomWeights random = new(backend, stage.IsSmall);
+            using Weight weight = backend.AllocateWeight(size, size), ones = backend.AllocateWeight(1, size);
+            using Tensor input = backend.AllocateTensor(size, size), output = backend.AllocateTensor(size, size);
+            random.Fill(weight);
+            random.FillOnes(ones);
+            float[] row = [.. Enumerable.Range(0, size).Select(i => MathF.Sin(i))];
+            float[] values = new float[size * size];
+            for (int i = 0; i < size; i++) row.CopyTo(values, i * size);
+            input.Write(size, values);
+            backend.RmsNorm(input, ones, 1e-6f, input, size); // from here on it is in bf16
+            double seconds = DeviceClock.Seconds(backend.Device, 5, 10, () => backend.MatMul(input, weight, null, output, size));
+            stage.Write(Ceilings, $"matmul of {size} x {size} x {size}, bf16 to fp32", "TFLOP/s", 2.0 * size * size * size / seconds / 1e12);
+        });
+        return Task.CompletedTask;
+    }
+}
