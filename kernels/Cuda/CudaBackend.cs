@@ -45,7 +45,7 @@ public sealed unsafe class CudaBackend : IBackend
         WeightFormat = format;
         Device = new CudaDevice(ordinal);
         _kernels = new CudaKernels(Device, StoresFp32);
-        _matMul = new CudaMatMul(Device, StoresFp32);
+        _matMul = new CudaMatMul(Device, _kernels, StoresFp32, CudaCompiler.CacheFolder);
         _commands = new CudaCommands(Device, _kernels, _matMul);
         _staging = Device.Allocate(StagingBytes);
         _stagedIndices = Device.Allocate(StagingBytes);
@@ -117,10 +117,7 @@ public sealed unsafe class CudaBackend : IBackend
         ThrowIfDisposed();
         ArgumentOutOfRangeException.ThrowIfLessThan(outputs, 1);
         ArgumentOutOfRangeException.ThrowIfLessThan(inputs, 1);
-        CudaWeight weight = new(this, outputs, inputs);
-        if (!weight.IsVector)
-            _matMul.Prepare(outputs, inputs);
-        return weight;
+        return new CudaWeight(this, outputs, inputs);
     }
 
     public KvCache AllocateKvCache(int layers, int blocks, int kvHeads, int headDim)
@@ -205,7 +202,7 @@ public sealed unsafe class CudaBackend : IBackend
     internal IReadOnlyList<MatMulCandidate> SurveyMatMul(int outputs, int inputs, MatMulOutput kind, ReadOnlySpan<int> rows)
     {
         ThrowIfDisposed();
-        throw new NotImplementedException($"{outputs} {inputs} {kind} {rows.Length}");
+        return _matMul.Survey(outputs, inputs, kind, rows);
     }
 
     public void WriteWeightElements(Weight destination, long element, ReadOnlySpan<uint> indices, ReadOnlySpan<byte> values, DType type)
@@ -513,10 +510,12 @@ public sealed unsafe class CudaBackend : IBackend
         Device.MakeCurrent();
         rows = Pad(rows, input, output);
         nuint sums = add ? Fp32(output, rows) : output.Fp32, factors = Rounded(input, rows);
+        MatMulOutput kind = add ? MatMulOutput.AddFp32 : MatMulOutput.Fp32;
+        _matMul.Prepare(weight.Outputs, weight.Inputs, kind); // what is noted may be captured
         if (Notes)
-            _commands.Multiply(factors, weight.Pointer, biases, sums, rows, weight.Outputs, weight.Inputs, add);
+            _commands.Multiply(factors, weight.Pointer, biases, sums, rows, weight.Outputs, weight.Inputs, kind);
         else
-            _matMul.Multiply(factors, weight.Pointer, biases, sums, rows, weight.Outputs, weight.Inputs, add);
+            _matMul.Multiply(factors, weight.Pointer, biases, sums, rows, weight.Outputs, weight.Inputs, kind);
         output.IsRounded = false;
     }
 

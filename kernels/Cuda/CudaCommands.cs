@@ -44,11 +44,11 @@ internal sealed unsafe class CudaCommands : IDisposable
     }
 
     /// <summary>Notes a matmul; see <see cref="CudaMatMul.Multiply"/>.</summary>
-    public void Multiply(nuint input, nuint weight, nuint bias, nuint output, int rows, int outputs, int inputs, bool add)
+    public void Multiply(nuint input, nuint weight, nuint bias, nuint output, int rows, int outputs, int inputs, MatMulOutput kind)
     {
         ref Command command = ref Next();
         command.Function = 0;
-        ReadOnlySpan<Argument> arguments = [input, weight, bias, output, rows, outputs, inputs, add ? 1 : 0];
+        ReadOnlySpan<Argument> arguments = [input, weight, bias, output, rows, outputs, inputs, (int)kind];
         arguments.CopyTo(command.Arguments);
         command.Count = arguments.Length;
     }
@@ -119,7 +119,7 @@ internal sealed unsafe class CudaCommands : IDisposable
             if (command.Function != 0)
                 _kernels.Launch(command.Function, _device.Stream, command.Grid, command.Threads, command.SharedBytes, a);
             else
-                _matMul.Multiply(a[0].Pointer, a[1].Pointer, a[2].Pointer, a[3].Pointer, a[4].Int, a[5].Int, a[6].Int, a[7].Int != 0);
+                _matMul.Multiply(a[0].Pointer, a[1].Pointer, a[2].Pointer, a[3].Pointer, a[4].Int, a[5].Int, a[6].Int, (MatMulOutput)a[7].Int);
         }
     }
 

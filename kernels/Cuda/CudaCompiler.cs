@@ -44,9 +44,12 @@ internal static unsafe class CudaCompiler
         try
         {
             nvrtcResult result = Nvrtc.nvrtcCompileProgram(program, options.Length, options);
-            if (result == nvrtcResult.NVRTC_ERROR_COMPILATION)
-                throw new CudaException(nameof(Nvrtc.nvrtcCompileProgram), Log(program), name);
-            result.ThrowIfFailed(name);
+            if (result != nvrtcResult.NVRTC_SUCCESS)
+            {
+                string answer = $"{result.Name()}\n{Log(program)}";
+                throw new CudaException(nameof(Nvrtc.nvrtcCompileProgram), answer.TrimEnd('\n'), name);
+            }
+
             Nvrtc.nvrtcGetCUBINSize(program, out nuint bytes).ThrowIfFailed(name);
             byte[] cubin = new byte[bytes];
             fixed (byte* destination = cubin)
@@ -69,13 +72,13 @@ internal static unsafe class CudaCompiler
     }
 
     /// <summary>Whole or not at all: several processes may start at once. A disk that is full or not writable costs the next start its time only.</summary>
-    private static void Keep(string file, byte[] cubin)
+    internal static void Keep(string file, byte[] bytes)
     {
         try
         {
-            Directory.CreateDirectory(CacheFolder);
-            string partial = $"{file}.{Environment.ProcessId}";
-            File.WriteAllBytes(partial, cubin);
+            Directory.CreateDirectory(Path.GetDirectoryName(file)!);
+            string partial = $"{file}.{Path.GetRandomFileName()}";
+            File.WriteAllBytes(partial, bytes);
             File.Move(partial, file, overwrite: true);
         }
         catch (Exception e) when (e is IOException or UnauthorizedAccessException)

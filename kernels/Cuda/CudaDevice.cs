@@ -27,6 +27,8 @@ internal sealed unsafe class CudaDevice : IDisposable
         Ordinal = ordinal;
         Architecture = $"sm_{Attribute(CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)}"
             + $"{Attribute(CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)}";
+        Multiprocessors = Attribute(CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
+        L2Bytes = Attribute(CUdevice_attribute.CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE);
         _context = new CudaContext(device);
         MakeCurrent();
         Stream = new CudaStream(_context);
@@ -53,6 +55,11 @@ internal sealed unsafe class CudaDevice : IDisposable
 
     /// <summary>What code is compiled for: "sm_90".</summary>
     public string Architecture { get; }
+
+    public int Multiprocessors { get; }
+
+    /// <summary>Of the cache that all multiprocessors share.</summary>
+    public long L2Bytes { get; }
 
     /// <summary>Steps run here, in order.</summary>
     public CudaStream Stream { get; }

@@ -45,14 +45,14 @@ internal static unsafe class CudaResults
     public static void ThrowIfFailed(this nvrtcResult result, string? asked = null, [CallerArgumentExpression(nameof(result))] string call = "")
     {
         if (result != nvrtcResult.NVRTC_SUCCESS)
-            throw new CudaException(NameOf(call), Text(Nvrtc.nvrtcGetErrorString(result)) ?? $"error {(int)result}", asked);
+            throw new CudaException(NameOf(call), result.Name(), asked);
     }
 
     /// <inheritdoc cref="ThrowIfFailed(CUresult, string?, string)"/>
     public static void ThrowIfFailed(this cublasStatus result, string? asked = null, [CallerArgumentExpression(nameof(result))] string call = "")
     {
         if (result != cublasStatus.CUBLAS_STATUS_SUCCESS)
-            throw new CudaException(NameOf(call), Text(CublasLt.cublasLtGetStatusString(result)) ?? $"error {(int)result}", asked);
+            throw new CudaException(NameOf(call), result.Name(), asked);
     }
 
     /// <inheritdoc cref="ThrowIfFailed(CUresult, string?, string)"/>
@@ -61,6 +61,12 @@ internal static unsafe class CudaResults
         if (result != ncclResult.ncclSuccess)
             throw new CudaException(NameOf(call), Text(Nccl.ncclGetErrorString(result)) ?? $"error {(int)result}", asked);
     }
+
+    /// <summary>"CUBLAS_STATUS_NOT_SUPPORTED".</summary>
+    public static string Name(this cublasStatus status) => Text(CublasLt.cublasLtGetStatusString(status)) ?? $"error {(int)status}";
+
+    /// <summary>"NVRTC_ERROR_COMPILATION".</summary>
+    public static string Name(this nvrtcResult result) => Text(Nvrtc.nvrtcGetErrorString(result)) ?? $"error {(int)result}";
 
     private static string Describe(CUresult result)
     {

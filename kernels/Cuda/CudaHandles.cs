@@ -140,8 +140,8 @@ internal sealed class CudaEvent : CudaHandle
 {
     private const uint DisableTiming = 2; // CU_EVENT_DISABLE_TIMING
 
-    /// <param name="context">Of the streams it is recorded in.</param>
-    /// <param name="timed">Whether <see cref="SecondsSince"/> may be asked; costs the device a time stamp.</param>
+    /// <param name="context">Of the streams whose work it marks.</param>
+    /// <param name="timed">Whether <see cref="SecondsSince"/> will be asked.</param>
     public CudaEvent(CudaContext context, bool timed = false)
         : base(context)
     {
@@ -149,16 +149,16 @@ internal sealed class CudaEvent : CudaHandle
         Own(@event);
     }
 
+    /// <summary>What the device took from an earlier point to this one; both have been reached.</summary>
+    public double SecondsSince(CudaEvent start)
+    {
+        Driver.cuEventElapsedTime(out float milliseconds, start.Value, Value).ThrowIfFailed();
+        return milliseconds / 1000.0;
+    }
+
     public void Record(CudaStream stream) => Driver.cuEventRecord(Value, stream.Value).ThrowIfFailed();
 
     public void Synchronize() => Driver.cuEventSynchronize(Value).ThrowIfFailed();
-
-    /// <summary>Device time from another event to this one, both timed and reached.</summary>
-    public double SecondsSince(CudaEvent earlier)
-    {
-        Driver.cuEventElapsedTime(out float milliseconds, earlier.Value, Value).ThrowIfFailed();
-        return milliseconds / 1e3;
-    }
 
     /// <summary>Whether the stream has come this far.</summary>
     public bool IsReached

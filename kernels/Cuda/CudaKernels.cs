@@ -31,6 +31,8 @@ internal sealed unsafe class CudaKernels : IDisposable
         WriteVector = Function(weights, "write_vector");
         ScatterMatrix = Function(weights, "scatter_matrix");
         ScatterVector = Function(weights, "scatter_vector");
+        FillPattern = Function(weights, "fill_pattern");
+        CompareRows = Function(weights, "compare_rows");
         DigestSums = Function(digest, "digest_sums");
         DigestChain = Function(digest, "digest_chain");
     }
@@ -58,6 +60,10 @@ internal sealed unsafe class CudaKernels : IDisposable
     public nint ScatterMatrix { get; }
 
     public nint ScatterVector { get; }
+
+    public nint FillPattern { get; }
+
+    public nint CompareRows { get; }
 
     public nint DigestSums { get; }
 

@@ -29,12 +29,14 @@ internal sealed record MatMulCandidate(string Algorithm, string Settings, long W
 /// <param name="Rank">Its place among what the library proposes for so many rows, from 0; -1 where it does not propose it.</param>
 /// <param name="Failure">Why it did not run; null where it did. Without a run there are no digests and no time.</param>
 /// <param name="Digest">
-/// Of the first rows of its output (at most 31; all candidates multiply the same numbers): equal digests at one row count are
+/// Of the first rows of its output (at most <see cref="MatMulProbe.Period"/>; all candidates multiply the same numbers): equal digests at one row count are
 /// equal bits. Hexadecimal.
 /// </param>
 /// <param name="BiasDigest">The same with a bias; "" for the storage type, which has none.</param>
 /// <param name="AddDigest">The same, added onto what stood there; "" for the storage type.</param>
-/// <param name="KeepsRows">Whether each row has the bits that it has at the largest row count that ran, wherever it stands.</param>
-/// <param name="Seconds">Of one matmul, from events around many in a graph, weights not in the L2 cache.</param>
+/// <param name="KeepsRows">Whether each row has the bits that it has among <see cref="MatMulProbe.ReferenceRows"/>, wherever it stands, in every form.</param>
+/// <param name="Seconds">
+/// Of one matmul, from events around many in a graph, weights not in the L2 cache; infinity where it did not run or cannot go into a graph.
+/// </param>
 internal sealed record MatMulCandidateRows(
     int Rows, int Rank, string? Failure, string Digest, string BiasDigest, string AddDigest, bool KeepsRows, double Seconds);

@@ -37,7 +37,11 @@ internal static class RowFile
         Encoder = System.Text.Encodings.Web.JavaScriptEncoder.UnsafeRelaxedJsonEscaping,
     };
 
-    public static void Append(string folder, Row row) => File.AppendAllText(Path.Combine(folder, Name), JsonSerializer.Serialize(row, s_json) + "\n");
+    public static void Append(string folder, Row row) => Append(folder, Name, row);
+
+    /// <summary>A line of another file, of details that no table shows.</summary>
+    public static void Append<T>(string folder, string file, T line)
+        => File.AppendAllText(Path.Combine(folder, file), JsonSerializer.Serialize(line, s_json) + "\n");
 
     /// <summary>All rows; of those that were measured again the last. A line that was cut short is left out.</summary>
     public static IReadOnlyList<Row> Read(string folder)

@@ -98,7 +98,12 @@ internal sealed class Stage
     }
 
     public void Write(string table, string name, string column, double value, double? target = null, bool atLeast = false)
-        => RowFile.Append(Output, new Row(Number, table, name, column) { Value = value, Target = IsSmall ? null : target, AtLeast = atLeast });
+    {
+        Row row = new(Number, table, name, column);
+        RowFile.Append(Output, double.IsFinite(value)
+            ? row with { Value = value, Target = IsSmall ? null : target, AtLeast = atLeast }
+            : row with { Text = "-" }); // the simulated device takes no time for a copy
+    }
 
     public void Write(string table, string name, string column, string text) => RowFile.Append(Output, new Row(Number, table, name, column) { Text = text });
 

@@ -1,5 +1,5 @@
-using System.Text.Json;
 using Rollout.Engine;
+using Rollout.Kernels;
 using Rollout.Kernels.Cuda;
 
 namespace Rollout.Gpu;
@@ -36,10 +36,13 @@ internal static class Survey
             string row = $"{what} [{outputs}, {inputs}] {kind}";
             stage.Try(table, row, () =>
             {
+                using (Weight weight = backend.AllocateWeight(outputs, inputs))
+                using (Tensor input = backend.AllocateTensor(1, inputs), output = backend.AllocateTensor(1, outputs))
+                    backend.MatMul(input, weight, null, output, 1); // which chooses
                 int[] rows = [.. s_rows.Where(count => count <= (stage.IsSmall ? 17 : mostRows))];
                 IReadOnlyList<MatMulCandidate> candidates = backend.SurveyMatMul(outputs, inputs, kind, rows);
                 foreach (MatMulCandidate candidate in candidates)
-                    File.AppendAllText(Path.Combine(stage.Output, "survey.jsonl"), JsonSerializer.Serialize(new { name, what, outputs, inputs, kind = $"{kind}", candidate }) + "\n");
+                    RowFile.Append(stage.Output, "survey.jsonl", new { name, what, outputs, inputs, kind = $"{kind}", candidate });
                 Summarise(stage, table, row, rows, candidates);
             });
         }

@@ -1,23 +1,96 @@
-// D = alpha * op(A) * op(B) + beta * C (+ bias), column-major, fp32 sums over ascending k.
+// D = alpha * op(A) * op(B) + beta * C (+ bias), column-major, sums in fp32. The library proposes several algorithms, which sum in different orders; which
+// ones, and what they do, a test says: see candidates().
 #include "sim.h"
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <immintrin.h>
+#include <sstream>
+#include <string>
 #include <vector>
 
 namespace
 {
-enum { Success = 0, InvalidValue = 7, ExecutionFailed = 13, NotSupported = 15 };
+enum { Success = 0, InvalidValue = 7, ExecutionFailed = 13, InternalError = 14, NotSupported = 15 };
 enum { Fp32 = 0, Bf16 = 14 };
 
-struct Description { int transpose_a, transpose_b, epilogue; const float* bias; };
+struct Description { int transpose_a, transpose_b, epilogue; const void* bias; };
 enum { EpilogueDefault = 1, EpilogueBias = 4 };
 struct Layout { int type; uint64_t rows, columns; int64_t leading; };
-struct Algorithm { uint64_t data[8]; };
+
+// What an algorithm does is in its bytes, so that one that was kept on disk does the same in another process.
+enum Order : uint8_t { Up, Down, Halves };
+enum When : uint8_t { Always, WithBias, WithBeta };
+enum Fails : uint8_t { Never, AtCheck, AtRun };
+struct Algorithm
+{
+    uint32_t magic;
+    Order order;
+    When when;
+    Fails fails;
+    uint8_t reserved;
+    uint64_t above;    // for more columns of B than this it sums in another order
+    uint64_t every;    // and for every so many-th of them
+    uint64_t time;     // nanoseconds a column of B
+    uint64_t from;     // columns of B from which it is proposed
+    uint64_t workspace;
+    uint64_t unused[2];
+};
+static_assert(sizeof(Algorithm) == 64, "as in cublasLt.h");
+constexpr uint32_t Magic = 0x73696d31;
 struct Heuristic { Algorithm algorithm; size_t workspace; int state; float waves; int reserved[4]; };
+
+struct Candidates { std::vector<Algorithm> algorithms; uint64_t supported = UINT64_MAX; };
+
+thread_local std::string s_candidates; // of the tests of this thread
+
+// "up; down time=5 from=64; halves fails=run": what the heuristic proposes, best first. Of each its order of summation: "up", "down", or "halves" one after
+// the other; then, where it is wanted, time=, from=, above=, every=, when=bias or beta (the other order then only), fails=check or run, workspace=.
+// "supported above=64" makes the heuristic refuse more columns of B than that.
+Candidates candidates()
+{
+    const char* variable = getenv("ROLLOUT_SIM_MATMUL");
+    std::istringstream text(!s_candidates.empty() ? s_candidates : variable != nullptr ? variable : "up; down");
+    Candidates all;
+    std::string entry;
+    while (std::getline(text, entry, ';'))
+    {
+        std::istringstream words(entry);
+        std::string name, word;
+        words >> name;
+        Algorithm a = {};
+        a.magic = Magic;
+        a.order = name == "down" ? Down : name == "halves" ? Halves : Up;
+        a.above = UINT64_MAX;
+        a.time = 1000;
+        while (words >> word)
+        {
+            std::string key = word.substr(0, word.find('=')), value = word.substr(word.find('=') + 1);
+            uint64_t number = strtoull(value.c_str(), nullptr, 10);
+            if (key == "above") a.above = number;
+            else if (key == "every") a.every = number;
+            else if (key == "time") a.time = number;
+            else if (key == "from") a.from = number;
+            else if (key == "workspace") a.workspace = number;
+            else if (key == "when") a.when = value == "bias" ? WithBias : WithBeta;
+            else if (key == "fails") a.fails = value == "check" ? AtCheck : AtRun;
+        }
+
+        if (name == "supported")
+            all.supported = a.above;
+        else
+            all.algorithms.push_back(a);
+    }
+
+    return all;
+}
 
 size_t size_of(int type) { return type == Fp32 ? 4 : 2; }
 bool known(const Layout& l) { return (l.type == Fp32 || l.type == Bf16) && l.leading >= (int64_t)l.rows; }
 size_t bytes_of(const Layout& l) { return ((l.columns - 1) * (size_t)l.leading + l.rows) * size_of(l.type); }
+
+// What the heuristic assumes unless it is told otherwise.
+bool aligned(const void* p) { return (uintptr_t)p % 256 == 0; }
 
 float load(const void* p, size_t i, int type)
 {
@@ -43,7 +116,7 @@ void store(void* p, size_t i, int type, float value)
     ((uint16_t*)p)[i] = (uint16_t)(nan ? bits >> 16 | 0x40 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// op(X) as rows of k fp32 values, one for each row of op(A) or column of op(B).
+// op(A) as rows of k values.
 std::vector<float> rows_over_k(const void* p, const Layout& l, bool k_is_contiguous)
 {
     uint64_t outer = k_is_contiguous ? l.columns : l.rows, k = k_is_contiguous ? l.rows : l.columns;
@@ -56,11 +129,44 @@ std::vector<float> rows_over_k(const void* p, const Layout& l, bool k_is_contigu
 
     return rows;
 }
+
+constexpr uint64_t Lanes = 8;
+
+// Sums of k products for 8 columns of B, whose values for one k lie together: one chain of fused multiply-adds for each, in one order.
+__m256 sum(const float* a, const float* b, uint64_t from, uint64_t to, bool down)
+{
+    __m256 total = _mm256_setzero_ps();
+    for (uint64_t x = from; x < to; x++)
+    {
+        uint64_t at = down ? from + to - 1 - x : x;
+        total = _mm256_fmadd_ps(_mm256_set1_ps(a[at]), _mm256_loadu_ps(b + at * Lanes), total);
+    }
+
+    return total;
+}
+
+__m256 sum(Order order, const float* a, const float* b, uint64_t k)
+{
+    return order == Halves ? _mm256_add_ps(sum(a, b, 0, k / 2, false), sum(a, b, k / 2, k, false)) : sum(a, b, 0, k, order == Down);
+}
+
+int check(const Algorithm& algorithm, const Layout& a, const Layout& d, const Description& op)
+{
+    return algorithm.magic != Magic || algorithm.order > Halves || algorithm.fails > AtRun ? InvalidValue
+        : algorithm.fails == AtCheck || (a.type == Fp32 && d.type == Bf16) || (op.epilogue == EpilogueBias && d.type == Bf16) ? NotSupported : Success;
+}
 }
 
 extern "C" {
+// What the heuristic proposes to the calling thread from now on: see candidates(). "" for what is usual.
+void cuSimMatMul(const char* candidates) { s_candidates = candidates; }
+
 size_t cublasLtGetVersion() { return 130000; }
-const char* cublasLtGetStatusString(int status) { return status == NotSupported ? "CUBLAS_STATUS_NOT_SUPPORTED" : status == ExecutionFailed ? "CUBLAS_STATUS_EXECUTION_FAILED" : "CUBLAS_STATUS_INVALID_VALUE"; }
+const char* cublasLtGetStatusString(int status)
+{
+    return status == NotSupported ? "CUBLAS_STATUS_NOT_SUPPORTED" : status == ExecutionFailed ? "CUBLAS_STATUS_EXECUTION_FAILED"
+        : status == InternalError ? "CUBLAS_STATUS_INTERNAL_ERROR" : "CUBLAS_STATUS_INVALID_VALUE";
+}
 
 int cublasLtCreate(void** handle)
 {
@@ -135,64 +241,105 @@ int cublasLtMatmulPreferenceDestroy(void* preference)
 
 int cublasLtMatmulPreferenceSetAttribute(void*, int, const void*, size_t) { return Success; }
 
-int cublasLtMatmulAlgoGetHeuristic(void*, void*, void*, void*, void*, void*, void*, int wanted, Heuristic* results, int* found)
+int cublasLtMatmulAlgoGetHeuristic(void*, void* description, void* a, void* b, void*, void* d, void*, int wanted, Heuristic* results, int* found)
 {
-    *found = wanted < 2 ? wanted : 2; // more than one, so that choosing is exercised
-    for (int i = 0; i < *found; i++)
+    *found = 0;
+    Candidates all = candidates();
+    uint64_t columns = ((Layout*)b)->columns;
+    if (columns > all.supported)
+        return NotSupported;
+    for (const Algorithm& algorithm : all.algorithms)
     {
-        results[i] = {};
-        results[i].algorithm.data[0] = (uint64_t)i;
+        if (*found == wanted || columns < algorithm.from)
+            continue;
+        Heuristic& result = results[(*found)++];
+        result = {};
+        result.algorithm = algorithm;
+        result.workspace = algorithm.workspace;
+        if (algorithm.fails != AtCheck)
+            result.state = check(algorithm, *(Layout*)a, *(Layout*)d, *(Description*)description);
     }
 
-    return Success;
+    return *found > 0 ? Success : NotSupported;
 }
 
-int cublasLtMatmulAlgoCheck(void*, void*, void*, void*, void*, void*, const Algorithm* algorithm, Heuristic* result)
+int cublasLtMatmulAlgoCheck(void*, void* description, void* a, void*, void*, void* d, const Algorithm* algorithm, Heuristic* result)
 {
     *result = {};
     result->algorithm = *algorithm;
-    return Success;
+    result->workspace = algorithm->workspace;
+    return result->state = check(*algorithm, *(Layout*)a, *(Layout*)d, *(Description*)description);
 }
 
-int cublasLtMatmulAlgoConfigGetAttribute(const Algorithm*, int attribute, void* value, size_t bytes, size_t* written)
+int cublasLtMatmulAlgoConfigGetAttribute(const Algorithm* algorithm, int attribute, void* value, size_t bytes, size_t* written)
 {
-    int answer = attribute == 2 ? 1 : 0; // one split of k, no reduction between splits
-    if (bytes < sizeof answer)
+    constexpr int InnerShape = 7, ClusterShape = 8;
+    if (attribute < 0 || attribute > ClusterShape)
         return InvalidValue;
-    memcpy(value, &answer, sizeof answer);
-    *written = sizeof answer;
+    int answer = attribute == 0 ? algorithm->order : attribute == 2 ? 1 : 0; // one split of k, no reduction between splits
+    *written = attribute == InnerShape || attribute == ClusterShape ? sizeof(uint16_t) : sizeof answer;
+    if (bytes < *written)
+        return InvalidValue;
+    memcpy(value, &answer, *written);
     return Success;
 }
 
 int cublasLtMatmul(void*, void* description, const float* alpha, const void* a, void* a_layout, const void* b, void* b_layout, const float* beta,
-    const void* c, void* c_layout, void* d, void* d_layout, const Algorithm*, void*, size_t, void* stream)
+    const void* c, void* c_layout, void* d, void* d_layout, const Algorithm* chosen, void* workspace, size_t workspace_bytes, void* stream)
 {
     Description op = *(Description*)description;
+    Algorithm algorithm = *chosen;
     Layout la = *(Layout*)a_layout, lb = *(Layout*)b_layout, lc = *(Layout*)c_layout, ld = *(Layout*)d_layout;
     uint64_t m = op.transpose_a ? la.columns : la.rows, k = op.transpose_a ? la.rows : la.columns;
     uint64_t n = op.transpose_b ? lb.rows : lb.columns, kb = op.transpose_b ? lb.columns : lb.rows;
-    if (k != kb || ld.rows != m || ld.columns != n || lc.rows != m || lc.columns != n)
+    if (k != kb || ld.rows != m || ld.columns != n || lc.rows != m || lc.columns != n || la.type != lb.type || lc.type != ld.type)
         return InvalidValue;
-    if (!sim::holds(a, bytes_of(la)) || !sim::holds(b, bytes_of(lb)) || !sim::holds(d, bytes_of(ld)) || (*beta != 0 && !sim::holds(c, bytes_of(lc))))
+    if (!aligned(a) || !aligned(b) || !aligned(c) || !aligned(d) || workspace_bytes < algorithm.workspace)
+        return InvalidValue;
+    if (int refused = check(algorithm, la, ld, op))
+        return refused;
+    if (algorithm.fails == AtRun)
+        return InternalError;
+    if (!sim::is_usable(stream) || (workspace_bytes > 0 && !sim::is_device_memory(workspace, workspace_bytes)))
         return ExecutionFailed;
-    const float* bias = op.epilogue == EpilogueBias ? op.bias : nullptr;
-    if (op.epilogue == EpilogueBias && !sim::holds(bias, m * sizeof(float)))
+    if (!sim::is_device_memory(a, bytes_of(la)) || !sim::is_device_memory(b, bytes_of(lb)) || !sim::is_device_memory(d, bytes_of(ld))
+        || (*beta != 0 && !sim::is_device_memory(c, bytes_of(lc))))
+        return ExecutionFailed;
+    const float* bias = op.epilogue == EpilogueBias ? (const float*)op.bias : nullptr;
+    if (op.epilogue == EpilogueBias && !sim::is_device_memory(bias, m * sizeof(float)))
         return ExecutionFailed;
     float by = *alpha, keep = *beta;
     return sim::submit(stream, [=]
     {
-        std::vector<float> rows = rows_over_k(a, la, op.transpose_a != 0), columns = rows_over_k(b, lb, op.transpose_b == 0);
+        std::vector<float> rows = rows_over_k(a, la, op.transpose_a != 0), together(k * Lanes);
         sim::counters.launches++;
         sim::counters.matmul_weight_bytes += bytes_of(la);
-        for (uint64_t j = 0; j < n; j++)
+        sim::spend(stream, n * algorithm.time);
+        bool may = algorithm.when == Always || (algorithm.when == WithBias ? bias != nullptr : keep != 0);
+        bool conditional = algorithm.when != Always && algorithm.every == 0 && algorithm.above == UINT64_MAX;
+        Order other = algorithm.order == Up ? Down : Up;
+        for (uint64_t first = 0; first < n; first += Lanes)
         {
+            for (uint64_t lane = 0; lane < Lanes; lane++)
+            {
+                uint64_t j = first + lane < n ? first + lane : n - 1;
+                for (uint64_t x = 0; x < k; x++)
+                    together[x * Lanes + lane] = load(b, op.transpose_b ? x * (size_t)lb.leading + j : j * (size_t)lb.leading + x, lb.type);
+            }
+
             for (uint64_t i = 0; i < m; i++)
             {
-                float sum = 0;
-                for (uint64_t x = 0; x < k; x++)
-                    sum = __builtin_fmaf(rows[i * k + x], columns[j * k + x], sum);
-                float before = keep == 0 ? 0 : keep * load(c, j * (size_t)lc.leading + i, lc.type);
-                store(d, j * (size_t)ld.leading + i, ld.type, by * sum + before + (bias ? bias[i] : 0));
+                alignas(32) float sums[Lanes], others[Lanes];
+                _mm256_store_ps(sums, sum(algorithm.order, &rows[i * k], together.data(), k));
+                if (may && (conditional || n > algorithm.above || algorithm.every > 0))
+                    _mm256_store_ps(others, sum(other, &rows[i * k], together.data(), k));
+                for (uint64_t j = first; j < n && j < first + Lanes; j++)
+                {
+                    bool differs = may && (conditional || n > algorithm.above || (algorithm.every > 0 && j % algorithm.every == algorithm.every - 1));
+                    float value = differs ? others[j - first] : sums[j - first];
+                    float before = keep == 0 ? 0 : keep * load(c, j * (size_t)lc.leading + i, lc.type);
+                    store(d, j * (size_t)ld.leading + i, ld.type, by * value + before + (bias ? bias[i] : 0));
+                }
             }
         }
 

@@ -1,7 +1,6 @@
 // The driver API. Streams are in order by doing everything at once; a capturing stream notes it instead. Only what waits for other processes (NCCL) is
 // done beside, and whoever uses its stream next waits for it.
 #include "sim.h"
-#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <dlfcn.h>
@@ -29,35 +28,38 @@ enum
     NotFound = 500, NotReady = 600, LaunchFailed = 719, InvalidHandle = 400, CaptureUnsupported = 900,
 };
 
-constexpr int Major = 9, Minor = 0, Multiprocessors = 8;
+constexpr int Major = 9, Minor = 0, Multiprocessors = 8, L2Bytes = 64 * 1024;
+constexpr int MostDevices = 8;
 constexpr unsigned MostThreads = 1024, MostSharedBytes = 227 * 1024, MostGrid = 65535;
 constexpr size_t DefaultBytes = 4ull << 30;
 
-std::recursive_mutex s_gate; // one device, one thing at a time
-int s_context_references;
-thread_local bool s_current;
+std::recursive_mutex s_gate; // one thing at a time
+
+struct Context { int references; }; // a device's primary one: no other is made
+Context s_contexts[MostDevices];
+thread_local std::vector<Context*> s_current; // a stack: the last is current
 
 struct Stream
 {
+    Context* context;
     std::vector<std::function<int()>>* recording = nullptr;
     std::shared_future<void> beside; // valid where something is done beside
+    uint64_t nanoseconds = 0;        // what its matmuls have taken, by their algorithms
 };
-struct Event
-{
-    std::shared_future<void> beside;
-    bool timed;
-    std::chrono::steady_clock::time_point at; // of the record; everything before it is done
-};
+struct Event { unsigned flags; std::shared_future<void> beside; uint64_t nanoseconds; };
+constexpr unsigned DisableTiming = 2;
 struct Graph { std::vector<std::function<int()>> work; };
-struct Module { void* library; };
+struct Module { Context* context; void* library; };
 struct Function
 {
+    Context* context;
     void (*call)(void**);
     void (*shared_range)(char**, char**);
     std::vector<unsigned> sizes;
     unsigned dynamic_bytes;
 };
 std::map<void*, size_t> s_mapped; // memory of other processes
+std::map<void*, Context*> s_owners; // of allocations and of what is mapped
 
 struct Handle { int pid, file; size_t offset, bytes; char magic[8]; };
 static_assert(sizeof(Handle) <= sizeof(CUipcMemHandle), "fits");
@@ -68,10 +70,32 @@ size_t device_bytes()
     return bytes ? strtoull(bytes, nullptr, 10) : DefaultBytes;
 }
 
-int ready() { return !s_current ? InvalidContext : fault_text().empty() ? Success : LaunchFailed; }
+int device_count()
+{
+    const char* count = getenv("ROLLOUT_SIM_DEVICES");
+    int devices = count ? atoi(count) : 1;
+    return devices < MostDevices ? devices : MostDevices;
+}
 
-// Only memory of the device may be given as such.
-bool device(const void* p, size_t bytes) { return bytes == 0 || holds(p, bytes); }
+Context* current() { return s_current.empty() ? nullptr : s_current.back(); }
+
+int ready() { return current() == nullptr || current()->references == 0 ? InvalidContext : fault_text().empty() ? Success : LaunchFailed; }
+
+// A stream of another device's context; the default stream is everybody's.
+bool is_foreign(void* stream) { return stream != nullptr && ((Stream*)stream)->context != current(); }
+
+// Whether memory that is given as the device's is memory of the current context's device: of another's, a real one refuses without peer access.
+int check(const void* p, size_t bytes)
+{
+    if (bytes == 0)
+        return Success;
+    void* start;
+    size_t all;
+    if (!holds(p, bytes) || !allocation_of(p, &start, &all))
+        return InvalidValue;
+    auto owner = s_owners.find(start);
+    return owner == s_owners.end() || owner->second == current() ? Success : InvalidContext;
+}
 
 int readable(struct dl_phdr_info* info, size_t, void* base)
 {
@@ -99,7 +123,8 @@ void wait_beside(void* stream)
 }
 
 #define SIM_ENTER std::lock_guard<std::recursive_mutex> hold(s_gate); if (int not_ready = ready()) return not_ready
-#define SIM_ENTER_STREAM(stream) wait_beside(stream); SIM_ENTER
+#define SIM_ENTER_STREAM(stream) wait_beside(stream); SIM_ENTER; if (is_foreign(stream)) return InvalidContext
+#define SIM_CHECK(pointer, bytes) if (int refused = check(pointer, bytes)) return refused
 
 namespace sim
 {
@@ -134,7 +159,19 @@ bool submit_beside(void* stream, std::shared_future<void>* done, std::function<v
 bool is_device_memory(const void* pointer, size_t bytes)
 {
     std::lock_guard<std::recursive_mutex> hold(s_gate);
-    return device(pointer, bytes);
+    return check(pointer, bytes) == Success;
+}
+
+bool is_usable(void* stream)
+{
+    std::lock_guard<std::recursive_mutex> hold(s_gate);
+    return ready() == Success && !is_foreign(stream);
+}
+
+void spend(void* stream, uint64_t nanoseconds)
+{
+    if (stream != nullptr)
+        ((Stream*)stream)->nanoseconds += nanoseconds;
 }
 }
 
@@ -172,21 +209,21 @@ int cuGetErrorString(int error, const char** text)
 {
     static std::string launch;
     launch = fault_text();
-    *text = error == LaunchFailed ? launch.c_str() : error == OutOfMemory ? "out of memory" : error == InvalidContext ? "no context is current"
+    *text = error == LaunchFailed ? launch.c_str() : error == OutOfMemory ? "out of memory" : error == InvalidContext ? "invalid device context"
         : "the simulated device refused it";
     return Success;
 }
 
 int cuDeviceGetCount(int* count)
 {
-    *count = 1;
+    *count = device_count();
     return Success;
 }
 
 int cuDeviceGet(int* device, int ordinal)
 {
     *device = ordinal;
-    return ordinal == 0 ? Success : InvalidDevice;
+    return ordinal >= 0 && ordinal < device_count() ? Success : InvalidDevice;
 }
 
 int cuDeviceGetName(char* name, int bytes, int)
@@ -195,9 +232,10 @@ int cuDeviceGetName(char* name, int bytes, int)
     return Success;
 }
 
-int cuDeviceGetUuid_v2(CUuuid* uuid, int)
+int cuDeviceGetUuid_v2(CUuuid* uuid, int device)
 {
     memcpy(uuid->bytes, "rollout-cuda-sim", 16);
+    uuid->bytes[15] = (unsigned char)(uuid->bytes[15] + device);
     return Success;
 }
 
@@ -206,6 +244,7 @@ int cuDeviceGetAttribute(int* value, int attribute, int)
     switch (attribute)
     {
         case 16: *value = Multiprocessors; return Success;
+        case 38: *value = L2Bytes; return Success;
         case 75: *value = Major; return Success;
         case 76: *value = Minor; return Success;
         case 97: *value = MostSharedBytes; return Success;
@@ -213,23 +252,53 @@ int cuDeviceGetAttribute(int* value, int attribute, int)
     }
 }
 
-int cuDevicePrimaryCtxRetain(void** context, int)
+int cuDevicePrimaryCtxRetain(void** context, int device)
 {
     std::lock_guard<std::recursive_mutex> hold(s_gate);
-    s_context_references++;
-    *context = &s_context_references;
+    if (device < 0 || device >= device_count())
+        return InvalidDevice;
+    s_contexts[device].references++;
+    *context = &s_contexts[device];
     return Success;
 }
 
-int cuDevicePrimaryCtxRelease_v2(int)
+int cuDevicePrimaryCtxRelease_v2(int device)
 {
     std::lock_guard<std::recursive_mutex> hold(s_gate);
-    return s_context_references-- > 0 ? Success : InvalidContext;
+    if (device < 0 || device >= device_count())
+        return InvalidDevice;
+    return s_contexts[device].references-- > 0 ? Success : InvalidContext;
+}
+
+int cuCtxGetCurrent(void** context)
+{
+    *context = current();
+    return Success;
 }
 
 int cuCtxSetCurrent(void* context)
 {
-    s_current = context != nullptr;
+    if (!s_current.empty())
+        s_current.pop_back();
+    if (context != nullptr)
+        s_current.push_back((Context*)context);
+    return Success;
+}
+
+int cuCtxPushCurrent_v2(void* context)
+{
+    if (context == nullptr)
+        return InvalidContext;
+    s_current.push_back((Context*)context);
+    return Success;
+}
+
+int cuCtxPopCurrent_v2(void** context)
+{
+    if (s_current.empty())
+        return InvalidContext;
+    *context = s_current.back();
+    s_current.pop_back();
     return Success;
 }
 
@@ -237,7 +306,7 @@ int cuMemGetInfo_v2(size_t* free, size_t* total)
 {
     SIM_ENTER;
     *total = device_bytes();
-    *free = *total - (allocated_bytes() < *total ? allocated_bytes() : *total);
+    *free = *total - (allocated_bytes() < *total ? allocated_bytes() : *total); // as if all devices had one memory
     return Success;
 }
 
@@ -247,13 +316,24 @@ int cuMemAlloc_v2(void** pointer, size_t bytes)
     if (bytes == 0)
         return InvalidValue;
     *pointer = allocated_bytes() + bytes <= device_bytes() ? allocate(bytes) : nullptr;
-    return *pointer ? Success : OutOfMemory;
+    if (*pointer == nullptr)
+        return OutOfMemory;
+    s_owners[*pointer] = current();
+    return Success;
 }
 
 int cuMemFree_v2(void* pointer)
 {
     std::lock_guard<std::recursive_mutex> hold(s_gate);
-    return s_mapped.count(pointer) == 0 && release(pointer) ? Success : InvalidValue;
+    void* start;
+    size_t bytes;
+    if (s_mapped.count(pointer) != 0 || !allocation_of(pointer, &start, &bytes) || start != pointer)
+        return InvalidValue;
+    if (s_owners[pointer] != current())
+        return InvalidContext;
+    release(pointer);
+    s_owners.erase(pointer);
+    return Success;
 }
 
 int cuMemAllocHost_v2(void** pointer, size_t bytes)
@@ -272,8 +352,7 @@ int cuMemFreeHost(void* pointer)
 int cuMemcpyHtoDAsync_v2(void* destination, const void* source, size_t bytes, void* stream)
 {
     SIM_ENTER_STREAM(stream);
-    if (!device(destination, bytes))
-        return InvalidValue;
+    SIM_CHECK(destination, bytes);
     return submit(stream, [=]
     {
         memcpy(destination, source, bytes);
@@ -285,8 +364,7 @@ int cuMemcpyHtoDAsync_v2(void* destination, const void* source, size_t bytes, vo
 int cuMemcpyDtoHAsync_v2(void* destination, const void* source, size_t bytes, void* stream)
 {
     SIM_ENTER_STREAM(stream);
-    if (!device(source, bytes))
-        return InvalidValue;
+    SIM_CHECK(source, bytes);
     return submit(stream, [=]
     {
         memcpy(destination, source, bytes);
@@ -298,8 +376,8 @@ int cuMemcpyDtoHAsync_v2(void* destination, const void* source, size_t bytes, vo
 int cuMemcpyDtoDAsync_v2(void* destination, const void* source, size_t bytes, void* stream)
 {
     SIM_ENTER_STREAM(stream);
-    if (!device(destination, bytes) || !device(source, bytes))
-        return InvalidValue;
+    SIM_CHECK(destination, bytes);
+    SIM_CHECK(source, bytes);
     return submit(stream, [=]
     {
         memmove(destination, source, bytes);
@@ -310,8 +388,7 @@ int cuMemcpyDtoDAsync_v2(void* destination, const void* source, size_t bytes, vo
 int cuMemsetD8Async(void* pointer, unsigned char value, size_t bytes, void* stream)
 {
     SIM_ENTER_STREAM(stream);
-    if (!device(pointer, bytes))
-        return InvalidValue;
+    SIM_CHECK(pointer, bytes);
     return submit(stream, [=]
     {
         memset(pointer, value, bytes);
@@ -337,8 +414,10 @@ int cuIpcOpenMemHandle_v2(void** pointer, CUipcMemHandle handle, unsigned)
     SIM_ENTER;
     Handle h;
     memcpy(&h, &handle, sizeof h);
-    if (memcmp(h.magic, "rollout", 8) != 0 || h.pid == getpid()) // as on a device, not in the process that made it
+    if (memcmp(h.magic, "rollout", 8) != 0)
         return InvalidValue;
+    if (h.pid == getpid())
+        return InvalidContext; // what a driver answers in the process that made it
     std::string path = "/proc/" + std::to_string(h.pid) + "/fd/" + std::to_string(h.file);
     int file = open(path.c_str(), O_RDWR | O_CLOEXEC);
     if (file < 0)
@@ -350,6 +429,7 @@ int cuIpcOpenMemHandle_v2(void** pointer, CUipcMemHandle handle, unsigned)
         return OutOfMemory;
     *pointer = p + skipped;
     s_mapped[*pointer] = h.bytes;
+    s_owners[*pointer] = current();
     adopt(*pointer, h.bytes);
     return Success;
 }
@@ -364,6 +444,7 @@ int cuIpcCloseMemHandle(void* pointer)
     munmap((char*)pointer - skipped, it->second + skipped);
     disown(pointer);
     s_mapped.erase(it);
+    s_owners.erase(pointer);
     return Success;
 }
 
@@ -372,7 +453,7 @@ int cuIpcCloseMemHandle(void* pointer)
 int cuStreamCreate(void** stream, unsigned)
 {
     SIM_ENTER;
-    *stream = new Stream();
+    *stream = new Stream{current(), nullptr, {}, 0};
     return Success;
 }
 
@@ -404,8 +485,7 @@ int cuStreamWaitEvent(void* stream, void* event, unsigned)
 int cuEventCreate(void** event, unsigned flags)
 {
     SIM_ENTER;
-    constexpr unsigned DisableTiming = 2;
-    *event = new Event{{}, (flags & DisableTiming) == 0, {}};
+    *event = new Event{flags, {}, 0};
     return Success;
 }
 
@@ -418,18 +498,21 @@ int cuEventDestroy_v2(void* event)
 int cuEventRecord(void* event, void* stream)
 {
     SIM_ENTER;
+    if (is_foreign(stream))
+        return InvalidContext;
     ((Event*)event)->beside = stream != nullptr ? ((Stream*)stream)->beside : std::shared_future<void>();
-    ((Event*)event)->at = std::chrono::steady_clock::now();
+    ((Event*)event)->nanoseconds = stream != nullptr ? ((Stream*)stream)->nanoseconds : 0;
     return Success;
 }
 
-int cuEventElapsedTime(float* milliseconds, void* start, void* end)
+// Nothing takes time here but matmuls, as their algorithms say: no stopwatch of the host's comes in.
+int cuEventElapsedTime(float* milliseconds, void* from, void* to)
 {
     SIM_ENTER;
-    const Event &from = *(Event*)start, &to = *(Event*)end;
-    if (!from.timed || !to.timed || from.at.time_since_epoch().count() == 0 || to.at.time_since_epoch().count() == 0)
+    const Event &first = *(Event*)from, &last = *(Event*)to;
+    if (((first.flags | last.flags) & DisableTiming) != 0)
         return InvalidHandle;
-    *milliseconds = std::chrono::duration<float, std::milli>(to.at - from.at).count();
+    *milliseconds = (float)((double)(last.nanoseconds - first.nanoseconds) / 1e6);
     return Success;
 }
 
@@ -530,12 +613,14 @@ int cuModuleLoadData(void** module, const void* image)
     link_map* map;
     dlinfo(library, RTLD_DI_LINKMAP, &map);
     dl_iterate_phdr(readable, (void*)map->l_addr);
-    *module = new Module{library};
+    *module = new Module{current(), library};
     return Success;
 }
 
 int cuModuleUnload(void* module)
 {
+    if (((Module*)module)->context != current())
+        return InvalidContext;
     // The library stays: what it was allowed to read is not worth forgetting.
     delete (Module*)module;
     return Success;
@@ -552,7 +637,7 @@ int cuModuleGetFunction(void** function, void* module, const char* name)
     auto range = (void (*)(char**, char**))dlsym(m->library, "sim_shared_range");
     unsigned bytes[64];
     int count = sizes(bytes);
-    *function = new Function{call, range, std::vector<unsigned>(bytes, bytes + count), 48 * 1024};
+    *function = new Function{m->context, call, range, std::vector<unsigned>(bytes, bytes + count), 48 * 1024};
     return Success;
 }
 
@@ -573,6 +658,8 @@ int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsign
     if (f == nullptr || extra != nullptr || gx == 0 || gy == 0 || gz == 0 || bx == 0 || by == 0 || bz == 0 || (uint64_t)bx * by * bz > MostThreads
         || bz > 64 || gx > 0x7fffffff || gy > MostGrid || gz > MostGrid || shared_bytes > f->dynamic_bytes)
         return InvalidValue;
+    if (f->context != current())
+        return InvalidContext;
 
     std::vector<std::string> values;
     for (size_t i = 0; i < f->sizes.size(); i++)

@@ -25,6 +25,8 @@ namespace
 enum { Success = 0, SystemError = 2, InternalError = 3, InvalidArgument = 4, InvalidUsage = 5, RemoteError = 6, InProgress = 7 };
 constexpr int SizeOf[] = {1, 1, 4, 4, 8, 8, 2, 4, 8, 2}; // by ncclDataType_t
 constexpr unsigned Magic = 0xcafebeef;
+constexpr int MostRanks = 1024; // more are refused when the communicator is made already, as a failure half-way is
+std::atomic<int> s_communicators;
 
 struct Id { char magic[8]; uint64_t secret; uint16_t port; };
 static_assert(sizeof(Id) <= sizeof(ncclUniqueId), "fits");
@@ -240,6 +242,9 @@ void broadcast(Comm* comm, const void* source, void* destination, Header what)
 }
 
 extern "C" {
+// Those of this process that were made and not aborted.
+int cuSimCommunicators() { return s_communicators; }
+
 const char* ncclGetErrorString(int error)
 {
     switch (error)
@@ -274,18 +279,21 @@ int ncclCommInitRankConfig(void** out, int ranks, ncclUniqueId unique, int rank,
     if (config == nullptr || config->magic != Magic || config->size < sizeof *config || ranks < 1 || rank < 0 || rank >= ranks || strcmp(id.magic, "sim") != 0)
         return InvalidArgument;
     Comm* comm = new Comm();
+    s_communicators++;
     comm->ranks = ranks;
     comm->rank = rank;
     comm->peers.assign((size_t)ranks, -1);
     std::promise<void> none;
     none.set_value();
     comm->last = none.get_future().share();
+    *out = comm;
+    if (ranks > MostRanks)
+        return comm->fail(InternalError);
     comm->connecting = std::thread([comm, id]
     {
         int result = connect_all(comm, id), busy = InProgress;
         comm->state.compare_exchange_strong(busy, result);
     });
-    *out = comm;
     if (config->blocking == 0)
         return InProgress;
     comm->connecting.join();
@@ -331,6 +339,7 @@ int ncclCommAbort(void* communicator)
     }
 
     delete comm;
+    s_communicators--;
     return Success;
 }
 }

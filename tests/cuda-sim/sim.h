@@ -49,7 +49,9 @@ void launch(void (*kernel)(void**), void** arguments, Dim grid, Dim block);
 int submit(void* stream, std::function<int()> work);
 // By a thread of its own, once all that the stream had is done; what the stream gets after it waits. False where the stream records.
 bool submit_beside(void* stream, std::shared_future<void>* done, std::function<void()> work);
-bool is_device_memory(const void* pointer, size_t bytes);
+bool is_device_memory(const void* pointer, size_t bytes); // of the current context's device
+bool is_usable(void* stream);                             // of the current context, and nothing has faulted
+void spend(void* stream, uint64_t nanoseconds);           // of the stream's time, which events read
 
 // ---- counters, for tests
 struct Counters { uint64_t launches, host_to_device_bytes, device_to_host_bytes, synchronisations, allocations, matmul_weight_bytes, staged_bytes; };

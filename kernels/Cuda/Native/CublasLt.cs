@@ -107,8 +107,17 @@ internal enum cublasLtMatmulPreferenceAttributes
 
 internal enum cublasLtMatmulAlgoConfigAttributes
 {
+    CUBLASLT_ALGO_CONFIG_ID = 0,
+    CUBLASLT_ALGO_CONFIG_TILE_ID = 1,
     CUBLASLT_ALGO_CONFIG_SPLITK_NUM = 2,
     CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME = 3,
+    CUBLASLT_ALGO_CONFIG_CTA_SWIZZLING = 4,
+    CUBLASLT_ALGO_CONFIG_CUSTOM_OPTION = 5,
+    CUBLASLT_ALGO_CONFIG_STAGES_ID = 6,
+
+    /// <summary>16 bits, as the next one; the ones above have 32.</summary>
+    CUBLASLT_ALGO_CONFIG_INNER_SHAPE_ID = 7,
+    CUBLASLT_ALGO_CONFIG_CLUSTER_SHAPE_ID = 8,
 }
 
 /// <summary>An algorithm and all its settings, good for one version of the library on one kind of device.</summary>

@@ -41,7 +41,16 @@ internal static unsafe partial class Driver
     public static partial CUresult cuDevicePrimaryCtxRelease_v2(int device);
 
     [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuCtxGetCurrent(out nint context);
+
+    [LibraryImport(CudaLibraries.Driver)]
     public static partial CUresult cuCtxSetCurrent(nint context);
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuCtxPushCurrent_v2(nint context);
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuCtxPopCurrent_v2(out nint context);
 
     // ---- Memory.
 
@@ -162,12 +171,14 @@ internal enum CUresult
     CUDA_ERROR_INVALID_VALUE = 1,
     CUDA_ERROR_OUT_OF_MEMORY = 2,
     CUDA_ERROR_NO_DEVICE = 100,
+    CUDA_ERROR_INVALID_CONTEXT = 201,
     CUDA_ERROR_NOT_READY = 600,
 }
 
 internal enum CUdevice_attribute
 {
     CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT = 16,
+    CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE = 38,
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75,
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76,
     CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97,

@@ -7,6 +7,7 @@
 
 #if !defined(ROLLOUT_SIM)
 #define ROLLOUT_KERNEL(name)
+#define SIM_UNCHECKED
 #endif
 
 typedef unsigned int u32;

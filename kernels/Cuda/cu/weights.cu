@@ -1,4 +1,5 @@
 // Elements of a checkpoint into storage. TYPE of the source: 0 bfloat16, 1 fp16, 2 fp32. Matrices are kept as `stored`, vectors as fp32.
+// And what matmuls are tried with: numbers to multiply, and a comparison of the rows that came out.
 #include "common.cuh"
 
 #define THREADS 256
@@ -55,3 +56,59 @@ extern "C" __global__ void __launch_bounds__(THREADS) scatter_vector(
         destination[indices[i]] = element_of(source, i, type);
 }
 ROLLOUT_KERNEL(scatter_vector)
+
+#define UNITS 32 // a thread: elements, or 16 bytes
+
+__device__ __forceinline__ u32 mixed(u32 x)
+{
+    x = (x ^ x >> 16) * 0x7feb352du;
+    x = (x ^ x >> 15) * 0x846ca68bu;
+    return x ^ x >> 16;
+}
+
+// Numbers of both signs and of many magnitudes, 2^-15 to 2, so that sums of their products in different orders round differently. BYTES of an element:
+// 4 for fp32, 2 for the upper half of the same.
+extern "C" __global__ void __launch_bounds__(THREADS) fill_pattern(void* destination, int bytes, u32 seed, long long count)
+{
+    for (int u = 0; u < UNITS; u++)
+    {
+        long long i = ((long long)blockIdx.x * UNITS + u) * THREADS + threadIdx.x;
+        if (i >= count)
+            return;
+        u32 random = mixed((u32)i ^ mixed((u32)(i >> 32) ^ seed));
+        u32 bits = (random & 0x807fffffu) | (127u - (random >> 23 & 15u)) << 23;
+        if (bytes == 4)
+            ((u32*)destination)[i] = bits;
+        else
+            ((unsigned short*)destination)[i] = (unsigned short)(bits >> 16);
+    }
+}
+ROLLOUT_KERNEL(fill_pattern)
+
+// Counts units of 16 bytes, and elements behind the last, that are not what stands in the reference, which repeats: its bytes are whole units. Only reads
+// what other launches wrote, and reads much: the simulated device would take minutes to look at every access.
+extern "C" __global__ SIM_UNCHECKED void __launch_bounds__(THREADS) compare_rows(
+    const void* values, const void* reference, long long bytes, long long reference_bytes, u32* different)
+{
+    long long units = bytes / 16, reference_units = reference_bytes / 16;
+    for (int u = 0; u < UNITS; u++)
+    {
+        long long i = ((long long)blockIdx.x * UNITS + u) * THREADS + threadIdx.x;
+        if (i < units)
+        {
+            uint4 x = ((const uint4*)values)[i], y = ((const uint4*)reference)[i % reference_units];
+            if (((x.x ^ y.x) | (x.y ^ y.y) | (x.z ^ y.z) | (x.w ^ y.w)) != 0)
+                atomicAdd(different, 1);
+        }
+        else if (i == units)
+        {
+            const unsigned short *rest = (const unsigned short*)values + 8 * units, *expected = (const unsigned short*)reference + 8 * (units % reference_units);
+            for (int e = 0; e < (int)(bytes % 16 / 2); e++)
+            {
+                if (rest[e] != expected[e])
+                    atomicAdd(different, 1);
+            }
+        }
+    }
+}
+ROLLOUT_KERNEL(compare_rows)

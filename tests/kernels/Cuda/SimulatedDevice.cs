@@ -28,12 +28,36 @@ internal static class SimulatedDevice
     /// <summary>What the device has done since the process began.</summary>
     public static unsafe Counters Count()
     {
-        nint library = NativeLibrary.Load(Path.Combine(Environment.GetEnvironmentVariable("ROLLOUT_CUDA_PATH")!, "libcuda.so.1"));
-        var count = (delegate* unmanaged<Counters*, void>)NativeLibrary.GetExport(library, "cuSimCounters");
+        var count = (delegate* unmanaged<Counters*, void>)Export("cuSimCounters");
         Counters counters;
         count(&counters);
         return counters;
     }
+
+    /// <summary>What cuBLASLt's heuristic proposes to this thread, until disposed: see candidates() in tests/cuda-sim/cublaslt.cpp.</summary>
+    public static IDisposable Propose(string candidates)
+    {
+        SetCandidates(candidates);
+        return new Usual();
+    }
+
+    private static unsafe void SetCandidates(string candidates)
+    {
+        var set = (delegate* unmanaged<byte*, void>)Export("cuSimMatMul");
+        fixed (byte* text = System.Text.Encoding.ASCII.GetBytes(candidates + '\0'))
+            set(text);
+    }
+
+    /// <summary>Communicators of this process that were made and not given back.</summary>
+    public static unsafe int Communicators => ((delegate* unmanaged<int>)Export("cuSimCommunicators"))();
+
+    private sealed class Usual : IDisposable
+    {
+        public void Dispose() => SetCandidates("");
+    }
+
+    private static nint Export(string name) => NativeLibrary.GetExport(
+        NativeLibrary.Load(Path.Combine(Environment.GetEnvironmentVariable("ROLLOUT_CUDA_PATH")!, "libcuda.so.1")), name);
 
     /// <summary>As in sim.h.</summary>
     public readonly record struct Counters(

@@ -1,0 +1,252 @@
+using System.Runtime.InteropServices;
+
+namespace Rollout.Kernels.Cuda;
+
+/// <summary>The algorithms of one shape, by row count; all of them give a row the same bits.</summary>
+/// <param name="Digest">Of these bits: what <see cref="MatMulProbe.Digest(in cublasLtMatmulAlgo, int, out byte[])"/> makes of each of them.</param>
+/// <param name="Algorithms">One for each of <see cref="MatMulTuner.Buckets"/> and one for more rows.</param>
+internal sealed record MatMulChoice(byte[] Digest, cublasLtMatmulAlgo[] Algorithms)
+{
+    /// <summary>Of the algorithm for so many rows.</summary>
+    public ref readonly cublasLtMatmulAlgo For(int rows)
+    {
+        int bucket = 0;
+        while (bucket < MatMulTuner.Buckets.Length && rows > MatMulTuner.Buckets[bucket])
+            bucket++;
+        return ref Algorithms[bucket];
+    }
+}
+
+/// <summary>
+/// Chooses algorithms. Two of cuBLASLt's may add a sum's products in different orders, and so round differently: they are sorted into classes that give the
+/// same bits. Which class serves a shape is decided by a rule, never by a stopwatch: a shape has the same bits whatever else the machine was doing at its
+/// first start. Inside the class time decides, by row count, and changes no bit.
+/// <para>
+/// The rule: of the classes with at least one algorithm that runs at every row count, captured too, and gives rows the same bits at all of them, the one
+/// that the library's heuristic ranks best: a class is ranked by the sum, over a fixed list of row counts, of the places of its best placed algorithm among
+/// the proposals. Of equals, the one that was proposed first, going through the row counts upwards. Everything in it (what is proposed and in which order,
+/// what runs, what the bits of fixed numbers are) is a function of the shape, the kind of device and the library's version: the heuristic is a table and a
+/// model of the device in the library, which measures nothing.
+/// </para>
+/// </summary>
+internal sealed class MatMulTuner
+{
+    /// <summary>The largest row count that a kept choice is run at.</summary>
+    public const int VerifiedRows = 257;
+
+    private const int Few = 8, Some = 64, Many = 512;
+
+    private static readonly int[] s_asked = [1, Few, Some, 256, 2048];
+    private static readonly int[] s_checked = [1, 3, 16, MatMulProbe.ReferenceRows, 256, 257, Many, 2048];
+
+    private readonly CudaDevice _device;
+    private readonly MatMulShape _shape;
+    private readonly MatMulProbe _probe;
+    private readonly int[] _askedRows, _checkedRows;
+
+    /// <param name="device">What is chosen for.</param>
+    /// <param name="shape">What is chosen for.</param>
+    /// <param name="probe">Of the shape; for as many rows as what is asked for says.</param>
+    public MatMulTuner(CudaDevice device, MatMulShape shape, MatMulProbe probe)
+    {
+        _device = device;
+        _shape = shape;
+        _probe = probe;
+        int most = MostRows(device, shape);
+        _askedRows = [.. s_asked.Where(rows => rows < most), most];
+        _checkedRows = [.. s_checked.Where(rows => rows < most), most];
+    }
+
+    /// <summary>Up to how many rows each algorithm of a choice serves, but the last, which serves more.</summary>
+    public static ReadOnlySpan<int> Buckets => [Few, Some, Many];
+
+    /// <summary>
+    /// The largest row count that an algorithm is checked at, and so the largest that is run: more rows are multiplied in pieces. 64 a multiprocessor,
+    /// where tiles of any size keep all of them busy (8,448 on a device with 132), less where outputs would take over 512 MiB; a multiple of 128, so that
+    /// pieces keep their alignment.
+    /// </summary>
+    public static int MostRows(CudaDevice device, MatMulShape shape)
+    {
+        const int Multiple = 128;
+        const long MostBytes = 512L << 20;
+        long rows = Math.Min(64L * device.Multiprocessors, MostBytes / ((long)shape.Outputs * shape.OutputBytes));
+        return (int)Math.Max(Many, rows / Multiple * Multiple);
+    }
+
+    /// <summary>By the rule. The probe is for <see cref="MostRows"/>.</summary>
+    /// <exception cref="CudaException">No algorithm keeps rows apart; says how many were tried, and why each fell out.</exception>
+    public MatMulChoice Choose()
+    {
+        List<string> reasons = [];
+        List<Candidate> candidates = Proposals(_askedRows, inPieces: false, reasons);
+        int tried = candidates.Count;
+        List<Class> classes = [];
+        foreach (Candidate candidate in candidates)
+        {
+            if (WhyItDoesNotRun(candidate.Algorithm, out byte[] digest) is { } reason)
+            {
+                reasons.Add(reason);
+                continue;
+            }
+
+            Class? same = classes.Find(known => known.Digest.AsSpan().SequenceEqual(digest));
+            if (same is null)
+                classes.Add(same = new Class(digest));
+            same.Members.Add(candidate);
+        }
+
+        // The best class is looked at more closely; what falls out of it can only make it rank lower, and then another may be the best.
+        while (classes.MinBy(known => known.Score(_askedRows.Length)) is { } best)
+        {
+            if (best.Members.Find(member => !member.IsChecked) is not { } next)
+                return new MatMulChoice(best.Digest, ByRows(best.Members));
+            next.IsChecked = true;
+            if (_probe.WhyRowsDiffer(next.Algorithm, _checkedRows) is not { } reason)
+                continue;
+            reasons.Add(reason);
+            best.Members.Remove(next);
+            if (best.Members.Count == 0)
+                classes.Remove(best);
+        }
+
+        throw new CudaException($"None of {tried} cuBLASLt algorithms for a matmul of [{_shape.Outputs}, {_shape.Inputs}] serves all row counts on "
+            + $"{_device.Name}: {string.Join("; ", reasons.CountBy(reason => reason).Select(reason => $"{reason.Value} x {reason.Key}"))}.");
+    }
+
+    /// <summary>
+    /// Whether a choice of an earlier start still is what it was: its algorithms are taken for all row counts, and give the bits of its class. The probe is
+    /// for <see cref="VerifiedRows"/>.
+    /// </summary>
+    public bool Holds(MatMulChoice choice)
+    {
+        foreach (cublasLtMatmulAlgo algorithm in choice.Algorithms.DistinctBy(Text))
+        {
+            if (_checkedRows.Any(rows => _shape.Check(algorithm, rows, out _) != cublasStatus.CUBLAS_STATUS_SUCCESS))
+                return false;
+            foreach (int rows in (ReadOnlySpan<int>)[MatMulProbe.ReferenceRows, VerifiedRows])
+            {
+                if (_probe.Digest(algorithm, rows, out byte[] digest) != cublasStatus.CUBLAS_STATUS_SUCCESS || !digest.AsSpan().SequenceEqual(choice.Digest))
+                    return false;
+            }
+        }
+
+        return true;
+    }
+
+    /// <summary>
+    /// What all proposals for these row counts do, those that cut k into pieces included; see <see cref="MatMulCandidate"/>. The probe is for the largest.
+    /// </summary>
+    public IReadOnlyList<MatMulCandidate> Survey(ReadOnlySpan<int> rowCounts, MatMulChoice? choice)
+    {
+        int[] counts = rowCounts.ToArray();
+        HashSet<string> chosen = [.. choice is null ? [] : choice.Algorithms.Select(Text)];
+        return [.. Proposals(counts, inPieces: true, []).Select(candidate => SurveyOf(candidate, counts) with
+        {
+            IsChosen = chosen.Contains(Text(candidate.Algorithm)),
+        })];
+    }
+
+    /// <summary>An algorithm's bytes in hexadecimal.</summary>
+    public static string Text(cublasLtMatmulAlgo algorithm) => Convert.ToHexStringLower(MemoryMarshal.AsBytes(new ReadOnlySpan<cublasLtMatmulAlgo>(in algorithm)));
+
+    private MatMulCandidate SurveyOf(Candidate candidate, int[] counts)
+    {
+        cublasLtMatmulAlgo algorithm = candidate.Algorithm;
+        long workspace = 0;
+        List<MatMulCandidateRows> found = [];
+        for (int i = 0; i < counts.Length; i++)
+        {
+            int rows = counts[i], rank = candidate.Ranks.GetValueOrDefault(i, -1);
+            cublasStatus status = _shape.Check(algorithm, rows, out long bytes);
+            workspace = Math.Max(workspace, bytes);
+            string[] digests = ["", "", "", ""];
+            bool keeps = true;
+            for (int f = 0; f < _probe.Forms.Length && status == cublasStatus.CUBLAS_STATUS_SUCCESS; f++)
+            {
+                (bool, bool) form = _probe.Forms[f];
+                keeps &= _probe.TakeReference(algorithm, form) == cublasStatus.CUBLAS_STATUS_SUCCESS;
+                status = _probe.Digest(algorithm, rows, form, out byte[] digest);
+                digests[f] = Convert.ToHexStringLower(digest.AsSpan(0, Math.Min(16, digest.Length)));
+                if (status != cublasStatus.CUBLAS_STATUS_SUCCESS || !keeps)
+                    continue;
+                _probe.QueueComparison(rows);
+                keeps = _probe.Differences() == 0;
+            }
+
+            found.Add(status == cublasStatus.CUBLAS_STATUS_SUCCESS
+                ? new MatMulCandidateRows(rows, rank, null, digests[0], digests[1], digests[2], keeps, _probe.Seconds(algorithm, rows))
+                : new MatMulCandidateRows(rows, rank, status.Name(), "", "", "", false, double.PositiveInfinity));
+        }
+
+        return new MatMulCandidate(Text(algorithm), MatMulShape.Describe(algorithm), workspace, found);
+    }
+
+    /// <summary>What the heuristic proposes for these row counts, each once, in the order of its first proposal.</summary>
+    private List<Candidate> Proposals(int[] rowCounts, bool inPieces, List<string> reasons)
+    {
+        List<Candidate> candidates = [];
+        Dictionary<string, Candidate> known = [];
+        List<cublasLtMatmulAlgo> found = [];
+        for (int i = 0; i < rowCounts.Length; i++)
+        {
+            cublasStatus status = _shape.Propose(rowCounts[i], inPieces, found);
+            if (status != cublasStatus.CUBLAS_STATUS_SUCCESS)
+                reasons.Add($"nothing proposed for {rowCounts[i]} rows ({status.Name()})");
+            for (int rank = 0; rank < found.Count; rank++)
+            {
+                string text = Text(found[rank]);
+                if (!known.TryGetValue(text, out Candidate? candidate))
+                    candidates.Add(known[text] = candidate = new Candidate(found[rank]));
+                candidate.Ranks.TryAdd(i, rank);
+            }
+        }
+
+        return candidates;
+    }
+
+    /// <summary>Null, with the digest of what it computes; or why not.</summary>
+    private string? WhyItDoesNotRun(cublasLtMatmulAlgo algorithm, out byte[] digest)
+    {
+        digest = [];
+        foreach (int rows in _checkedRows)
+        {
+            if (_shape.Check(algorithm, rows, out _) is var status and not cublasStatus.CUBLAS_STATUS_SUCCESS)
+                return $"refused for {rows} rows ({status.Name()})";
+        }
+
+        return _probe.Digest(algorithm, MatMulProbe.ReferenceRows, out digest) is var ran and not cublasStatus.CUBLAS_STATUS_SUCCESS
+            ? $"did not run ({ran.Name()})"
+            : null;
+    }
+
+    /// <summary>The fastest for each bucket, by its largest row count.</summary>
+    private cublasLtMatmulAlgo[] ByRows(List<Candidate> members)
+    {
+        int most = _checkedRows[^1];
+        int[] rows = [.. Buckets, Math.Min(2048, most)];
+        return [.. rows.Select(count => members.Count == 1
+            ? members[0].Algorithm
+            : members.MinBy(member => _probe.Seconds(member.Algorithm, count))!.Algorithm)];
+    }
+
+    private sealed class Candidate(cublasLtMatmulAlgo algorithm)
+    {
+        public cublasLtMatmulAlgo Algorithm => algorithm;
+
+        /// <summary>Places among the proposals, by the index of the row count that they were for.</summary>
+        public Dictionary<int, int> Ranks { get; } = [];
+
+        /// <summary>Whether it keeps rows apart, as far as it has been looked at.</summary>
+        public bool IsChecked { get; set; }
+    }
+
+    private sealed class Class(byte[] digest)
+    {
+        public byte[] Digest => digest;
+
+        public List<Candidate> Members { get; } = [];
+
+        public int Score(int rowCounts) => Enumerable.Range(0, rowCounts)
+            .Sum(i => Members.Min(member => member.Ranks.GetValueOrDefault(i, MatMulShape.MostProposals)));
+    }
+}
