@@ -1,8 +1,8 @@
 namespace Rollout.Kernels.Cuda;
 
 /// <summary>
-/// Device time by kernel: an event before and one after every launch on the stream of steps. A launch that the host is late with counts what the device
-/// waited for it, so the stream should have work ahead of what is measured.
+/// Device time by kernel: an event before and one after every launch on the stream of steps. A launch that the host is late with counts
+/// what the device waited for it, so the stream should have work ahead of what is measured.
 /// </summary>
 internal sealed class CudaLaunchTimes(CudaDevice device) : IDisposable
 {

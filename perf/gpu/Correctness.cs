@@ -34,8 +34,8 @@ internal static class Correctness
                 await stage.TryAsync(Golden, family, async () =>
                 {
                     GoldenFile golden = GoldenFile.Read(family);
-                    await using RolloutEngine engine = RolloutEngine.Load(
-                        Shapes.GoldenFolder(family), new CudaBackend(0, format), new EngineOptions { MaxBatchTokens = 64, MaxSequences = 8, MaxContext = 128 });
+                    await using RolloutEngine engine = RolloutEngine.Load(Shapes.GoldenFolder(family), new CudaBackend(0, format),
+                        new EngineOptions { MaxBatchTokens = 64, MaxSequences = 8, MaxContext = 128 });
                     List<double> differences = [];
                     int same = 0, tokens = 0;
                     for (int i = 0; i < golden.Prompts.Length; i++)
@@ -63,8 +63,9 @@ internal static class Correctness
                         same += continuation.Tokens.AsSpan().CommonPrefixLength(greedy.Samples[0].Tokens(0, greedy.Samples[0].Published));
                     }
 
-                    stage.Write(Golden, family, $"{name}: mean |dlogp|", differences.Average(), format == WeightFormat.Float32 ? 1e-4 : null);
-                    stage.Write(Golden, family, $"{name}: largest", differences.Max(), format == WeightFormat.Float32 ? 1e-3 : null);
+                    bool exact = format == WeightFormat.Float32;
+                    stage.Write(Golden, family, $"{name}: mean |dlogp|", differences.Average(), exact ? 1e-4 : null);
+                    stage.Write(Golden, family, $"{name}: largest", differences.Max(), exact ? 1e-3 : null);
                     stage.Write(Golden, family, $"{name}: greedy tokens until one differs", $"{same} of {tokens}");
                 });
             }
@@ -75,7 +76,8 @@ internal static class Correctness
     private static async Task TestsAsync(Stage stage, string folder, string program, string[] filter)
     {
         string dll = Path.Combine(Stage.Root, "tests", folder, $"{program}.dll");
-        ProcessStartInfo info = new(Environment.ProcessPath!, [dll, "-reporter", "json", "-noColor", "-noAutoReporters", "-parallelMode", "none", .. filter])
+        ProcessStartInfo info = new(
+            Environment.ProcessPath!, [dll, "-reporter", "json", "-noColor", "-noAutoReporters", "-parallelMode", "none", .. filter])
         {
             RedirectStandardOutput = true,
         };
@@ -93,9 +95,9 @@ internal static class Correctness
 
             using JsonDocument json = JsonDocument.Parse(line);
             JsonElement message = json.RootElement;
-            string type = message.GetProperty("$type").GetString()!;
+            string type = Text(message, "$type");
             if (type == "test-starting")
-                names[message.GetProperty("TestUniqueID").GetString()!] = message.GetProperty("TestDisplayName").GetString()!.Replace($"{program}.", "", StringComparison.Ordinal);
+                names[Text(message, "TestUniqueID")] = Text(message, "TestDisplayName").Replace($"{program}.", "", StringComparison.Ordinal);
             else if (type is "test-passed" or "test-skipped" or "test-failed")
                 Record(message, type["test-".Length..]);
             ended |= type == "test-assembly-finished";
@@ -106,12 +108,14 @@ internal static class Correctness
 
         void Record(JsonElement message, string result)
         {
-            string name = names[message.GetProperty("TestUniqueID").GetString()!];
+            string name = names[Text(message, "TestUniqueID")];
             if (result == "failed")
                 stage.Fail(Tests, name, string.Join(" | ", message.GetProperty("Messages").EnumerateArray()).ReplaceLineEndings(" "));
             else
                 stage.Write(Tests, name, "result", result);
         }
+
+        static string Text(JsonElement message, string property) => message.GetProperty(property).GetString()!;
     }
 
     /// <summary>A small model under compute-sanitizer, where that is installed.</summary>
@@ -125,7 +129,8 @@ internal static class Correctness
             return;
         }
 
-        ProcessStartInfo info = new(program, ["--tool", tool, "--error-exitcode", "9", "--print-limit", "20", Environment.ProcessPath!, .. Stage.Self, "small"])
+        ProcessStartInfo info = new(
+            program, ["--tool", tool, "--error-exitcode", "9", "--print-limit", "20", Environment.ProcessPath!, .. Stage.Self, "small"])
         {
             RedirectStandardOutput = true,
         };
@@ -142,13 +147,15 @@ internal static class Correctness
         else stage.Fail("compute-sanitizer", tool, $"ended with {process.ExitCode}: {last}");
     }
 
-    /// <summary>Every kernel of a step once: prompts that are cut, shared keys and values, alternatives, biases, truncation; in both formats.</summary>
+    /// <summary>
+    /// Every kernel of a step once: prompts that are cut, shared keys and values, alternatives, biases, truncation; in both formats.
+    /// </summary>
     public static async Task SmallAsync()
     {
         foreach (WeightFormat format in (WeightFormat[])[WeightFormat.BFloat16, WeightFormat.Float32])
         {
-            await using RolloutEngine engine = RolloutEngine.Load(
-                Shapes.GoldenFolder("qwen3"), new CudaBackend(0, format), new EngineOptions { MaxBatchTokens = 96, MaxSequences = 8, MaxContext = 256 });
+            await using RolloutEngine engine = RolloutEngine.Load(Shapes.GoldenFolder("qwen3"), new CudaBackend(0, format),
+                new EngineOptions { MaxBatchTokens = 96, MaxSequences = 8, MaxContext = 256 });
             Group group = engine.Submit(new GroupRequest
             {
                 Id = "small",
@@ -162,7 +169,8 @@ internal static class Correctness
                 IgnoreEos = true,
             });
             await group.Completed;
-            if (group.Samples.Any(sample => sample.Published != 6)) throw new InvalidOperationException($"the small model's samples: {group.Samples[0].Error}");
+            if (group.Samples.Any(sample => sample.Published != 6))
+                throw new InvalidOperationException($"the small model's samples: {group.Samples[0].Error}");
         }
     }
 

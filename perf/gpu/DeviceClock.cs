@@ -5,7 +5,9 @@ namespace Rollout.Gpu;
 /// <summary>Time on the device, by its events.</summary>
 internal static class DeviceClock
 {
-    /// <summary>Seconds of one call of <paramref name="work"/>, which queues on the stream of steps: the median of some rounds of several calls.</summary>
+    /// <summary>
+    /// Seconds of one call of <paramref name="work"/>, which queues on the stream of steps: the median of some rounds of several calls.
+    /// </summary>
     public static double Seconds(CudaDevice device, int rounds, int calls, Action work)
     {
         device.MakeCurrent();
@@ -32,5 +34,6 @@ internal static class DeviceClock
     }
 
     public static void Copy(CudaDevice device, DeviceBuffer source, DeviceBuffer destination)
-        => Driver.cuMemcpyDtoDAsync_v2(destination.Pointer, source.Pointer, (nuint)source.Bytes, device.Stream.Value).ThrowIfFailed(source.Bytes);
+        => Driver.cuMemcpyDtoDAsync_v2(destination.Pointer, source.Pointer, (nuint)source.Bytes, device.Stream.Value)
+            .ThrowIfFailed(source.Bytes);
 }

@@ -11,7 +11,8 @@ internal static class Machine
 {
     private const string Facts = "Machine", Ceilings = "Ceilings";
 
-    public static IReadOnlyList<Part> Parts { get; } = [new("facts", 15, Describe), new("kernels", 90, Compile), new("ceilings", 30, Measure)];
+    public static IReadOnlyList<Part> Parts { get; } =
+        [new("facts", 15, Describe), new("kernels", 90, Compile), new("ceilings", 30, Measure)];
 
     private static Task Describe(Stage stage)
     {
@@ -40,7 +41,7 @@ internal static class Machine
         stage.Try(Facts, "nvidia-smi", () =>
         {
             if (stage.IsSmall || Programs.Find("nvidia-smi") is null) return;
-            const string Asked = "name,driver_version,memory.total,clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu";
+            const string Asked = "driver_version,memory.total,clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu";
             ProcessStartInfo info = new("nvidia-smi", [$"--query-gpu={Asked}", "--format=csv,noheader"]) { RedirectStandardOutput = true };
             using Process process = Process.Start(info)!;
             stage.Write(Facts, "nvidia-smi", "", $"{process.StandardOutput.ReadToEnd().Trim()} ({Asked})");
@@ -48,7 +49,10 @@ internal static class Machine
         return Task.CompletedTask;
 
         static string Resolved(string path)
-            => Path.IsPathRooted(path) && File.ResolveLinkTarget(path, returnFinalTarget: true) is { } target ? $"{path} ({target.Name})" : path;
+        {
+            FileSystemInfo? target = Path.IsPathRooted(path) ? File.ResolveLinkTarget(path, returnFinalTarget: true) : null;
+            return target is null ? path : $"{path} ({target.Name})";
+        }
     }
 
     /// <summary>Kernels that an earlier run compiled come from its cache: then this is the time to load them.</summary>
@@ -94,7 +98,8 @@ internal static class Machine
             input.Write(size, values);
             backend.RmsNorm(input, ones, 1e-6f, input, size); // from here on it is in bf16
             double seconds = DeviceClock.Seconds(backend.Device, 5, 10, () => backend.MatMul(input, weight, null, output, size));
-            stage.Write(Ceilings, $"matmul of {size} x {size} x {size}, bf16 to fp32", "TFLOP/s", 2.0 * size * size * size / seconds / 1e12);
+            double flops = 2.0 * size * size * size;
+            stage.Write(Ceilings, $"matmul of {size} x {size} x {size}, bf16 to fp32", "TFLOP/s", flops / seconds / 1e12);
         });
         return Task.CompletedTask;
     }

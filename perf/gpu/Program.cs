@@ -20,7 +20,11 @@ number.Validators.Add(result =>
 Argument<string> name = new("part") { Description = "One of the stage's." };
 
 Command stage = new("stage", "Runs the parts of a stage, each in a process of its own.") { number, output };
-stage.SetAction((arguments, _) => Stage.RunAllAsync(arguments.GetValue(number), arguments.GetValue(output)!, stages[arguments.GetValue(number)]));
+stage.SetAction((arguments, _) =>
+{
+    int at = arguments.GetValue(number);
+    return Stage.RunAllAsync(at, arguments.GetValue(output)!, stages[at]);
+});
 Command part = new("part", "Runs one part in this process.") { number, name, output };
 part.SetAction((arguments, _) =>
 {
@@ -33,4 +37,5 @@ Command share = new("share", "Shares device memory with the process that started
 share.SetAction(_ => Updates.Share());
 Command report = new("report", "Prints the tables of what there is so far, and writes them to results.md.") { output };
 report.SetAction(arguments => Console.Write(Report.Write(arguments.GetValue(output)!)));
-return await new RootCommand("Proves and measures the CUDA backend on this machine.") { stage, part, small, share, report }.Parse(args).InvokeAsync();
+RootCommand root = new("Proves and measures the CUDA backend on this machine.") { stage, part, small, share, report };
+return await root.Parse(args).InvokeAsync();

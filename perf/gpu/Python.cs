@@ -12,7 +12,8 @@ internal static class Python
     {
         try
         {
-            using Process process = Process.Start(new ProcessStartInfo("python3", ["-c", $"import {module}"]) { RedirectStandardError = true })!;
+            ProcessStartInfo info = new("python3", ["-c", $"import {module}"]) { RedirectStandardError = true };
+            using Process process = Process.Start(info)!;
             await process.StandardError.ReadToEndAsync();
             await process.WaitForExitAsync();
             return process.ExitCode == 0;
@@ -38,6 +39,7 @@ internal static class Python
         }
 
         await process.WaitForExitAsync();
-        return process.ExitCode == 0 ? lines : throw new InvalidOperationException($"{script} ended with {process.ExitCode}; the log has why");
+        if (process.ExitCode != 0) throw new InvalidOperationException($"{script} ended with {process.ExitCode}; the log has why");
+        return lines;
     }
 }

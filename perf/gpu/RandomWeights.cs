@@ -7,8 +7,8 @@ using Rollout.Micro;
 namespace Rollout.Gpu;
 
 /// <summary>
-/// Weights of a model's shape that never were in a file: matrices are filled on the device with pieces of one random pattern, uniform in ±0.035, which
-/// is a deviation of 0.02; norms are 1.
+/// Weights of a model's shape that never were in a file: matrices are filled on the device with pieces of one random pattern, uniform in
+/// ±0.035, which is a deviation of 0.02; norms are 1.
 /// </summary>
 internal sealed class RandomWeights : IDisposable
 {
@@ -33,7 +33,8 @@ internal sealed class RandomWeights : IDisposable
         using RandomWeights random = new(backend, isSmall);
         foreach (WeightShape shape in plan.Weights)
         {
-            if (shape.Slot.Kind is WeightKind.InputNorm or WeightKind.PostAttentionNorm or WeightKind.FinalNorm or WeightKind.QueryNorm or WeightKind.KeyNorm)
+            if (shape.Slot.Kind is WeightKind.InputNorm or WeightKind.PostAttentionNorm or WeightKind.FinalNorm
+                or WeightKind.QueryNorm or WeightKind.KeyNorm)
                 random.FillOnes(weights[shape.Slot]);
             else
                 random.Fill(weights[shape.Slot]);

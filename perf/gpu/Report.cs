@@ -15,7 +15,8 @@ internal static class Report
         StringBuilder text = new();
         string device = rows.FirstOrDefault(row => (row.Table, row.Name) == (Machine, "device"))?.Text ?? "no device";
         string commit = rows.FirstOrDefault(row => (row.Table, row.Name) == (Machine, "commit"))?.Text ?? "unknown";
-        text.AppendLine(CultureInfo.InvariantCulture, $"## {DateTime.UtcNow:yyyy-MM-dd}, the CUDA backend on {device} (`perf/gpu`), commit {commit}").AppendLine();
+        text.AppendLine(CultureInfo.InvariantCulture,
+            $"## {DateTime.UtcNow:yyyy-MM-dd}, the CUDA backend on {device} (`perf/gpu`), commit {commit}").AppendLine();
         foreach (Row fact in rows.Where(row => row.Table == Machine)) text.AppendLine($"- {fact.Name}: {fact.Text ?? $"**{fact.Error}**"}");
         text.AppendLine().AppendLine("Targets are those for one H200.");
         Missed(text, rows);
@@ -37,7 +38,7 @@ internal static class Report
     public static string Number(double value) => Math.Abs(value) switch
     {
         _ when !double.IsFinite(value) => "-",
-        < 10_000 when value == Math.Round(value) => value.ToString("F0", CultureInfo.InvariantCulture),
+        < 10_000 when Math.Abs(value - Math.Round(value)) <= 1e-9 * Math.Abs(value) => value.ToString("F0", CultureInfo.InvariantCulture),
         >= 10_000 => value.ToString("N0", CultureInfo.InvariantCulture),
         >= 100 => value.ToString("F0", CultureInfo.InvariantCulture),
         >= 10 => value.ToString("F1", CultureInfo.InvariantCulture),
@@ -54,31 +55,37 @@ internal static class Report
     {
         Row[] held = [.. rows.Where(row => row.Target is not null && row.Value is not null)];
         Row[] failed = [.. rows.Where(row => row.Error is not null)];
-        text.AppendLine(CultureInfo.InvariantCulture, $"{held.Count(row => !IsMissed(row))} of {held.Length} targets met, {failed.Length} failures.");
+        int met = held.Count(row => !IsMissed(row));
+        text.AppendLine(CultureInfo.InvariantCulture, $"{met} of {held.Length} targets met, {failed.Length} failures.");
         foreach (Row row in failed) text.AppendLine($"- {row.Table}, {row.Name}: **failed**: {Escape(row.Error!)}");
         foreach (Row row in held.Where(IsMissed))
-            text.AppendLine($"- {row.Table}, {row.Name}, {row.Column}: {Number(row.Value!.Value)}, target {(row.AtLeast ? ">=" : "<=")} {Number(row.Target!.Value)}, **missed**");
+            text.AppendLine($"- {row.Table}, {row.Name}, {row.Column}: {Number(row.Value!.Value)}, target {Bound(row)}, **missed**");
     }
 
     private static void Print(StringBuilder text, Row[] rows)
     {
         string[] columns = [.. rows.Select(row => row.Column).Distinct()];
         text.AppendLine($"| | {string.Join(" | ", columns.Select(Escape))} |");
-        text.AppendLine($"|---|{string.Concat(columns.Select(column => rows.Any(row => row.Column == column && row.Value is not null) ? "--:|" : "---|"))}");
+        text.AppendLine($"|---|{string.Concat(columns.Select(column => HasNumbers(column) ? "--:|" : "---|"))}");
         foreach (IGrouping<string, Row> line in rows.GroupBy(row => row.Name))
         {
-            IEnumerable<string> cells = columns.Select(column => line.FirstOrDefault(row => row.Column == column) is { } row ? Cell(row) : "");
-            text.AppendLine($"| {Escape(line.Key)} | {string.Join(" | ", cells)} |");
+            Dictionary<string, Row> cells = line.ToDictionary(row => row.Column);
+            string[] texts = [.. columns.Select(column => cells.TryGetValue(column, out Row? row) ? Cell(row) : "")];
+            text.AppendLine($"| {Escape(line.Key)} | {string.Join(" | ", texts)} |");
         }
+
+        bool HasNumbers(string column) => rows.Any(row => row.Column == column && row.Value is not null);
     }
 
     private static string Cell(Row row)
     {
         if (row.Error is not null) return $"**failed**: {Escape(row.Error)}";
         if (row.Value is not { } value) return Escape(row.Text ?? "");
-        if (row.Target is not { } target) return Number(value);
-        return $"{Number(value)} ({(row.AtLeast ? ">=" : "<=")} {Number(target)}, {(IsMissed(row) ? "**missed**" : "met")})";
+        if (row.Target is null) return Number(value);
+        return $"{Number(value)} ({Bound(row)}, {(IsMissed(row) ? "**missed**" : "met")})";
     }
+
+    private static string Bound(Row row) => $"{(row.AtLeast ? ">=" : "<=")} {Number(row.Target!.Value)}";
 
     private static void Count(StringBuilder text, Row[] rows)
     {

@@ -10,7 +10,9 @@ internal static class Rollouts
     public const string Table = "Rollouts";
     private const int BatchTokens = 8192; // of a step: the chunk in which prompts are prefilled
 
-    /// <summary>256 sequences, input and output lengths uniform in 100 to 1024, of token ids; they do not end early. As nano-vllm's bench.py.</summary>
+    /// <summary>
+    /// 256 sequences, input and output lengths uniform in 100 to 1024, of token ids; they do not end early. As nano-vllm's bench.py.
+    /// </summary>
     public static async Task NanoAsync(Stage stage, string name)
     {
         double? target = name switch { Shapes.Qwen25 => 90_000, Shapes.Qwen3 => 28_000, _ => null };
@@ -60,8 +62,8 @@ internal static class Rollouts
     }
 
     /// <summary>
-    /// The requests of a GRPO rollout. A model of random weights draws every token about as often as any other, so a stop token that is raised to one in
-    /// 270 makes lengths of that mean (geometric, cut at 1024).
+    /// The requests of a GRPO rollout. A model of random weights draws every token about as often as any other, so a stop token that is
+    /// raised to one in 270 makes lengths of that mean (geometric, cut at 1024).
     /// </summary>
     public static GroupRequest[] Grpo(bool isSmall, int seed, ModelSpec model)
     {

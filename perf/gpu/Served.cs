@@ -33,15 +33,7 @@ internal sealed class Served : IAsyncDisposable
         ModelSpec model = Shapes.Load(Shapes.Qwen25, stage.IsSmall);
         for (int run = 1; run <= 2; run++)
         {
-            RolloutRequest[] requests = [.. Rollouts.Grpo(stage.IsSmall, run, model).Select(request => new RolloutRequest(request.Prompt, new GenerateOptions
-            {
-                N = request.N,
-                Seed = request.Seed,
-                MaxTokens = request.MaxTokens!.Value,
-                StopTokenIds = request.StopTokenIds,
-                LogitBias = request.LogitBias,
-                IgnoreEos = true,
-            }))];
+            RolloutRequest[] requests = [.. Rollouts.Grpo(stage.IsSmall, run, model).Select(AsTrainersSend)];
             long start = Stopwatch.GetTimestamp();
             double tokens = 0, samples = 0;
             await foreach (Sample sample in served.Client.GenerateBatchAsync(requests))
@@ -57,6 +49,16 @@ internal sealed class Served : IAsyncDisposable
             stage.Write(Rollouts.Table, row, "mean length", tokens / samples);
         }
     }
+
+    private static RolloutRequest AsTrainersSend(GroupRequest request) => new(request.Prompt, new GenerateOptions
+    {
+        N = request.N,
+        Seed = request.Seed,
+        MaxTokens = request.MaxTokens!.Value,
+        StopTokenIds = request.StopTokenIds,
+        LogitBias = request.LogitBias,
+        IgnoreEos = true,
+    });
 
     /// <summary>Writes the model to memory or disk, and serves it.</summary>
     public static async Task<Served> StartAsync(Stage stage)
@@ -102,7 +104,8 @@ internal sealed class Served : IAsyncDisposable
 
     private static List<TensorSource> Write(ModelSpec model, string file)
     {
-        TensorDeclaration[] tensors = [.. model.CheckpointTensors().Select(tensor => new TensorDeclaration(tensor.Name, DType.BFloat16, tensor.Shape))];
+        TensorDeclaration[] tensors =
+            [.. model.CheckpointTensors().Select(tensor => new TensorDeclaration(tensor.Name, DType.BFloat16, tensor.Shape))];
         byte[] all = new byte[tensors.Sum(tensor => tensor.Bytes)];
         ReadOnlySpan<byte> pattern = MemoryMarshal.AsBytes<ushort>(Workload.RandomBFloat16(1_000_003));
         ReadOnlySpan<byte> one = [0x80, 0x3F]; // 1 in bf16

@@ -4,7 +4,9 @@ using Rollout.Kernels.Cuda;
 
 namespace Rollout.Gpu;
 
-/// <summary>A piece of a stage that runs in a process of its own, so that a device or a library that fails takes nothing else along.</summary>
+/// <summary>
+/// A piece of a stage that runs in a process of its own, so that a device or a library that fails takes nothing else along.
+/// </summary>
 /// <param name="Name">Unique within the stage.</param>
 /// <param name="Seconds">After which it is ended; what it has measured by then stays.</param>
 /// <param name="RunAsync">Measures and writes rows.</param>
@@ -39,7 +41,8 @@ internal sealed class Stage
     public static string Root { get; } = Path.GetFullPath(Path.Combine(AppContext.BaseDirectory, ".."));
 
     /// <summary>Limits are this many times as long.</summary>
-    public static int Patience { get; } = int.Parse(Environment.GetEnvironmentVariable("ROLLOUT_GPU_PATIENCE") ?? "1", CultureInfo.InvariantCulture);
+    public static int Patience { get; }
+        = int.Parse(Environment.GetEnvironmentVariable("ROLLOUT_GPU_PATIENCE") ?? "1", CultureInfo.InvariantCulture);
 
     public static Stage Open(int number, string output)
     {
@@ -105,7 +108,8 @@ internal sealed class Stage
             : row with { Text = "-" }); // the simulated device takes no time for a copy
     }
 
-    public void Write(string table, string name, string column, string text) => RowFile.Append(Output, new Row(Number, table, name, column) { Text = text });
+    public void Write(string table, string name, string column, string text)
+        => RowFile.Append(Output, new Row(Number, table, name, column) { Text = text });
 
     public void Fail(string table, string name, string error)
     {

@@ -7,8 +7,9 @@ using Rollout.Micro;
 namespace Rollout.Gpu;
 
 /// <summary>
-/// Stage 4, steps alone: decoding by batch and context with the next step queued before the answers of the one before are waited for, as the engine
-/// does; prompts; and the device's time by kernel, launch by launch. Steps are the same every time, so from the second on each is one graph.
+/// Stage 4, steps alone: decoding by batch and context with the next step queued before the answers of the one before are waited for, as
+/// the engine does; prompts; and the device's time by kernel, launch by launch. Steps are the same every time, so from the second on each
+/// is one graph.
 /// </summary>
 internal static class StepRates
 {
@@ -16,8 +17,8 @@ internal static class StepRates
 
     private static readonly (int Batch, int Context, int Shared)[] s_decode =
     [
-        (1, 128, 0), (8, 128, 0), (32, 128, 0), (64, 128, 0), (128, 512, 0), (256, 512, 0), (256, 1024, 0), (1, 4096, 0), (8, 4096, 0), (1, 32_000, 0), (8, 32_000, 0),
-        (64, 1024, 0), (64, 1024, 896), (512, 512, 128),
+        (1, 128, 0), (8, 128, 0), (32, 128, 0), (64, 128, 0), (128, 512, 0), (256, 512, 0), (256, 1024, 0),
+        (1, 4096, 0), (8, 4096, 0), (1, 32_000, 0), (8, 32_000, 0), (64, 1024, 0), (64, 1024, 896), (512, 512, 128),
     ];
 
     private static readonly (int Sequences, int Tokens)[] s_prefill = [(1, 512), (1, 2048), (4, 2048), (64, 128)];
@@ -31,7 +32,9 @@ internal static class StepRates
         using CudaBackend backend = new();
         using WeightSet weights = RandomWeights.Of(backend, model, stage.IsSmall);
         double copy = DeviceClock.CopyRate(backend.Device, stage.IsSmall ? 1 << 20 : 1L << 30);
-        long read = weights.Bytes - (ReferenceEquals(weights.Head, weights.Embedding) ? 0 : weights.Embedding.Bytes); // a step reads few rows of that
+        // A step reads few rows of an embedding that is not the head.
+        long read = weights.Bytes - (ReferenceEquals(weights.Head, weights.Embedding) ? 0 : weights.Embedding.Bytes);
+        double tokenBytes = 2.0 * model.Layers * model.KvHeads * model.HeadDim * backend.KvElementBytes; // keys and values
         foreach ((int batch, int context, int shared) in stage.IsSmall ? [(1, 20, 0), (5, 40, 16)] : s_decode)
         {
             string row = $"{batch} x {context}{(shared > 0 ? $", {shared} of it shared" : "")}";
@@ -51,7 +54,7 @@ internal static class StepRates
             string table = $"Decode, {name}";
             using Work work = new(backend, model, weights, batch, context, shared);
             (double seconds, double host) = work.OneAhead(stage.IsSmall ? 3 : context > 10_000 ? 30 : 60);
-            double kv = 2.0 * model.Layers * model.KvHeads * model.HeadDim * backend.KvElementBytes * (shared + ((double)batch * (context - shared)));
+            double kv = tokenBytes * (shared + ((double)batch * (context - shared)));
             double? target = (batch, context) == (1, 128) && s_alone.TryGetValue(name, out double most) ? most : null;
             stage.Write(table, row, "ms a step", seconds * 1e3, target);
             stage.Write(table, row, "tokens/s", batch / seconds);
@@ -69,8 +72,8 @@ internal static class StepRates
             double? target = (name, sequences) == (Shapes.Llama, 4) ? 42_000 : null;
             stage.Write(table, row, "ms a step", seconds * 1e3);
             stage.Write(table, row, "tokens/s", sequences * tokens / seconds, target, atLeast: true);
-            double flops = 2.0 * model.Layers * sequences * tokens
-                * ((model.HiddenSize * ((double)model.QkvOutputs + (model.Heads * model.HeadDim))) + (3.0 * model.HiddenSize * model.IntermediateSize));
+            double layer = model.HiddenSize * ((double)model.QkvOutputs + (model.Heads * model.HeadDim) + (3.0 * model.IntermediateSize));
+            double flops = 2 * layer * model.Layers * sequences * tokens;
             stage.Write(table, row, "TFLOP/s, matmuls of the layers", flops / seconds / 1e12);
             if ((sequences, tokens) == (4, 2048) || stage.IsSmall) Kernels(work, $"prefill {row}");
         }
@@ -107,7 +110,8 @@ internal static class StepRates
 
         /// <summary>Prompts, whole.</summary>
         public Work(CudaBackend backend, ModelSpec model, WeightSet weights, int sequences, int tokens)
-            : this(backend, model, weights, sequences * tokens, tokens, sequences * Workload.BlocksOf(tokens), () => Prompts(sequences, tokens))
+            : this(backend, model, weights, sequences * tokens, tokens, sequences * Workload.BlocksOf(tokens),
+                () => Prompts(sequences, tokens))
         {
         }
 
@@ -142,7 +146,10 @@ internal static class StepRates
             return (seconds[count / 2], host[count / 2]);
         }
 
-        /// <summary>Launches and seconds by kernel, of one step: the mean of some. Copies ahead of it keep the device busy until all of the step is queued.</summary>
+        /// <summary>
+        /// Launches and seconds by kernel, of one step: the mean of some. Copies ahead of it keep the device busy until all of the step
+        /// is queued.
+        /// </summary>
         public IEnumerable<(string Kernel, int Launches, double Seconds)> ByKernel(int steps)
         {
             CudaDevice device = _backend.Device;
@@ -159,7 +166,8 @@ internal static class StepRates
                     _backend.FinishStep(_layouts[0]);
                 }
 
-                return [.. times.Take().Select(kernel => (kernel.Name, kernel.Launches / steps, kernel.Seconds / steps)).OrderByDescending(kernel => kernel.Item3)];
+                return [.. times.Take().OrderByDescending(kernel => kernel.Seconds)
+                    .Select(kernel => (kernel.Name, kernel.Launches / steps, kernel.Seconds / steps))];
             }
             finally
             {
@@ -192,7 +200,15 @@ internal static class StepRates
             {
                 step.RowStart[s + 1] = (s + 1) * tokens;
                 step.OutputRows[s] = ((s + 1) * tokens) - 1;
-                step.Queries[s] = new SampleQuery { OutputIndex = s, Target = -1, Temperature = 1, TopP = 1, Position = tokens, SampleIndex = (uint)s };
+                step.Queries[s] = new SampleQuery
+                {
+                    OutputIndex = s,
+                    Target = -1,
+                    Temperature = 1,
+                    TopP = 1,
+                    Position = tokens,
+                    SampleIndex = (uint)s,
+                };
                 for (int t = 0; t < tokens; t++) (step.TokenIds[(s * tokens) + t], step.Positions[(s * tokens) + t]) = ((s + t) % 256, t);
                 for (int b = 0; b < blocks; b++) step.BlockTables[(s * blocks) + b] = (s * blocks) + b;
             }

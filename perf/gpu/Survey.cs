@@ -5,8 +5,9 @@ using Rollout.Kernels.Cuda;
 namespace Rollout.Gpu;
 
 /// <summary>
-/// Stage 3: what every algorithm of cuBLASLt computes and costs for every weight shape of a model, at row counts from 1 to 8192. Everything goes to
-/// survey.jsonl; the table has what a decision needs: how many classes of equal bits there are, and how far the chosen one is from the fastest of all.
+/// Stage 3: what every algorithm of cuBLASLt computes and costs for every weight shape of a model, at row counts from 1 to 8192.
+/// Everything goes to survey.jsonl; the table has what a decision needs: how many classes of equal bits there are, and how far the chosen
+/// one is from the fastest of all.
 /// </summary>
 internal static class Survey
 {
@@ -54,6 +55,7 @@ internal static class Survey
     {
         MatMulCandidate[] keeping = [.. candidates.Where(candidate => candidate.Rows.All(at => at.Failure is null && at.KeepsRows))];
         MatMulCandidate[] chosen = [.. candidates.Where(candidate => candidate.IsChosen)];
+        MatMulCandidate[] alike = [.. keeping.Where(candidate => chosen.Any(other => Bits(other) == Bits(candidate)))];
         stage.Write(table, row, "candidates", candidates.Count);
         stage.Write(table, row, "run and keep rows apart", keeping.Length);
         stage.Write(table, row, "classes of bits among these", keeping.Select(Bits).Distinct().Count());
@@ -61,14 +63,16 @@ internal static class Survey
         foreach (int count in s_shownRows.Intersect(rows))
         {
             stage.Write(table, row, $"{count}: us, chosen / best of its bits / best of all",
-                $"{Best(chosen, count)} / {Best(keeping.Where(candidate => chosen.Any(other => Bits(other) == Bits(candidate))), count)} / {Best(candidates, count)}");
+                $"{Best(chosen, count)} / {Best(alike, count)} / {Best(candidates, count)}");
         }
 
-        static string Bits(MatMulCandidate candidate) => string.Join(' ', candidate.Rows.Select(at => $"{at.Digest} {at.BiasDigest} {at.AddDigest}"));
+        static string Bits(MatMulCandidate candidate)
+            => string.Join(' ', candidate.Rows.Select(at => $"{at.Digest} {at.BiasDigest} {at.AddDigest}"));
 
         static string Best(IEnumerable<MatMulCandidate> some, int count)
         {
-            double[] seconds = [.. some.SelectMany(candidate => candidate.Rows).Where(at => at.Rows == count && at.Failure is null).Select(at => at.Seconds)];
+            double[] seconds = [.. some.SelectMany(candidate => candidate.Rows)
+                .Where(at => at.Rows == count && at.Failure is null).Select(at => at.Seconds)];
             return seconds.Length == 0 ? "-" : Report.Number(seconds.Min() * 1e6);
         }
     }

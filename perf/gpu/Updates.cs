@@ -12,15 +12,19 @@ using Rollout.Micro;
 namespace Rollout.Gpu;
 
 /// <summary>
-/// Stage 5: device memory of another process, PyTorch's where that is installed, checked and made weights; updates of a sidecar through shared memory;
-/// and a trainer in Python against a sidecar.
+/// Stage 5: device memory of another process, PyTorch's where that is installed, checked and made weights; updates of a sidecar through
+/// shared memory; and a trainer in Python against a sidecar.
 /// </summary>
 internal static class Updates
 {
     private const string Ipc = "Memory of another process (CUDA IPC)";
 
     public static IReadOnlyList<Part> Parts { get; } =
-        [new("memory of another process", 40, PeerAsync), new("pushes through shared memory", 40, PushesAsync), new("trainer in Python", 60, TrainAsync)];
+    [
+        new("memory of another process", 40, PeerAsync),
+        new("pushes through shared memory", 40, PushesAsync),
+        new("trainer in Python", 60, TrainAsync),
+    ];
 
     /// <summary>What the other process says of one tensor: a handle of its allocation, and where in it the tensor lies.</summary>
     private sealed record Shared(string Who, string Handle, long Offset, long Bytes, string Sha256);
@@ -41,15 +45,14 @@ internal static class Updates
             stage.Try(Ipc, "a tensor inside an allocation", () =>
             {
                 Check(backend, digest, small, inside);
-                stage.Write(Ipc, "a tensor inside an allocation", "result", $"{inside.Who}: {inside.Bytes} bytes at offset {inside.Offset}, SHA-256 and XXH3-128 equal");
+                stage.Write(Ipc, "a tensor inside an allocation", "result",
+                    $"{inside.Who}: {inside.Bytes} bytes at offset {inside.Offset}, SHA-256 and XXH3-128 equal");
             });
             using PeerBuffer large = Open(backend, all);
             stage.Try(Ipc, "a whole model", () =>
             {
                 Check(backend, digest, large, all);
-                long start = Stopwatch.GetTimestamp();
-                _ = digest.Of([(large.Pointer + (nuint)all.Offset, all.Bytes)]);
-                stage.Write(Ipc, "a whole model", "digest as one tensor, GB/s", bytes / Stopwatch.GetElapsedTime(start).TotalSeconds / 1e9);
+                Measure("digest as one tensor, GB/s", [(large.Pointer + (nuint)all.Offset, all.Bytes)]);
                 long at = 0;
                 (nuint, long)[] tensors = [.. entries.Select(entry =>
                 {
@@ -57,13 +60,19 @@ internal static class Updates
                     at += tensor.Bytes;
                     return tensor;
                 })];
-                start = Stopwatch.GetTimestamp();
-                _ = digest.Of(tensors);
-                stage.Write(Ipc, "a whole model", "digest tensor by tensor, GB/s", bytes / Stopwatch.GetElapsedTime(start).TotalSeconds / 1e9);
+                Measure("digest tensor by tensor, GB/s", tensors);
+
+                void Measure(string column, (nuint, long)[] digested)
+                {
+                    long start = Stopwatch.GetTimestamp();
+                    _ = digest.Of(digested);
+                    stage.Write(Ipc, "a whole model", column, bytes / Stopwatch.GetElapsedTime(start).TotalSeconds / 1e9);
+                }
             });
             stage.Try("Weight updates", "IPC", () =>
             {
-                using WeightSet one = RandomWeights.Of(backend, model, stage.IsSmall), two = WeightSet.Allocate(backend, plan, model.Layers);
+                using WeightSet one = RandomWeights.Of(backend, model, stage.IsSmall);
+                using WeightSet two = WeightSet.Allocate(backend, plan, model.Layers);
                 int times = stage.IsSmall ? 3 : 200;
                 Report(stage, "copy on the device, weight by weight", bytes, Times(times, () =>
                 {
@@ -93,21 +102,24 @@ internal static class Updates
         }
     }
 
-    /// <summary>Staged, through shared memory, by the .NET client: from "push" to "committed", and to the first token of the new policy.</summary>
+    /// <summary>
+    /// Staged, through shared memory, by the .NET client: from "push" to "committed", and to the first token of the new policy.
+    /// </summary>
     private static async Task PushesAsync(Stage stage)
     {
         await using Served served = await Served.StartAsync(stage);
         await using WeightPublisher publisher = new(served.Client);
         List<double> total = [], toToken = [], write = [], transfer = [], stall = [];
-        int[] prompt = [9, 10, 11];
+        RolloutRequest oneToken = new((int[])[9, 10, 11], new GenerateOptions { MaxTokens = 1, IgnoreEos = true });
         long bytes = 0;
         for (int i = -1; i < (stage.IsSmall ? 2 : 15); i++)
         {
             long start = Stopwatch.GetTimestamp();
             PushResult pushed = await publisher.PushAsync(served.Tensors);
-            await foreach (Sample sample in served.Client.GenerateBatchAsync([new RolloutRequest(prompt, new GenerateOptions { MaxTokens = 1, IgnoreEos = true })]))
+            await foreach (Sample sample in served.Client.GenerateBatchAsync([oneToken with { RequestId = $"{i}" }]))
             {
-                if (sample.Versions[^1].Version != pushed.Version) throw new InvalidOperationException($"a token of version {sample.Versions[^1].Version} after {pushed.Version}");
+                if (sample.Versions[^1].Version is var version && version != pushed.Version)
+                    throw new InvalidOperationException($"a token of version {version} after the commit of {pushed.Version}");
             }
 
             if (i < 0) continue; // memory is taken at the first
@@ -129,7 +141,9 @@ internal static class Updates
     /// <summary>examples/python/grpo.py with a sidecar on the device: what it draws is what the trainer would have, within bf16.</summary>
     private static async Task TrainAsync(Stage stage)
     {
-        IReadOnlyList<string> lines = await Python.RunAsync("trainer.py", stage.IsSmall ? ["--steps", "1", "--warm-steps", "1", "--samples", "2"] : ["--steps", "12", "--warm-steps", "60"]);
+        IReadOnlyList<string> lines = await Python.RunAsync("trainer.py", stage.IsSmall
+            ? ["--steps", "1", "--warm-steps", "1", "--samples", "2"]
+            : ["--steps", "12", "--warm-steps", "60"]);
         string[] steps = [.. lines.Where(line => line.StartsWith("step ", StringComparison.Ordinal))];
         if (steps.Length == 0)
         {
@@ -141,7 +155,9 @@ internal static class Updates
         stage.Write("Trainer in Python", "last step", "result", steps[^1]);
     }
 
-    /// <summary>The other process where there is no PyTorch: `share`, with the bytes of the large tensor on the first line that it reads.</summary>
+    /// <summary>
+    /// The other process where there is no PyTorch: `share`, with the bytes of the large tensor on the first line that it reads.
+    /// </summary>
     public static void Share()
     {
         long bytes = long.Parse(Console.ReadLine()!, System.Globalization.CultureInfo.InvariantCulture);

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Packs all that proves and measures the CUDA backend on a machine without .NET and without a network into one archive, with run.sh at its top:
+# Packs all that proves and measures the CUDA backend on a machine without .NET and without a network into one archive, with run.sh at
+# its top:
 #     perf/gpu/pack.sh [--no-build] FILE.tar.xz
 # A name without .tar.xz is a folder, which then gets the archive's content as it is.
 set -euo pipefail

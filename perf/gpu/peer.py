@@ -55,8 +55,10 @@ def ceilings():
     row("Ceilings", f"torch.matmul of {size} x {size} x {size}, bf16", "TFLOP/s", value=2 * size**3 / seconds(lambda: a @ b, calls=20) / 1e12)
     source = torch.zeros(1 << 20 if arguments.small else 1 << 32, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    row("Ceilings", "torch's copy on the device", "GB/s, read and written", value=2 * source.numel() / seconds(lambda: target.copy_(source), calls=5) / 1e9)
-    row("Machine", "torch", "", text=f"{torch.__version__}, CUDA {torch.version.cuda}, NCCL {torch.cuda.nccl.version() if device.type == 'cuda' else '-'}")
+    copied = 2 * source.numel() / seconds(lambda: target.copy_(source), calls=5)
+    row("Ceilings", "torch's copy on the device", "GB/s, read and written", value=copied / 1e9)
+    nccl = torch.cuda.nccl.version() if device.type == "cuda" else "-"
+    row("Machine", "torch", "", text=f"{torch.__version__}, CUDA {torch.version.cuda}, NCCL {nccl}")
 
 
 def goldens():
@@ -99,8 +101,9 @@ def transformers(name):
 
         def generate(tokens):
             with torch.no_grad():
-                out = model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=True,
-                                     top_k=0, pad_token_id=0, use_cache=True)
+                out = model.generate(
+                    prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=True,
+                    top_k=0, pad_token_id=0, use_cache=True)
             assert out.shape[1] == context + tokens
 
         first = seconds(lambda: generate(1), rounds=2)

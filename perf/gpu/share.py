@@ -1,5 +1,5 @@
-"""Shares two CUDA tensors of PyTorch with the process that started this: one inside an allocation of the caching allocator, and one of the bytes that
-the first line of input says. A line of JSON each; ends when its input does."""
+"""Shares two CUDA tensors of PyTorch with the process that started this: one inside an allocation of the caching allocator, and one of as
+many bytes as the first line of input says. A line of JSON each; ends when its input does."""
 import ctypes, hashlib, json, sys
 
 import torch

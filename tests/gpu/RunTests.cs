@@ -6,7 +6,8 @@ using Rollout.Kernels.Tests.Cuda;
 namespace Rollout.Gpu.Tests;
 
 /// <summary>
-/// perf/gpu as it is used: what pack.sh packs, in a folder of its own, with no .NET on the PATH and another home; on the simulated device, where shapes are tiny.
+/// perf/gpu as it is used: what pack.sh packs, in a folder of its own, with no .NET on the PATH and another home; on the simulated
+/// device, where shapes are tiny.
 /// </summary>
 public sealed class RunTests : IDisposable
 {
@@ -30,7 +31,8 @@ public sealed class RunTests : IDisposable
         await RunAsync(["--out", "results", "--stage", "1", "--patience", "5", .. compiled]);
         string report = await RunAsync(["--out", "results", "--stage", "4", "--patience", "5", .. compiled]);
 
-        Row[] rows = [.. File.ReadLines(Path.Combine(_folder, "results", "rows.jsonl")).Select(line => JsonSerializer.Deserialize<Row>(line, JsonSerializerOptions.Web)!)];
+        Row[] rows = [.. File.ReadLines(Path.Combine(_folder, "results", "rows.jsonl"))
+            .Select(line => JsonSerializer.Deserialize<Row>(line, JsonSerializerOptions.Web)!)];
         Assert.Equal([], rows.Where(row => row.Error is not null).Select(row => $"{row.Table}, {row.Name}: {row.Error}"));
         Assert.All(rows, row => Assert.True(row.Value is not null || row.Text is { Length: > 0 }, $"{row}"));
         foreach (string model in (string[])["Qwen2.5-0.5B", "Qwen3-0.6B", "Llama-3.1-8B", "Qwen3-8B"])
@@ -41,11 +43,13 @@ public sealed class RunTests : IDisposable
 
         Assert.Contains("| Qwen2.5-0.5B, GRPO 64 x 16, run 2, through gRPC |", report, StringComparison.Ordinal);
         Assert.Contains("0 failures.", report, StringComparison.Ordinal);
-        string[] files = [.. Directory.EnumerateFiles(Path.Combine(_folder, "results")).Select(file => Path.GetFileName(file)).Order()];
+        string[] files = [.. Directory.EnumerateFiles(Path.Combine(_folder, "results")).Select(Path.GetFileName).Order()!];
         Assert.Equal(["cache.tar", "log.txt", "results.md", "rows.jsonl"], files);
     }
 
-    /// <summary>What is measured again replaces what was; a line that a killed process left, and what it did not come to, spoil nothing.</summary>
+    /// <summary>
+    /// What is measured again replaces what was; a line that a killed process left, and what it did not come to, spoil nothing.
+    /// </summary>
     [Fact]
     public async Task The_report_says_what_is_missed_and_what_failed()
     {
@@ -101,5 +105,6 @@ public sealed class RunTests : IDisposable
         return output;
     }
 
-    private static string FindRoot([CallerFilePath] string here = "") => Path.GetFullPath(Path.Combine(Path.GetDirectoryName(here)!, "..", ".."));
+    private static string FindRoot([CallerFilePath] string here = "")
+        => Path.GetFullPath(Path.Combine(Path.GetDirectoryName(here)!, "..", ".."));
 }
