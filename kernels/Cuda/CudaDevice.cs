@@ -94,10 +94,13 @@ internal sealed unsafe class CudaDevice : IDisposable
         }
     }
 
-    /// <summary>This thread's calls go to this device.</summary>
+    /// <summary>
+    /// This thread's calls go to this device, whatever another library has set on the thread since the last call. A device that is used again after its last
+    /// user has gone may have the same context as before, of which the threads that knew that one have to be told again.
+    /// </summary>
     public void MakeCurrent()
     {
-        if (s_current == this)
+        if (s_current == this && _context.IsCurrent)
             return;
         _context.MakeCurrent();
         s_current = this;

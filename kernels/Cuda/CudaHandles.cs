@@ -17,13 +17,18 @@ internal sealed class CudaContext : SafeHandle
 
     public override bool IsInvalid => handle == 0;
 
+    /// <summary>Whether this thread's calls go to the device. The driver knows it without asking the device: it costs nanoseconds.</summary>
+    public bool IsCurrent => Driver.cuCtxGetCurrent(out nint current) == CUresult.CUDA_SUCCESS && current == handle;
+
     /// <summary>Makes this thread's calls go to the device.</summary>
     public void MakeCurrent() => Driver.cuCtxSetCurrent(handle).ThrowIfFailed();
 
     protected override bool ReleaseHandle() => Driver.cuDevicePrimaryCtxRelease_v2(_device) == CUresult.CUDA_SUCCESS;
 }
 
-/// <summary>Something that lives in a context and keeps it alive. Given back from any thread, the finalizer's included.</summary>
+/// <summary>
+/// Something that lives in a context and keeps it alive. Given back from any thread, the finalizer's included; the thread's current context stays what it was.
+/// </summary>
 internal abstract class CudaHandle : SafeHandle
 {
     private readonly CudaContext _context;
@@ -51,7 +56,13 @@ internal abstract class CudaHandle : SafeHandle
 
     protected sealed override bool ReleaseHandle()
     {
-        bool released = Driver.cuCtxSetCurrent(_context.DangerousGetHandle()) == CUresult.CUDA_SUCCESS && Destroy(handle) == CUresult.CUDA_SUCCESS;
+        bool released = false;
+        if (Driver.cuCtxPushCurrent_v2(_context.DangerousGetHandle()) == CUresult.CUDA_SUCCESS)
+        {
+            released = Destroy(handle) == CUresult.CUDA_SUCCESS;
+            released &= Driver.cuCtxPopCurrent_v2(out _) == CUresult.CUDA_SUCCESS;
+        }
+
         _context.DangerousRelease();
         return released;
     }

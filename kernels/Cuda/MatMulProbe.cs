@@ -116,37 +116,57 @@ internal sealed unsafe class MatMulProbe : IDisposable
         return cublasStatus.CUBLAS_STATUS_SUCCESS;
     }
 
-    /// <summary>Whether rows have the same bits at all of these row counts, wherever they stand, in every form, and in a graph.</summary>
-    /// <returns>Null, or why not.</returns>
-    public string? WhyRowsDiffer(in cublasLtMatmulAlgo algorithm, ReadOnlySpan<int> rowCounts)
+    /// <summary>
+    /// For each of these row counts, whether it runs, and rows have the bits that they have among <see cref="ReferenceRows"/>, wherever they stand, in every
+    /// form. And whether it goes into a graph: otherwise it serves none.
+    /// </summary>
+    /// <returns>Null for each row count, or why not.</returns>
+    public string?[] WhyNot(in cublasLtMatmulAlgo algorithm, ReadOnlySpan<int> rowCounts)
     {
-        foreach ((bool Bias, bool Add) form in Forms)
+        string?[] reasons = new string?[rowCounts.Length];
+        for (int i = 0; i < rowCounts.Length; i++)
         {
-            cublasStatus status = TakeReference(algorithm, form);
-            if (form == (false, false) && status == cublasStatus.CUBLAS_STATUS_SUCCESS)
-            {
-                using CudaGraph? graph = Capture(algorithm, ReferenceRows, _weight.Pointer, 1, 1, 0);
-                if (graph is null)
-                    return "cannot be captured";
-                Set(_output.Pointer, 0xFF, ReferenceRows * _rowBytes);
-                graph.Launch(_device.Stream);
-                QueueComparison(ReferenceRows);
-            }
-
-            for (int i = 0; i < rowCounts.Length && status == cublasStatus.CUBLAS_STATUS_SUCCESS; i++)
-            {
-                status = Run(algorithm, rowCounts[i], form);
-                if (status == cublasStatus.CUBLAS_STATUS_SUCCESS)
-                    QueueComparison(rowCounts[i]);
-            }
-
+            cublasStatus status = _shape.Check(algorithm, rowCounts[i], out _);
             if (status != cublasStatus.CUBLAS_STATUS_SUCCESS)
-                return status.Name();
-            if (Differences() > 0)
-                return "the bits of a row depend on the number of rows";
+                reasons[i] = $"refused for {rowCounts[i]} rows ({status.Name()})";
         }
 
-        return null;
+        foreach ((bool Bias, bool Add) form in Forms)
+        {
+            cublasStatus reference = TakeReference(algorithm, form);
+            if (reference == cublasStatus.CUBLAS_STATUS_SUCCESS)
+            {
+                QueueComparison(ReferenceRows);
+                if (Differences() > 0)
+                {
+                    Array.Fill(reasons, "the bits of a row depend on its place");
+                    return reasons;
+                }
+            }
+
+            uint known = 0;
+            for (int i = 0; i < rowCounts.Length; i++)
+            {
+                if (reasons[i] is not null)
+                    continue;
+                cublasStatus status = reference == cublasStatus.CUBLAS_STATUS_SUCCESS ? Run(algorithm, rowCounts[i], form) : reference;
+                if (status != cublasStatus.CUBLAS_STATUS_SUCCESS)
+                {
+                    reasons[i] = $"did not run ({status.Name()})";
+                    continue;
+                }
+
+                QueueComparison(rowCounts[i]);
+                uint differences = Differences();
+                if (differences != known)
+                    reasons[i] = "the bits of a row depend on the number of rows";
+                known = differences;
+            }
+        }
+
+        if (!IsSameInGraph(algorithm))
+            Array.Fill(reasons, "cannot be captured");
+        return reasons;
     }
 
     /// <summary>Keeps the rows of a run of <see cref="ReferenceRows"/>, for <see cref="QueueComparison"/>.</summary>
@@ -201,7 +221,7 @@ internal sealed unsafe class MatMulProbe : IDisposable
     {
         long stride = (_weight.Bytes + MatMulShape.Alignment - 1) / MatMulShape.Alignment * MatMulShape.Alignment;
         int copies = (int)Math.Max(1, ((5L * _device.L2Bytes / 2) + stride - 1) / stride);
-        if (_copies is null)
+        if (_copies is null && copies > 1)
         {
             _copies = Take(copies * stride);
             Copy(_copies.Pointer, _weight.Pointer, _weight.Bytes);
@@ -209,7 +229,7 @@ internal sealed unsafe class MatMulProbe : IDisposable
         }
 
         int launches = Math.Max(Launches, copies);
-        using CudaGraph? graph = Capture(algorithm, rows, _copies.Pointer, launches, copies, stride);
+        using CudaGraph? graph = Capture(algorithm, rows, (_copies ?? _weight).Pointer, launches, copies, stride);
         if (graph is null)
             return double.PositiveInfinity;
         using CudaEvent start = _device.CreateEvent(timed: true), end = _device.CreateEvent(timed: true);
@@ -225,6 +245,19 @@ internal sealed unsafe class MatMulProbe : IDisposable
     {
         foreach (DeviceBuffer buffer in _buffers)
             buffer.Dispose();
+    }
+
+    private bool IsSameInGraph(in cublasLtMatmulAlgo algorithm)
+    {
+        if (TakeReference(algorithm, s_forms[0]) != cublasStatus.CUBLAS_STATUS_SUCCESS)
+            return false;
+        using CudaGraph? graph = Capture(algorithm, ReferenceRows, _weight.Pointer, 1, 1, 0);
+        if (graph is null)
+            return false;
+        Set(_output.Pointer, 0xFF, ReferenceRows * _rowBytes);
+        graph.Launch(_device.Stream);
+        QueueComparison(ReferenceRows);
+        return Differences() == 0;
     }
 
     /// <summary>Null where the algorithm does what a stream that is captured may not do.</summary>

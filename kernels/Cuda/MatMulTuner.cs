@@ -8,13 +8,7 @@ namespace Rollout.Kernels.Cuda;
 internal sealed record MatMulChoice(byte[] Digest, cublasLtMatmulAlgo[] Algorithms)
 {
     /// <summary>Of the algorithm for so many rows.</summary>
-    public ref readonly cublasLtMatmulAlgo For(int rows)
-    {
-        int bucket = 0;
-        while (bucket < MatMulTuner.Buckets.Length && rows > MatMulTuner.Buckets[bucket])
-            bucket++;
-        return ref Algorithms[bucket];
-    }
+    public ref readonly cublasLtMatmulAlgo For(int rows) => ref Algorithms[MatMulTuner.BucketOf(rows)];
 }
 
 /// <summary>
@@ -22,11 +16,11 @@ internal sealed record MatMulChoice(byte[] Digest, cublasLtMatmulAlgo[] Algorith
 /// same bits. Which class serves a shape is decided by a rule, never by a stopwatch: a shape has the same bits whatever else the machine was doing at its
 /// first start. Inside the class time decides, by row count, and changes no bit.
 /// <para>
-/// The rule: of the classes with at least one algorithm that runs at every row count, captured too, and gives rows the same bits at all of them, the one
-/// that the library's heuristic ranks best: a class is ranked by the sum, over a fixed list of row counts, of the places of its best placed algorithm among
-/// the proposals. Of equals, the one that was proposed first, going through the row counts upwards. Everything in it (what is proposed and in which order,
-/// what runs, what the bits of fixed numbers are) is a function of the shape, the kind of device and the library's version: the heuristic is a table and a
-/// model of the device in the library, which measures nothing.
+/// The rule: of the classes whose algorithms together serve all row counts, the one that the library's heuristic ranks best. An algorithm serves a bucket of
+/// row counts when it runs at all that are checked of it, can be captured, and gives a row the same bits at all of them. A class is ranked by the sum, over
+/// a fixed list of row counts, of the places of its best placed algorithm among the proposals; of equals the one is taken that was proposed first, going
+/// through the row counts upwards. Everything in it (what is proposed and in which order, what runs, what the bits of fixed numbers are) is a function of
+/// the shape, the kind of device and the library's version: the heuristic is a table and a model of the device in the library, which measures nothing.
 /// </para>
 /// </summary>
 internal sealed class MatMulTuner
@@ -37,12 +31,14 @@ internal sealed class MatMulTuner
     private const int Few = 8, Some = 64, Many = 512;
 
     private static readonly int[] s_asked = [1, Few, Some, 256, 2048];
-    private static readonly int[] s_checked = [1, 3, 16, MatMulProbe.ReferenceRows, 256, 257, Many, 2048];
+    private static readonly int[] s_checked = [1, 3, Few, 16, MatMulProbe.ReferenceRows, 256, 257, Many, 2048];
+    private static readonly int[] s_verified = [3, 16, VerifiedRows];
 
     private readonly CudaDevice _device;
     private readonly MatMulShape _shape;
     private readonly MatMulProbe _probe;
     private readonly int[] _askedRows, _checkedRows;
+    private readonly int _used; // buckets, of which a small device does not need the last
 
     /// <param name="device">What is chosen for.</param>
     /// <param name="shape">What is chosen for.</param>
@@ -55,10 +51,20 @@ internal sealed class MatMulTuner
         int most = MostRows(device, shape);
         _askedRows = [.. s_asked.Where(rows => rows < most), most];
         _checkedRows = [.. s_checked.Where(rows => rows < most), most];
+        _used = BucketOf(most) + 1;
     }
 
     /// <summary>Up to how many rows each algorithm of a choice serves, but the last, which serves more.</summary>
     public static ReadOnlySpan<int> Buckets => [Few, Some, Many];
+
+    /// <summary>The place in <see cref="MatMulChoice.Algorithms"/> of the one for so many rows.</summary>
+    public static int BucketOf(int rows)
+    {
+        int bucket = 0;
+        while (bucket < Buckets.Length && rows > Buckets[bucket])
+            bucket++;
+        return bucket;
+    }
 
     /// <summary>
     /// The largest row count that an algorithm is checked at, and so the largest that is run: more rows are multiplied in pieces. 64 a multiprocessor,
@@ -83,9 +89,9 @@ internal sealed class MatMulTuner
         List<Class> classes = [];
         foreach (Candidate candidate in candidates)
         {
-            if (WhyItDoesNotRun(candidate.Algorithm, out byte[] digest) is { } reason)
+            if (DigestOf(candidate.Algorithm, out byte[] digest) is var status and not cublasStatus.CUBLAS_STATUS_SUCCESS)
             {
-                reasons.Add(reason);
+                reasons.Add($"did not run ({status.Name()})");
                 continue;
             }
 
@@ -98,13 +104,25 @@ internal sealed class MatMulTuner
         // The best class is looked at more closely; what falls out of it can only make it rank lower, and then another may be the best.
         while (classes.MinBy(known => known.Score(_askedRows.Length)) is { } best)
         {
-            if (best.Members.Find(member => !member.IsChecked) is not { } next)
-                return new MatMulChoice(best.Digest, ByRows(best.Members));
-            next.IsChecked = true;
-            if (_probe.WhyRowsDiffer(next.Algorithm, _checkedRows) is not { } reason)
-                continue;
-            reasons.Add(reason);
-            best.Members.Remove(next);
+            if (best.Members.Find(member => member.Serves is null) is { } next)
+            {
+                string?[] why = _probe.WhyNot(next.Algorithm, _checkedRows);
+                next.Serves = [.. Enumerable.Range(0, _used).Select(bucket => RowsOf(bucket).All(i => why[i] is null))];
+                if (next.Serves.Contains(true))
+                    continue;
+                reasons.Add(why.First(reason => reason is not null)!);
+                best.Members.Remove(next);
+            }
+            else if (ByRows(best.Members) is { } algorithms)
+            {
+                return new MatMulChoice(best.Digest, algorithms);
+            }
+            else
+            {
+                reasons.AddRange(best.Members.Select(_ => "serves some row counts, and the others none with the same bits"));
+                best.Members.Clear();
+            }
+
             if (best.Members.Count == 0)
                 classes.Remove(best);
         }
@@ -119,15 +137,21 @@ internal sealed class MatMulTuner
     /// </summary>
     public bool Holds(MatMulChoice choice)
     {
-        foreach (cublasLtMatmulAlgo algorithm in choice.Algorithms.DistinctBy(Text))
+        for (int bucket = 0; bucket <= Buckets.Length; bucket++)
         {
-            if (_checkedRows.Any(rows => _shape.Check(algorithm, rows, out _) != cublasStatus.CUBLAS_STATUS_SUCCESS))
+            cublasLtMatmulAlgo algorithm = choice.Algorithms[bucket];
+            if (RowsOf(bucket).Any(i => _shape.Check(algorithm, _checkedRows[i], out _) != cublasStatus.CUBLAS_STATUS_SUCCESS))
                 return false;
-            foreach (int rows in (ReadOnlySpan<int>)[MatMulProbe.ReferenceRows, VerifiedRows])
-            {
-                if (_probe.Digest(algorithm, rows, out byte[] digest) != cublasStatus.CUBLAS_STATUS_SUCCESS || !digest.AsSpan().SequenceEqual(choice.Digest))
-                    return false;
-            }
+        }
+
+        foreach (var served in choice.Algorithms.Index().GroupBy(entry => Text(entry.Item), entry => entry.Index))
+        {
+            ref readonly cublasLtMatmulAlgo algorithm = ref choice.Algorithms[served.First()];
+            if (DigestOf(algorithm, out byte[] digest) != cublasStatus.CUBLAS_STATUS_SUCCESS || !digest.AsSpan().SequenceEqual(choice.Digest))
+                return false;
+            int[] verified = [.. s_verified.Where(rows => served.Contains(BucketOf(rows)))];
+            if (_probe.WhyNot(algorithm, verified).Any(reason => reason is not null))
+                return false;
         }
 
         return true;
@@ -204,29 +228,32 @@ internal sealed class MatMulTuner
         return candidates;
     }
 
-    /// <summary>Null, with the digest of what it computes; or why not.</summary>
-    private string? WhyItDoesNotRun(cublasLtMatmulAlgo algorithm, out byte[] digest)
+    /// <summary>Of what an algorithm computes, by which it is put into a class.</summary>
+    private cublasStatus DigestOf(cublasLtMatmulAlgo algorithm, out byte[] digest)
     {
         digest = [];
-        foreach (int rows in _checkedRows)
-        {
-            if (_shape.Check(algorithm, rows, out _) is var status and not cublasStatus.CUBLAS_STATUS_SUCCESS)
-                return $"refused for {rows} rows ({status.Name()})";
-        }
-
-        return _probe.Digest(algorithm, MatMulProbe.ReferenceRows, out digest) is var ran and not cublasStatus.CUBLAS_STATUS_SUCCESS
-            ? $"did not run ({ran.Name()})"
-            : null;
+        cublasStatus status = _shape.Check(algorithm, MatMulProbe.ReferenceRows, out _);
+        return status == cublasStatus.CUBLAS_STATUS_SUCCESS ? _probe.Digest(algorithm, MatMulProbe.ReferenceRows, out digest) : status;
     }
 
-    /// <summary>The fastest for each bucket, by its largest row count.</summary>
-    private cublasLtMatmulAlgo[] ByRows(List<Candidate> members)
+    /// <summary>Which of the checked row counts are of a bucket.</summary>
+    private IEnumerable<int> RowsOf(int bucket) => Enumerable.Range(0, _checkedRows.Length).Where(i => BucketOf(_checkedRows[i]) == bucket);
+
+    /// <summary>For each bucket the fastest of those that serve it, by its largest row count; null where one is served by none.</summary>
+    private cublasLtMatmulAlgo[]? ByRows(List<Candidate> members)
     {
-        int most = _checkedRows[^1];
-        int[] rows = [.. Buckets, Math.Min(2048, most)];
-        return [.. rows.Select(count => members.Count == 1
-            ? members[0].Algorithm
-            : members.MinBy(member => _probe.Seconds(member.Algorithm, count))!.Algorithm)];
+        int[] rows = [.. Buckets, Math.Min(2048, _checkedRows[^1])];
+        cublasLtMatmulAlgo[] algorithms = new cublasLtMatmulAlgo[rows.Length];
+        for (int bucket = 0; bucket < _used; bucket++)
+        {
+            List<Candidate> serving = members.FindAll(member => member.Serves![bucket]);
+            if (serving.Count == 0)
+                return null;
+            algorithms[bucket] = serving.Count == 1 ? serving[0].Algorithm : serving.MinBy(member => _probe.Seconds(member.Algorithm, rows[bucket]))!.Algorithm;
+        }
+
+        algorithms.AsSpan(_used).Fill(algorithms[_used - 1]);
+        return algorithms;
     }
 
     private sealed class Candidate(cublasLtMatmulAlgo algorithm)
@@ -236,8 +263,8 @@ internal sealed class MatMulTuner
         /// <summary>Places among the proposals, by the index of the row count that they were for.</summary>
         public Dictionary<int, int> Ranks { get; } = [];
 
-        /// <summary>Whether it keeps rows apart, as far as it has been looked at.</summary>
-        public bool IsChecked { get; set; }
+        /// <summary>Which buckets, once it has been looked at.</summary>
+        public bool[]? Serves { get; set; }
     }
 
     private sealed class Class(byte[] digest)

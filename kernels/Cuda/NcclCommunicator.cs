@@ -26,10 +26,15 @@ internal sealed class NcclCommunicator : CudaHandle
         _done = new CudaEvent(context);
         long start = Stopwatch.GetTimestamp();
         string asked = $"rank {rank} of {ranks}";
-        ncclResult result = Nccl.ncclCommInitRankConfig(out nint communicator, ranks, id, rank, ncclConfig.NonBlocking);
-        if (result != ncclResult.ncclInProgress)
-            result.ThrowIfFailed(asked, nameof(Nccl.ncclCommInitRankConfig));
-        Own(communicator);
+        nint communicator = 0; // which a failure may leave as it was
+        ncclResult result = Nccl.ncclCommInitRankConfig(ref communicator, ranks, id, rank, ncclConfig.NonBlocking);
+        if (communicator != 0)
+            Own(communicator); // there may be one after a failure too
+        OrEnd(() =>
+        {
+            if (result != ncclResult.ncclInProgress)
+                result.ThrowIfFailed(asked, nameof(Nccl.ncclCommInitRankConfig));
+        });
         WaitUntilIdle(asked, start, deadline, $"NCCL: not all of {ranks} ranks came");
     }
 

@@ -34,7 +34,7 @@ struct Algorithm
     uint64_t time;     // nanoseconds a column of B
     uint64_t from;     // columns of B from which it is proposed
     uint64_t workspace;
-    uint64_t unused[2];
+    uint64_t least, most; // columns of B that it takes
 };
 static_assert(sizeof(Algorithm) == 64, "as in cublasLt.h");
 constexpr uint32_t Magic = 0x73696d31;
@@ -45,7 +45,8 @@ struct Candidates { std::vector<Algorithm> algorithms; uint64_t supported = UINT
 thread_local std::string s_candidates; // of the tests of this thread
 
 // "up; down time=5 from=64; halves fails=run": what the heuristic proposes, best first. Of each its order of summation: "up", "down", or "halves" one after
-// the other; then, where it is wanted, time=, from=, above=, every=, when=bias or beta (the other order then only), fails=check or run, workspace=.
+// the other; then, where it is wanted, time=, from=, above=, every=, when=bias or beta (the other order then only), fails=check or run, least= and most=
+// (columns of B that it takes), workspace=.
 // "supported above=64" makes the heuristic refuse more columns of B than that.
 Candidates candidates()
 {
@@ -61,7 +62,7 @@ Candidates candidates()
         Algorithm a = {};
         a.magic = Magic;
         a.order = name == "down" ? Down : name == "halves" ? Halves : Up;
-        a.above = UINT64_MAX;
+        a.above = a.most = UINT64_MAX;
         a.time = 1000;
         while (words >> word)
         {
@@ -71,6 +72,8 @@ Candidates candidates()
             else if (key == "every") a.every = number;
             else if (key == "time") a.time = number;
             else if (key == "from") a.from = number;
+            else if (key == "least") a.least = number;
+            else if (key == "most") a.most = number;
             else if (key == "workspace") a.workspace = number;
             else if (key == "when") a.when = value == "bias" ? WithBias : WithBeta;
             else if (key == "fails") a.fails = value == "check" ? AtCheck : AtRun;
@@ -153,7 +156,7 @@ __m256 sum(Order order, const float* a, const float* b, uint64_t k)
 int check(const Algorithm& algorithm, const Layout& a, const Layout& d, const Description& op)
 {
     return algorithm.magic != Magic || algorithm.order > Halves || algorithm.fails > AtRun ? InvalidValue
-        : algorithm.fails == AtCheck || (a.type == Fp32 && d.type == Bf16) || (op.epilogue == EpilogueBias && d.type == Bf16) ? NotSupported : Success;
+        : algorithm.fails == AtCheck || d.columns < algorithm.least || d.columns > algorithm.most || (a.type == Fp32 && d.type == Bf16) || (op.epilogue == EpilogueBias && d.type == Bf16) ? NotSupported : Success;
 }
 }
 

@@ -6,7 +6,8 @@ namespace Rollout.Kernels.Cuda;
 /// <summary>
 /// Where NVIDIA's libraries are. They come with the driver, the toolkit, pip's or TorchSharp's packages, each into folders of its own; the
 /// first that loads is taken:
-/// ROLLOUT_CUDA_PATH, CUDA_HOME and CUDA_PATH, /usr/local/cuda, packages beside this program, and what the system's loader knows.
+/// ROLLOUT_CUDA_PATH, CUDA_HOME and CUDA_PATH, /usr/local/cuda, packages beside this program, what the system's loader knows, and for the driver the folders
+/// that it is put into where the loader does not know it.
 /// </summary>
 internal static class CudaLibraries
 {
@@ -27,6 +28,9 @@ internal static class CudaLibraries
         [Nccl] = ["libnccl.so.2", "libnccl.so"],
     };
 
+    // Of a container's host, of Debian and Ubuntu, of Windows' Linux: after the loader, which may have been pointed to a newer driver's libraries.
+    private static readonly string[] s_driverFolders = ["/usr/local/nvidia/lib64", "/usr/local/nvidia/lib", "/usr/lib/x86_64-linux-gnu", "/usr/lib/wsl/lib"];
+
     private static readonly ConcurrentDictionary<string, (nint Handle, string Path)> s_loaded = new();
 
     static CudaLibraries() => NativeLibrary.SetDllImportResolver(
@@ -39,7 +43,7 @@ internal static class CudaLibraries
         {
             if (Load(name) == 0)
             {
-                return $"CUDA needs {string.Join(" or ", s_files[name])}, which is in none of {string.Join(", ", Folders())} "
+                return $"CUDA needs {string.Join(" or ", s_files[name])}, which is in none of {string.Join(", ", Candidates(name).Select(Path.GetDirectoryName).Where(folder => folder != "").Distinct())} "
                     + $"and not known to the system's loader; set {PathVariable} to the folder that has it.";
             }
         }
@@ -51,7 +55,7 @@ internal static class CudaLibraries
     public static string PathOf(string name) => Load(name) != 0 ? s_loaded[name].Path : "";
 
     /// <summary>Where libraries are looked for before the system's loader is asked, in order.</summary>
-    internal static IEnumerable<string> Folders()
+    private static IEnumerable<string> Folders()
     {
         IEnumerable<string> roots = [
             .. (Environment.GetEnvironmentVariable(PathVariable) ?? "").Split(':', StringSplitOptions.RemoveEmptyEntries),
@@ -64,6 +68,14 @@ internal static class CudaLibraries
             Path.Combine(AppContext.BaseDirectory, "runtimes/linux-x64/native"), // TorchSharp's packages
         ];
     }
+
+    /// <summary>The files that a library is looked for in, in order; those without a folder are the system's loader's to find.</summary>
+    internal static IEnumerable<string> Candidates(string name) =>
+    [
+        .. Folders().SelectMany(folder => s_files[name].Select(file => Path.Combine(folder, file))),
+        .. s_files[name],
+        .. (name == Driver ? s_driverFolders : []).SelectMany(folder => s_files[name].Select(file => Path.Combine(folder, file))),
+    ];
 
     /// <summary>A folder of libraries, of a toolkit (lib64), or of pip's packages (cublas/lib, cu13/lib, ...).</summary>
     private static IEnumerable<string> Within(string root)
@@ -85,13 +97,26 @@ internal static class CudaLibraries
         // What was not found once is looked for again: a test or a user may have set the path meanwhile.
         if (s_loaded.TryGetValue(name, out (nint Handle, string Path) loaded))
             return loaded.Handle;
-        IEnumerable<string> found = Folders().SelectMany(folder => s_files[name].Select(file => Path.Combine(folder, file))).Where(File.Exists);
-        foreach (string file in found.Concat(s_files[name])) // last by name alone: what the system's loader knows
+        foreach (string file in Candidates(name).Where(file => !Path.IsPathRooted(file) || File.Exists(file)))
         {
+            if (name == Nvrtc)
+                LoadBuiltins(Path.GetDirectoryName(file)!);
             if (NativeLibrary.TryLoad(file, out nint handle))
                 return s_loaded.GetOrAdd(name, (handle, file)).Handle;
         }
 
         return 0;
+    }
+
+    /// <summary>
+    /// The compiler opens the library of its builtins by name when it compiles, and the system's loader does not look into the folder that the compiler came
+    /// from. It does know what is loaded already. Of several versions the compiler takes its own.
+    /// </summary>
+    private static void LoadBuiltins(string folder)
+    {
+        if (folder == "")
+            return; // the compiler was found by the system's loader, and so will they be
+        foreach (string file in Directory.EnumerateFiles(folder, "libnvrtc-builtins.so*").Order(StringComparer.Ordinal))
+            _ = NativeLibrary.TryLoad(file, out _); // what cannot be loaded the compiler names when it needs it
     }
 }

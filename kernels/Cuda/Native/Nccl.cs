@@ -12,7 +12,7 @@ internal static unsafe partial class Nccl
     public static partial ncclResult ncclGetUniqueId(out ncclUniqueId id);
 
     [LibraryImport(CudaLibraries.Nccl)]
-    public static partial ncclResult ncclCommInitRankConfig(out nint communicator, int ranks, ncclUniqueId id, int rank, in ncclConfig config);
+    public static partial ncclResult ncclCommInitRankConfig(ref nint communicator, int ranks, ncclUniqueId id, int rank, in ncclConfig config);
 
     /// <summary>Frees it, and ends what waits in it, from any thread. Unlike ncclCommDestroy it waits for no other rank.</summary>
     [LibraryImport(CudaLibraries.Nccl)]
