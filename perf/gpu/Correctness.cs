@@ -14,7 +14,7 @@ internal static class Correctness
 
     public static IReadOnlyList<Part> Parts { get; } =
     [
-        new("goldens", 30, GoldensAsync),
+        new("goldens", 45, GoldensAsync),
         new("tests of kernels", 90, stage => TestsAsync(stage, "kernels", "Rollout.Kernels.Tests",
             stage.IsSmall ? ["-class", "Rollout.Kernels.Tests.Cuda.PeersTests"] : ["-namespace", "Rollout.Kernels.Tests.Cuda"])),
         new("tests of the engine", 90, stage => TestsAsync(stage, "engine", "Rollout.Engine.Tests",

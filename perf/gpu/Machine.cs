@@ -9,10 +9,12 @@ namespace Rollout.Gpu;
 /// <summary>Stage 1: what the machine is, whether it compiles every kernel, and its two ceilings.</summary>
 internal static class Machine
 {
-    private const string Facts = "Machine", Ceilings = "Ceilings";
+    private const string Facts = "Machine", Kernels = "Kernels", Ceilings = "Ceilings";
+
+    private static readonly WeightFormat[] s_formats = [WeightFormat.BFloat16, WeightFormat.Float32];
 
     public static IReadOnlyList<Part> Parts { get; } =
-        [new("facts", 15, Describe), new("kernels", 90, Compile), new("ceilings", 30, Measure)];
+        [new("facts", 15, Describe), new("kernels", 90, CompileAsync), new("ceilings", 30, Measure)];
 
     private static Task Describe(Stage stage)
     {
@@ -55,29 +57,39 @@ internal static class Machine
         }
     }
 
-    /// <summary>Kernels that an earlier run compiled come from its cache: then this is the time to load them.</summary>
-    private static Task Compile(Stage stage)
+    /// <summary>
+    /// All at the same time, each in a process of its own, since the compiler takes one source at a time. Kernels that an earlier run compiled
+    /// come from its cache: then this is the time to load them.
+    /// </summary>
+    private static async Task CompileAsync(Stage stage)
     {
-        int[] headDims = stage.IsSmall ? [16, 32] : [64, 128];
-        foreach (WeightFormat format in (WeightFormat[])[WeightFormat.BFloat16, WeightFormat.Float32])
+        int[] headDims = stage.IsSmall ? [16, 32] : [16, 32, 64, 128]; // the golden models', and those that are measured
+        foreach (int[] some in (int[][])[[0], headDims]) // what all need first
+            await Task.WhenAll(some.SelectMany(headDim => s_formats.Select(format => CompileAsync(stage, format, headDim))));
+    }
+
+    private static async Task CompileAsync(Stage stage, WeightFormat format, int headDim)
+    {
+        string[] arguments = [.. Stage.Self, "compile", $"{stage.Number}", WeightFormats.NameOf(format), $"{headDim}", "--out", stage.Output];
+        using Process process = Process.Start(new ProcessStartInfo(Environment.ProcessPath!, arguments))!;
+        await process.WaitForExitAsync();
+        if (process.ExitCode != 0) stage.Fail(Kernels, WeightFormats.NameOf(format), $"head {headDim}: ended with {process.ExitCode}");
+    }
+
+    /// <summary>The kernels of one format: those that all models need, or of attention for one size of a head.</summary>
+    public static void Compile(Stage stage, WeightFormat format, int headDim) => stage.Try(Kernels, WeightFormats.NameOf(format), () =>
+    {
+        long start = Stopwatch.GetTimestamp();
+        using CudaBackend backend = new(0, format);
+        if (headDim > 0)
         {
-            string name = WeightFormats.NameOf(format);
-            stage.Try("Kernels", name, () =>
-            {
-                long start = Stopwatch.GetTimestamp();
-                using CudaBackend backend = new(0, format);
-                stage.Write("Kernels", name, "start, s", Stopwatch.GetElapsedTime(start).TotalSeconds);
-                foreach (int headDim in headDims)
-                {
-                    start = Stopwatch.GetTimestamp();
-                    using KvCache cache = backend.AllocateKvCache(1, 1, 1, headDim);
-                    stage.Write("Kernels", name, $"attention, head {headDim}, s", Stopwatch.GetElapsedTime(start).TotalSeconds);
-                }
-            });
+            start = Stopwatch.GetTimestamp();
+            using KvCache cache = backend.AllocateKvCache(1, 1, 1, headDim);
         }
 
-        return Task.CompletedTask;
-    }
+        string column = headDim == 0 ? "start, s" : $"attention, head {headDim}, s";
+        stage.Write(Kernels, WeightFormats.NameOf(format), column, Stopwatch.GetElapsedTime(start).TotalSeconds);
+    });
 
     private static Task Measure(Stage stage)
     {

@@ -1,5 +1,6 @@
 using System.CommandLine;
 using Rollout.Gpu;
+using Rollout.Kernels;
 
 // run.sh starts this: a stage starts itself once a part.
 Dictionary<int, IReadOnlyList<Part>> stages = new()
@@ -31,11 +32,16 @@ part.SetAction((arguments, _) =>
     int at = arguments.GetValue(number);
     return Stage.Open(at, arguments.GetValue(output)!).RunAsync(stages[at].Single(part => part.Name == arguments.GetValue(name)));
 });
+Argument<string> format = new("format");
+Argument<int> headDim = new("head");
+Command compile = new("compile", "Compiles kernels: a piece of stage 1.") { number, format, headDim, output };
+compile.SetAction(arguments => Machine.Compile(
+    Stage.Open(arguments.GetValue(number), arguments.GetValue(output)!), WeightFormats.Parse(arguments.GetValue(format)!), arguments.GetValue(headDim)));
 Command small = new("small", "A small model in both formats, for a checker to watch.");
 small.SetAction((_, _) => Correctness.SmallAsync());
 Command share = new("share", "Shares device memory with the process that started this: stage 5 without PyTorch.");
 share.SetAction(_ => Updates.Share());
 Command report = new("report", "Prints the tables of what there is so far, and writes them to results.md.") { output };
 report.SetAction(arguments => Console.Write(Report.Write(arguments.GetValue(output)!)));
-RootCommand root = new("Proves and measures the CUDA backend on this machine.") { stage, part, small, share, report };
+RootCommand root = new("Proves and measures the CUDA backend on this machine.") { stage, part, compile, small, share, report };
 return await root.Parse(args).InvokeAsync();

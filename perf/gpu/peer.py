@@ -95,8 +95,8 @@ def transformers(name):
     torch.set_default_dtype(torch.bfloat16)
     with device:
         model = AutoModelForCausalLM.from_config(config).eval()
-    context, new = (8, 4) if arguments.small else (128, 64)
-    for batch in (1, 2) if arguments.small else (1, 8, 64, 256):
+    context, new = (8, 4) if arguments.small else (128, 32)
+    for batch in (1, 2) if arguments.small else (1, 64, 256):
         prompts = torch.randint(8, config.vocab_size, (batch, context), device=device)
 
         def generate(tokens):

@@ -27,7 +27,7 @@ public sealed class RunTests : IDisposable
         SimulatedDevice.Require();
         Assert.SkipUnless(AppContext.BaseDirectory.Contains("Release", StringComparison.Ordinal), OnlyRelease);
         await PackAsync();
-        string[] compiled = ["--cache", Path.Combine(Simulated, "cache")];
+        string[] compiled = ["--cache", Directory.CreateDirectory(Path.Combine(Simulated, "cache")).FullName];
         await RunAsync(["--out", "results", "--stage", "1", "--patience", "5", .. compiled]);
         string report = await RunAsync(["--out", "results", "--stage", "4", "--patience", "5", .. compiled]);
 
