@@ -9,8 +9,8 @@ public sealed record EngineOptions
     /// <summary>Most samples in one step.</summary>
     public int MaxSequences { get; init; } = 256;
 
-    /// <summary>Most tokens in one step: the chunk in which prompts are prefilled.</summary>
-    public int MaxBatchTokens { get; init; } = 512;
+    /// <summary>Most tokens in one step: the chunk in which prompts are prefilled. 0: the backend's <see cref="Kernels.IBackend.StepTokens"/>.</summary>
+    public int MaxBatchTokens { get; init; }
 
     /// <summary>Bytes for keys and values. 0: what MaxSequences samples of full length need, at most the backend's <see cref="Kernels.IBackend.KvCacheBudget"/>.</summary>
     public long KvCacheBytes { get; init; }

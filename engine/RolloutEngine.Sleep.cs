@@ -76,6 +76,8 @@ public sealed partial class RolloutEngine
                 _weights.Restore();
                 _asleep &= ~MemoryTags.Weights;
             }
+
+            if (_asleep == MemoryTags.None) Rehearse(_weights.Current);
         }
         catch (OutOfMemoryException e)
         {

@@ -49,6 +49,7 @@ public sealed partial class RolloutEngine
         {
             long started = _standsFor is null ? Stopwatch.GetTimestamp() : update.StandsSince;
             _weights.Commit(update, described);
+            Rehearse(_weights.Current);
             if (update.Manifest.Policy == UpdatePolicy.Abort) AbortBegun();
             _scheduler.WeightsChanged(Version, update.Manifest.Policy);
             _standsFor = null;

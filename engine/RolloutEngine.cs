@@ -54,23 +54,25 @@ public sealed partial class RolloutEngine : IAsyncDisposable
 
         ArgumentOutOfRangeException.ThrowIfNegative(options.MaxContext);
         ArgumentOutOfRangeException.ThrowIfLessThan(options.MaxSequences, 1);
-        ArgumentOutOfRangeException.ThrowIfLessThan(options.MaxBatchTokens, 1);
+        ArgumentOutOfRangeException.ThrowIfNegative(options.MaxBatchTokens);
         ArgumentOutOfRangeException.ThrowIfNegative(options.KvCacheBytes);
         if (options.KvCacheFraction is not (>= 0 and <= 1) || (options.KvCacheFraction > 0 && options.KvCacheBytes > 0))
             throw new ArgumentOutOfRangeException(nameof(options), options.KvCacheFraction, "A part of the free memory is from 0 to 1, and given instead of bytes.");
+        int stepTokens = options.MaxBatchTokens == 0 ? backend.StepTokens : options.MaxBatchTokens;
         int context = options.MaxContext == 0 ? model.MaxPositions : Math.Min(options.MaxContext, model.MaxPositions);
         int blocks = KvBlockCount(model, backend, options, context);
         MaxContext = Math.Min(context, blocks * KvCache.BlockTokens);
         _validator = new RequestValidator(model.VocabSize, MaxContext, tokenizer is not null);
         _kv = backend.AllocateKvCache(model.Layers, blocks, model.KvHeads, model.HeadDim);
-        _transformer = new Transformer(model, backend, options.MaxBatchTokens, MaxContext);
+        _transformer = new Transformer(model, backend, stepTokens, MaxContext);
         _blocks = new KvBlocks(blocks);
-        _scheduler = new Scheduler(_blocks, options.MaxSequences, options.MaxBatchTokens, GroupEnded);
-        int queries = options.MaxBatchTokens + options.MaxSequences;
-        _plans = [.. Enumerable.Range(0, 2).Select(_ => new ScheduledStep(new StepLayout(options.MaxBatchTokens, options.MaxSequences,
+        _scheduler = new Scheduler(_blocks, options.MaxSequences, stepTokens, GroupEnded);
+        int queries = stepTokens + options.MaxSequences;
+        _plans = [.. Enumerable.Range(0, 2).Select(_ => new ScheduledStep(new StepLayout(stepTokens, options.MaxSequences,
             KvBlocks.CountFor(MaxContext), queries, queries * Math.Min(RequestValidator.MaxTop, model.VocabSize), maxBiases: 1024)))];
         _next = _plans[0];
-        WarmUp();
+        RunOneToken();
+        Rehearse(weights);
         Metrics = new EngineMetrics(name, () => Version, _scheduler);
         _thread = new Thread(Loop) { Name = "rollout loop", IsBackground = true };
         _thread.Start();
@@ -355,17 +357,6 @@ public sealed partial class RolloutEngine : IAsyncDisposable
         _weights.Dispose();
         Metrics.Dispose();
         Backend.Dispose();
-    }
-
-    /// <summary>One token through the model: whatever a backend takes at its first step, memory above all, it takes now and not when a trainer has the rest.</summary>
-    private void WarmUp()
-    {
-        StepLayout step = _next.Layout;
-        (step.SequenceCount, step.RowStart[1], step.OutputCount, step.QueryCount) = (1, 1, 1, 1);
-        step.Queries[0] = new SampleQuery { Target = -1, Temperature = 1, TopP = 1, Position = 1 };
-        _transformer.Forward(step, _weights.Current, _kv); // into a block that nobody has
-        _transformer.Sample(step, _weights.Current);
-        Backend.FinishStep(step);
     }
 
     private static int KvBlockCount(ModelSpec model, IBackend backend, EngineOptions options, int context)

@@ -174,21 +174,19 @@ internal static class Checks
             throw new ArgumentOutOfRangeException(nameof(layer), layer, $"The cache has {cache.Layers} layers.");
     }
 
-    /// <summary>Every row's position has its angles, and its slot in the cache.</summary>
-    public static void Slots(StepLayout step, int[] rowSequence, RopeTable rope, KvCache cache)
+    /// <summary>Every row's position has its angles.</summary>
+    public static void Angles(StepLayout step, RopeTable rope, KvCache cache)
     {
         if (rope.HeadDim != cache.HeadDim)
             throw new ArgumentException($"For heads of {rope.HeadDim}, the cache has {cache.HeadDim}.", nameof(rope));
         for (int row = 0; row < step.RowCount; row++)
         {
-            int position = step.Positions[row];
-            if (position >= rope.Positions)
-                throw new ArgumentException($"Row {row} is at position {position} of {rope.Positions}.", nameof(rope));
-            Block(step, rowSequence[row], row, position / KvCache.BlockTokens, cache);
+            if (step.Positions[row] >= rope.Positions)
+                throw new ArgumentException($"Row {row} is at position {step.Positions[row]} of {rope.Positions}.", nameof(rope));
         }
     }
 
-    /// <summary>All that a sequence's rows look back at lies in the cache.</summary>
+    /// <summary>All that a sequence's rows look back at, their own slots included, lies in the cache.</summary>
     public static void Context(StepLayout step, KvCache cache)
     {
         for (int s = 0; s < step.SequenceCount; s++)
@@ -196,16 +194,13 @@ internal static class Checks
             int last = step.RowStart[s + 1] - 1;
             if (last < step.RowStart[s])
                 continue;
-            for (int block = 0; block <= step.Positions[last] / KvCache.BlockTokens; block++)
-                Block(step, s, last, block, cache);
+            ReadOnlySpan<int> table = step.BlockTables.AsSpan(s * step.MaxBlocks, (step.Positions[last] / KvCache.BlockTokens) + 1);
+            foreach (int block in table)
+            {
+                if ((uint)block >= (uint)cache.Blocks)
+                    throw new ArgumentException($"Sequence {s} has block {block} of {cache.Blocks}.", nameof(cache));
+            }
         }
-    }
-
-    private static void Block(StepLayout step, int sequence, int row, int index, KvCache cache)
-    {
-        int block = step.BlockTables[(sequence * step.MaxBlocks) + index];
-        if ((uint)block >= (uint)cache.Blocks)
-            throw new ArgumentException($"Row {row} needs block {block} of {cache.Blocks}.", nameof(cache));
     }
 
     public static void Blocks(KvCache cache, int from, int to)
@@ -259,5 +254,28 @@ internal static class Checks
 
         if (problem != null)
             throw new ArgumentException($"Query {q}: {problem}.", nameof(step));
+    }
+}
+
+/// <summary>What a step looks back at, checked once: at its first layer, since all others have the same tables.</summary>
+internal struct ContextChecks
+{
+    private KvCache? _cache;
+    private RopeTable? _rope;
+
+    public void Check(StepLayout step, KvCache cache)
+    {
+        if (ReferenceEquals(_cache, cache))
+            return;
+        Checks.Context(step, cache);
+        _cache = cache;
+    }
+
+    public void Check(StepLayout step, RopeTable rope, KvCache cache)
+    {
+        if (!ReferenceEquals(_rope, rope))
+            Checks.Angles(step, rope, cache);
+        Check(step, cache);
+        _rope = rope;
     }
 }

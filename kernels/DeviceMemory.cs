@@ -51,6 +51,43 @@ public abstract class Weight(int outputs, int inputs) : DeviceMemory
     public bool IsVector => Outputs == 1;
 }
 
+/// <summary>Weights that are taken, given back and taken again together.</summary>
+/// <param name="weights">In the order of their shapes.</param>
+public class WeightArena(IReadOnlyList<Weight> weights) : DeviceMemory
+{
+    public IReadOnlyList<Weight> Weights => weights;
+
+    public override long Bytes => weights.Sum(weight => weight.Bytes);
+
+    public override void Discard()
+    {
+        foreach (Weight weight in weights)
+            weight.Discard();
+    }
+
+    /// <summary>Takes the memory again, zeroed; where the device has not got all of it, none is held.</summary>
+    /// <exception cref="OutOfMemoryException">The device has not got it.</exception>
+    public override void Restore()
+    {
+        try
+        {
+            foreach (Weight weight in weights)
+                weight.Restore();
+        }
+        catch
+        {
+            Discard();
+            throw;
+        }
+    }
+
+    public override void Dispose()
+    {
+        foreach (Weight weight in weights)
+            weight.Dispose();
+    }
+}
+
 /// <summary>Paged keys and values of all layers: [layers, blocks, kvHeads, BlockTokens, headDim], inner layout up to the backend.</summary>
 public abstract class KvCache(int layers, int blocks, int kvHeads, int headDim) : DeviceMemory
 {

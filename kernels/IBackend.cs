@@ -40,6 +40,25 @@ public interface IBackend : IDisposable
 
     Weight AllocateWeight(int outputs, int inputs);
 
+    /// <summary>All weights of a model: on a GPU one range of addresses, which stays when the memory is given back and taken again.</summary>
+    /// <exception cref="OutOfMemoryException">The device has not got it; none is held.</exception>
+    WeightArena AllocateWeights(IReadOnlyList<(int Outputs, int Inputs)> shapes)
+    {
+        List<Weight> weights = new(shapes.Count);
+        try
+        {
+            foreach ((int outputs, int inputs) in shapes)
+                weights.Add(AllocateWeight(outputs, inputs));
+        }
+        catch
+        {
+            weights.ForEach(weight => weight.Dispose());
+            throw;
+        }
+
+        return new WeightArena(weights);
+    }
+
     KvCache AllocateKvCache(int layers, int blocks, int kvHeads, int headDim);
 
     /// <summary>
@@ -77,6 +96,16 @@ public interface IBackend : IDisposable
     /// the first: see <see cref="StepLayout.TokenIds"/>.
     /// </summary>
     int StepsUnderWay { get; }
+
+    /// <summary>Tokens of a step where the operator does not say: as many as fill the device.</summary>
+    int StepTokens => 512;
+
+    /// <summary>
+    /// Steps to go through once, up to <see cref="Sample"/>, with every set of weights before its first real one: nothing is computed, but what steps like
+    /// these need beside memory is prepared, so that no later one has to. A GPU captures its graphs here.
+    /// </summary>
+    /// <param name="room">Of the size of the steps to come.</param>
+    IEnumerable<StepLayout> Rehearsals(StepLayout room) => [];
 
     /// <summary>Uploads the step's indices. Every later call of the step refers to them.</summary>
     void BeginStep(StepLayout step);

@@ -33,6 +33,9 @@ public sealed class StepLayout
     /// <summary>Blocks of one row of the block table.</summary>
     public int MaxBlocks { get; }
 
+    /// <summary>Nothing of the step is computed: see <see cref="IBackend.Rehearsals"/>.</summary>
+    public bool IsRehearsal { get; internal init; }
+
     public int SequenceCount { get; set; }
 
     /// <summary>[SequenceCount + 1], RowStart[0] = 0.</summary>

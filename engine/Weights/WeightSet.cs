@@ -8,9 +8,14 @@ namespace Rollout.Engine;
 /// </summary>
 public sealed class WeightSet : IDisposable
 {
+    private readonly WeightArena _arena;
     private readonly Dictionary<WeightSlot, Held> _weights = [];
 
-    private WeightSet(int layers) => Layers = new LayerWeights[layers];
+    private WeightSet(WeightArena arena, int layers)
+    {
+        _arena = arena;
+        Layers = new LayerWeights[layers];
+    }
 
     public Weight Embedding { get; private set; } = null!;
 
@@ -21,24 +26,18 @@ public sealed class WeightSet : IDisposable
 
     public LayerWeights[] Layers { get; }
 
-    public long Bytes => _weights.Values.Sum(held => held.Weight.Bytes);
+    public long Bytes => _arena.Bytes;
+
+    /// <summary>Whether the backend has gone through its <see cref="IBackend.Rehearsals"/> with this set. The loop's.</summary>
+    internal bool IsRehearsed { get; set; }
 
     public Weight this[WeightSlot slot] => _weights[slot].Weight;
 
     /// <summary>Takes the memory; the contents come later.</summary>
     public static WeightSet Allocate(IBackend backend, LoadPlan plan, int layers)
     {
-        WeightSet set = new(layers);
-        try
-        {
-            foreach (WeightShape shape in plan.Weights) set._weights.Add(shape.Slot, new Held(backend.AllocateWeight(shape.Outputs, shape.Inputs)));
-        }
-        catch
-        {
-            set.Dispose();
-            throw;
-        }
-
+        WeightSet set = new(backend.AllocateWeights([.. plan.Weights.Select(shape => (shape.Outputs, shape.Inputs))]), layers);
+        foreach ((WeightShape shape, Weight weight) in plan.Weights.Zip(set._arena.Weights)) set._weights.Add(shape.Slot, new Held(weight));
         set.Embedding = set.At(-1, WeightKind.Embedding)!;
         set.FinalNorm = set.At(-1, WeightKind.FinalNorm)!;
         set.Head = set.At(-1, WeightKind.Head) ?? set.Embedding;
@@ -80,32 +79,15 @@ public sealed class WeightSet : IDisposable
     /// <summary>Gives the memory back to the machine, contents lost.</summary>
     public void Discard()
     {
-        foreach (Held held in _weights.Values)
-        {
-            held.Version = null;
-            held.Weight.Discard();
-        }
+        foreach (Held held in _weights.Values) held.Version = null;
+        _arena.Discard();
     }
 
     /// <summary>Takes the memory again.</summary>
     /// <exception cref="OutOfMemoryException">The device has not got it all; none is held.</exception>
-    public void Restore()
-    {
-        try
-        {
-            foreach (Held held in _weights.Values) held.Weight.Restore();
-        }
-        catch
-        {
-            Discard();
-            throw;
-        }
-    }
+    public void Restore() => _arena.Restore();
 
-    public void Dispose()
-    {
-        foreach (Held held in _weights.Values) held.Weight.Dispose();
-    }
+    public void Dispose() => _arena.Dispose();
 
     private Weight? At(int layer, WeightKind kind) => _weights.GetValueOrDefault(new WeightSlot(layer, kind))?.Weight;
 

@@ -28,6 +28,7 @@ public sealed class WeightUpdate : IDisposable
     private readonly double _preflightSeconds;
     private readonly long _ready = Stopwatch.GetTimestamp();
     private bool _open;
+    private Task _rehearsed = Task.CompletedTask;
     private UpdateFailure? _failed;
     private bool _stopped; // in the middle of a read
     private volatile bool _ended;
@@ -81,7 +82,12 @@ public sealed class WeightUpdate : IDisposable
         ThrowIfOver();
         if (_open) return;
         if (Mode == UpdateMode.InPlace) await _engine.StandStillAsync(this, cancellation).ConfigureAwait(false);
-        else await Task.Run(() => _engine.CarryOver(this), CancellationToken.None).ConfigureAwait(false);
+        else
+        {
+            await Task.Run(() => _engine.CarryOver(this), CancellationToken.None).ConfigureAwait(false);
+            _rehearsed = _engine.RehearseAsync(_destination); // while the bytes come
+        }
+
         _open = true;
     }
 
@@ -179,6 +185,7 @@ public sealed class WeightUpdate : IDisposable
         }
 
         double transfer = Stopwatch.GetElapsedTime(_ready).TotalSeconds;
+        await _rehearsed.WaitAsync(cancellation).ConfigureAwait(false);
         long committing = Stopwatch.GetTimestamp();
         DescribedWeight[] described = [.. _incoming.Select((tensor, i) => tensor.Describe(digests[i]))];
         double stall = await _engine.CommitAsync(this, described, cancellation).ConfigureAwait(false);

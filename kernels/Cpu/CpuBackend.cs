@@ -22,6 +22,7 @@ public sealed unsafe class CpuBackend : IBackend
     private readonly AttentionTiles _tiles = new();
     private NativeBuffer _packed = new(1 << 20);
     private StepLayout? _step;
+    private ContextChecks _contextChecks;
     private int[] _rowSequence = [];
     private int _tiledFor;
     private bool _disposed;
@@ -213,7 +214,7 @@ public sealed unsafe class CpuBackend : IBackend
     {
         ThrowIfDisposed();
         ArgumentNullException.ThrowIfNull(step);
-        _step = null;
+        (_step, _contextChecks) = (null, default);
         if (_rowSequence.Length < step.TokenIds.Length)
             _rowSequence = new int[step.TokenIds.Length];
 
@@ -270,7 +271,7 @@ public sealed unsafe class CpuBackend : IBackend
         Checks.Layer(layer, keysValues);
         CpuTensor tensor = Own(qkv, step.RowCount, (heads + (2 * keysValues.KvHeads)) * keysValues.HeadDim);
         CpuRopeTable table = Own(rope);
-        Checks.Slots(step, _rowSequence, table, keysValues);
+        _contextChecks.Check(step, table, keysValues);
         _rope.Qkv = tensor.Data;
         _rope.Stride = tensor.Stride;
         _rope.Heads = heads;
@@ -296,7 +297,7 @@ public sealed unsafe class CpuBackend : IBackend
         if (queries.Columns < heads * keysValues.HeadDim)
             throw new ArgumentException($"{queries.Columns} columns, needed at least {heads * keysValues.HeadDim}.", nameof(qkv));
         CpuTensor destination = Own(output, step.RowCount, heads * keysValues.HeadDim);
-        Checks.Context(step, keysValues);
+        _contextChecks.Check(step, keysValues);
         int group = heads / keysValues.KvHeads;
         if (_tiledFor != group)
         {

@@ -1,7 +1,6 @@
 using System.Diagnostics.CodeAnalysis;
 using System.Numerics;
 using System.Runtime.CompilerServices;
-using System.Runtime.InteropServices;
 
 namespace Rollout.Kernels.Cuda;
 
@@ -9,7 +8,7 @@ namespace Rollout.Kernels.Cuda;
 /// The operations on an NVIDIA GPU. Weights, keys, values and what goes into a matmul are bf16, or all of it fp32; sums and the residual stream are
 /// fp32 either way. A step is queued operation by operation and waited for once, when its answers are read back: by then the next may be queued.
 /// </summary>
-public sealed unsafe class CudaBackend : IBackend
+public sealed unsafe partial class CudaBackend : IBackend
 {
     private const int Threads = 256;        // a block of all kernels but attention and rope
     private const int WarpThreads = 32;
@@ -28,6 +27,7 @@ public sealed unsafe class CudaBackend : IBackend
     private bool _isDecode; // every sequence of the step has one row
     private int _rowsPerItem = 1;
     private int _uploadedFor;
+    private ContextChecks _contextChecks;
     private long _stepsBegun;
     private long _stepsDone;
     private int _answers, _answersBefore; // queries of this step and of the one before that the device has answered, or will have
@@ -56,6 +56,9 @@ public sealed unsafe class CudaBackend : IBackend
 
     /// <summary>GPUs that could be used now; 0 where the driver or a library is missing.</summary>
     public static int DeviceCount => CudaDevice.Count;
+
+    /// <summary>Why no GPU could be used now, in one sentence; null where one could.</summary>
+    public static string? WhyNoDevice => CudaDevice.WhyNone;
 
     public WeightFormat WeightFormat { get; }
 
@@ -120,6 +123,18 @@ public sealed unsafe class CudaBackend : IBackend
         return new CudaWeight(this, outputs, inputs);
     }
 
+    public WeightArena AllocateWeights(IReadOnlyList<(int Outputs, int Inputs)> shapes)
+    {
+        ThrowIfDisposed();
+        foreach ((int outputs, int inputs) in shapes)
+        {
+            ArgumentOutOfRangeException.ThrowIfLessThan(outputs, 1);
+            ArgumentOutOfRangeException.ThrowIfLessThan(inputs, 1);
+        }
+
+        return CudaWeightArena.Allocate(this, shapes);
+    }
+
     public KvCache AllocateKvCache(int layers, int blocks, int kvHeads, int headDim)
     {
         ThrowIfDisposed();
@@ -144,58 +159,6 @@ public sealed unsafe class CudaBackend : IBackend
         return new CudaRopeTable(this, inverseFrequencies, positions, scale);
     }
 
-    public void WriteWeight(Weight destination, long element, ReadOnlySpan<byte> source, DType type)
-    {
-        CudaWeight weight = Own(destination);
-        _ = Checks.Write(weight, element, source, type);
-        bool asStored = IsStored(weight, type);
-        lock (Device.Copies)
-        {
-            BeginWrite(weight);
-            while (!source.IsEmpty)
-            {
-                int bytes = Math.Min(source.Length, StagingBytes), count = bytes / type.Size();
-                nuint to = At(weight, element);
-                CopyIn(asStored ? to : _staging.Pointer, source[..bytes]);
-                if (!asStored)
-                    Convert(weight, to, _staging.Pointer, count, type);
-                Device.Beside.Synchronize();
-                element += count;
-                source = source[bytes..];
-            }
-        }
-    }
-
-    /// <summary>As <see cref="WriteWeight(Weight, long, ReadOnlySpan{byte}, DType)"/>, of elements that lie on the device, another process's included.</summary>
-    internal void WriteWeight(Weight destination, long element, nuint source, int count, DType type)
-    {
-        CudaWeight weight = Own(destination);
-        Checks.Elements(weight, element, count, nameof(count));
-        lock (Device.Copies)
-        {
-            BeginWrite(weight);
-            nuint to = At(weight, element);
-            if (IsStored(weight, type))
-            {
-                nuint bytes = (nuint)count * (nuint)type.Size();
-                Driver.cuMemcpyDtoDAsync_v2(to, source, bytes, Device.Beside.Value).ThrowIfFailed((long)bytes);
-            }
-            else
-            {
-                Convert(weight, to, source, count, type);
-            }
-
-            Device.Beside.Synchronize();
-        }
-    }
-
-    /// <summary>Digests of tensors on the device: see <see cref="CudaDigest"/>.</summary>
-    internal CudaDigest CreateDigest(Func<byte[], byte[]> onHost, int pieceBytes = 16 << 20)
-    {
-        ThrowIfDisposed();
-        return new CudaDigest(Device, _kernels, onHost, pieceBytes);
-    }
-
     /// <summary>
     /// What every algorithm that cuBLASLt proposes for a weight shape computes, and how fast: see <see cref="MatMulCandidate"/>. Nothing is chosen or kept.
     /// </summary>
@@ -205,52 +168,43 @@ public sealed unsafe class CudaBackend : IBackend
         return _matMul.Survey(outputs, inputs, kind, rows);
     }
 
-    public void WriteWeightElements(Weight destination, long element, ReadOnlySpan<uint> indices, ReadOnlySpan<byte> values, DType type)
-    {
-        CudaWeight weight = Own(destination);
-        Checks.WriteElements(weight, element, indices, values, type);
-        nint function = weight.IsVector ? _kernels.ScatterVector : _kernels.ScatterMatrix;
-        lock (Device.Copies)
-        {
-            BeginWrite(weight);
-            for (int done = 0; done < indices.Length;)
-            {
-                int count = Math.Min(indices.Length - done, StagingBytes / sizeof(uint));
-                CopyIn(_stagedIndices.Pointer, MemoryMarshal.AsBytes(indices.Slice(done, count)));
-                CopyIn(_staging.Pointer, values.Slice(done * type.Size(), count * type.Size()));
-                _kernels.Launch(
-                    function, Device.Beside, Blocks(count), Threads, 0, _staging.Pointer, (int)type, _stagedIndices.Pointer, At(weight, element), (long)count);
-                Device.Beside.Synchronize();
-                done += count;
-            }
-        }
-    }
-
-    public void CopyWeight(Weight source, Weight destination)
-    {
-        CudaWeight from = Own(source);
-        CudaWeight to = Own(destination);
-        Checks.SameShape(from, to);
-        lock (Device.Copies)
-        {
-            BeginWrite(to);
-            Driver.cuMemcpyDtoDAsync_v2(to.Pointer, from.Pointer, (nuint)from.Bytes, Device.Beside.Value).ThrowIfFailed(from.Bytes);
-            Device.Beside.Synchronize();
-        }
-    }
-
-    public void ReadWeight(Weight source, long element, Span<float> destination)
-    {
-        CudaWeight weight = Own(source);
-        Checks.Elements(weight, element, destination.Length, nameof(destination));
-        Device.MakeCurrent();
-        lock (Device.Copies)
-            CopyOut(At(weight, element), weight.IsVector || StoresFp32, destination, Device.Beside);
-    }
-
     // ---- One step.
 
     public int StepsUnderWay => 2;
+
+    public int StepTokens => 4096;
+
+    public IEnumerable<StepLayout> Rehearsals(StepLayout room)
+    {
+        int sequences = Math.Min(room.RowStart.Length - 1, room.TokenIds.Length);
+        // Alone, and where the context is long enough for a shared chunk also sharing one: attention has a kernel for each.
+        int[] positions = room.MaxBlocks * KvCache.BlockTokens > CudaAttentionPlan.Chunk ? [0, CudaAttentionPlan.Chunk] : [0];
+        for (int last = 0, rows = 1; last < sequences; last = rows, rows = Math.Min(Bucket(rows + 1), sequences))
+        {
+            foreach (int position in positions)
+                yield return Rehearsal(room, rows, position);
+        }
+    }
+
+    /// <summary>A step that decodes <paramref name="rows"/> sequences, all at the same position and with the same blocks.</summary>
+    private static StepLayout Rehearsal(StepLayout room, int rows, int position)
+    {
+        int padded = Bucket(rows);
+        StepLayout step = new(Math.Min(padded, room.TokenIds.Length), rows, room.MaxBlocks, Math.Min(padded, room.Queries.Length), 0, 0)
+        {
+            IsRehearsal = true,
+            SequenceCount = rows,
+            OutputCount = rows,
+            QueryCount = rows,
+        };
+        for (int s = 0; s < rows; s++)
+        {
+            (step.RowStart[s + 1], step.Positions[s], step.OutputRows[s]) = (s + 1, position, s);
+            step.Queries[s] = new SampleQuery { OutputIndex = s, Target = -1, Temperature = 1, TopP = 1 };
+        }
+
+        return step;
+    }
 
     public void BeginStep(StepLayout step)
     {
@@ -258,8 +212,7 @@ public sealed unsafe class CudaBackend : IBackend
         ArgumentNullException.ThrowIfNull(step);
         Device.MakeCurrent();
         Flush();
-        _step = null;
-        (_answersBefore, _answers) = (_answers, 0);
+        (_step, _contextChecks) = (null, default);
         if (_rowSequence.Length < step.TokenIds.Length)
             _rowSequence = new int[step.TokenIds.Length];
         Checks.Step(step, _rowSequence);
@@ -275,7 +228,18 @@ public sealed unsafe class CudaBackend : IBackend
             _isDecode = step.RowStart[s] == s;
         _plan.Build(step, _rowsPerItem);
         _uploadedFor = _rowsPerItem;
-        _place.Upload(step, ++_stepsBegun, _rowSequence, _plan, Math.Min(Pad(step.RowCount), step.TokenIds.Length));
+        int rows = Math.Min(Pad(step.RowCount), step.TokenIds.Length);
+        int queries = Math.Min(Math.Max(step.QueryCount, Pad(step.RowCount)), step.Queries.Length);
+        if (step.IsRehearsal)
+        {
+            _place.Place(rows, queries);
+        }
+        else
+        {
+            (_answersBefore, _answers) = (_answers, 0);
+            _place.Upload(step, ++_stepsBegun, _rowSequence, _plan, rows, queries);
+        }
+
         _step = step;
     }
 
@@ -324,7 +288,7 @@ public sealed unsafe class CudaBackend : IBackend
         int headDim = keysValues.HeadDim, allHeads = heads + (2 * keysValues.KvHeads);
         CudaTensor tensor = Own(qkv, step.RowCount, allHeads * headDim);
         CudaRopeTable table = this.Own<CudaRopeTable>(rope);
-        Checks.Slots(step, _rowSequence, table, keysValues);
+        _contextChecks.Check(step, table, keysValues);
         _ = Fp32(tensor, step.RowCount);
         _rope = new Rope(
             tensor, heads, queryNorm is null ? 0 : OwnVector(queryNorm, headDim).Pointer, keyNorm is null ? 0 : OwnVector(keyNorm, headDim).Pointer,
@@ -346,8 +310,7 @@ public sealed unsafe class CudaBackend : IBackend
         int allHeads = rope.Heads + (2 * rope.Cache.KvHeads);
         Launch(_kernels.RopeStore, new Grid(_step!.RowCount, allHeads), WarpThreads,
             rope.Qkv.Fp32, rope.Qkv.Columns, rope.Heads, rope.Cache.KvHeads, rope.Cache.HeadDim, rope.QueryNorm, rope.KeyNorm, rope.Epsilon, rope.Table,
-            _place!.Positions, _place.Sequences, _place.Tables, _place.TableStride, KvCache.BlockTokens, rope.Cache.Keys(rope.Layer),
-            rope.Cache.Values(rope.Layer));
+            _place!.Header, _place.Positions, _place.Sequences, KvCache.BlockTokens, rope.Cache.Keys(rope.Layer), rope.Cache.Values(rope.Layer));
     }
 
     public void Attend(Tensor qkv, int heads, float scale, KvCache cache, int layer, Tensor output)
@@ -361,7 +324,7 @@ public sealed unsafe class CudaBackend : IBackend
         if (queries.Columns < heads * headDim)
             throw new ArgumentException($"{queries.Columns} columns, needed at least {heads * headDim}.", nameof(qkv));
         CudaTensor destination = Own(output, step.RowCount, heads * headDim);
-        Checks.Context(step, keysValues);
+        _contextChecks.Check(step, keysValues);
 
         int widest = AttentionKernel.MostRowTiles(headDim), queriesPerItem = widest * AttentionKernel.TileQueries;
         int group = heads / keysValues.KvHeads, slice = Math.Min(group, queriesPerItem), slices = (group + slice - 1) / slice;
@@ -369,7 +332,7 @@ public sealed unsafe class CudaBackend : IBackend
         if (_uploadedFor != _rowsPerItem)
         {
             _plan.Build(step, _rowsPerItem);
-            _place!.Upload(_plan, step.RowCount);
+            _place!.Upload(step, _plan);
             _uploadedFor = _rowsPerItem;
         }
 
@@ -382,7 +345,7 @@ public sealed unsafe class CudaBackend : IBackend
         AttentionKernel kernel = _kernels.Attend(headDim, _plan.MostRows * slice <= AttentionKernel.TileQueries ? 1 : widest);
         int items = _isDecode ? (int)BitOperations.RoundUpToPowerOf2((uint)_plan.ItemCount) : _plan.ItemCount;
         Launch(kernel.Function, new Grid(items, keysValues.KvHeads, slices), kernel.Threads, kernel.SharedBytes,
-            [_place!.Counts, _place.Items, Fp32(queries, step.RowCount), queries.Columns, _place.Positions, _place.Sequences, _place.Tables, _place.TableStride,
+            [_place!.Header, Fp32(queries, step.RowCount), queries.Columns, _place.Positions, _place.Sequences,
             keysValues.Keys(layer), keysValues.Values(layer), heads, keysValues.KvHeads, slice, scale, destination.Rounded, _place.RowSlots,
             _partials.Pointer, _counters.Pointer, rope?.QueryNorm ?? 0, rope?.KeyNorm ?? 0, rope?.Epsilon ?? 0, rope?.Table ?? 0]);
         destination.IsRounded = true;
@@ -418,11 +381,17 @@ public sealed unsafe class CudaBackend : IBackend
         CudaTensor source = Own(logits, count);
         (int begin, int end) = Checks.Queries(step, first, count, source.Columns);
         Launch(_kernels.Sample, new Grid(Pad(end - begin)), Threads,
-            _place!.Counts, Fp32(source, count), source.Columns, source.Columns, _place.Queries, begin, first, first + source.Rows, _place.BiasIds, _place.BiasValues,
+            _place!.Header, Fp32(source, count), source.Columns, source.Columns, _place.Queries, begin, first, first + source.Rows,
             _place.Results, _place.AlternativeIds, _place.AlternativeLogProbs);
         if (first + count < step.OutputCount)
             return; // with the last of the step's answers come all
         Flush();
+        if (step.IsRehearsal)
+        {
+            _step = null;
+            return;
+        }
+
         _place.Download();
         _answers = step.QueryCount;
     }
@@ -519,48 +488,6 @@ public sealed unsafe class CudaBackend : IBackend
         output.IsRounded = false;
     }
 
-    // ---- Copies beside the steps; the caller holds Device.Copies.
-
-    /// <summary>Waits for a step that still reads the weight: it was begun before, and ended without an answer.</summary>
-    private void BeginWrite(CudaWeight weight)
-    {
-        Device.MakeCurrent();
-        if (weight.LastStep > Interlocked.Read(ref _stepsDone))
-            Device.Stream.Synchronize();
-    }
-
-    /// <summary>Whether elements of the type lie in the weight as they are.</summary>
-    private bool IsStored(CudaWeight weight, DType type) => type == (weight.IsVector || StoresFp32 ? DType.Float32 : DType.BFloat16);
-
-    private void Convert(CudaWeight weight, nuint destination, nuint source, int count, DType type) => _kernels.Launch(
-        weight.IsVector ? _kernels.WriteVector : _kernels.WriteMatrix, Device.Beside, Blocks(count), Threads, 0, source, (int)type, destination, (long)count);
-
-    private void CopyIn(nuint destination, ReadOnlySpan<byte> source)
-    {
-        fixed (byte* bytes = source)
-        {
-            Driver.cuMemcpyHtoDAsync_v2(destination, bytes, (nuint)source.Length, Device.Beside.Value).ThrowIfFailed(source.Length);
-            Device.Beside.Synchronize(); // the caller's bytes may change when this returns
-        }
-    }
-
-    private void CopyOut(nuint source, bool fp32, Span<float> destination, CudaStream stream)
-    {
-        if (fp32)
-        {
-            Device.Download(source, MemoryMarshal.AsBytes(destination), stream);
-            return;
-        }
-
-        ushort[] stored = new ushort[destination.Length];
-        Device.Download(source, MemoryMarshal.AsBytes(stored.AsSpan()), stream);
-        for (int i = 0; i < stored.Length; i++)
-            destination[i] = BitConverter.UInt32BitsToSingle((uint)stored[i] << 16);
-    }
-
-    private nuint At(CudaWeight weight, long element) =>
-        weight.Pointer + (nuint)(element * (weight.IsVector ? sizeof(float) : StoredBytes));
-
     // ---- Launches.
 
     private static Grid Blocks(long count) => new((int)((count + Threads - 1) / Threads));
@@ -586,21 +513,31 @@ public sealed unsafe class CudaBackend : IBackend
     /// <summary>Whether launches wait for the step's answers to be asked for. Of a step without answers nobody would ever send them.</summary>
     private bool Notes => _step is { OutputCount: > 0 };
 
-    /// <summary>Sends what was noted.</summary>
+    /// <summary>Sends what was noted, or in a rehearsal keeps it for the steps that will be like this one.</summary>
     internal void Flush()
     {
         StoreKv();
-        _commands.Flush();
+        if (_step is { IsRehearsal: true })
+            _commands.Record();
+        else
+            _commands.Send();
     }
+
+    /// <summary>Memory of these addresses ends.</summary>
+    internal void Forget(nuint start, long bytes) => _commands.Forget(start, bytes);
 
     /// <summary>
     /// Rows to run over, in a step that decodes: one of few numbers, so that steps are alike and go as graphs. Rows past the step's are computed for
     /// nothing, and change no bit of the others.
     /// </summary>
-    private int Pad(int rows) =>
-        !_isDecode || rows <= 0 ? rows
-        : rows <= 8 ? (int)BitOperations.RoundUpToPowerOf2((uint)rows)
-        : (rows + 7) / 8 * 8;
+    private int Pad(int rows) => !_isDecode || rows <= 0 ? rows : Bucket(rows);
+
+    /// <summary>The next power of two, or from 8 up what lies half-way to it.</summary>
+    private static int Bucket(int rows)
+    {
+        int above = (int)BitOperations.RoundUpToPowerOf2((uint)rows);
+        return above > 8 && rows <= above / 4 * 3 ? above / 4 * 3 : above;
+    }
 
     private int Pad(int rows, Tensor tensor) => Math.Min(Pad(rows), tensor.Rows);
 

@@ -1,25 +1,21 @@
-using System.Runtime.CompilerServices;
 using System.Runtime.InteropServices;
 
 namespace Rollout.Kernels.Cuda;
 
 /// <summary>
-/// The launches of a step, noted until something has to be known. A list that has gone to the device before, to the last argument, goes as one graph:
-/// steps that decode so many rows are all alike, because rows are rounded up to a bucket, indices lie in one place, and weights do not move. Who asks for
-/// operations need not know.
+/// The launches of a step, noted until its answers are asked for. A list that was recorded before, equal to the last argument, goes to the device as one
+/// graph; any other goes launch by launch. Decode steps of one row bucket have equal lists: rows are rounded up, a step's indices lie in one place,
+/// what differs between steps is read from there, and weights do not move. Lists are recorded at start only, by <see cref="Record"/>.
 /// </summary>
 internal sealed unsafe class CudaCommands : IDisposable
 {
-    /// <summary>Two sets of weights in turn, for a score of row counts; then the oldest goes.</summary>
-    private const int MostGraphs = 64;
-
     private readonly CudaDevice _device;
     private readonly CudaKernels _kernels;
     private readonly CudaMatMul _matMul;
-    private readonly Dictionary<int, Recorded> _known = [];
-    private Command[] _list = new Command[256];
-    private int _count;
-    private long _flushes;
+    private readonly List<Recorded> _recorded = [];
+    private Command[] _commands = new Command[256];
+    private Argument[] _arguments = new Argument[2048]; // of all commands, one after another
+    private int _count, _argumentCount;
 
     public CudaCommands(CudaDevice device, CudaKernels kernels, CudaMatMul matMul)
     {
@@ -32,99 +28,104 @@ internal sealed unsafe class CudaCommands : IDisposable
     public long GraphLaunches { get; private set; }
 
     /// <summary>Notes a kernel. Arguments are as its source has them, in order.</summary>
-    public void Launch(nint function, Grid grid, int threads, int sharedBytes, params ReadOnlySpan<Argument> arguments)
-    {
-        ref Command command = ref Next();
-        command.Function = function;
-        command.Grid = grid;
-        command.Threads = threads;
-        command.SharedBytes = sharedBytes;
-        arguments.CopyTo(command.Arguments);
-        command.Count = arguments.Length;
-    }
+    public void Launch(nint function, Grid grid, int threads, int sharedBytes, params ReadOnlySpan<Argument> arguments) =>
+        Note(new Command(function, grid, threads, sharedBytes, arguments.Length), arguments);
 
     /// <summary>Notes a matmul; see <see cref="CudaMatMul.Multiply"/>.</summary>
-    public void Multiply(nuint input, nuint weight, nuint bias, nuint output, int rows, int outputs, int inputs, MatMulOutput kind)
-    {
-        ref Command command = ref Next();
-        command.Function = 0;
-        ReadOnlySpan<Argument> arguments = [input, weight, bias, output, rows, outputs, inputs, (int)kind];
-        arguments.CopyTo(command.Arguments);
-        command.Count = arguments.Length;
-    }
+    public void Multiply(nuint input, nuint weight, nuint bias, nuint output, int rows, int outputs, int inputs, MatMulOutput kind) =>
+        Note(new Command(0, default, 0, 0, 8), [input, weight, bias, output, rows, outputs, inputs, (int)kind]);
 
     /// <summary>Queues all that was noted.</summary>
-    public void Flush()
+    public void Send()
     {
         if (_count == 0)
             return;
         _device.MakeCurrent();
-        if (_device.Times is not null)
+        if (_device.Times is null && Find() is { } recorded)
         {
-            Run();
-            Empty();
-            return;
-        }
-
-        ReadOnlySpan<byte> list = MemoryMarshal.AsBytes(_list.AsSpan(0, _count));
-        HashCode code = default;
-        code.AddBytes(list);
-        int hash = code.ToHashCode();
-        _flushes++;
-        if (!_known.TryGetValue(hash, out Recorded? recorded))
-        {
-            if (_known.Count == MostGraphs)
-                Forget();
-            _known[hash] = new Recorded { List = list.ToArray(), LastFlush = _flushes };
-            Run();
-        }
-        else if (!list.SequenceEqual(recorded.List))
-        {
-            Run(); // another list with the same hash
+            recorded.Graph.Launch(_device.Stream);
+            GraphLaunches++;
         }
         else
         {
-            recorded.LastFlush = _flushes;
-            (recorded.Graph ??= Record()).Launch(_device.Stream);
-            GraphLaunches++;
+            Run();
         }
 
-        Empty();
+        Clear();
     }
 
-    public void Dispose()
+    /// <summary>Makes a graph of what was noted, and runs nothing.</summary>
+    public void Record()
     {
-        foreach (Recorded recorded in _known.Values)
-            recorded.Graph?.Dispose();
+        if (_count > 0 && Find() is null)
+            _recorded.Add(new Recorded([.. Commands], [.. Arguments], Capture()));
+        Clear();
     }
 
-    private void Empty()
+    /// <summary>Drops what was noted.</summary>
+    public void Clear() => (_count, _argumentCount) = (0, 0);
+
+    /// <summary>Gives up the graphs that use any of these addresses.</summary>
+    public void Forget(nuint start, long bytes)
     {
-        _list.AsSpan(0, _count).Clear(); // what is not written again must not be left from before: lists are compared byte by byte
-        _count = 0;
+        _recorded.RemoveAll(recorded =>
+        {
+            bool uses = recorded.Arguments.Any(argument => argument.Pointer >= start && argument.Pointer < start + (nuint)bytes);
+            if (uses)
+                recorded.Graph.Dispose();
+            return uses;
+        });
     }
 
-    private ref Command Next()
+    public void Dispose() => _recorded.ForEach(recorded => recorded.Graph.Dispose());
+
+    private ReadOnlySpan<Command> Commands => _commands.AsSpan(0, _count);
+
+    private ReadOnlySpan<Argument> Arguments => _arguments.AsSpan(0, _argumentCount);
+
+    private void Note(Command command, ReadOnlySpan<Argument> arguments)
     {
-        if (_count == _list.Length)
-            Array.Resize(ref _list, 2 * _count);
-        return ref _list[_count++];
+        if (_count == _commands.Length)
+            Array.Resize(ref _commands, 2 * _count);
+        if (_argumentCount + arguments.Length > _arguments.Length)
+            Array.Resize(ref _arguments, 2 * _arguments.Length);
+        _commands[_count++] = command;
+        arguments.CopyTo(_arguments.AsSpan(_argumentCount));
+        _argumentCount += arguments.Length;
+    }
+
+    private Recorded? Find()
+    {
+        // Few lists, and two that differ do so in their first arguments: the row bucket, and where the weights lie.
+        foreach (Recorded recorded in _recorded)
+        {
+            if (Bytes(Arguments).SequenceEqual(Bytes<Argument>(recorded.Arguments)) && Bytes(Commands).SequenceEqual(Bytes<Command>(recorded.Commands)))
+                return recorded;
+        }
+
+        return null;
+
+        static ReadOnlySpan<byte> Bytes<T>(ReadOnlySpan<T> list)
+            where T : struct => MemoryMarshal.AsBytes(list);
     }
 
     private void Run()
     {
-        foreach (ref readonly Command command in _list.AsSpan(0, _count))
+        ReadOnlySpan<Argument> left = Arguments;
+        foreach (ref readonly Command command in Commands)
         {
-            ReadOnlySpan<Argument> a = ((ReadOnlySpan<Argument>)command.Arguments)[..command.Count];
+            ReadOnlySpan<Argument> a = left[..command.ArgumentCount];
             if (command.Function != 0)
-                _kernels.Launch(command.Function, _device.Stream, command.Grid, command.Threads, command.SharedBytes, a);
+                _kernels.Launch(command.Function, _device.Stream, new Grid(command.X, command.Y, command.Z), command.Threads, command.SharedBytes, a);
             else
                 _matMul.Multiply(a[0].Pointer, a[1].Pointer, a[2].Pointer, a[3].Pointer, a[4].Int, a[5].Int, a[6].Int, (MatMulOutput)a[7].Int);
+            left = left[command.ArgumentCount..];
         }
     }
 
-    private CudaGraph Record()
+    private CudaGraph Capture()
     {
+        _device.MakeCurrent();
         CudaGraph.BeginCapture(_device.Stream);
         try
         {
@@ -132,45 +133,22 @@ internal sealed unsafe class CudaCommands : IDisposable
         }
         catch
         {
-            using CudaGraph ended = _device.EndCapture(); // the stream is not left capturing
+            CudaGraph.AbandonCapture(_device.Stream); // what went wrong first is what the caller learns
             throw;
         }
 
         return _device.EndCapture();
     }
 
-    private void Forget()
+    private sealed record Recorded(Command[] Commands, Argument[] Arguments, CudaGraph Graph);
+
+    /// <summary>A kernel's launch; without a function a matmul. No padding: lists are compared as bytes.</summary>
+    private readonly struct Command(nint function, Grid grid, int threads, int sharedBytes, int argumentCount)
     {
-        (int oldest, Recorded recorded) = _known.MinBy(entry => entry.Value.LastFlush);
-        recorded.Graph?.Dispose();
-        _known.Remove(oldest);
-    }
-
-    private sealed class Recorded
-    {
-        public required byte[] List { get; init; }
-
-        public CudaGraph? Graph { get; set; }
-
-        public long LastFlush { get; set; }
-    }
-
-    /// <summary>A kernel's launch; without a function a matmul.</summary>
-    private struct Command
-    {
-        public nint Function;
-        public Grid Grid;
-        public int Threads;
-        public int SharedBytes;
-        public int Count;
-        public ArgumentArray Arguments;
-    }
-
-    [InlineArray(Most)]
-    private struct ArgumentArray
-    {
-        public const int Most = 24;
-
-        private Argument _first;
+        public readonly nint Function = function;
+        public readonly int X = grid.X, Y = grid.Y, Z = grid.Z;
+        public readonly int Threads = threads;
+        public readonly int SharedBytes = sharedBytes;
+        public readonly int ArgumentCount = argumentCount;
     }
 }

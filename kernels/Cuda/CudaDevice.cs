@@ -14,10 +14,8 @@ internal sealed unsafe class CudaDevice : IDisposable
     /// <exception cref="CudaException">There is no such device, or a library is missing: one sentence says what was looked for and where.</exception>
     public CudaDevice(int ordinal)
     {
-        if (CudaLibraries.Missing(CudaLibraries.Driver, CudaLibraries.Nvrtc, CudaLibraries.CublasLt) is { } missing)
-            throw new CudaException(missing);
-        Driver.cuInit(0).ThrowIfFailed();
-        Driver.cuDeviceGetCount(out int count).ThrowIfFailed();
+        if (Find(out int count) is { } none)
+            throw new CudaException(none);
         if (ordinal >= count)
             throw new CudaException($"There is no cuda:{ordinal}: this machine has {count} CUDA {(count == 1 ? "device" : "devices")}.");
         Driver.cuDeviceGet(out int device, ordinal).ThrowIfFailed($"device {ordinal}");
@@ -29,6 +27,8 @@ internal sealed unsafe class CudaDevice : IDisposable
             + $"{Attribute(CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)}";
         Multiprocessors = Attribute(CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
         L2Bytes = Attribute(CUdevice_attribute.CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE);
+        if (Attribute(CUdevice_attribute.CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED) == 0)
+            throw new CudaException($"cuda:{ordinal} {Name} cannot map memory to reserved addresses (virtual memory management), where weights, keys and values lie.");
         _context = new CudaContext(device);
         MakeCurrent();
         Stream = new CudaStream(_context);
@@ -42,11 +42,10 @@ internal sealed unsafe class CudaDevice : IDisposable
     }
 
     /// <summary>Devices that could be used now; 0 where the libraries are missing.</summary>
-    public static int Count =>
-        CudaLibraries.Missing(CudaLibraries.Driver, CudaLibraries.Nvrtc, CudaLibraries.CublasLt) is null
-        && Driver.cuInit(0) == CUresult.CUDA_SUCCESS && Driver.cuDeviceGetCount(out int count) == CUresult.CUDA_SUCCESS
-            ? count
-            : 0;
+    public static int Count => Find(out int count) is null ? count : 0;
+
+    /// <summary>Why there is no device that could be used now, in one sentence; null where there is one.</summary>
+    public static string? WhyNone => Find(out _);
 
     public int Ordinal { get; }
 
@@ -112,6 +111,13 @@ internal sealed unsafe class CudaDevice : IDisposable
         return new DeviceBuffer(_context, bytes);
     }
 
+    /// <inheritdoc cref="DeviceRange(CudaContext, int, long)"/>
+    public DeviceRange Reserve(long bytes)
+    {
+        MakeCurrent();
+        return new DeviceRange(_context, Ordinal, bytes);
+    }
+
     public PinnedBuffer AllocatePinned(long bytes)
     {
         MakeCurrent();
@@ -151,13 +157,20 @@ internal sealed unsafe class CudaDevice : IDisposable
     public DeviceBuffer AllocateZeroed(long bytes)
     {
         DeviceBuffer buffer = Allocate(bytes);
+        Zero(buffer.Pointer, Math.Max(1, bytes));
+        return buffer;
+    }
+
+    /// <summary>Zeroes bytes that nothing queued uses.</summary>
+    public void Zero(nuint pointer, long bytes)
+    {
+        if (bytes == 0)
+            return;
         lock (_copies)
         {
-            Driver.cuMemsetD8Async(buffer.Pointer, 0, (nuint)Math.Max(1, bytes), Beside.Value).ThrowIfFailed(bytes);
+            Driver.cuMemsetD8Async(pointer, 0, (nuint)bytes, Beside.Value).ThrowIfFailed(bytes);
             Beside.Synchronize();
         }
-
-        return buffer;
     }
 
     /// <summary>Bytes to the device. They are there when this returns, and nothing queued before has still to read what they replace.</summary>
@@ -188,5 +201,23 @@ internal sealed unsafe class CudaDevice : IDisposable
         _context.Dispose();
         if (s_current == this)
             s_current = null;
+    }
+
+    private static string? Find(out int count)
+    {
+        count = 0;
+        if (CudaLibraries.Missing(CudaLibraries.Driver, CudaLibraries.Nvrtc, CudaLibraries.CublasLt) is { } missing)
+            return missing;
+        try
+        {
+            Driver.cuInit(0).ThrowIfFailed();
+            Driver.cuDeviceGetCount(out count).ThrowIfFailed();
+        }
+        catch (CudaException e)
+        {
+            return e.Message;
+        }
+
+        return count == 0 ? "This machine has no CUDA device." : null;
     }
 }

@@ -96,13 +96,11 @@ internal sealed class DeviceBuffer : CudaHandle
 /// <summary>Bytes on the device that another process of this machine has allocated.</summary>
 internal sealed class PeerBuffer : CudaHandle
 {
-    private const uint LazyEnablePeerAccess = 1; // CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS, the only flag there is
-
     /// <exception cref="CudaException">It is not there any more, is of this process, or is on a device that this one cannot read.</exception>
     public PeerBuffer(CudaContext context, CUipcMemHandle handle)
         : base(context)
     {
-        Driver.cuIpcOpenMemHandle_v2(out nuint pointer, handle, LazyEnablePeerAccess).ThrowIfFailed("memory of another process");
+        Driver.cuIpcOpenMemHandle_v2(out nuint pointer, handle, Driver.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS).ThrowIfFailed("memory of another process");
         Own((nint)pointer);
     }
 
@@ -132,12 +130,10 @@ internal sealed unsafe class PinnedBuffer : CudaHandle
 /// <summary>Work in order. It does not wait for the legacy default stream, which frameworks use.</summary>
 internal sealed class CudaStream : CudaHandle
 {
-    private const uint NonBlocking = 1; // CU_STREAM_NON_BLOCKING
-
     public CudaStream(CudaContext context)
         : base(context)
     {
-        Driver.cuStreamCreate(out nint stream, NonBlocking).ThrowIfFailed();
+        Driver.cuStreamCreate(out nint stream, Driver.CU_STREAM_NON_BLOCKING).ThrowIfFailed();
         Own(stream);
     }
 
@@ -149,14 +145,12 @@ internal sealed class CudaStream : CudaHandle
 /// <summary>A point in a stream's work.</summary>
 internal sealed class CudaEvent : CudaHandle
 {
-    private const uint DisableTiming = 2; // CU_EVENT_DISABLE_TIMING
-
     /// <param name="context">Of the streams whose work it marks.</param>
     /// <param name="timed">Whether <see cref="SecondsSince"/> will be asked.</param>
     public CudaEvent(CudaContext context, bool timed = false)
         : base(context)
     {
-        Driver.cuEventCreate(out nint @event, timed ? 0 : DisableTiming).ThrowIfFailed();
+        Driver.cuEventCreate(out nint @event, timed ? 0 : Driver.CU_EVENT_DISABLE_TIMING).ThrowIfFailed();
         Own(@event);
     }
 
@@ -231,6 +225,13 @@ internal sealed class CudaGraph : CudaHandle
 
     public static void BeginCapture(CudaStream stream) =>
         Driver.cuStreamBeginCapture_v2(stream.Value, CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).ThrowIfFailed();
+
+    /// <summary>Ends a capture whose work is not wanted; also one that failed.</summary>
+    public static void AbandonCapture(CudaStream stream)
+    {
+        if (Driver.cuStreamEndCapture(stream.Value, out nint graph) == CUresult.CUDA_SUCCESS)
+            _ = Driver.cuGraphDestroy(graph); // there is nothing to be done about it
+    }
 
     public void Launch(CudaStream stream) => Driver.cuGraphLaunch(Value, stream.Value).ThrowIfFailed();
 

@@ -1,36 +1,69 @@
 namespace Rollout.Kernels.Cuda;
 
-/// <summary>Zeroed device memory that can be given back and taken again.</summary>
-internal sealed class CudaStorage(CudaBackend owner, long bytes) : IDisposable
+/// <summary>Zeroed device memory that can be given back and taken again at the same addresses.</summary>
+internal sealed class CudaStorage : IDisposable
 {
-    private DeviceBuffer? _buffer = owner.Device.AllocateZeroed(bytes);
+    private readonly CudaDevice _device;
+    private readonly DeviceRange _range;
 
-    public long Bytes => bytes;
+    /// <exception cref="OutOfMemoryException">The device has not got it.</exception>
+    public CudaStorage(CudaBackend owner, long bytes)
+    {
+        _device = owner.Device;
+        Bytes = bytes;
+        _range = _device.Reserve(bytes);
+        try
+        {
+            Restore();
+        }
+        catch
+        {
+            _range.Dispose();
+            throw;
+        }
+    }
+
+    public long Bytes { get; }
 
     /// <summary>Disposed, or discarded and not restored.</summary>
-    public bool IsGone => _buffer is null;
+    public bool IsGone => _range.IsClosed || !_range.IsMapped;
 
-    public nuint Pointer => _buffer?.Pointer ?? throw new ObjectDisposedException(nameof(CudaStorage));
-
-    private bool _disposed;
+    public nuint Pointer => !IsGone ? _range.Pointer : throw new ObjectDisposedException(nameof(CudaStorage));
 
     public void Discard()
     {
-        _buffer?.Dispose();
-        _buffer = null;
+        if (IsGone)
+            return;
+        Settle();
+        _range.Unmap();
     }
 
     /// <exception cref="OutOfMemoryException">The device has not got it.</exception>
     public void Restore()
     {
-        ObjectDisposedException.ThrowIf(_disposed, this);
-        _buffer ??= owner.Device.AllocateZeroed(bytes);
+        ObjectDisposedException.ThrowIf(_range.IsClosed, this);
+        if (_range.IsMapped)
+            return;
+        _device.MakeCurrent();
+        _range.Map();
+        _device.Zero(_range.Pointer, Bytes);
     }
 
     public void Dispose()
     {
-        _disposed = true;
-        Discard();
+        if (_range.IsClosed)
+            return;
+        if (_range.IsMapped)
+            Settle();
+        _range.Dispose();
+    }
+
+    /// <summary>Waits for work that may use the memory: unlike cuMemFree, cuMemUnmap waits for nothing.</summary>
+    private void Settle()
+    {
+        _device.MakeCurrent();
+        _device.Stream.Synchronize();
+        _device.Beside.Synchronize();
     }
 }
 
@@ -84,13 +117,13 @@ internal sealed class CudaTensor : Tensor
     {
         Owner.Flush();
         _fp32.Discard();
-        _rounded?.Dispose();
-        _rounded = null;
+        _rounded?.Discard();
     }
 
     public override void Restore()
     {
         _fp32.Restore();
+        _rounded?.Restore();
         IsRounded = false;
     }
 
@@ -116,22 +149,76 @@ internal sealed class CudaTensor : Tensor
 internal sealed class CudaWeight : Weight
 {
     private readonly CudaStorage _storage;
+    private readonly long _offset;
+    private readonly bool _isAlone;
 
+    /// <summary>With memory of its own.</summary>
     public CudaWeight(CudaBackend owner, int outputs, int inputs)
+        : this(owner, outputs, inputs, new CudaStorage(owner, BytesOf(owner, outputs, inputs)), 0)
+        => _isAlone = true;
+
+    /// <summary>A part of an arena, which takes its memory and gives it back.</summary>
+    public CudaWeight(CudaBackend owner, int outputs, int inputs, CudaStorage arena, long offset)
         : base(outputs, inputs)
     {
         Owner = owner;
-        _storage = new CudaStorage(owner, (long)outputs * inputs * (IsVector ? sizeof(float) : owner.StoredBytes));
+        _storage = arena;
+        _offset = offset;
     }
 
-    public nuint Pointer => _storage.Pointer;
+    public nuint Pointer => _storage.Pointer + (nuint)_offset;
 
     /// <summary>The last step that reads it: a write waits for that one.</summary>
     public long LastStep { get; set; }
 
-    public override long Bytes => _storage.Bytes;
+    public override long Bytes => BytesOf(Owner, Outputs, Inputs);
 
     internal override CudaBackend Owner { get; }
+
+    internal override bool IsGone => _storage.IsGone;
+
+    public static long BytesOf(CudaBackend owner, int outputs, int inputs) =>
+        (long)outputs * inputs * (outputs == 1 ? sizeof(float) : owner.StoredBytes);
+
+    public override void Discard() => Alone().Discard();
+
+    public override void Restore() => Alone().Restore();
+
+    public override void Dispose() => Alone().Dispose();
+
+    private CudaStorage Alone() =>
+        _isAlone ? _storage : throw new InvalidOperationException("The weight's memory is its arena's.");
+}
+
+/// <summary>The weights of one model in one range of addresses, each at an offset of its own.</summary>
+internal sealed class CudaWeightArena : WeightArena
+{
+    private const long Alignment = 256; // what matmuls and vector loads like best
+
+    private readonly CudaBackend _owner;
+    private readonly CudaStorage _storage;
+    private readonly nuint _start;
+
+    private CudaWeightArena(CudaBackend owner, CudaStorage storage, IReadOnlyList<Weight> weights)
+        : base(weights)
+    {
+        _owner = owner;
+        _storage = storage;
+        _start = storage.Pointer;
+    }
+
+    public static CudaWeightArena Allocate(CudaBackend owner, IReadOnlyList<(int Outputs, int Inputs)> shapes)
+    {
+        long[] offsets = new long[shapes.Count + 1];
+        for (int i = 0; i < shapes.Count; i++)
+            offsets[i + 1] = (offsets[i] + CudaWeight.BytesOf(owner, shapes[i].Outputs, shapes[i].Inputs) + Alignment - 1) / Alignment * Alignment;
+        CudaStorage storage = new(owner, offsets[^1]);
+        return new CudaWeightArena(owner, storage, [.. shapes.Select((shape, i) => new CudaWeight(owner, shape.Outputs, shape.Inputs, storage, offsets[i]))]);
+    }
+
+    public override long Bytes => _storage.Bytes;
+
+    internal override CudaBackend Owner => _owner;
 
     internal override bool IsGone => _storage.IsGone;
 
@@ -139,7 +226,11 @@ internal sealed class CudaWeight : Weight
 
     public override void Restore() => _storage.Restore();
 
-    public override void Dispose() => _storage.Dispose();
+    public override void Dispose()
+    {
+        _owner.Forget(_start, _storage.Bytes);
+        _storage.Dispose();
+    }
 }
 
 /// <summary>Keys, then values, each [layers][blocks][kvHeads][16 tokens][headDim] in the storage type.</summary>

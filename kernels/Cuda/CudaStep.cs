@@ -1,56 +1,64 @@
-using System.Numerics;
-using System.Runtime.CompilerServices;
 using System.Runtime.InteropServices;
 
 namespace Rollout.Kernels.Cuda;
 
 /// <summary>
-/// A step's indices on the device, in one copy; and its answers, back in one. Every part has its place, so that pointers do not change from step to
-/// step; block tables come last, since a step uses little of the room they may need. On the host there are two of each, in turn: while the device works on
-/// one step, the next is written, and the answers of the one before are read.
+/// A step's indices on the device, in one copy of as many bytes as the step has; and its answers, back in as few. On the host there are two of each, in
+/// turn: while the device works on one step, the next is written, and the answers of the one before are read.
+/// <para>
+/// What a kernel gets as an argument lies at a place that the padded numbers of rows and queries alone decide, so that decode steps of one bucket have equal
+/// arguments. What varies more, kernels find through the <see cref="Header"/>.
+/// </para>
 /// </summary>
 internal sealed unsafe class CudaStep : IDisposable
 {
     private readonly CudaDevice _device;
-    private readonly (int Rows, int Sequences, int Blocks, int Queries, int Biases, int Alternatives) _room;
+    private readonly (int Rows, int Sequences, int Blocks, int Queries, int Alternatives) _room;
     private readonly Side[] _sides;
     private readonly DeviceBuffer _indices, _answers;
-    private int _side;
-    private readonly long _tokens, _positions, _sequences, _outputRows, _rowSlots, _items, _queries, _biasIds, _biasValues, _tables;
     private readonly long _alternativeIds, _alternativeLogProbs;
+    private DeviceBuffer _biases; // ids, then values; grows with what requests bring
+    private int _side;
+    private long _tokens, _positions, _sequences, _outputRows, _rowSlots, _queries, _items, _tables, _end; // of the step begun last
 
     public CudaStep(CudaDevice device, StepLayout step)
     {
         _device = device;
         _room = RoomOf(step);
-        long end = Place(0, 2, sizeof(int));
-        end = Place(_tokens = end, _room.Rows, sizeof(int));
-        end = Place(_positions = end, _room.Rows, sizeof(int));
-        end = Place(_sequences = end, _room.Rows, sizeof(int));
-        end = Place(_outputRows = end, _room.Rows, sizeof(int));
-        end = Place(_rowSlots = end, _room.Rows, sizeof(int));
-        end = Place(_items = end, CudaAttentionPlan.MostItems(step), 5 * sizeof(int));
-        end = Place(_queries = end, _room.Queries, sizeof(SampleQuery));
-        end = Place(_biasIds = end, _room.Biases, sizeof(int));
-        end = Place(_biasValues = end, _room.Biases, sizeof(float));
-        end = Place(_tables = end, (long)_room.Sequences * _room.Blocks, sizeof(int));
-        _indices = device.Allocate(end);
-        long sent = end;
+        Place(_room.Rows, _room.Queries, CudaAttentionPlan.MostItems(step), (long)_room.Sequences * _room.Blocks);
+        long sent = After(_end, CudaAttentionPlan.MostItems(step), 5 * sizeof(int)); // a plan may be made twice
+        _indices = device.Allocate(sent);
+        _biases = device.Allocate(BiasBytes(step.BiasIds.Length));
 
-        end = Place(0, _room.Queries, sizeof(SampleResult));
-        end = Place(_alternativeIds = end, _room.Alternatives, sizeof(int));
-        end = Place(_alternativeLogProbs = end, _room.Alternatives, sizeof(float));
+        long end = After(0, _room.Queries, sizeof(SampleResult));
+        end = After(_alternativeIds = end, _room.Alternatives, sizeof(int));
+        end = After(_alternativeLogProbs = end, _room.Alternatives, sizeof(float));
         _answers = device.AllocateZeroed(end);
-        _sides = [.. Enumerable.Range(0, 2).Select(_ => new Side(device.AllocatePinned(sent), device.AllocatePinned(end), device.CreateEvent()))];
-
-        // Each part on a boundary of its own: no two share a line.
-        static long Place(long start, long count, int bytes) => (start + (Math.Max(1, count) * bytes) + 255) / 256 * 256;
+        _sides = [.. Enumerable.Range(0, 2).Select(_ => new Side(
+            device.AllocatePinned(sent), device.AllocatePinned(_biases.Bytes), device.AllocatePinned(end), device.CreateEvent()))];
     }
 
     // ---- On the device.
 
-    /// <summary>Items of attention, and queries: launches are rounded up.</summary>
-    public nuint Counts => _indices.Pointer;
+    /// <summary>What kernels have to read, since it differs between steps that are alike otherwise. As in common.cuh.</summary>
+    [StructLayout(LayoutKind.Sequential)]
+    internal struct StepHeader
+    {
+        /// <summary>Of attention, and of sampling: launches are rounded up.</summary>
+        public int Items, Queries;
+
+        /// <summary>Blocks of a sequence's row of the block tables.</summary>
+        public int TableStride;
+
+        /// <summary>Bytes from the header on.</summary>
+        public int ItemsAt, TablesAt;
+
+        public int Padding;
+
+        public ulong BiasIds, BiasValues;
+    }
+
+    public nuint Header => _indices.Pointer;
 
     public nuint Tokens => _indices.Pointer + (nuint)_tokens;
 
@@ -63,19 +71,7 @@ internal sealed unsafe class CudaStep : IDisposable
 
     public nuint RowSlots => _indices.Pointer + (nuint)_rowSlots;
 
-    public nuint Items => _indices.Pointer + (nuint)_items;
-
     public nuint Queries => _indices.Pointer + (nuint)_queries;
-
-    public nuint BiasIds => _indices.Pointer + (nuint)_biasIds;
-
-    public nuint BiasValues => _indices.Pointer + (nuint)_biasValues;
-
-    /// <summary>Block tables, <see cref="TableStride"/> a sequence.</summary>
-    public nuint Tables => _indices.Pointer + (nuint)_tables;
-
-    /// <summary>A power of two, so that steps are alike while contexts grow; most are far shorter than they may be.</summary>
-    public int TableStride { get; private set; }
 
     public nuint Results => _answers.Pointer;
 
@@ -88,16 +84,22 @@ internal sealed unsafe class CudaStep : IDisposable
     {
         var needed = RoomOf(step);
         return needed.Rows <= _room.Rows && needed.Sequences <= _room.Sequences && needed.Blocks == _room.Blocks && needed.Queries <= _room.Queries
-            && needed.Biases <= _room.Biases && needed.Alternatives <= _room.Alternatives;
+            && needed.Alternatives <= _room.Alternatives;
     }
+
+    /// <summary>Decides where everything lies, and sends nothing: for a step that is rehearsed.</summary>
+    /// <param name="rows">Padded.</param>
+    /// <param name="queries">Padded.</param>
+    public void Place(int rows, int queries) => Place(rows, queries, 0, 0);
 
     /// <summary>Queues the copy. Answers of the step before the last that nobody asked for are gone with it.</summary>
     /// <param name="step">What to copy.</param>
     /// <param name="ordinal">Of the step; above 0.</param>
     /// <param name="rowSequence">The sequence of every row.</param>
     /// <param name="plan">Of its attention.</param>
-    /// <param name="padded">Rows that kernels run over; those past the step's are of no sequence, token 0 and row 0.</param>
-    public void Upload(StepLayout step, long ordinal, int[] rowSequence, CudaAttentionPlan plan, int padded)
+    /// <param name="rows">Rows that kernels run over; those past the step's are of sequence 0, token 0 and position 0.</param>
+    /// <param name="queries">Queries that kernels run over; those past the step's are not looked at.</param>
+    public void Upload(StepLayout step, long ordinal, int[] rowSequence, CudaAttentionPlan plan, int rows, int queries)
     {
         if (_sides[_side].Step == step)
             _sides[_side].Step = null; // begun again, and never finished
@@ -106,49 +108,34 @@ internal sealed unsafe class CudaStep : IDisposable
         if (side.Busy)
             side.Done.Synchronize(); // what is being sent may not change
         (side.Step, side.Ordinal, side.Busy) = (step, ordinal, true);
-        int rows = step.RowCount;
-        Copy((ReadOnlySpan<int>)[plan.ItemCount, step.QueryCount], 0);
-        Copy(step.TokenIds, rows, _tokens);
-        new Span<int>(side.Sent.Pointer + _tokens, padded)[rows..].Clear();
-        new Span<int>(side.Sent.Pointer + _outputRows, padded)[step.OutputCount..].Clear();
-        Copy(step.Positions, rows, _positions);
-        Copy(rowSequence, rows, _sequences);
-        Copy(step.OutputRows, step.OutputCount, _outputRows);
-        Copy(plan.RowSlots, rows, _rowSlots);
-        Copy(plan.Items, 5 * plan.ItemCount, _items);
-        Copy(step.Queries, step.QueryCount, _queries);
-        Copy(step.BiasIds, step.BiasIds.Length, _biasIds);
-        Copy(step.BiasValues, step.BiasValues.Length, _biasValues);
-        nuint bytes = (nuint)(_tables + CopyTables(step));
-        Driver.cuMemcpyHtoDAsync_v2(_indices.Pointer, side.Sent.Pointer, bytes, _device.Stream.Value).ThrowIfFailed((long)bytes);
+
+        int stride = TableStride(step);
+        Place(rows, queries, plan.ItemCount, (long)step.SequenceCount * stride);
+        SendBiases(step, side);
+        Copy([HeaderOf(plan, step.QueryCount, stride)], 0, 1);
+        Copy(step.TokenIds.AsSpan(0, step.RowCount), _tokens, rows);
+        Copy(step.Positions.AsSpan(0, step.RowCount), _positions, rows);
+        Copy(rowSequence.AsSpan(0, step.RowCount), _sequences, rows);
+        Copy(step.OutputRows.AsSpan(0, step.OutputCount), _outputRows, rows);
+        Copy(plan.RowSlots.AsSpan(0, step.RowCount), _rowSlots, rows);
+        Copy(step.Queries.AsSpan(0, step.QueryCount), _queries, step.QueryCount);
+        Copy(plan.Items.AsSpan(0, 5 * plan.ItemCount), _items, 5 * plan.ItemCount);
+        for (int s = 0; s < step.SequenceCount; s++)
+            Copy(step.BlockTables.AsSpan(s * step.MaxBlocks, BlocksOf(step, s)), _tables + ((long)s * stride * sizeof(int)), stride);
+        Driver.cuMemcpyHtoDAsync_v2(_indices.Pointer, side.Sent.Pointer, (nuint)_end, _device.Stream.Value).ThrowIfFailed(_end);
         side.Done.Record(_device.Stream);
     }
 
-    /// <summary>The blocks that the step's contexts have. Returns their bytes.</summary>
-    private long CopyTables(StepLayout step)
-    {
-        int most = 1;
-        for (int s = 0; s < step.SequenceCount; s++)
-            most = Math.Max(most, BlocksOf(step, s));
-        TableStride = Math.Min(step.MaxBlocks, (int)BitOperations.RoundUpToPowerOf2((uint)most));
-        for (int s = 0; s < step.SequenceCount; s++)
-            Copy(step.BlockTables.AsSpan(s * step.MaxBlocks, BlocksOf(step, s)), _tables + ((long)s * TableStride * sizeof(int)));
-        return (long)step.SequenceCount * TableStride * sizeof(int);
-
-        static int BlocksOf(StepLayout step, int s) =>
-            step.RowStart[s + 1] == step.RowStart[s] ? 0 : (step.Positions[step.RowStart[s + 1] - 1] / KvCache.BlockTokens) + 1;
-    }
-
     /// <summary>The attention plan alone, where it was made for other heads.</summary>
-    public void Upload(CudaAttentionPlan plan, int rows)
+    public void Upload(StepLayout step, CudaAttentionPlan plan)
     {
         _device.Stream.Synchronize(); // what is being sent may not change
-        Copy((ReadOnlySpan<int>)[plan.ItemCount], 0);
+        (_items, _end) = (_end, After(_end, plan.ItemCount, 5 * sizeof(int))); // behind all else: there may be more items than before
+        Copy([HeaderOf(plan, step.QueryCount, TableStride(step))], 0, 1);
+        Copy(plan.RowSlots.AsSpan(0, step.RowCount), _rowSlots, step.RowCount);
+        Copy(plan.Items.AsSpan(0, 5 * plan.ItemCount), _items, 5 * plan.ItemCount);
         PinnedBuffer sent = _sides[_side].Sent;
-        Driver.cuMemcpyHtoDAsync_v2(Counts, sent.Pointer, sizeof(int), _device.Stream.Value).ThrowIfFailed();
-        Copy(plan.RowSlots, rows, _rowSlots);
-        Copy(plan.Items, 5 * plan.ItemCount, _items);
-        Driver.cuMemcpyHtoDAsync_v2(RowSlots, sent.Pointer + _rowSlots, (nuint)(_queries - _rowSlots), _device.Stream.Value).ThrowIfFailed();
+        Driver.cuMemcpyHtoDAsync_v2(_indices.Pointer, sent.Pointer, (nuint)_end, _device.Stream.Value).ThrowIfFailed(_end);
     }
 
     /// <summary>Queues the copy of the answers of the step uploaded last.</summary>
@@ -156,11 +143,23 @@ internal sealed unsafe class CudaStep : IDisposable
     {
         Side side = _sides[_side];
         StepLayout step = side.Step!;
-        long bytes = !HasAlternatives(step)
-            ? (long)step.QueryCount * sizeof(SampleResult)
-            : _alternativeLogProbs + (_room.Alternatives * sizeof(float));
-        Driver.cuMemcpyDtoHAsync_v2(side.Answered.Pointer, _answers.Pointer, (nuint)bytes, _device.Stream.Value).ThrowIfFailed(bytes);
+        CopyBack(0, (long)step.QueryCount * sizeof(SampleResult));
+        int alternatives = 0;
+        for (int q = 0; q < step.QueryCount; q++)
+            alternatives = step.Queries[q].AlternativesCount == 0
+                ? alternatives
+                : Math.Max(alternatives, step.Queries[q].AlternativesStart + step.Queries[q].AlternativesCount);
+        if (alternatives > 0)
+        {
+            CopyBack(_alternativeIds, (long)alternatives * sizeof(int));
+            CopyBack(_alternativeLogProbs, (long)alternatives * sizeof(float));
+        }
+
         side.Done.Record(_device.Stream);
+
+        void CopyBack(long place, long bytes) =>
+            Driver.cuMemcpyDtoHAsync_v2(side.Answered.Pointer + place, _answers.Pointer + (nuint)place, (nuint)bytes, _device.Stream.Value)
+                .ThrowIfFailed(bytes);
     }
 
     /// <summary>Waits for a step's answers: the one time that a step does. Its ordinal; 0 when it is not among the last two, or was finished.</summary>
@@ -205,25 +204,82 @@ internal sealed unsafe class CudaStep : IDisposable
         foreach (Side side in _sides)
             side.Dispose();
         _indices.Dispose();
+        _biases.Dispose();
         _answers.Dispose();
     }
 
-    private static bool HasAlternatives(StepLayout step)
+    /// <summary>Parts in order, each on a boundary of its own: no two share a cache line.</summary>
+    private void Place(int rows, int queries, int items, long tables)
     {
-        for (int q = 0; q < step.QueryCount; q++)
-        {
-            if (step.Queries[q].AlternativesCount > 0)
-                return true;
-        }
-
-        return false;
+        _tokens = After(0, 1, sizeof(StepHeader));
+        _positions = After(_tokens, rows, sizeof(int));
+        _sequences = After(_positions, rows, sizeof(int));
+        _outputRows = After(_sequences, rows, sizeof(int));
+        _rowSlots = After(_outputRows, rows, sizeof(int));
+        _queries = After(_rowSlots, rows, sizeof(int));
+        _items = After(_queries, queries, sizeof(SampleQuery));
+        _tables = After(_items, items, 5 * sizeof(int));
+        _end = After(_tables, tables, sizeof(int));
     }
 
-    private static (int Rows, int Sequences, int Blocks, int Queries, int Biases, int Alternatives) RoomOf(StepLayout step) =>
-        (step.TokenIds.Length, step.RowStart.Length - 1, step.MaxBlocks, step.Queries.Length, step.BiasIds.Length, step.AlternativeIds.Length);
+    private static long After(long start, long count, int bytes) => (start + (count * bytes) + 127) / 128 * 128;
+
+    private StepHeader HeaderOf(CudaAttentionPlan plan, int queries, int stride) => new()
+    {
+        Items = plan.ItemCount,
+        Queries = queries,
+        TableStride = stride,
+        ItemsAt = (int)_items,
+        TablesAt = (int)_tables,
+        BiasIds = _biases.Pointer,
+        BiasValues = _biases.Pointer + (nuint)(_biases.Bytes / 2),
+    };
+
+    /// <summary>Blocks of the longest context of the step.</summary>
+    private static int TableStride(StepLayout step)
+    {
+        int most = 1;
+        for (int s = 0; s < step.SequenceCount; s++)
+            most = Math.Max(most, BlocksOf(step, s));
+        return most;
+    }
+
+    private static int BlocksOf(StepLayout step, int s) =>
+        step.RowStart[s + 1] == step.RowStart[s] ? 0 : (step.Positions[step.RowStart[s + 1] - 1] / KvCache.BlockTokens) + 1;
+
+    /// <summary>Of ids, then of values.</summary>
+    private static long BiasBytes(int biases) => 2 * After(0, biases, sizeof(int));
+
+    /// <summary>Those that the step has; most steps have none.</summary>
+    private void SendBiases(StepLayout step, Side side)
+    {
+        int count = 0;
+        for (int q = 0; q < step.QueryCount; q++)
+            count = step.Queries[q].BiasCount == 0 ? count : Math.Max(count, step.Queries[q].BiasStart + step.Queries[q].BiasCount);
+        if (count == 0)
+            return;
+        long half = BiasBytes(step.BiasIds.Length) / 2;
+        if (2 * half > _biases.Bytes)
+        {
+            _biases.Dispose(); // waits for the step that reads it
+            _biases = _device.Allocate(2 * half);
+        }
+
+        if (_biases.Bytes > side.Biases.Bytes)
+            side.GrowBiases(_device.AllocatePinned(_biases.Bytes));
+        half = _biases.Bytes / 2;
+        int bytes = count * sizeof(int);
+        MemoryMarshal.AsBytes(step.BiasIds.AsSpan(0, count)).CopyTo(new Span<byte>(side.Biases.Pointer, bytes));
+        MemoryMarshal.AsBytes(step.BiasValues.AsSpan(0, count)).CopyTo(new Span<byte>(side.Biases.Pointer + half, bytes));
+        Driver.cuMemcpyHtoDAsync_v2(_biases.Pointer, side.Biases.Pointer, (nuint)bytes, _device.Stream.Value).ThrowIfFailed(bytes);
+        Driver.cuMemcpyHtoDAsync_v2(_biases.Pointer + (nuint)half, side.Biases.Pointer + half, (nuint)bytes, _device.Stream.Value).ThrowIfFailed(bytes);
+    }
+
+    private static (int Rows, int Sequences, int Blocks, int Queries, int Alternatives) RoomOf(StepLayout step) =>
+        (step.TokenIds.Length, step.RowStart.Length - 1, step.MaxBlocks, step.Queries.Length, step.AlternativeIds.Length);
 
     /// <summary>The host's part: what is sent, what comes back, and the event after the last of it. Step: whose it is, until that is finished.</summary>
-    private sealed record Side(PinnedBuffer Sent, PinnedBuffer Answered, CudaEvent Done) : IDisposable
+    private sealed record Side(PinnedBuffer Sent, PinnedBuffer FirstBiases, PinnedBuffer Answered, CudaEvent Done) : IDisposable
     {
         public StepLayout? Step { get; set; }
 
@@ -232,17 +288,29 @@ internal sealed unsafe class CudaStep : IDisposable
         /// <summary>Whether the event has still to be waited for.</summary>
         public bool Busy { get; set; }
 
+        public PinnedBuffer Biases { get; private set; } = FirstBiases;
+
+        public void GrowBiases(PinnedBuffer larger)
+        {
+            Biases.Dispose();
+            Biases = larger;
+        }
+
         public void Dispose()
         {
             Sent.Dispose();
+            Biases.Dispose();
             Answered.Dispose();
             Done.Dispose();
         }
     }
 
-    private void Copy<T>(T[] source, int count, long place)
-        where T : unmanaged => Copy((ReadOnlySpan<T>)source.AsSpan(0, count), place);
-
-    private void Copy<T>(ReadOnlySpan<T> source, long place)
-        where T : unmanaged => MemoryMarshal.AsBytes(source).CopyTo(new Span<byte>(_sides[_side].Sent.Pointer + place, source.Length * Unsafe.SizeOf<T>()));
+    /// <summary>To the pinned side: elements, and zeros up to the padded count.</summary>
+    private void Copy<T>(ReadOnlySpan<T> source, long place, int padded)
+        where T : unmanaged
+    {
+        Span<T> to = new(_sides[_side].Sent.Pointer + place, padded);
+        source.CopyTo(to);
+        to[source.Length..].Clear();
+    }
 }

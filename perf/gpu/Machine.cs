@@ -58,8 +58,8 @@ internal static class Machine
     }
 
     /// <summary>
-    /// All at the same time, each in a process of its own, since the compiler takes one source at a time. Kernels that an earlier run compiled
-    /// come from its cache: then this is the time to load them.
+    /// All at the same time, each in a process of its own, since the compiler takes one source at a time. Kernels that an earlier run
+    /// compiled come from its cache: then this is the time to load them.
     /// </summary>
     private static async Task CompileAsync(Stage stage)
     {
@@ -70,10 +70,11 @@ internal static class Machine
 
     private static async Task CompileAsync(Stage stage, WeightFormat format, int headDim)
     {
-        string[] arguments = [.. Stage.Self, "compile", $"{stage.Number}", WeightFormats.NameOf(format), $"{headDim}", "--out", stage.Output];
+        string name = WeightFormats.NameOf(format);
+        string[] arguments = [.. Stage.Self, "compile", $"{stage.Number}", name, $"{headDim}", "--out", stage.Output];
         using Process process = Process.Start(new ProcessStartInfo(Environment.ProcessPath!, arguments))!;
         await process.WaitForExitAsync();
-        if (process.ExitCode != 0) stage.Fail(Kernels, WeightFormats.NameOf(format), $"head {headDim}: ended with {process.ExitCode}");
+        if (process.ExitCode != 0) stage.Fail(Kernels, name, $"head {headDim}: ended with {process.ExitCode}");
     }
 
     /// <summary>The kernels of one format: those that all models need, or of attention for one size of a head.</summary>

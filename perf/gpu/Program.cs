@@ -20,8 +20,8 @@ number.Validators.Add(result =>
 });
 Argument<string> name = new("part") { Description = "One of the stage's." };
 
-Command stage = new("stage", "Runs the parts of a stage, each in a process of its own.") { number, output };
-stage.SetAction((arguments, _) =>
+Command all = new("stage", "Runs the parts of a stage, each in a process of its own.") { number, output };
+all.SetAction((arguments, _) =>
 {
     int at = arguments.GetValue(number);
     return Stage.RunAllAsync(at, arguments.GetValue(output)!, stages[at]);
@@ -35,13 +35,16 @@ part.SetAction((arguments, _) =>
 Argument<string> format = new("format");
 Argument<int> headDim = new("head");
 Command compile = new("compile", "Compiles kernels: a piece of stage 1.") { number, format, headDim, output };
-compile.SetAction(arguments => Machine.Compile(
-    Stage.Open(arguments.GetValue(number), arguments.GetValue(output)!), WeightFormats.Parse(arguments.GetValue(format)!), arguments.GetValue(headDim)));
+compile.SetAction(arguments =>
+{
+    Stage stage = Stage.Open(arguments.GetValue(number), arguments.GetValue(output)!);
+    Machine.Compile(stage, WeightFormats.Parse(arguments.GetValue(format)!), arguments.GetValue(headDim));
+});
 Command small = new("small", "A small model in both formats, for a checker to watch.");
 small.SetAction((_, _) => Correctness.SmallAsync());
 Command share = new("share", "Shares device memory with the process that started this: stage 5 without PyTorch.");
 share.SetAction(_ => Updates.Share());
 Command report = new("report", "Prints the tables of what there is so far, and writes them to results.md.") { output };
 report.SetAction(arguments => Console.Write(Report.Write(arguments.GetValue(output)!)));
-RootCommand root = new("Proves and measures the CUDA backend on this machine.") { stage, part, compile, small, share, report };
+RootCommand root = new("Proves and measures the CUDA backend on this machine.") { all, part, compile, small, share, report };
 return await root.Parse(args).InvokeAsync();

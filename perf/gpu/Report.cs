@@ -57,7 +57,8 @@ internal static class Report
         Row[] failed = [.. rows.Where(row => row.Error is not null)];
         int met = held.Count(row => !IsMissed(row));
         text.AppendLine(CultureInfo.InvariantCulture, $"{met} of {held.Length} targets met, {failed.Length} failures.");
-        foreach (Row row in failed.Where(row => row.Table != Correctness.Tests)) text.AppendLine($"- {row.Table}, {row.Name}: **failed**: {Escape(row.Error!)}");
+        foreach (Row row in failed.Where(row => row.Table != Correctness.Tests)) // those have a list of their own
+            text.AppendLine($"- {row.Table}, {row.Name}: **failed**: {Escape(row.Error!)}");
         foreach (Row row in held.Where(IsMissed))
             text.AppendLine($"- {row.Table}, {row.Name}, {row.Column}: {Number(row.Value!.Value)}, target {Bound(row)}, **missed**");
     }

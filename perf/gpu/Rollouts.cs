@@ -8,7 +8,6 @@ namespace Rollout.Gpu;
 internal static class Rollouts
 {
     public const string Table = "Rollouts";
-    private const int BatchTokens = 8192; // of a step: the chunk in which prompts are prefilled
 
     /// <summary>
     /// 256 sequences, input and output lengths uniform in 100 to 1024, of token ids; they do not end early. As nano-vllm's bench.py.
@@ -90,7 +89,7 @@ internal static class Rollouts
         {
             MaxContext = context,
             MaxSequences = sequences,
-            MaxBatchTokens = stage.IsSmall ? 64 : BatchTokens,
+            MaxBatchTokens = stage.IsSmall ? 64 : 0,
             KvCacheFraction = model.HiddenSize >= 4096 ? 0.8 : 0, // nothing else is on the device; small models need less
         };
         return RolloutEngine.Start(name, model, backend, options, RandomWeights.Of(backend, model, stage.IsSmall));

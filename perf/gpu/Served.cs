@@ -76,7 +76,7 @@ internal sealed class Served : IAsyncDisposable
                 Device = "cuda",
                 ExtraArguments = stage.IsSmall
                     ? ["--max-context", "64", "--max-sequences", "16", "--max-batch-tokens", "64"]
-                    : ["--max-context", "1280", "--max-sequences", "1024", "--max-batch-tokens", "8192", "--kv-cache", "60%"],
+                    : ["--max-context", "1280", "--max-sequences", "1024", "--kv-cache", "60%"],
                 StopTimeout = TimeSpan.FromSeconds(5),
             });
             return new Served(sidecar, folder, tensors);

@@ -7,9 +7,8 @@ using Rollout.Micro;
 namespace Rollout.Gpu;
 
 /// <summary>
-/// Stage 4, steps alone: decoding by batch and context with the next step queued before the answers of the one before are waited for, as
-/// the engine does; prompts; and the device's time by kernel, launch by launch. Steps are the same every time, so from the second on each
-/// is one graph.
+/// Stage 4, steps alone: decoding by batch and context, each step one graph, with the next step queued before the answers of the one before
+/// are waited for, as the engine does; prompts; and the device's time by kernel, launch by launch.
 /// </summary>
 internal static class StepRates
 {
@@ -122,6 +121,7 @@ internal static class StepRates
             _cache = backend.AllocateKvCache(model.Layers, blocks, model.KvHeads, model.HeadDim);
             _transformer = new Transformer(model, backend, rows, context);
             _layouts = [layout(), layout()];
+            foreach (StepLayout rehearsal in backend.Rehearsals(_layouts[0])) Queue(rehearsal); // as an engine does at its start
         }
 
         /// <summary>Medians of a step's seconds, and of the host's part of it, while the device works on the step before.</summary>
@@ -129,12 +129,12 @@ internal static class StepRates
         {
             double[] seconds = new double[count], host = new double[count];
             int next = 0;
-            Queue(next);
+            Queue(_layouts[next]);
             for (int i = -Warm; i < count; i++)
             {
                 long start = Stopwatch.GetTimestamp();
                 next ^= 1;
-                Queue(next);
+                Queue(_layouts[next]);
                 double queued = Stopwatch.GetElapsedTime(start).TotalSeconds;
                 _backend.FinishStep(_layouts[next ^ 1]);
                 if (i >= 0) (seconds[i], host[i]) = (Stopwatch.GetElapsedTime(start).TotalSeconds, queued);
@@ -162,7 +162,7 @@ internal static class StepRates
                 for (int i = 0; i < steps; i++)
                 {
                     for (int c = 0; c < (isSmall ? 1 : 60); c++) DeviceClock.Copy(device, ahead, other);
-                    Queue(0);
+                    Queue(_layouts[0]);
                     _backend.FinishStep(_layouts[0]);
                 }
 
@@ -181,10 +181,10 @@ internal static class StepRates
             _cache.Dispose();
         }
 
-        private void Queue(int layout)
+        private void Queue(StepLayout step)
         {
-            _transformer.Forward(_layouts[layout], _weights, _cache);
-            _transformer.Sample(_layouts[layout], _weights);
+            _transformer.Forward(step, _weights, _cache);
+            _transformer.Sample(step, _weights);
         }
 
         private static StepLayout Prompts(int sequences, int tokens)

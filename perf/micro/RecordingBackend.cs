@@ -56,6 +56,8 @@ internal sealed class RecordingBackend(IBackend inner) : IBackend
 
     public Weight AllocateWeight(int outputs, int inputs) => inner.AllocateWeight(outputs, inputs);
 
+    public WeightArena AllocateWeights(IReadOnlyList<(int Outputs, int Inputs)> shapes) => inner.AllocateWeights(shapes);
+
     public KvCache AllocateKvCache(int layers, int blocks, int kvHeads, int headDim)
         => inner.AllocateKvCache(layers, blocks, kvHeads, headDim);
 
@@ -73,6 +75,10 @@ internal sealed class RecordingBackend(IBackend inner) : IBackend
     public void ReadWeight(Weight source, long element, Span<float> destination) => inner.ReadWeight(source, element, destination);
 
     public int StepsUnderWay => inner.StepsUnderWay;
+
+    public int StepTokens => inner.StepTokens;
+
+    public IEnumerable<StepLayout> Rehearsals(StepLayout room) => inner.Rehearsals(room);
 
     public void BeginStep(StepLayout step)
     {

@@ -10,12 +10,16 @@
 #include <mutex>
 #include <string>
 #include <sys/mman.h>
+#include <utility>
 #include <unistd.h>
 #include <vector>
 
 extern "C" {
 struct CUuuid { unsigned char bytes[16]; };
 struct CUipcMemHandle { char reserved[64]; };
+struct CUmemLocation { int type, id; };
+struct CUmemAllocationProp { int type, handle_types; CUmemLocation location; void* meta; unsigned char flags[8]; };
+struct CUmemAccessDesc { CUmemLocation location; int flags; };
 }
 
 using namespace sim;
@@ -25,7 +29,7 @@ namespace
 enum
 {
     Success = 0, InvalidValue = 1, OutOfMemory = 2, NotInitialized = 3, InvalidDevice = 101, InvalidImage = 200, InvalidContext = 201,
-    NotFound = 500, NotReady = 600, LaunchFailed = 719, InvalidHandle = 400, CaptureUnsupported = 900,
+    NotFound = 500, NotReady = 600, LaunchFailed = 719, InvalidHandle = 400, CaptureUnsupported = 900, CaptureInvalidated = 901,
 };
 
 constexpr int Major = 9, Minor = 0, Multiprocessors = 8, L2Bytes = 64 * 1024;
@@ -43,6 +47,7 @@ struct Stream
 {
     Context* context;
     std::vector<std::function<int()>>* recording = nullptr;
+    bool invalidated = false; // a call failed while it recorded
     std::shared_future<void> beside; // valid where something is done beside
     uint64_t nanoseconds = 0;        // what its matmuls have taken, by their algorithms
 };
@@ -61,6 +66,12 @@ struct Function
 std::map<void*, size_t> s_mapped; // memory of other processes
 std::map<void*, Context*> s_owners; // of allocations and of what is mapped
 
+// Memory that is mapped to reserved addresses. What it holds lies there: it is mapped at one place only.
+struct Physical { size_t bytes; void* at; bool accessible, released; };
+std::map<void*, Physical*> s_maps;
+size_t s_physical_bytes;
+constexpr size_t Granularity = 512; // small, so that what is past a tensor's end is soon past its memory's
+
 struct Handle { int pid, file; size_t offset, bytes; char magic[8]; };
 static_assert(sizeof(Handle) <= sizeof(CUipcMemHandle), "fits");
 
@@ -69,6 +80,9 @@ size_t device_bytes()
     const char* bytes = getenv("ROLLOUT_SIM_BYTES");
     return bytes ? strtoull(bytes, nullptr, 10) : DefaultBytes;
 }
+
+// What is submitted is not done: what is measured then is the host's work alone. For this process from its start (ROLLOUT_SIM_IDLE=1), or until cuSimIdle says otherwise.
+bool s_idle = getenv("ROLLOUT_SIM_IDLE") != nullptr;
 
 int device_count()
 {
@@ -137,7 +151,7 @@ int submit(void* stream, std::function<int()> work)
         return Success;
     }
 
-    return work();
+    return s_idle ? (int)Success : work();
 }
 
 bool submit_beside(void* stream, std::shared_future<void>* done, std::function<void()> work)
@@ -198,6 +212,7 @@ int cuGetErrorName(int error, const char** name)
         case NotReady: *name = "CUDA_ERROR_NOT_READY"; break;
         case NotFound: *name = "CUDA_ERROR_NOT_FOUND"; break;
         case LaunchFailed: *name = "CUDA_ERROR_LAUNCH_FAILED"; break;
+        case CaptureInvalidated: *name = "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED"; break;
         case CaptureUnsupported: *name = "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"; break;
         default: *name = nullptr; return InvalidValue;
     }
@@ -248,6 +263,7 @@ int cuDeviceGetAttribute(int* value, int attribute, int)
         case 75: *value = Major; return Success;
         case 76: *value = Minor; return Success;
         case 97: *value = MostSharedBytes; return Success;
+        case 102: *value = 1; return Success; // memory apart from its addresses
         default: return InvalidValue;
     }
 }
@@ -305,8 +321,9 @@ int cuCtxPopCurrent_v2(void** context)
 int cuMemGetInfo_v2(size_t* free, size_t* total)
 {
     SIM_ENTER;
+    size_t taken = allocated_bytes() + s_physical_bytes;
     *total = device_bytes();
-    *free = *total - (allocated_bytes() < *total ? allocated_bytes() : *total); // as if all devices had one memory
+    *free = *total - (taken < *total ? taken : *total); // as if all devices had one memory
     return Success;
 }
 
@@ -315,7 +332,7 @@ int cuMemAlloc_v2(void** pointer, size_t bytes)
     SIM_ENTER;
     if (bytes == 0)
         return InvalidValue;
-    *pointer = allocated_bytes() + bytes <= device_bytes() ? allocate(bytes) : nullptr;
+    *pointer = allocated_bytes() + s_physical_bytes + bytes <= device_bytes() ? allocate(bytes) : nullptr;
     if (*pointer == nullptr)
         return OutOfMemory;
     s_owners[*pointer] = current();
@@ -339,7 +356,10 @@ int cuMemFree_v2(void* pointer)
 int cuMemAllocHost_v2(void** pointer, size_t bytes)
 {
     SIM_ENTER;
-    *pointer = aligned_alloc(4096, (bytes + 4095) / 4096 * 4096);
+    size_t whole = (bytes + 4095) / 4096 * 4096;
+    *pointer = aligned_alloc(4096, whole);
+    if (*pointer != nullptr)
+        memset(*pointer, 0, whole); // an idle device's answers
     return *pointer ? Success : OutOfMemory;
 }
 
@@ -394,6 +414,99 @@ int cuMemsetD8Async(void* pointer, unsigned char value, size_t bytes, void* stre
         memset(pointer, value, bytes);
         return (int)Success;
     });
+}
+
+// ---- Memory apart from its addresses.
+
+int cuMemGetAllocationGranularity(size_t* bytes, const CUmemAllocationProp* prop, int)
+{
+    *bytes = Granularity;
+    return prop->type == 1 && prop->location.type == 1 ? Success : InvalidValue;
+}
+
+int cuMemAddressReserve(void** pointer, size_t bytes, size_t, void*, unsigned long long)
+{
+    SIM_ENTER;
+    if (bytes == 0 || bytes % Granularity != 0)
+        return InvalidValue;
+    *pointer = reserve(bytes);
+    return *pointer ? Success : OutOfMemory;
+}
+
+int cuMemAddressFree(void* pointer, size_t bytes)
+{
+    std::lock_guard<std::recursive_mutex> hold(s_gate);
+    return unreserve(pointer, bytes) ? Success : InvalidValue;
+}
+
+int cuMemCreate(unsigned long long* handle, size_t bytes, const CUmemAllocationProp* prop, unsigned long long)
+{
+    SIM_ENTER;
+    if (bytes == 0 || bytes % Granularity != 0 || prop->type != 1 || prop->location.type != 1 || prop->location.id < 0 || prop->location.id >= device_count())
+        return InvalidValue;
+    if (allocated_bytes() + s_physical_bytes + bytes > device_bytes())
+        return OutOfMemory;
+    s_physical_bytes += bytes;
+    counters.allocations++;
+    *handle = (unsigned long long)new Physical{bytes, nullptr, false, false};
+    return Success;
+}
+
+static void drop(Physical* p)
+{
+    if (p->at != nullptr || !p->released)
+        return;
+    s_physical_bytes -= p->bytes;
+    delete p;
+}
+
+int cuMemRelease(unsigned long long handle)
+{
+    std::lock_guard<std::recursive_mutex> hold(s_gate);
+    ((Physical*)handle)->released = true;
+    drop((Physical*)handle);
+    return Success;
+}
+
+int cuMemMap(void* pointer, size_t bytes, size_t offset, unsigned long long handle, unsigned long long)
+{
+    SIM_ENTER;
+    Physical* p = (Physical*)handle;
+    if (p->at != nullptr || offset != 0 || bytes != p->bytes || !reserved(pointer, bytes))
+        return InvalidValue;
+    p->at = pointer;
+    s_maps[pointer] = p;
+    return Success;
+}
+
+int cuMemSetAccess(void* pointer, size_t bytes, const CUmemAccessDesc* access, size_t count)
+{
+    SIM_ENTER;
+    auto it = s_maps.find(pointer);
+    if (it == s_maps.end() || it->second->bytes != bytes || count != 1 || access->location.type != 1 || access->flags != 3)
+        return InvalidValue;
+    if (!it->second->accessible)
+        back(pointer, bytes);
+    s_owners[pointer] = current();
+    it->second->accessible = true;
+    return Success;
+}
+
+int cuMemUnmap(void* pointer, size_t bytes)
+{
+    std::lock_guard<std::recursive_mutex> hold(s_gate);
+    auto it = s_maps.find(pointer);
+    if (it == s_maps.end() || it->second->bytes != bytes)
+        return InvalidValue;
+    Physical* p = it->second;
+    if (p->accessible)
+        unback(pointer);
+    s_owners.erase(pointer);
+    s_maps.erase(it);
+    p->at = nullptr;
+    p->accessible = false;
+    drop(p);
+    return Success;
 }
 
 // ---- Memory of another process: a piece of its file.
@@ -453,7 +566,7 @@ int cuIpcCloseMemHandle(void* pointer)
 int cuStreamCreate(void** stream, unsigned)
 {
     SIM_ENTER;
-    *stream = new Stream{current(), nullptr, {}, 0};
+    *stream = new Stream{current(), nullptr, false, {}, 0};
     return Success;
 }
 
@@ -549,15 +662,16 @@ int cuStreamEndCapture(void* stream, void** graph)
     Stream* s = (Stream*)stream;
     if (s == nullptr || s->recording == nullptr)
         return InvalidValue;
-    *graph = s->recording; // the first member of a Graph
+    *graph = s->invalidated ? nullptr : s->recording; // the first member of a Graph
     s->recording = nullptr;
-    return Success;
+    return std::exchange(s->invalidated, false) ? CaptureInvalidated : Success;
 }
 
 int cuGraphInstantiateWithFlags(void** executable, void* graph, unsigned long long)
 {
     SIM_ENTER;
     *executable = new Graph(*(Graph*)graph);
+    counters.graphs++;
     return Success;
 }
 
@@ -657,7 +771,12 @@ int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsign
     Function* f = (Function*)function;
     if (f == nullptr || extra != nullptr || gx == 0 || gy == 0 || gz == 0 || bx == 0 || by == 0 || bz == 0 || (uint64_t)bx * by * bz > MostThreads
         || bz > 64 || gx > 0x7fffffff || gy > MostGrid || gz > MostGrid || shared_bytes > f->dynamic_bytes)
+    {
+        if (stream != nullptr && ((Stream*)stream)->recording != nullptr)
+            ((Stream*)stream)->invalidated = true;
         return InvalidValue;
+    }
+
     if (f->context != current())
         return InvalidContext;
 
@@ -677,6 +796,12 @@ int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsign
         launch(f->call, pointers.data(), {gx, gy, gz}, {bx, by, bz});
         return fault_text().empty() ? (int)Success : (int)LaunchFailed;
     });
+}
+
+void cuSimIdle(int idle)
+{
+    std::lock_guard<std::recursive_mutex> hold(s_gate);
+    s_idle = idle != 0;
 }
 
 void cuSimCounters(Counters* out)

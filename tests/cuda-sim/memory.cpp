@@ -23,9 +23,11 @@ constexpr size_t Guard = 4096;
 constexpr size_t Alignment = 512;
 constexpr int Granule = 1; // log2 of the bytes that one shadow word stands for: bf16 values are told apart
 
-constexpr size_t ArenaBytes = 1ull << 36; // of addresses; memory is taken as it is touched
+constexpr size_t ArenaBytes = 1ull << 37; // of addresses; memory is taken as it is touched
+constexpr size_t ReservedFrom = 1ull << 36; // from here on addresses are reserved and backed apart
 
 std::map<uintptr_t, size_t> s_allocations; // start, bytes
+std::map<uintptr_t, size_t> s_reservations;
 char* s_arena;
 int s_arena_file;
 size_t s_allocated;
@@ -202,29 +204,40 @@ void fault(const std::string& what)
 
 const std::string& fault_text() { return s_fault; }
 
+// One file, so that another process can map a piece of it: that is what an IPC handle names.
+static bool open_arena()
+{
+    if (s_arena != nullptr)
+        return true;
+    s_arena_file = memfd_create("cuda-sim", MFD_CLOEXEC);
+    void* p = s_arena_file >= 0 && ftruncate(s_arena_file, ArenaBytes) == 0
+        ? mmap(nullptr, ArenaBytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, s_arena_file, 0) : MAP_FAILED;
+    if (p == MAP_FAILED)
+        return false;
+    s_arena = (char*)p;
+    return true;
+}
+
+// The first gap between what is taken that is large enough, a guard before and after. 0 where there is none.
+static uintptr_t gap(const std::map<uintptr_t, size_t>& taken, uintptr_t from, uintptr_t end, size_t bytes)
+{
+    uintptr_t at = from + Guard;
+    for (auto it = taken.lower_bound(from); it != taken.end() && it->first < end; ++it)
+    {
+        if (at + bytes + Guard <= it->first)
+            break;
+        at = (it->first + it->second + Guard + Alignment - 1) / Alignment * Alignment;
+    }
+
+    return at + bytes + Guard <= end ? at : 0;
+}
+
 void* allocate(size_t bytes)
 {
-    // One file, so that another process can map a piece of it: that is what an IPC handle names.
-    if (s_arena == nullptr)
-    {
-        s_arena_file = memfd_create("cuda-sim", MFD_CLOEXEC);
-        void* p = s_arena_file >= 0 && ftruncate(s_arena_file, ArenaBytes) == 0
-            ? mmap(nullptr, ArenaBytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, s_arena_file, 0) : MAP_FAILED;
-        if (p == MAP_FAILED)
-            return nullptr;
-        s_arena = (char*)p;
-    }
-
-    // The first gap that is large enough, a guard before and after.
-    uintptr_t at = (uintptr_t)s_arena + Guard;
-    for (const auto& [start, size] : s_allocations)
-    {
-        if (at + bytes + Guard <= start)
-            break;
-        at = (start + size + Guard + Alignment - 1) / Alignment * Alignment;
-    }
-
-    if (at + bytes + Guard > (uintptr_t)s_arena + ArenaBytes)
+    if (!open_arena())
+        return nullptr;
+    uintptr_t at = gap(s_allocations, (uintptr_t)s_arena, (uintptr_t)s_arena + ReservedFrom, bytes);
+    if (at == 0)
         return nullptr;
     memset((void*)at, 0xFF, bytes); // not a number in every type that is used
     s_allocations[at] = bytes;
@@ -233,26 +246,70 @@ void* allocate(size_t bytes)
     return (void*)at;
 }
 
-bool release(void* pointer)
+void* reserve(size_t bytes)
 {
-    auto it = s_allocations.find((uintptr_t)pointer);
-    if (it == s_allocations.end())
+    if (!open_arena())
+        return nullptr;
+    uintptr_t at = gap(s_reservations, (uintptr_t)s_arena + ReservedFrom, (uintptr_t)s_arena + ArenaBytes, bytes);
+    if (at != 0)
+        s_reservations[at] = bytes;
+    return (void*)at;
+}
+
+bool unreserve(void* pointer, size_t bytes)
+{
+    auto it = s_reservations.find((uintptr_t)pointer);
+    auto inside = s_allocations.lower_bound((uintptr_t)pointer);
+    if (it == s_reservations.end() || it->second != bytes || (inside != s_allocations.end() && inside->first < it->first + bytes))
         return false;
-    s_allocated -= it->second;
-    constexpr size_t Page = 4096; // whole pages go back to the machine
+    s_reservations.erase(it);
+    return true;
+}
+
+bool reserved(const void* pointer, size_t bytes)
+{
+    uintptr_t p = (uintptr_t)pointer;
+    auto after = s_reservations.upper_bound(p);
+    if (after == s_reservations.begin() || p + bytes > std::prev(after)->first + std::prev(after)->second)
+        return false;
+    auto next = s_allocations.lower_bound(p);
+    return (next == s_allocations.end() || next->first >= p + bytes) && find(p) == nullptr;
+}
+
+void back(void* pointer, size_t bytes)
+{
+    memset(pointer, 0xFF, bytes);
+    s_allocations[(uintptr_t)pointer] = bytes;
+}
+
+// Whole pages go back to the machine.
+static void forget(std::map<uintptr_t, size_t>::iterator it)
+{
+    constexpr size_t Page = 4096;
     size_t first = (it->first - (uintptr_t)s_arena + Page - 1) / Page * Page, last = (it->first - (uintptr_t)s_arena + it->second) / Page * Page;
     if (last > first)
         fallocate(s_arena_file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)first, (off_t)(last - first));
     s_allocations.erase(it);
     for (Range& r : s_recent)
         r = {};
+}
+
+void unback(void* pointer) { forget(s_allocations.find((uintptr_t)pointer)); }
+
+bool release(void* pointer)
+{
+    auto it = s_allocations.find((uintptr_t)pointer);
+    if (it == s_allocations.end() || (char*)pointer >= s_arena + ReservedFrom)
+        return false;
+    s_allocated -= it->second;
+    forget(it);
     return true;
 }
 
 bool arena_offset(const void* pointer, int* file, size_t* offset, size_t* bytes)
 {
     auto it = s_allocations.find((uintptr_t)pointer);
-    if (it == s_allocations.end())
+    if (it == s_allocations.end() || (char*)pointer >= s_arena + ReservedFrom)
         return false;
     *file = s_arena_file;
     *offset = it->first - (uintptr_t)s_arena;

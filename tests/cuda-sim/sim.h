@@ -27,6 +27,11 @@ bool release(void* pointer);
 bool holds(const void* pointer, size_t bytes);   // one allocation holds all of it
 bool allocation_of(const void* pointer, void** start, size_t* bytes);
 size_t allocated_bytes();
+void* reserve(size_t bytes);                     // addresses without memory
+bool unreserve(void* pointer, size_t bytes);     // false where memory is still mapped
+bool reserved(const void* pointer, size_t bytes); // and without memory
+void back(void* pointer, size_t bytes);          // memory for reserved addresses
+void unback(void* pointer);
 bool arena_offset(const void* pointer, int* file, size_t* offset, size_t* bytes); // of an allocation, for another process to map
 void adopt(void* pointer, size_t bytes);         // memory of another process, mapped here
 void disown(void* pointer);
@@ -54,6 +59,6 @@ bool is_usable(void* stream);                             // of the current cont
 void spend(void* stream, uint64_t nanoseconds);           // of the stream's time, which events read
 
 // ---- counters, for tests
-struct Counters { uint64_t launches, host_to_device_bytes, device_to_host_bytes, synchronisations, allocations, matmul_weight_bytes, staged_bytes; };
+struct Counters { uint64_t launches, host_to_device_bytes, device_to_host_bytes, synchronisations, allocations, matmul_weight_bytes, staged_bytes, graphs; };
 extern Counters counters;
 }

@@ -635,6 +635,7 @@ public abstract partial class BackendTests : IDisposable
         step.TokenIds[1] = 40;
         Refused("table", () => backend.Embed(w, x));
         step.BlockTables[0] = 4;
+        backend.BeginStep(step); // a step is not changed once it has begun
         Refused("cache", () => backend.RopeStoreKv(qkv, 4, null, null, 0f, rope, cache, 0));
         Refused("cache", () => backend.Attend(qkv, 4, 1f, cache, 0, attended));
         step.Positions[3] = 40;

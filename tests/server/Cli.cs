@@ -24,9 +24,15 @@ internal static class Cli
         return new Process { StartInfo = start };
     }
 
-    public static async Task<Result> RunAsync(params string[] arguments)
+    public static Task<Result> RunAsync(params string[] arguments) => RunAsync([], arguments);
+
+    /// <param name="variables">Of its environment.</param>
+    /// <param name="arguments">After "rollout".</param>
+    public static async Task<Result> RunAsync((string Name, string Value)[] variables, string[] arguments)
     {
         using Process process = Create(arguments);
+        foreach ((string name, string value) in variables)
+            process.StartInfo.Environment[name] = value;
         process.Start();
         Task<string> output = process.StandardOutput.ReadToEndAsync();
         Task<string> errors = process.StandardError.ReadToEndAsync();

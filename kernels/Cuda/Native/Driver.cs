@@ -5,6 +5,10 @@ namespace Rollout.Kernels.Cuda;
 /// <summary>The driver API, by the names that its manual has. All pointers to device memory are nuint, all handles nint.</summary>
 internal static unsafe partial class Driver
 {
+    public const uint CU_STREAM_NON_BLOCKING = 1;
+    public const uint CU_EVENT_DISABLE_TIMING = 2;
+    public const uint CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS = 1;
+
     [LibraryImport(CudaLibraries.Driver)]
     public static partial CUresult cuInit(uint flags);
 
@@ -80,6 +84,32 @@ internal static unsafe partial class Driver
 
     [LibraryImport(CudaLibraries.Driver)]
     public static partial CUresult cuMemsetD8Async(nuint pointer, byte value, nuint bytes, nint stream);
+
+    // ---- Memory apart from its addresses.
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuMemGetAllocationGranularity(out nuint bytes, in CUmemAllocationProp prop, CUmemAllocationGranularity_flags option);
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuMemAddressReserve(out nuint pointer, nuint bytes, nuint alignment, nuint address, ulong flags);
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuMemAddressFree(nuint pointer, nuint bytes);
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuMemCreate(out ulong handle, nuint bytes, in CUmemAllocationProp prop, ulong flags);
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuMemRelease(ulong handle);
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuMemMap(nuint pointer, nuint bytes, nuint offset, ulong handle, ulong flags);
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuMemSetAccess(nuint pointer, nuint bytes, in CUmemAccessDesc access, nuint count);
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuMemUnmap(nuint pointer, nuint bytes);
 
     // ---- Memory of another process.
 
@@ -182,6 +212,7 @@ internal enum CUdevice_attribute
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75,
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76,
     CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97,
+    CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED = 102,
 }
 
 internal enum CUfunction_attribute
@@ -192,6 +223,51 @@ internal enum CUfunction_attribute
 internal enum CUstreamCaptureMode
 {
     CU_STREAM_CAPTURE_MODE_THREAD_LOCAL = 1,
+}
+
+internal enum CUmemAllocationGranularity_flags
+{
+    CU_MEM_ALLOC_GRANULARITY_RECOMMENDED = 1,
+}
+
+internal enum CUmemAllocationType
+{
+    CU_MEM_ALLOCATION_TYPE_PINNED = 1,
+}
+
+internal enum CUmemLocationType
+{
+    CU_MEM_LOCATION_TYPE_DEVICE = 1,
+}
+
+internal enum CUmemAccess_flags
+{
+    CU_MEM_ACCESS_FLAGS_PROT_READWRITE = 3,
+}
+
+[StructLayout(LayoutKind.Sequential)]
+internal struct CUmemLocation
+{
+    public CUmemLocationType type;
+    public int id;
+}
+
+/// <summary>What memory is asked for.</summary>
+[StructLayout(LayoutKind.Sequential)]
+internal struct CUmemAllocationProp
+{
+    public CUmemAllocationType type;
+    public int requestedHandleTypes;
+    public CUmemLocation location;
+    public nint win32HandleMetaData;
+    public ulong allocFlags; // 8 bytes: compression, RDMA, usage; none is asked for
+}
+
+[StructLayout(LayoutKind.Sequential)]
+internal struct CUmemAccessDesc
+{
+    public CUmemLocation location;
+    public CUmemAccess_flags flags;
 }
 
 /// <summary>16 bytes that name a device wherever it is plugged in and however processes number it.</summary>

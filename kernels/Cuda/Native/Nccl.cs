@@ -5,6 +5,11 @@ namespace Rollout.Kernels.Cuda;
 /// <summary>What an update takes of NCCL, by the names that its manual has.</summary>
 internal static unsafe partial class Nccl
 {
+    public const uint NCCL_API_MAGIC = 0xcafebeef;
+
+    /// <summary>NCCL_VERSION(2, 14, 0): the first that has a config.</summary>
+    public const uint ConfigVersion = 21400;
+
     [LibraryImport(CudaLibraries.Nccl)]
     public static partial byte* ncclGetErrorString(ncclResult result);
 
@@ -54,5 +59,6 @@ internal struct ncclConfig
     public int Blocking;
 
     /// <summary>Calls return at once and the communicator is asked whether they are done, so that every wait can have a deadline.</summary>
-    public static unsafe ncclConfig NonBlocking => new() { Size = (nuint)sizeof(ncclConfig), Magic = 0xcafebeef, Version = 21400, Blocking = 0 };
+    public static unsafe ncclConfig NonBlocking =>
+        new() { Size = (nuint)sizeof(ncclConfig), Magic = Nccl.NCCL_API_MAGIC, Version = Nccl.ConfigVersion, Blocking = 0 };
 }

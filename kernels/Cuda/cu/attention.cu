@@ -60,18 +60,17 @@ static_assert(sizeof(Shared) <= SHARED_BYTES, "the launch asks for less shared m
 
 // grid (items, kv_heads, slices of a group's heads).
 extern "C" __global__ void __launch_bounds__(THREADS) attend(
-    const int* counts, const Item* items, const float* qkv, int stride, const int* positions, const int* sequences, const int* tables, int max_blocks,
-    stored* keys, stored* values, int heads, int kv_heads, int slice, float scale, stored* output,
+    const StepHeader* step, const float* qkv, int stride, const int* positions, const int* sequences, stored* keys, stored* values, int heads, int kv_heads, int slice, float scale, stored* output,
     const int* row_slots, float* partials, u32* counters, const float* query_norm, const float* key_norm, float epsilon, const float* rope)
 {
     LAUNCHED_SHARED(Shared, s);
-    if ((int)blockIdx.x >= counts[0])
+    if ((int)blockIdx.x >= step->items)
         return; // the launch is rounded up
-    Item item = items[blockIdx.x];
+    Item item = ((const Item*)((const char*)step + step->items_at))[blockIdx.x];
     int kv_head = blockIdx.y, group = heads / kv_heads, thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
     int first_head = kv_head * group + blockIdx.z * slice;
     int slice_heads = min(slice, group - (int)blockIdx.z * slice), count = item.rows * slice_heads;
-    const int* table = tables + (long long)sequences[item.first_row] * max_blocks;
+    const int* table = step->table(sequences[item.first_row]);
 
     int row_tile = warp / COLUMN_WARPS * 16, part = warp % COLUMN_WARPS; // what this warp multiplies
     bool multiplies = row_tile < count;

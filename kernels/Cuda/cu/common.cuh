@@ -15,6 +15,19 @@ typedef unsigned long long u64;
 
 #define ALL_LANES 0xffffffffu
 
+// What differs between steps that are alike otherwise, at the head of a step's indices. As CudaStep.StepHeader.
+struct StepHeader
+{
+    int items, queries;      // launches are rounded up
+    int table_stride;        // blocks of a sequence's row of the block tables
+    int items_at, tables_at; // bytes from here on
+    int padding;
+    const int* bias_ids;
+    const float* bias_values;
+
+    __device__ const int* table(int sequence) const { return (const int*)((const char*)this + tables_at) + (long long)sequence * table_stride; }
+};
+
 // A block's shared memory whose size the launch says, as a struct.
 #if defined(ROLLOUT_SIM)
 #define LAUNCHED_SHARED(type, name) type& name = *(type*)sim_launched_shared()

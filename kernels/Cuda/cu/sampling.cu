@@ -316,12 +316,12 @@ __device__ __forceinline__ float gumbel(u32 random)
 // ---- The kernel. grid: queries.
 
 extern "C" __global__ void __launch_bounds__(THREADS) sample(
-    const int* counts, const float* logits, int stride, int vocabulary, const Query* queries, int first_query, int first_output, int end_output, const int* bias_ids,
-    const float* bias_values, Result* results, int* alternative_ids, float* alternative_log_probs)
+    const StepHeader* step, const float* logits, int stride, int vocabulary, const Query* queries, int first_query, int first_output, int end_output,
+    Result* results, int* alternative_ids, float* alternative_log_probs)
 {
     __shared__ Shared shared;
     int q = first_query + blockIdx.x;
-    if (q >= counts[1])
+    if (q >= step->queries)
         return; // the launch is rounded up
     Query query = queries[q];
     if (query.output_index >= end_output)
@@ -329,8 +329,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(
     Row row;
     row.logits = logits + (long long)(query.output_index - first_output) * stride;
     row.vocabulary = vocabulary;
-    row.bias_ids = bias_ids + query.bias_start;
-    row.bias_values = bias_values + query.bias_start;
+    row.bias_ids = step->bias_ids + query.bias_start;
+    row.bias_values = step->bias_values + query.bias_start;
     row.bias_count = query.bias_count;
     bool greedy = query.temperature < SMALLEST_TEMPERATURE;
     row.temperature = greedy ? 1.0f : query.temperature;

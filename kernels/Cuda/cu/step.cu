@@ -37,8 +37,7 @@ ROLLOUT_KERNEL(rms_norm)
 // then sines. One warp a head: blockIdx (row, heads + 2 * kv_heads), 32 threads. Where all sequences have one row, attention.cu does this by itself.
 extern "C" __global__ void __launch_bounds__(32) rope_store(
     float* qkv, int stride, int heads, int kv_heads, int head_dim, const float* query_norm, const float* key_norm, float epsilon,
-    const float* rope, const int* positions, const int* sequences, const int* tables, int max_blocks, int block_tokens,
-    stored* keys, stored* values)
+    const float* rope, const StepHeader* step, const int* positions, const int* sequences, int block_tokens, stored* keys, stored* values)
 {
     int row = blockIdx.x, head = blockIdx.y, lane = threadIdx.x, position = positions[row];
     float* x = qkv + (long long)row * stride + (long long)head * head_dim;
@@ -49,7 +48,7 @@ extern "C" __global__ void __launch_bounds__(32) rope_store(
         return;
     }
 
-    int block = tables[sequences[row] * max_blocks + position / block_tokens];
+    int block = step->table(sequences[row])[position / block_tokens];
     long long slot = (((long long)block * kv_heads + (head - heads) % kv_heads) * block_tokens + position % block_tokens) * head_dim;
     if (head < heads + kv_heads)
     {

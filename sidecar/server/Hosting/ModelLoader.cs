@@ -13,7 +13,8 @@ internal static class ModelLoader
     /// <exception cref="BadInputException">The folder holds no model that can be served; says what is wrong with it.</exception>
     public static async Task<RolloutEngine> LoadAsync(ModelSource source, EngineOptions options)
     {
-        if (Console.IsErrorRedirected) return await Task.Run(() => Load(source, options, progress: null));
+        bool cuda = UsesCuda(source);
+        if (Console.IsErrorRedirected) return await Task.Run(() => Load(source, cuda, options, progress: null));
 
         IAnsiConsole console = AnsiConsole.Create(new AnsiConsoleSettings { Out = new AnsiConsoleOutput(Console.Error) });
         return await console.Progress()
@@ -22,13 +23,13 @@ internal static class ModelLoader
             .StartAsync(async bars =>
             {
                 ProgressTask bar = bars.AddTask($"Loading {Markup.Escape(Path.GetFileName(source.Folder))}", maxValue: 1);
-                return await Task.Run(() => Load(source, options, new BarProgress(bar)));
+                return await Task.Run(() => Load(source, cuda, options, new BarProgress(bar)));
             });
     }
 
-    private static RolloutEngine Load(ModelSource source, EngineOptions options, IProgress<double>? progress)
+    private static RolloutEngine Load(ModelSource source, bool cuda, EngineOptions options, IProgress<double>? progress)
     {
-        IBackend backend = Backend(source);
+        IBackend backend = Backend(source, cuda);
         try
         {
             return RolloutEngine.Load(source.Folder, backend, options, Tokenizer(source), progress);
@@ -40,10 +41,18 @@ internal static class ModelLoader
         }
     }
 
-    /// <exception cref="BadInputException">The device cannot be used, or does not store this format; says which.</exception>
-    private static IBackend Backend(ModelSource source)
+    /// <summary>Where the choice is left to the machine and falls on the CPU, standard error has a sentence that says why.</summary>
+    private static bool UsesCuda(ModelSource source)
     {
-        bool cuda = source.Device.StartsWith("cuda", StringComparison.Ordinal) || (source.Device == "auto" && CudaBackend.DeviceCount > 0);
+        if (source.Device != "auto") return source.Device.StartsWith("cuda", StringComparison.Ordinal);
+        if (CudaBackend.WhyNoDevice is not { } why) return true;
+        Console.Error.WriteLine($"rollout: the CPU computes, since no GPU can be used: {why}");
+        return false;
+    }
+
+    /// <exception cref="BadInputException">The device cannot be used, or does not store this format; says which.</exception>
+    private static IBackend Backend(ModelSource source, bool cuda)
+    {
         bool stores = cuda ? source.Format is WeightFormat.BFloat16 or WeightFormat.Float32 : source.Format is not WeightFormat.Float32;
         if (!stores)
             throw new BadInputException([$"--dtype {WeightFormats.NameOf(source.Format)} is not one of {(cuda ? "a GPU's" : "the CPU's")} formats"]);

@@ -8,6 +8,7 @@ using Xunit;
 namespace Rollout.Engine.Tests;
 
 /// <summary>The engine on the CUDA backend, on the simulated device: outside references, determinism, updates.</summary>
+[Collection(nameof(CudaTests))]
 public sealed class CudaTests
 {
     public static TheoryData<string> Families => [.. TestModels.Families];

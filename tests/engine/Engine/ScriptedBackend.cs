@@ -53,6 +53,8 @@ internal sealed class ScriptedBackend(IBackend? device = null) : IBackend
 
     public Weight AllocateWeight(int outputs, int inputs) => _inner.AllocateWeight(outputs, inputs);
 
+    public WeightArena AllocateWeights(IReadOnlyList<(int Outputs, int Inputs)> shapes) => _inner.AllocateWeights(shapes);
+
     public KvCache AllocateKvCache(int layers, int blocks, int kvHeads, int headDim) => _inner.AllocateKvCache(layers, blocks, kvHeads, headDim);
 
     public RopeTable AllocateRopeTable(ReadOnlySpan<float> inverseFrequencies, int positions, float scale)
@@ -74,8 +76,18 @@ internal sealed class ScriptedBackend(IBackend? device = null) : IBackend
 
     public int StepsUnderWay => _inner.StepsUnderWay;
 
+    public int StepTokens => _inner.StepTokens;
+
+    public IEnumerable<StepLayout> Rehearsals(StepLayout room) => _inner.Rehearsals(room);
+
     public void BeginStep(StepLayout step)
     {
+        if (step.IsRehearsal)
+        {
+            _inner.BeginStep(step);
+            return;
+        }
+
         if (StepsLeft-- == 0) throw new InvalidOperationException("device lost");
         if (_stepsUntilHeld-- == 0)
         {

@@ -16,8 +16,8 @@ internal sealed class OtherProcess : IDisposable
     }
 
     /// <param name="test">Class and method.</param>
-    /// <param name="variables">That it finds in its environment.</param>
-    public static OtherProcess Run(string test, params (string Name, string Value)[] variables)
+    /// <param name="variables">That it finds in its environment, or with null does not find there.</param>
+    public static OtherProcess Run(string test, params (string Name, string? Value)[] variables)
     {
         string program = Path.ChangeExtension(typeof(OtherProcess).Assembly.Location, null);
         ProcessStartInfo start = new(program, ["-explicit", "on", "-method", $"*{test}"])
@@ -25,8 +25,14 @@ internal sealed class OtherProcess : IDisposable
             RedirectStandardOutput = true,
             RedirectStandardError = true,
         };
-        foreach ((string name, string value) in variables)
-            start.Environment[name] = value;
+        foreach ((string name, string? value) in variables)
+        {
+            if (value is null)
+                start.Environment.Remove(name);
+            else
+                start.Environment[name] = value;
+        }
+
         return new OtherProcess(start);
     }
 
@@ -37,7 +43,11 @@ internal sealed class OtherProcess : IDisposable
         return await _output + await _errors;
     }
 
-    public async Task Succeeded() => Assert.Contains("Total: 1, Errors: 0, Failed: 0", await Ended(), StringComparison.Ordinal);
+    public async Task Succeeded()
+    {
+        string output = await Ended();
+        Assert.True(output.Contains("Total: 1, Errors: 0, Failed: 0", StringComparison.Ordinal), output);
+    }
 
     public void Dispose()
     {

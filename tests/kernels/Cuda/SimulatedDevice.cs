@@ -34,6 +34,12 @@ internal static class SimulatedDevice
         return counters;
     }
 
+    /// <summary>Whether what is submitted is left undone from now on, for tests of the host's part alone. Every step then answers token 0.</summary>
+    public static unsafe void Idle(bool idle)
+    {
+        ((delegate* unmanaged<int, void>)Export("cuSimIdle"))(idle ? 1 : 0);
+    }
+
     /// <summary>What cuBLASLt's heuristic proposes to this thread, until disposed: see candidates() in tests/cuda-sim/cublaslt.cpp.</summary>
     public static IDisposable Propose(string candidates)
     {
@@ -62,12 +68,12 @@ internal static class SimulatedDevice
     /// <summary>As in sim.h.</summary>
     public readonly record struct Counters(
         long Launches, long HostToDeviceBytes, long DeviceToHostBytes, long Synchronisations, long Allocations, long MatMulWeightBytes,
-        long StagedBytes)
+        long StagedBytes, long Graphs)
     {
         public static Counters operator -(Counters a, Counters b) => new(
             a.Launches - b.Launches, a.HostToDeviceBytes - b.HostToDeviceBytes, a.DeviceToHostBytes - b.DeviceToHostBytes,
             a.Synchronisations - b.Synchronisations, a.Allocations - b.Allocations, a.MatMulWeightBytes - b.MatMulWeightBytes,
-            a.StagedBytes - b.StagedBytes);
+            a.StagedBytes - b.StagedBytes, a.Graphs - b.Graphs);
     }
 
     private static string? Build()

@@ -1,0 +1,120 @@
+using Rollout.Kernels;
+using Rollout.Kernels.Cuda;
+using Rollout.Kernels.Tests.Cuda;
+using Xunit;
+
+namespace Rollout.Engine.Tests;
+
+/// <summary>Graphs are captured at start and for a spare set of weights before it serves: no step after that does more than launch one.</summary>
+[Collection(nameof(CudaTests))]
+public sealed class CudaGraphTests
+{
+    private static CancellationToken Cancelled => TestContext.Current.CancellationToken;
+
+    /// <summary>64 prompts of 150 tokens, 16 samples each, of lengths that differ, in 256 seats. The host's part alone: the device is idle.</summary>
+    [Fact]
+    public async Task No_step_of_a_grpo_rollout_captures_a_graph_and_those_that_decode_are_one_each()
+    {
+        SimulatedDevice.RequireSimulated();
+        SimulatedDevice.Idle(true);
+        try
+        {
+            CudaBackend backend = new(0);
+            await using RolloutEngine engine = RolloutEngine.Load(TestModels.Folder("qwen3"), backend, new EngineOptions { MaxSequences = 256 });
+            (long graphs, long launches, long steps) = (SimulatedDevice.Count().Graphs, backend.GraphLaunches, engine.Status.Steps);
+            Random random = new(1);
+            Group[] groups = [.. Enumerable.Range(0, 64).Select(g => engine.Submit(new GroupRequest
+            {
+                Id = $"{g}",
+                Prompt = [.. Enumerable.Range(0, 150).Select(_ => random.Next(3, 300))],
+                N = 16,
+                MaxTokens = (int)Math.Clamp(Math.Exp(4 + (random.NextDouble() * 2)), 1, engine.MaxContext - 150),
+                Seed = (ulong)g,
+                IgnoreEos = true,
+            }))];
+            await Task.WhenAll(groups.Select(group => group.Completed)).WaitAsync(TimeSpan.FromSeconds(60), Cancelled);
+            Assert.Equal(0, SimulatedDevice.Count().Graphs - graphs);
+            // The others compute prompts.
+            Assert.InRange(backend.GraphLaunches - launches, 0.75 * (engine.Status.Steps - steps), engine.Status.Steps - steps);
+        }
+        finally
+        {
+            SimulatedDevice.Idle(false);
+        }
+    }
+
+    [Fact]
+    public async Task After_a_staged_update_steps_are_graphs_at_once_and_a_second_update_captures_none()
+    {
+        SimulatedDevice.RequireSimulated();
+        using UpdatePayload payload = UpdatePayload.Of("qwen3");
+        CudaBackend backend = new(0);
+        await using RolloutEngine engine = Load(backend);
+        Assert.Equal((0, 9), await Decode()); // after the prompt's step
+        for (ulong version = 0; version < 3; version++)
+        {
+            long before = SimulatedDevice.Count().Graphs;
+            using (WeightUpdate update = await engine.OpenUpdateAsync(payload.Manifest(version, version + 1)))
+            {
+                update.Write(0, payload.Bytes);
+                await update.CommitAsync(payload.Digest, Cancelled);
+            }
+
+            Assert.Equal(version == 0, SimulatedDevice.Count().Graphs > before);
+            Assert.Equal((0, 9), await Decode());
+        }
+
+        async Task<(long Captured, long Launched)> Decode()
+        {
+            (long graphs, long launches) = (SimulatedDevice.Count().Graphs, backend.GraphLaunches);
+            await engine.RunAsync(s_request);
+            return (SimulatedDevice.Count().Graphs - graphs, backend.GraphLaunches - launches);
+        }
+    }
+
+    [Fact]
+    public async Task Graphs_outlive_sleep_since_memory_comes_back_where_it_was()
+    {
+        SimulatedDevice.RequireSimulated();
+        using UpdatePayload payload = UpdatePayload.Of("qwen3");
+        CudaBackend backend = new(0);
+        await using RolloutEngine engine = Load(backend);
+        await engine.RunAsync(s_request);
+        long graphs = SimulatedDevice.Count().Graphs;
+        await engine.SleepAsync(MemoryTags.All);
+        await engine.WakeUpAsync(MemoryTags.All);
+        using (WeightUpdate update = await engine.OpenUpdateAsync(payload.Manifest(0, 1) with { Mode = UpdateMode.InPlace }))
+        {
+            update.Write(0, payload.Bytes);
+            await update.CommitAsync(payload.Digest, Cancelled);
+        }
+
+        long launches = backend.GraphLaunches;
+        await engine.RunAsync(s_request);
+        Assert.Equal((0, 9), (SimulatedDevice.Count().Graphs - graphs, backend.GraphLaunches - launches));
+    }
+
+    /// <summary>Whatever a step might have: room for thousands of tokens, biases, alternatives and long contexts.</summary>
+    [Fact]
+    public async Task A_step_sends_the_indices_that_it_has()
+    {
+        SimulatedDevice.RequireSimulated();
+        CudaBackend backend = new(0);
+        await using RolloutEngine engine = RolloutEngine.Load(TestModels.Folder("qwen3"), backend, new EngineOptions { MaxSequences = 256 });
+        await engine.RunAsync(s_request with { N = 1 });
+        long few = await Sent(10), many = await Sent(30);
+        Assert.InRange((many - few) / 20, 1, 1200); // header, tokens, positions, sequences, output rows, slots, query, item, table: a line or two each
+
+        async Task<long> Sent(int tokens)
+        {
+            SimulatedDevice.Counters before = SimulatedDevice.Count();
+            await engine.RunAsync(s_request with { N = 1, MaxTokens = tokens });
+            return (SimulatedDevice.Count() - before).HostToDeviceBytes;
+        }
+    }
+
+    private static readonly GroupRequest s_request = new() { Id = "probe", Prompt = [5, 6, 7], N = 3, MaxTokens = 10, Seed = 3, IgnoreEos = true };
+
+    private static RolloutEngine Load(CudaBackend backend)
+        => RolloutEngine.Load(TestModels.Folder("qwen3"), backend, new EngineOptions { MaxBatchTokens = 64, MaxSequences = 4, MaxContext = 256 });
+}

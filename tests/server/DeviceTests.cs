@@ -1,0 +1,35 @@
+using Rollout.Kernels.Tests.Cuda;
+
+namespace Rollout.Server.Tests;
+
+/// <summary>What a user is told where NVIDIA's libraries are but no device: the real ones, on a machine without a GPU.</summary>
+public sealed class DeviceTests
+{
+    private const string Answer = "cuInit: CUDA_ERROR_NO_DEVICE, no CUDA-capable device is detected";
+
+    [Fact]
+    public async Task A_GPU_that_is_asked_for_and_not_there_is_told_in_one_sentence()
+    {
+        Cli.Result result = await Generate("cuda");
+        Assert.Equal(2, result.ExitCode);
+        Assert.Equal("", result.Output);
+        Assert.Equal($"rollout: {Answer}\n", result.Errors);
+    }
+
+    [Fact]
+    public async Task Auto_falls_back_to_the_CPU_with_a_sentence()
+    {
+        Cli.Result result = await Generate("auto"), cpu = await Generate("cpu");
+        Assert.True(result.ExitCode == 0, result.Errors);
+        Assert.Equal($"rollout: the CPU computes, since no GPU can be used: {Answer}\n", result.Errors);
+        Assert.Equal((cpu.Output, ""), (result.Output, cpu.Errors));
+    }
+
+    private static Task<Cli.Result> Generate(string device)
+    {
+        string folder = NvidiaFiles.Require("lib/libcuda.so.1", "lib/libnvrtc.so.12", "lib/libcublasLt.so.12");
+        Assert.SkipWhen(Directory.Exists("/proc/driver/nvidia"), "this machine has a GPU");
+        string[] greedy = ["generate", "--model", Golden.Folder("qwen3"), "--ids", "5,6", "--max-tokens", "4", "--temperature", "0"];
+        return Cli.RunAsync([("ROLLOUT_CUDA_PATH", folder)], [.. greedy, "--device", device]);
+    }
+}
