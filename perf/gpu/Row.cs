@@ -30,6 +30,8 @@ internal static class RowFile
 {
     public const string Name = "rows.jsonl";
 
+    private const int MostAttempts = 1000;
+
     private static readonly JsonSerializerOptions s_json = new(JsonSerializerDefaults.Web)
     {
         DefaultIgnoreCondition = JsonIgnoreCondition.WhenWritingNull,
@@ -39,9 +41,24 @@ internal static class RowFile
 
     public static void Append(string folder, Row row) => Append(folder, Name, row);
 
-    /// <summary>A line of another file, of details that no table shows.</summary>
+    /// <summary>A line of another file, of details that no table shows. Processes that have a line at the same time wait for each other.</summary>
     public static void Append<T>(string folder, string file, T line)
-        => File.AppendAllText(Path.Combine(folder, file), JsonSerializer.Serialize(line, s_json) + "\n");
+    {
+        byte[] bytes = JsonSerializer.SerializeToUtf8Bytes(line, s_json);
+        for (int attempt = 1; ; attempt++)
+        {
+            try
+            {
+                using FileStream stream = new(Path.Combine(folder, file), FileMode.Append, FileAccess.Write, FileShare.None, bufferSize: 0);
+                stream.Write([.. bytes, (byte)'\n']);
+                return;
+            }
+            catch (IOException) when (attempt < MostAttempts)
+            {
+                Thread.Sleep(5);
+            }
+        }
+    }
 
     /// <summary>All rows; of those that were measured again the last. A line that was cut short is left out.</summary>
     public static IReadOnlyList<Row> Read(string folder)
