@@ -36,7 +36,13 @@ public interface IBackend : IDisposable
     /// <summary>Bytes of the device that this process holds, as the system counts them.</summary>
     long HeldBytes { get; }
 
-    Tensor AllocateTensor(int rows, int columns);
+    /// <param name="rows">Capacity.</param>
+    /// <param name="columns">Of a row.</param>
+    /// <param name="rounded">
+    /// Whether its readers take values as matrices are stored: a GPU then keeps it so, in half the bytes, and rounds what is written to it once. A CPU keeps
+    /// every tensor in fp32.
+    /// </param>
+    Tensor AllocateTensor(int rows, int columns, bool rounded = false);
 
     Weight AllocateWeight(int outputs, int inputs);
 

@@ -30,11 +30,11 @@ public sealed class Transformer : IDisposable
         _backend = backend;
         _rope = backend.AllocateRopeTable(spec.InverseFrequencies(), maxContext, spec.RopeScale);
         _hidden = backend.AllocateTensor(maxRows, spec.HiddenSize);
-        _normed = backend.AllocateTensor(maxRows, spec.HiddenSize);
+        _normed = backend.AllocateTensor(maxRows, spec.HiddenSize, rounded: true);
         _qkv = backend.AllocateTensor(maxRows, spec.QkvOutputs);
-        _attention = backend.AllocateTensor(maxRows, spec.Heads * spec.HeadDim);
-        _gateUp = backend.AllocateTensor(maxRows, 2 * spec.IntermediateSize);
-        _activated = backend.AllocateTensor(maxRows, spec.IntermediateSize);
+        _attention = backend.AllocateTensor(maxRows, spec.Heads * spec.HeadDim, rounded: true);
+        _gateUp = backend.AllocateTensor(maxRows, 2 * spec.IntermediateSize, rounded: true);
+        _activated = backend.AllocateTensor(maxRows, spec.IntermediateSize, rounded: true);
         int logitRows = Math.Min(backend.LogitRows, maxRows);
         _lastHidden = backend.AllocateTensor(logitRows, spec.HiddenSize);
         _logits = backend.AllocateTensor(logitRows, spec.VocabSize);

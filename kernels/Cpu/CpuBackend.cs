@@ -106,7 +106,7 @@ public sealed unsafe class CpuBackend : IBackend
 
     // ---- Memory.
 
-    public Tensor AllocateTensor(int rows, int columns)
+    public Tensor AllocateTensor(int rows, int columns, bool rounded = false)
     {
         ThrowIfDisposed();
         ArgumentOutOfRangeException.ThrowIfLessThan(rows, 1);

@@ -107,12 +107,12 @@ public sealed unsafe partial class CudaBackend : IBackend
 
     // ---- Memory.
 
-    public Tensor AllocateTensor(int rows, int columns)
+    public Tensor AllocateTensor(int rows, int columns, bool rounded = false)
     {
         ThrowIfDisposed();
         ArgumentOutOfRangeException.ThrowIfLessThan(rows, 1);
         ArgumentOutOfRangeException.ThrowIfLessThan(columns, 1);
-        return new CudaTensor(this, rows, columns);
+        return new CudaTensor(this, rows, columns, rounded && !StoresFp32);
     }
 
     public Weight AllocateWeight(int outputs, int inputs)
@@ -478,14 +478,15 @@ public sealed unsafe partial class CudaBackend : IBackend
         Use(weight);
         Device.MakeCurrent();
         rows = Pad(rows, input, output);
-        nuint sums = add ? Fp32(output, rows) : output.Fp32, factors = Rounded(input, rows);
-        MatMulOutput kind = add ? MatMulOutput.AddFp32 : MatMulOutput.Fp32;
+        bool rounds = output.IsKeptRounded && !add && biases == 0; // cuBLASLt adds to bf16 no bias in fp32
+        MatMulOutput kind = rounds ? MatMulOutput.Stored : add ? MatMulOutput.AddFp32 : MatMulOutput.Fp32;
+        nuint sums = rounds ? output.Rounded : add ? Fp32(output, rows) : output.Fp32, factors = Rounded(input, rows);
         _matMul.Prepare(weight.Outputs, weight.Inputs, kind); // what is noted may be captured
         if (Notes)
             _commands.Multiply(factors, weight.Pointer, biases, sums, rows, weight.Outputs, weight.Inputs, kind);
         else
             _matMul.Multiply(factors, weight.Pointer, biases, sums, rows, weight.Outputs, weight.Inputs, kind);
-        output.IsRounded = false;
+        output.IsRounded = rounds;
     }
 
     // ---- Launches.

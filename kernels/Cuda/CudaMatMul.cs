@@ -1,10 +1,11 @@
 namespace Rollout.Kernels.Cuda;
 
 /// <summary>
-/// y = x · Wᵀ by cuBLASLt, so that a row's bits do not depend on how many rows there are, nor on how long anything took: <see cref="MatMulTuner"/> chooses
-/// the algorithms of a shape when it is first multiplied, and they are kept on disk. What is written in fp32 and what is written in the storage type are
-/// chosen for apart, because the library has other algorithms for each: for one weight the two need not agree in their last bit before rounding, and an
-/// operation of a model always asks for the same one. Not for two threads at a time.
+/// y = x · Wᵀ by cuBLASLt, so that a row's bits do not depend on how many rows there are, nor on how long anything took:
+/// <see cref="MatMulTuner"/> chooses the algorithms of a shape when it is first multiplied, and they are kept on disk. What is written in
+/// fp32 and what is written in the storage type are chosen for apart, because the library has other algorithms for each: for one weight the
+/// two need not agree in their last bit before rounding, and an operation of a model always asks for the same one. Not for two threads at a
+/// time.
 /// </summary>
 internal sealed class CudaMatMul : IDisposable
 {
@@ -34,8 +35,8 @@ internal sealed class CudaMatMul : IDisposable
     }
 
     /// <summary>
-    /// Sees to it that a shape can be multiplied at once: the first time it chooses the algorithms, which waits for the stream and takes memory meanwhile.
-    /// Needed before a multiplication that is captured.
+    /// Sees to it that a shape can be multiplied at once: the first time it chooses the algorithms, which waits for the stream and takes
+    /// memory meanwhile. Needed before a multiplication that is captured.
     /// </summary>
     public void Prepare(int outputs, int inputs, MatMulOutput kind) => _ = Of(outputs, inputs, kind);
 
@@ -48,11 +49,11 @@ internal sealed class CudaMatMul : IDisposable
     /// <param name="outputs">Of the weight.</param>
     /// <param name="inputs">Of the weight.</param>
     /// <param name="kind">What becomes of the sums.</param>
-    /// <exception cref="ArgumentException">A matrix is not aligned, or there is a bias for an output in bf16: cuBLASLt wants one of the output's type.</exception>
+    /// <exception cref="ArgumentException">A matrix is not aligned, or there is a bias for an output in bf16, which cuBLASLt wants in bf16.</exception>
     public void Multiply(nuint input, nuint weight, nuint bias, nuint output, int rows, int outputs, int inputs, MatMulOutput kind)
     {
         if ((input | weight | output) % MatMulShape.Alignment != 0)
-            throw new ArgumentException($"Matrices begin at multiples of {MatMulShape.Alignment} bytes: the choice of an algorithm relies on it.");
+            throw new ArgumentException($"Matrices begin at multiples of {MatMulShape.Alignment} bytes: algorithms were chosen for that.");
         Known known = Of(outputs, inputs, kind);
         if (bias != 0 && !known.Shape.TakesBias)
             throw new ArgumentException("An output in bf16 takes no bias.", nameof(bias));
@@ -63,8 +64,8 @@ internal sealed class CudaMatMul : IDisposable
             int some = Math.Min(known.MostRows, rows - first);
             cublasStatus status = known.Shape.Run(
                 known.Choice.For(some), input + ((nuint)first * (nuint)inputs * (nuint)known.Shape.StoredBytes), weight, bias,
-                output + ((nuint)first * (nuint)outputs * (nuint)known.Shape.OutputBytes), some, kind == MatMulOutput.AddFp32, _workspace.Pointer,
-                _device.Stream);
+                output + ((nuint)first * (nuint)outputs * (nuint)known.Shape.OutputBytes), some, kind == MatMulOutput.AddFp32,
+                _workspace.Pointer, _device.Stream);
             if (status != cublasStatus.CUBLAS_STATUS_SUCCESS) // no text is made where it is not needed: this runs in every step
                 status.ThrowIfFailed($"{some} rows of [{outputs}, {inputs}]", nameof(CublasLt.cublasLtMatmul));
         }
@@ -72,7 +73,9 @@ internal sealed class CudaMatMul : IDisposable
         times?.After();
     }
 
-    /// <summary>What every algorithm that is proposed for a shape computes, and how fast; see <see cref="MatMulCandidate"/>. Chooses nothing.</summary>
+    /// <summary>
+    /// What every algorithm that is proposed for a shape computes, and how fast; see <see cref="MatMulCandidate"/>. Chooses nothing.
+    /// </summary>
     public IReadOnlyList<MatMulCandidate> Survey(int outputs, int inputs, MatMulOutput kind, ReadOnlySpan<int> rows)
     {
         int most = 1;

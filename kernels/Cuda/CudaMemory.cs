@@ -73,31 +73,38 @@ internal sealed class CudaStorage : IDisposable
 /// </summary>
 internal sealed class CudaTensor : Tensor
 {
-    private readonly CudaStorage _fp32;
-    private CudaStorage? _rounded;
+    private CudaStorage? _fp32, _rounded;
 
-    public CudaTensor(CudaBackend owner, int rows, int columns)
+    /// <param name="owner">Has the device.</param>
+    /// <param name="rows">Capacity.</param>
+    /// <param name="columns">Of a row.</param>
+    /// <param name="rounded">Which of two forms its memory is taken for; that of the other is taken when it is first needed.</param>
+    public CudaTensor(CudaBackend owner, int rows, int columns, bool rounded)
         : base(rows, columns)
     {
         Owner = owner;
-        _fp32 = new CudaStorage(owner, (long)rows * columns * sizeof(float));
+        IsKeptRounded = rounded;
+        _ = rounded ? Rounded : Fp32;
     }
+
+    /// <summary>Whether its readers take values in the storage type, where that is not fp32.</summary>
+    public bool IsKeptRounded { get; }
 
     /// <summary>Which form has the values.</summary>
     public bool IsRounded { get; set; }
 
-    public nuint Fp32 => _fp32.Pointer;
+    public nuint Fp32 => (_fp32 ??= new CudaStorage(Owner, (long)Rows * Columns * sizeof(float))).Pointer;
 
-    /// <summary>As a matmul takes them; the same memory as <see cref="Fp32"/> where that is fp32. Taken when first needed.</summary>
+    /// <summary>As a matmul takes them; the same memory as <see cref="Fp32"/> where that is fp32.</summary>
     public nuint Rounded => Owner.StoresFp32
-        ? _fp32.Pointer
+        ? Fp32
         : (_rounded ??= new CudaStorage(Owner, (long)Rows * Columns * Owner.StoredBytes)).Pointer;
 
-    public override long Bytes => _fp32.Bytes + (_rounded?.Bytes ?? 0);
+    public override long Bytes => (_fp32?.Bytes ?? 0) + (_rounded?.Bytes ?? 0);
 
     internal override CudaBackend Owner { get; }
 
-    internal override bool IsGone => _fp32.IsGone;
+    internal override bool IsGone => (_fp32 ?? _rounded)!.IsGone;
 
     public override void Read(int rows, Span<float> destination)
     {
@@ -116,13 +123,13 @@ internal sealed class CudaTensor : Tensor
     public override void Discard()
     {
         Owner.Flush();
-        _fp32.Discard();
+        _fp32?.Discard();
         _rounded?.Discard();
     }
 
     public override void Restore()
     {
-        _fp32.Restore();
+        _fp32?.Restore();
         _rounded?.Restore();
         IsRounded = false;
     }
@@ -131,7 +138,7 @@ internal sealed class CudaTensor : Tensor
     {
         if (!IsGone)
             Owner.Flush();
-        _fp32.Dispose();
+        _fp32?.Dispose();
         _rounded?.Dispose();
     }
 

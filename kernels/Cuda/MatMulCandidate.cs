@@ -13,7 +13,9 @@ internal enum MatMulOutput
     Stored,
 }
 
-/// <summary>An algorithm of cuBLASLt for one weight shape, and what was found of it: an entry of <see cref="CudaBackend.SurveyMatMul"/>.</summary>
+/// <summary>
+/// An algorithm of cuBLASLt for one weight shape, and what was found of it: an entry of <see cref="CudaBackend.SurveyMatMul"/>.
+/// </summary>
 /// <param name="Algorithm">All of its settings as the library keeps them, 64 bytes in hexadecimal.</param>
 /// <param name="Settings">The same for people: "id 66, tile 20, stages 36, split-k 1, ...", by the numbers of the library's header.</param>
 /// <param name="WorkspaceBytes">The most that it asks for, at any of the row counts.</param>
@@ -29,12 +31,14 @@ internal sealed record MatMulCandidate(string Algorithm, string Settings, long W
 /// <param name="Rank">Its place among what the library proposes for so many rows, from 0; -1 where it does not propose it.</param>
 /// <param name="Failure">Why it did not run; null where it did. Without a run there are no digests and no time.</param>
 /// <param name="Digest">
-/// Of the first rows of its output (at most <see cref="MatMulProbe.Period"/>; all candidates multiply the same numbers): equal digests at one row count are
-/// equal bits. Hexadecimal.
+/// Of the first rows of its output (at most <see cref="MatMulProbe.Period"/>; all candidates multiply the same numbers): equal digests at
+/// one row count are equal bits. Hexadecimal.
 /// </param>
 /// <param name="BiasDigest">The same with a bias; "" for the storage type, which has none.</param>
 /// <param name="AddDigest">The same, added onto what stood there; "" for the storage type.</param>
-/// <param name="KeepsRows">Whether each row has the bits that it has among <see cref="MatMulProbe.ReferenceRows"/>, wherever it stands, in every form.</param>
+/// <param name="KeepsRows">
+/// Whether each row has the bits that it has among <see cref="MatMulProbe.ReferenceRows"/>, wherever it stands, in every form.
+/// </param>
 /// <param name="Seconds">
 /// Of one matmul, from events around many in a graph, weights not in the L2 cache; infinity where it did not run or cannot go into a graph.
 /// </param>

@@ -6,14 +6,16 @@ using System.Text;
 namespace Rollout.Kernels.Cuda;
 
 /// <summary>
-/// Choices of earlier starts, a file each: the digest of the class, an algorithm for each bucket of rows, and a digest of the text before it, all in
-/// hexadecimal. What is damaged, of another version, or was never there is chosen again.
+/// Choices of earlier starts, a file each: the digest of the class, an algorithm for each bucket of rows, and a digest of the text before
+/// it, all in hexadecimal. What is damaged, of another version, or was never there is chosen again.
 /// </summary>
 /// <param name="folder">Made when it is first written to.</param>
 /// <param name="device">What the choices are good for: the device, the library and its version, the types.</param>
 internal sealed class MatMulFile(string folder, string device)
 {
-    /// <summary>Of the file, of the rule that chooses, and of the numbers that digests are made of: what another version wrote is not read.</summary>
+    /// <summary>
+    /// Of the file, of the rule that chooses, and of the numbers that digests are made of: what another version wrote is not read.
+    /// </summary>
     private const int Version = 2;
 
     private static readonly int s_algorithms = MatMulTuner.Buckets.Length + 1;

@@ -4,8 +4,9 @@ using System.Security.Cryptography;
 namespace Rollout.Kernels.Cuda;
 
 /// <summary>
-/// Runs algorithms of one shape on numbers that are the same in every process, and tells what bits come out and how long it takes. The activations' rows
-/// repeat after <see cref="Period"/>, a prime, so that equal rows stand at every place of a tile: their results have to be equal too.
+/// Runs algorithms of one shape on numbers that are the same in every process, and tells what bits come out and how long it takes. The
+/// activations' rows repeat after <see cref="Period"/>, a prime, so that equal rows stand at every place of a tile: their results have to
+/// be equal too.
 /// </summary>
 internal sealed unsafe class MatMulProbe : IDisposable
 {
@@ -117,8 +118,8 @@ internal sealed unsafe class MatMulProbe : IDisposable
     }
 
     /// <summary>
-    /// For each of these row counts, whether it runs, and rows have the bits that they have among <see cref="ReferenceRows"/>, wherever they stand, in every
-    /// form. And whether it goes into a graph: otherwise it serves none.
+    /// For each of these row counts, whether it runs, and rows have the bits that they have among <see cref="ReferenceRows"/>, wherever
+    /// they stand, in every form. And whether it goes into a graph: otherwise it serves none.
     /// </summary>
     /// <returns>Null for each row count, or why not.</returns>
     public string?[] WhyNot(in cublasLtMatmulAlgo algorithm, ReadOnlySpan<int> rowCounts)
@@ -195,7 +196,8 @@ internal sealed unsafe class MatMulProbe : IDisposable
         }
 
         return _shape.Run(
-            algorithm, _input.Pointer, _weight.Pointer, form.Bias ? _bias.Pointer : 0, _output.Pointer, rows, form.Add, _workspace.Pointer, _device.Stream);
+            algorithm, _input.Pointer, _weight.Pointer, form.Bias ? _bias.Pointer : 0, _output.Pointer, rows, form.Add, _workspace.Pointer,
+            _device.Stream);
     }
 
     /// <summary>Queues a comparison of the output's rows with the reference.</summary>
@@ -214,8 +216,8 @@ internal sealed unsafe class MatMulProbe : IDisposable
     }
 
     /// <summary>
-    /// Seconds of one matmul, by the device's clock: many go as one graph, and read copies of the weight in turn that together are more than its L2 cache
-    /// holds, as a model's are. Infinity where the algorithm cannot go into a graph.
+    /// Seconds of one matmul, by the device's clock: many go as one graph, and read copies of the weight in turn that together are more
+    /// than its L2 cache holds, as a model's are. Infinity where the algorithm cannot go into a graph.
     /// </summary>
     public double Seconds(in cublasLtMatmulAlgo algorithm, int rows)
     {
@@ -268,7 +270,8 @@ internal sealed unsafe class MatMulProbe : IDisposable
         for (int i = 0; i < launches && status == cublasStatus.CUBLAS_STATUS_SUCCESS; i++)
         {
             nuint weight = weights + (nuint)(i % copies * stride);
-            status = _shape.Run(algorithm, _input.Pointer, weight, 0, _output.Pointer, rows, add: false, _workspace.Pointer, _device.Stream);
+            status = _shape.Run(
+                algorithm, _input.Pointer, weight, 0, _output.Pointer, rows, add: false, _workspace.Pointer, _device.Stream);
         }
 
         CudaGraph? graph = null;
@@ -297,8 +300,11 @@ internal sealed unsafe class MatMulProbe : IDisposable
     private void Fill(DeviceBuffer buffer, int elementBytes, int seed, long count) =>
         Launch(_kernels.FillPattern, count, buffer.Pointer, elementBytes, seed, count);
 
-    private void Launch(nint function, long units, params ReadOnlySpan<Argument> arguments) =>
-        _kernels.Launch(function, _device.Stream, new Grid((int)((units + (Threads * Units) - 1) / (Threads * Units))), Threads, 0, arguments);
+    private void Launch(nint function, long units, params ReadOnlySpan<Argument> arguments)
+    {
+        long blocks = (units + (Threads * Units) - 1) / (Threads * Units);
+        _kernels.Launch(function, _device.Stream, new Grid((int)blocks), Threads, 0, arguments);
+    }
 
     /// <summary>What stands at the beginning, over and over.</summary>
     private void Repeat(nuint start, long period, long bytes)

@@ -9,14 +9,13 @@ internal sealed unsafe class MatMulShape : IDisposable
     /// <summary>Of every call: a result must not depend on how much there is.</summary>
     public const int WorkspaceBytes = 32 << 20;
 
-    /// <summary>Of all matrices. It is what the heuristic assumes by default, when matrices are tried as when they are multiplied.</summary>
+    /// <summary>
+    /// Of all matrices. It is what the heuristic assumes by default, when matrices are tried as when they are multiplied.
+    /// </summary>
     public const int Alignment = 256;
 
     /// <summary>Proposals for a row count that are asked for.</summary>
     public const int MostProposals = 16;
-
-    private const int Transpose = 1; // CUBLAS_OP_T
-    private const int EpilogueDefault = 1, EpilogueBias = 4;
 
     private readonly nint _handle;
     private readonly nint _plain, _biased; // descriptions
@@ -35,8 +34,8 @@ internal sealed unsafe class MatMulShape : IDisposable
         Inputs = inputs;
         StoredBytes = BytesOf(stored);
         OutputBytes = BytesOf(output);
-        _plain = Describe(EpilogueDefault);
-        _biased = Describe(EpilogueBias);
+        _plain = Describe(CublasLt.CUBLASLT_EPILOGUE_DEFAULT);
+        _biased = Describe(CublasLt.CUBLASLT_EPILOGUE_BIAS);
         _weight = Layout(stored, inputs, outputs, inputs);
         _input = Layout(stored, inputs, 1, inputs);
         _output = Layout(output, outputs, 1, outputs);
@@ -58,7 +57,8 @@ internal sealed unsafe class MatMulShape : IDisposable
 
     /// <summary>Queues a matmul; see <see cref="CudaMatMul.Multiply"/>.</summary>
     public cublasStatus Run(
-        in cublasLtMatmulAlgo algorithm, nuint input, nuint weight, nuint bias, nuint output, int rows, bool add, nuint workspace, CudaStream stream)
+        in cublasLtMatmulAlgo algorithm, nuint input, nuint weight, nuint bias, nuint output, int rows, bool add, nuint workspace,
+        CudaStream stream)
     {
         SetRows(rows);
         nint description = _plain;
@@ -72,8 +72,8 @@ internal sealed unsafe class MatMulShape : IDisposable
         fixed (cublasLtMatmulAlgo* chosen = &algorithm)
         {
             return CublasLt.cublasLtMatmul(
-                _handle, description, &one, weight, _weight, input, _input, &beta, output, _output, output, _output, chosen, workspace, WorkspaceBytes,
-                stream.Value);
+                _handle, description, &one, weight, _weight, input, _input, &beta, output, _output, output, _output, chosen, workspace,
+                WorkspaceBytes, stream.Value);
         }
     }
 
@@ -124,11 +124,11 @@ internal sealed unsafe class MatMulShape : IDisposable
                 _handle, description, _weight, _input, _output, _output, &algorithm, out cublasLtMatmulHeuristicResult result);
             if (status == cublasStatus.CUBLAS_STATUS_SUCCESS)
                 status = result.State;
-            workspaceBytes = Math.Max(workspaceBytes, (long)result.WorkspaceBytes);
-            if (status == cublasStatus.CUBLAS_STATUS_SUCCESS && result.WorkspaceBytes > WorkspaceBytes)
-                status = cublasStatus.CUBLAS_STATUS_NOT_SUPPORTED;
             if (status != cublasStatus.CUBLAS_STATUS_SUCCESS)
                 return status;
+            workspaceBytes = Math.Max(workspaceBytes, (long)result.WorkspaceBytes);
+            if (workspaceBytes > WorkspaceBytes)
+                return cublasStatus.CUBLAS_STATUS_NOT_SUPPORTED;
         }
 
         return cublasStatus.CUBLAS_STATUS_SUCCESS;
@@ -178,9 +178,8 @@ internal sealed unsafe class MatMulShape : IDisposable
     private static int? Setting(cublasLtMatmulAlgo algorithm, cublasLtMatmulAlgoConfigAttributes attribute)
     {
         int value = 0;
-        return CublasLt.cublasLtMatmulAlgoConfigGetAttribute(&algorithm, attribute, &value, BytesOf(attribute), out _) == cublasStatus.CUBLAS_STATUS_SUCCESS
-            ? value
-            : null;
+        cublasStatus status = CublasLt.cublasLtMatmulAlgoConfigGetAttribute(&algorithm, attribute, &value, BytesOf(attribute), out _);
+        return status == cublasStatus.CUBLAS_STATUS_SUCCESS ? value : null;
     }
 
     private static nuint BytesOf(cublasLtMatmulAlgoConfigAttributes attribute) =>
@@ -191,8 +190,9 @@ internal sealed unsafe class MatMulShape : IDisposable
 
     private static nint Describe(int epilogue)
     {
-        CublasLt.cublasLtMatmulDescCreate(out nint description, cublasComputeType.CUBLAS_COMPUTE_32F, cudaDataType.CUDA_R_32F).ThrowIfFailed();
-        int transpose = Transpose;
+        CublasLt.cublasLtMatmulDescCreate(out nint description, cublasComputeType.CUBLAS_COMPUTE_32F, cudaDataType.CUDA_R_32F)
+            .ThrowIfFailed();
+        int transpose = CublasLt.CUBLAS_OP_T;
         Set(description, cublasLtMatmulDescAttributes.CUBLASLT_MATMUL_DESC_TRANSA, &transpose, sizeof(int));
         Set(description, cublasLtMatmulDescAttributes.CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof(int));
         return description;

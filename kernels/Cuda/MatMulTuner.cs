@@ -3,7 +3,9 @@ using System.Runtime.InteropServices;
 namespace Rollout.Kernels.Cuda;
 
 /// <summary>The algorithms of one shape, by row count; all of them give a row the same bits.</summary>
-/// <param name="Digest">Of these bits: what <see cref="MatMulProbe.Digest(in cublasLtMatmulAlgo, int, out byte[])"/> makes of each of them.</param>
+/// <param name="Digest">
+/// Of these bits: what <see cref="MatMulProbe.Digest(in cublasLtMatmulAlgo, int, out byte[])"/> makes of each of them.
+/// </param>
 /// <param name="Algorithms">One for each of <see cref="MatMulTuner.Buckets"/> and one for more rows.</param>
 internal sealed record MatMulChoice(byte[] Digest, cublasLtMatmulAlgo[] Algorithms)
 {
@@ -12,15 +14,16 @@ internal sealed record MatMulChoice(byte[] Digest, cublasLtMatmulAlgo[] Algorith
 }
 
 /// <summary>
-/// Chooses algorithms. Two of cuBLASLt's may add a sum's products in different orders, and so round differently: they are sorted into classes that give the
-/// same bits. Which class serves a shape is decided by a rule, never by a stopwatch: a shape has the same bits whatever else the machine was doing at its
-/// first start. Inside the class time decides, by row count, and changes no bit.
+/// Chooses algorithms. Two of cuBLASLt's may add a sum's products in different orders, and so round differently: they are sorted into
+/// classes that give the same bits. Which class serves a shape is decided by a rule, never by a stopwatch: a shape has the same bits
+/// whatever else the machine was doing at its first start. Inside the class time decides, by row count, and changes no bit.
 /// <para>
-/// The rule: of the classes whose algorithms together serve all row counts, the one that the library's heuristic ranks best. An algorithm serves a bucket of
-/// row counts when it runs at all that are checked of it, can be captured, and gives a row the same bits at all of them. A class is ranked by the sum, over
-/// a fixed list of row counts, of the places of its best placed algorithm among the proposals; of equals the one is taken that was proposed first, going
-/// through the row counts upwards. Everything in it (what is proposed and in which order, what runs, what the bits of fixed numbers are) is a function of
-/// the shape, the kind of device and the library's version: the heuristic is a table and a model of the device in the library, which measures nothing.
+/// The rule: of the classes whose algorithms together serve all row counts, the one that the library's heuristic ranks best. An algorithm
+/// serves a bucket of row counts when it runs at all that are checked of it, can be captured, and gives a row the same bits at all of them.
+/// A class is ranked by the sum, over a fixed list of row counts, of the places of its best placed algorithm among the proposals; of equals
+/// the one is taken that was proposed first, going through the row counts upwards. Everything in it (what is proposed and in which order,
+/// what runs, what the bits of fixed numbers are) is a function of the shape, the kind of device and the library's version: the heuristic
+/// is a table and a model of the device in the library, which measures nothing.
 /// </para>
 /// </summary>
 internal sealed class MatMulTuner
@@ -67,9 +70,9 @@ internal sealed class MatMulTuner
     }
 
     /// <summary>
-    /// The largest row count that an algorithm is checked at, and so the largest that is run: more rows are multiplied in pieces. 64 a multiprocessor,
-    /// where tiles of any size keep all of them busy (8,448 on a device with 132), less where outputs would take over 512 MiB; a multiple of 128, so that
-    /// pieces keep their alignment.
+    /// The largest row count that an algorithm is checked at, and so the largest that is run: more rows are multiplied in pieces. 64 a
+    /// multiprocessor, where tiles of any size keep all of them busy (8,448 on a device with 132), less where outputs would take over 512
+    /// MiB; a multiple of 128, so that pieces keep their alignment.
     /// </summary>
     public static int MostRows(CudaDevice device, MatMulShape shape)
     {
@@ -106,11 +109,11 @@ internal sealed class MatMulTuner
         {
             if (best.Members.Find(member => member.Serves is null) is { } next)
             {
-                string?[] why = _probe.WhyNot(next.Algorithm, _checkedRows);
-                next.Serves = [.. Enumerable.Range(0, _used).Select(bucket => RowsOf(bucket).All(i => why[i] is null))];
+                string?[] whyNot = _probe.WhyNot(next.Algorithm, _checkedRows);
+                next.Serves = [.. Enumerable.Range(0, _used).Select(bucket => RowsOf(bucket).All(i => whyNot[i] is null))];
                 if (next.Serves.Contains(true))
                     continue;
-                reasons.Add(why.First(reason => reason is not null)!);
+                reasons.Add(whyNot.First(reason => reason is not null)!);
                 best.Members.Remove(next);
             }
             else if (ByRows(best.Members) is { } algorithms)
@@ -127,13 +130,14 @@ internal sealed class MatMulTuner
                 classes.Remove(best);
         }
 
-        throw new CudaException($"None of {tried} cuBLASLt algorithms for a matmul of [{_shape.Outputs}, {_shape.Inputs}] serves all row counts on "
-            + $"{_device.Name}: {string.Join("; ", reasons.CountBy(reason => reason).Select(reason => $"{reason.Value} x {reason.Key}"))}.");
+        string why = string.Join("; ", reasons.CountBy(reason => reason).Select(reason => $"{reason.Value} x {reason.Key}"));
+        throw new CudaException($"None of {tried} cuBLASLt algorithms for a matmul of [{_shape.Outputs}, {_shape.Inputs}] serves all row "
+            + $"counts on {_device.Name}: {why}.");
     }
 
     /// <summary>
-    /// Whether a choice of an earlier start still is what it was: its algorithms are taken for all row counts, and give the bits of its class. The probe is
-    /// for <see cref="VerifiedRows"/>.
+    /// Whether a choice of an earlier start still is what it was: its algorithms are taken for all row counts, and give the bits of its
+    /// class. The probe is for <see cref="VerifiedRows"/>.
     /// </summary>
     public bool Holds(MatMulChoice choice)
     {
@@ -147,7 +151,8 @@ internal sealed class MatMulTuner
         foreach (var served in choice.Algorithms.Index().GroupBy(entry => Text(entry.Item), entry => entry.Index))
         {
             ref readonly cublasLtMatmulAlgo algorithm = ref choice.Algorithms[served.First()];
-            if (DigestOf(algorithm, out byte[] digest) != cublasStatus.CUBLAS_STATUS_SUCCESS || !digest.AsSpan().SequenceEqual(choice.Digest))
+            if (DigestOf(algorithm, out byte[] digest) != cublasStatus.CUBLAS_STATUS_SUCCESS
+                || !digest.AsSpan().SequenceEqual(choice.Digest))
                 return false;
             int[] verified = [.. s_verified.Where(rows => served.Contains(BucketOf(rows)))];
             if (_probe.WhyNot(algorithm, verified).Any(reason => reason is not null))
@@ -158,7 +163,8 @@ internal sealed class MatMulTuner
     }
 
     /// <summary>
-    /// What all proposals for these row counts do, those that cut k into pieces included; see <see cref="MatMulCandidate"/>. The probe is for the largest.
+    /// What all proposals for these row counts do, those that cut k into pieces included; see <see cref="MatMulCandidate"/>. The probe is
+    /// for the largest.
     /// </summary>
     public IReadOnlyList<MatMulCandidate> Survey(ReadOnlySpan<int> rowCounts, MatMulChoice? choice)
     {
@@ -171,7 +177,8 @@ internal sealed class MatMulTuner
     }
 
     /// <summary>An algorithm's bytes in hexadecimal.</summary>
-    public static string Text(cublasLtMatmulAlgo algorithm) => Convert.ToHexStringLower(MemoryMarshal.AsBytes(new ReadOnlySpan<cublasLtMatmulAlgo>(in algorithm)));
+    public static string Text(cublasLtMatmulAlgo algorithm) =>
+        Convert.ToHexStringLower(MemoryMarshal.AsBytes(new ReadOnlySpan<cublasLtMatmulAlgo>(in algorithm)));
 
     private MatMulCandidate SurveyOf(Candidate candidate, int[] counts)
     {
@@ -249,7 +256,8 @@ internal sealed class MatMulTuner
             List<Candidate> serving = members.FindAll(member => member.Serves![bucket]);
             if (serving.Count == 0)
                 return null;
-            algorithms[bucket] = serving.Count == 1 ? serving[0].Algorithm : serving.MinBy(member => _probe.Seconds(member.Algorithm, rows[bucket]))!.Algorithm;
+            Candidate fastest = serving.Count == 1 ? serving[0] : serving.MinBy(member => _probe.Seconds(member.Algorithm, rows[bucket]))!;
+            algorithms[bucket] = fastest.Algorithm;
         }
 
         algorithms.AsSpan(_used).Fill(algorithms[_used - 1]);

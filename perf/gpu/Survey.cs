@@ -38,7 +38,8 @@ internal static class Survey
             stage.Try(table, row, () =>
             {
                 using (Weight weight = backend.AllocateWeight(outputs, inputs))
-                using (Tensor input = backend.AllocateTensor(1, inputs), output = backend.AllocateTensor(1, outputs))
+                using (Tensor input = backend.AllocateTensor(1, inputs, rounded: true))
+                using (Tensor output = backend.AllocateTensor(1, outputs, rounded: kind == MatMulOutput.Stored))
                     backend.MatMul(input, weight, null, output, 1); // which chooses
                 int[] rows = [.. s_rows.Where(count => count <= (stage.IsSmall ? 17 : mostRows))];
                 IReadOnlyList<MatMulCandidate> candidates = backend.SurveyMatMul(outputs, inputs, kind, rows);

@@ -52,7 +52,7 @@ internal sealed class RecordingBackend(IBackend inner) : IBackend
 
     public void Clear() => _records.Clear();
 
-    public Tensor AllocateTensor(int rows, int columns) => inner.AllocateTensor(rows, columns);
+    public Tensor AllocateTensor(int rows, int columns, bool rounded = false) => inner.AllocateTensor(rows, columns, rounded);
 
     public Weight AllocateWeight(int outputs, int inputs) => inner.AllocateWeight(outputs, inputs);
 

@@ -1,5 +1,5 @@
-// D = alpha * op(A) * op(B) + beta * C (+ bias), column-major, sums in fp32. The library proposes several algorithms, which sum in different orders; which
-// ones, and what they do, a test says: see candidates().
+// D = alpha * op(A) * op(B) + beta * C (+ bias), column-major, sums in fp32. The library proposes several algorithms, which sum in
+// different orders; which ones, and what they do, a test says: see candidates().
 #include "sim.h"
 #include <cstdint>
 #include <cstdlib>
@@ -44,10 +44,10 @@ struct Candidates { std::vector<Algorithm> algorithms; uint64_t supported = UINT
 
 thread_local std::string s_candidates; // of the tests of this thread
 
-// "up; down time=5 from=64; halves fails=run": what the heuristic proposes, best first. Of each its order of summation: "up", "down", or "halves" one after
-// the other; then, where it is wanted, time=, from=, above=, every=, when=bias or beta (the other order then only), fails=check or run, least= and most=
-// (columns of B that it takes), workspace=.
-// "supported above=64" makes the heuristic refuse more columns of B than that.
+// "up; down time=5 from=64; halves fails=run": what the heuristic proposes, best first. Of each its order of summation: "up", "down", or
+// "halves" one after the other; then, where it is wanted, time=, from=, above=, every=, when=bias or beta (the other order then only),
+// fails=check or run, least= and most= (columns of B that it takes), workspace=. "supported above=64" makes the heuristic refuse
+// more columns.
 Candidates candidates()
 {
     const char* variable = getenv("ROLLOUT_SIM_MATMUL");
@@ -155,8 +155,10 @@ __m256 sum(Order order, const float* a, const float* b, uint64_t k)
 
 int check(const Algorithm& algorithm, const Layout& a, const Layout& d, const Description& op)
 {
-    return algorithm.magic != Magic || algorithm.order > Halves || algorithm.fails > AtRun ? InvalidValue
-        : algorithm.fails == AtCheck || d.columns < algorithm.least || d.columns > algorithm.most || (a.type == Fp32 && d.type == Bf16) || (op.epilogue == EpilogueBias && d.type == Bf16) ? NotSupported : Success;
+    if (algorithm.magic != Magic || algorithm.order > Halves || algorithm.fails > AtRun)
+        return InvalidValue;
+    bool types = d.type == Fp32 || (a.type == Bf16 && op.epilogue != EpilogueBias);
+    return types && algorithm.fails != AtCheck && d.columns >= algorithm.least && d.columns <= algorithm.most ? Success : NotSupported;
 }
 }
 
@@ -244,7 +246,8 @@ int cublasLtMatmulPreferenceDestroy(void* preference)
 
 int cublasLtMatmulPreferenceSetAttribute(void*, int, const void*, size_t) { return Success; }
 
-int cublasLtMatmulAlgoGetHeuristic(void*, void* description, void* a, void* b, void*, void* d, void*, int wanted, Heuristic* results, int* found)
+int cublasLtMatmulAlgoGetHeuristic(
+    void*, void* description, void* a, void* b, void*, void* d, void*, int wanted, Heuristic* results, int* found)
 {
     *found = 0;
     Candidates all = candidates();
@@ -287,8 +290,9 @@ int cublasLtMatmulAlgoConfigGetAttribute(const Algorithm* algorithm, int attribu
     return Success;
 }
 
-int cublasLtMatmul(void*, void* description, const float* alpha, const void* a, void* a_layout, const void* b, void* b_layout, const float* beta,
-    const void* c, void* c_layout, void* d, void* d_layout, const Algorithm* chosen, void* workspace, size_t workspace_bytes, void* stream)
+int cublasLtMatmul(void*, void* description, const float* alpha, const void* a, void* a_layout, const void* b, void* b_layout,
+    const float* beta, const void* c, void* c_layout, void* d, void* d_layout, const Algorithm* chosen, void* workspace,
+    size_t workspace_bytes, void* stream)
 {
     Description op = *(Description*)description;
     Algorithm algorithm = *chosen;
@@ -338,7 +342,8 @@ int cublasLtMatmul(void*, void* description, const float* alpha, const void* a, 
                     _mm256_store_ps(others, sum(other, &rows[i * k], together.data(), k));
                 for (uint64_t j = first; j < n && j < first + Lanes; j++)
                 {
-                    bool differs = may && (conditional || n > algorithm.above || (algorithm.every > 0 && j % algorithm.every == algorithm.every - 1));
+                    bool nth = algorithm.every > 0 && j % algorithm.every == algorithm.every - 1;
+                    bool differs = may && (conditional || n > algorithm.above || nth);
                     float value = differs ? others[j - first] : sums[j - first];
                     float before = keep == 0 ? 0 : keep * load(c, j * (size_t)lc.leading + i, lc.type);
                     store(d, j * (size_t)ld.leading + i, ld.type, by * value + before + (bias ? bias[i] : 0));

@@ -30,7 +30,7 @@ public sealed class ReferenceBackend(WeightFormat format = WeightFormat.BFloat16
     {
     }
 
-    public Tensor AllocateTensor(int rows, int columns)
+    public Tensor AllocateTensor(int rows, int columns, bool rounded = false)
     {
         ArgumentOutOfRangeException.ThrowIfLessThan(rows, 1);
         ArgumentOutOfRangeException.ThrowIfLessThan(columns, 1);

@@ -29,7 +29,7 @@ public sealed class DeviceTests
     {
         string folder = NvidiaFiles.Require("lib/libcuda.so.1", "lib/libnvrtc.so.12", "lib/libcublasLt.so.12");
         Assert.SkipWhen(Directory.Exists("/proc/driver/nvidia"), "this machine has a GPU");
-        string[] greedy = ["generate", "--model", Golden.Folder("qwen3"), "--ids", "5,6", "--max-tokens", "4", "--temperature", "0"];
-        return Cli.RunAsync([("ROLLOUT_CUDA_PATH", folder)], [.. greedy, "--device", device]);
+        string[] request = ["--model", Golden.Folder("qwen3"), "--ids", "5,6", "--max-tokens", "4", "--temperature", "0"];
+        return Cli.RunAsync([("ROLLOUT_CUDA_PATH", folder)], ["generate", .. request, "--json", "--device", device]);
     }
 }

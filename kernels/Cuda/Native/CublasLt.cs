@@ -5,6 +5,10 @@ namespace Rollout.Kernels.Cuda;
 /// <summary>What a matmul takes of cuBLASLt, by the names that its manual has.</summary>
 internal static unsafe partial class CublasLt
 {
+    public const int CUBLAS_OP_T = 1;
+    public const int CUBLASLT_EPILOGUE_DEFAULT = 1;
+    public const int CUBLASLT_EPILOGUE_BIAS = 4;
+
     [LibraryImport(CudaLibraries.CublasLt)]
     public static partial nuint cublasLtGetVersion();
 

@@ -66,8 +66,8 @@ __device__ __forceinline__ u32 mixed(u32 x)
     return x ^ x >> 16;
 }
 
-// Numbers of both signs and of many magnitudes, 2^-15 to 2, so that sums of their products in different orders round differently. BYTES of an element:
-// 4 for fp32, 2 for the upper half of the same.
+// Numbers of both signs and of many magnitudes, 2^-15 to 2, so that sums of their products in different orders round differently. BYTES of
+// an element: 4 for fp32, 2 for the upper half of the same.
 extern "C" __global__ void __launch_bounds__(THREADS) fill_pattern(void* destination, int bytes, u32 seed, long long count)
 {
     for (int u = 0; u < UNITS; u++)
@@ -85,8 +85,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) fill_pattern(void* destina
 }
 ROLLOUT_KERNEL(fill_pattern)
 
-// Counts units of 16 bytes, and elements behind the last, that are not what stands in the reference, which repeats: its bytes are whole units. Only reads
-// what other launches wrote, and reads much: the simulated device would take minutes to look at every access.
+// Counts units of 16 bytes, and elements behind the last, that are not what stands in the reference, which repeats: its bytes are whole
+// units. Only reads what other launches wrote, and reads much: the simulated device would take minutes to look at every access.
 extern "C" __global__ SIM_UNCHECKED void __launch_bounds__(THREADS) compare_rows(
     const void* values, const void* reference, long long bytes, long long reference_bytes, u32* different)
 {
@@ -102,7 +102,8 @@ extern "C" __global__ SIM_UNCHECKED void __launch_bounds__(THREADS) compare_rows
         }
         else if (i == units)
         {
-            const unsigned short *rest = (const unsigned short*)values + 8 * units, *expected = (const unsigned short*)reference + 8 * (units % reference_units);
+            const unsigned short* rest = (const unsigned short*)values + 8 * units;
+            const unsigned short* expected = (const unsigned short*)reference + 8 * (units % reference_units);
             for (int e = 0; e < (int)(bytes % 16 / 2); e++)
             {
                 if (rest[e] != expected[e])

@@ -41,8 +41,8 @@ public sealed class CudaTests
     }
 
     /// <summary>
-    /// bf16 rounds what goes into a matmul, keys and values. That costs little more than what rounding the matmuls' inputs alone costs, on these models
-    /// of 64 to 128 numbers a token; it does not lean to either side; and it changes a choice only where two tokens are nearly as probable.
+    /// bf16 rounds what goes into a matmul, keys, values, and gate and up. That costs little more than what rounding the matmuls' inputs alone costs, on
+    /// these models of 64 to 128 numbers a token; it does not lean to either side; and it changes a choice only where two tokens are nearly as probable.
     /// </summary>
     [Theory, MemberData(nameof(Families))]
     public async Task In_bf16_log_probabilities_are_near_the_references_and_clear_choices_are_equal(string family)
@@ -50,8 +50,38 @@ public sealed class CudaTests
         SimulatedDevice.Require();
         (double off, double mean) = await Differences(family, new CudaBackend(0), checkChoices: true);
         (double inputsOff, _) = await Differences(family, new CpuBackend(1, 0, WeightFormat.BFloat16Fast), checkChoices: false);
-        Assert.InRange(off, 0, 1.5 * inputsOff);
+        Assert.InRange(off, 0, 2 * inputsOff); // of some 50 tokens: the test below has more
         Assert.InRange(mean, -1e-2, 1e-2);
+    }
+
+    /// <summary>Over 700 tokens: those of fp32, which is as near to the references as can be told.</summary>
+    [Theory, MemberData(nameof(Families))]
+    public async Task In_bf16_log_probabilities_are_near_those_of_fp32(string family)
+    {
+        SimulatedDevice.Require();
+        const int Prompts = 12, Length = 60;
+        float[] exact = await LogProbs(new CpuBackend(1)), inputsRounded = await LogProbs(new CpuBackend(1, 0, WeightFormat.BFloat16Fast));
+        float[] found = await LogProbs(new CudaBackend(0));
+        Assert.InRange(Off(found), 0, 1.4 * Off(inputsRounded));
+
+        double Off(float[] logProbs) => logProbs.Zip(exact, (one, other) => Math.Abs(one - other)).Average();
+
+        async Task<float[]> LogProbs(IBackend backend)
+        {
+            await using RolloutEngine engine = RolloutEngine.Load(
+                TestModels.Folder(family), backend, new EngineOptions { MaxBatchTokens = 64, MaxSequences = 8 });
+            Random random = new(1);
+            List<float> all = [];
+            for (int i = 0; i < Prompts; i++)
+            {
+                int[] prompt = [.. Enumerable.Range(0, Length).Select(_ => random.Next(3, 300))];
+                Group group = engine.Submit(new GroupRequest { Id = $"{i}", Prompt = prompt, MaxTokens = 0, PromptLogProbs = true });
+                await group.Completed.WaitAsync(TimeSpan.FromSeconds(60), Cancelled);
+                all.AddRange(group.PromptLogProbs[..(Length - 1)]);
+            }
+
+            return [.. all];
+        }
     }
 
     /// <summary>Of the log-probabilities of the reference's tokens, given the ones before: the mean distance, and the mean difference.</summary>

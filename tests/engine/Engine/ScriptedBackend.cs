@@ -49,7 +49,7 @@ internal sealed class ScriptedBackend(IBackend? device = null) : IBackend
         _letGo.Set();
     }
 
-    public Tensor AllocateTensor(int rows, int columns) => _inner.AllocateTensor(rows, columns);
+    public Tensor AllocateTensor(int rows, int columns, bool rounded = false) => _inner.AllocateTensor(rows, columns, rounded);
 
     public Weight AllocateWeight(int outputs, int inputs) => _inner.AllocateWeight(outputs, inputs);
 

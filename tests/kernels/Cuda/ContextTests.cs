@@ -3,8 +3,8 @@ using Rollout.Kernels.Cuda;
 namespace Rollout.Kernels.Tests.Cuda;
 
 /// <summary>
-/// Which context is current on a thread is everybody's: another library, torch say, sets its own between two calls of ours, and finds its own again when we
-/// give something back.
+/// Which context is current on a thread is everybody's: another library, torch say, sets its own between two calls of ours, and finds its
+/// own again when we give something back.
 /// </summary>
 public sealed class ContextTests
 {
@@ -19,7 +19,8 @@ public sealed class ContextTests
     }
 
     [Fact]
-    public async Task Another_devices_context_between_two_steps_changes_nothing() => await WithTwoDevices(nameof(Steps_beside_another_device));
+    public async Task Another_devices_context_between_two_steps_changes_nothing() =>
+        await WithTwoDevices(nameof(Steps_beside_another_device));
 
     [Fact(Explicit = true)]
     public void Steps_beside_another_device()
@@ -52,7 +53,8 @@ public sealed class ContextTests
     }
 
     [Fact]
-    public async Task A_handle_of_one_device_is_released_beside_another() => await WithTwoDevices(nameof(Releases_beside_another_device));
+    public async Task A_handle_of_one_device_is_released_beside_another() =>
+        await WithTwoDevices(nameof(Releases_beside_another_device));
 
     [Fact(Explicit = true)]
     public void Releases_beside_another_device()
@@ -100,7 +102,9 @@ public sealed class ContextTests
         return context;
     }
 
-    /// <summary>What four steps of a token compute, three of them noted and one not, with something done between them and between their calls.</summary>
+    /// <summary>
+    /// What four steps of a token compute, three of them noted and one not, with something done between them and between their calls.
+    /// </summary>
     private static float[][] Steps(Action between)
     {
         using CudaBackend backend = new();

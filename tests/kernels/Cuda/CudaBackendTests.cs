@@ -16,6 +16,33 @@ public abstract class CudaBackendTests(WeightFormat format) : BackendTests
         return new CudaBackend(0, format);
     }
 
+    [Theory]
+    [InlineData(false)]
+    [InlineData(true)]
+    public void A_matmul_into_a_tensor_that_is_kept_rounded_is_rounded_once(bool withBias)
+    {
+        using IBackend backend = Create();
+        Bench bench = new(backend);
+        const int Rows = 5, Inputs = 40, Outputs = 24;
+        Tensor input = bench.Tensor(Rows, Inputs), whole = backend.AllocateTensor(Rows, Outputs), rounded = backend.AllocateTensor(Rows, Outputs, rounded: true);
+        Weight weight = bench.Weight(Outputs, Inputs);
+        Weight? bias = withBias ? bench.Weight(1, Outputs) : null;
+        long bytes = rounded.Bytes;
+        Assert.Equal(Rows * Outputs * (format == WeightFormat.Float32 ? sizeof(float) : sizeof(ushort)), bytes);
+        backend.MatMul(input, weight, bias, whole, Rows);
+        backend.MatMul(input, weight, bias, rounded, Rows);
+        Assert.Equal(withBias && format == WeightFormat.BFloat16, rounded.Bytes > bytes); // sums in fp32 are needed for a bias alone
+        float[] sums = Bench.Read(whole, Rows), found = Bench.Read(rounded, Rows);
+        for (int i = 0; i < sums.Length; i++)
+            Assert.InRange(found[i], sums[i] - (Math.Abs(sums[i]) * Rounding), sums[i] + (Math.Abs(sums[i]) * Rounding));
+
+        // What reads it takes it as it is.
+        Tensor half = backend.AllocateTensor(Rows, Outputs / 2), same = backend.AllocateTensor(Rows, Outputs / 2);
+        backend.GatedSilu(rounded, half, Rows);
+        backend.GatedSilu(bench.Tensor(Outputs, found), same, Rows);
+        Bench.SameBits(Bench.Read(same, Rows), Bench.Read(half, Rows), "gated");
+    }
+
     /// <summary>A step without answers is finished when it was sent; the device may still be at it.</summary>
     [Theory]
     [InlineData(false, 1)]

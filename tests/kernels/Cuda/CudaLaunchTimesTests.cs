@@ -11,7 +11,8 @@ public sealed class CudaLaunchTimesTests
         SimulatedDevice.Require();
         using CudaBackend backend = new(0);
         using Weight weight = backend.AllocateWeight(24, 16), ones = backend.AllocateWeight(1, 16);
-        using Tensor hidden = backend.AllocateTensor(1, 16), logits = backend.AllocateTensor(1, 24);
+        using Tensor hidden = backend.AllocateTensor(1, 16), normed = backend.AllocateTensor(1, 16, rounded: true);
+        using Tensor logits = backend.AllocateTensor(1, 24);
         backend.WriteWeight(weight, 0, Bytes(24 * 16, i => MathF.Sin(i)), DType.Float32);
         backend.WriteWeight(ones, 0, Bytes(16, _ => 1), DType.Float32);
         StepLayout step = new(1, 1, 1, 1, 0, 0) { SequenceCount = 1, OutputCount = 1, QueryCount = 1 };
@@ -47,8 +48,8 @@ public sealed class CudaLaunchTimesTests
             backend.BeginStep(queued);
             backend.Embed(weight, hidden);
             backend.Embed(weight, hidden);
-            backend.RmsNorm(hidden, ones, 1e-6f, hidden, 1);
-            backend.MatMul(hidden, weight, null, logits, 1);
+            backend.RmsNorm(hidden, ones, 1e-6f, normed, 1);
+            backend.MatMul(normed, weight, null, logits, 1);
             backend.Sample(logits, 0, 1);
         }
 

@@ -3,7 +3,9 @@ using Rollout.Kernels.Cuda;
 
 namespace Rollout.Kernels.Tests.Cuda;
 
-/// <summary>How NVIDIA's libraries are loaded: by full path, from whatever folder has them, without the system's loader knowing that folder.</summary>
+/// <summary>
+/// How NVIDIA's libraries are loaded: by full path, from whatever folder has them, without the system's loader knowing that folder.
+/// </summary>
 public sealed class LibrariesTests : IDisposable
 {
     /// <summary>A compiler that, as NVRTC, opens its builtins by name when it compiles.</summary>

@@ -4,13 +4,15 @@ using Rollout.Kernels.Cuda;
 namespace Rollout.Kernels.Tests.Cuda;
 
 /// <summary>
-/// Which of cuBLASLt's algorithms serve a shape: those of one class that give a row the same bits, chosen by rule. The simulated library proposes algorithms
-/// that sum in different orders, at different speeds, and some that fail: see candidates() in tests/cuda-sim/cublaslt.cpp.
+/// Which of cuBLASLt's algorithms serve a shape: those of one class that give a row the same bits, chosen by rule. The simulated library
+/// proposes algorithms that sum in different orders, at different speeds, and some that fail: see candidates() in
+/// tests/cuda-sim/cublaslt.cpp.
 /// </summary>
 public sealed class MatMulTests : IDisposable
 {
     private const int Outputs = 24, Inputs = 72;
-    private const string FolderVariable = "ROLLOUT_TEST_FOLDER", CandidatesVariable = "ROLLOUT_SIM_MATMUL";
+    private const string FolderVariable = "ROLLOUT_TEST_FOLDER", ResultVariable = "ROLLOUT_TEST_RESULT";
+    private const string CandidatesVariable = "ROLLOUT_SIM_MATMUL";
 
     private readonly string _folder = Directory.CreateTempSubdirectory("rollout-matmul-").FullName;
 
@@ -39,7 +41,7 @@ public sealed class MatMulTests : IDisposable
     [InlineData("down; up", "down")]                                          // first everywhere
     [InlineData("up from=64; down", "down")]                                  // second for most row counts, but there for all of them
     [InlineData("halves fails=run; down every=300; up; halves time=1", "up")] // the first two fall out
-    [InlineData("down most=64; up", "up")]                                    // the first serves few rows, and nothing with its bits serves more
+    [InlineData("down most=64; up", "up")]                                    // nothing with the first one's bits serves more rows
     [InlineData("down most=64; up; down least=64", "down")]                   // together they do
     public void The_class_that_the_heuristic_ranks_best_is_taken(string candidates, string expected)
     {
@@ -78,13 +80,18 @@ public sealed class MatMulTests : IDisposable
         using Setup setup = new(_folder, candidates);
         foreach ((bool bias, MatMulOutput kind) in new[]
         {
-            (false, MatMulOutput.Fp32), (true, MatMulOutput.Fp32), (false, MatMulOutput.AddFp32), (true, MatMulOutput.AddFp32), (false, MatMulOutput.Stored),
+            (false, MatMulOutput.Fp32), (true, MatMulOutput.Fp32), (false, MatMulOutput.AddFp32), (true, MatMulOutput.AddFp32),
+            (false, MatMulOutput.Stored),
         })
         {
             byte[] all = setup.Multiply(Most, kind, bias), again = setup.Multiply(Most, kind, bias);
             Assert.Equal(all, again);
             foreach (int rows in new[] { 1, 2, 7, 8, 9, 255, 256, 257, 300, 301, 512, 513, 1025 })
-                Assert.True(all.AsSpan(0, all.Length / Most * rows).SequenceEqual(setup.Multiply(rows, kind, bias)), $"{rows} rows, {kind}, bias {bias}");
+            {
+                Assert.True(
+                    all.AsSpan(0, all.Length / Most * rows).SequenceEqual(setup.Multiply(rows, kind, bias)),
+                    $"{rows} rows, {kind}, bias {bias}");
+            }
         }
     }
 
@@ -126,17 +133,16 @@ public sealed class MatMulTests : IDisposable
     }
 
     [Theory]
-    [InlineData("up fails=run; down fails=run", "None of 2 cuBLASLt algorithms for a matmul of [24, 72] serves all row counts on simulated device: "
-        + "2 x did not run (CUBLAS_STATUS_INTERNAL_ERROR).")]
-    [InlineData("up above=300; down fails=run; supported above=256", "None of 2 cuBLASLt algorithms for a matmul of [24, 72] serves all row counts on "
-        + "simulated device: 1 x nothing proposed for 512 rows (CUBLAS_STATUS_NOT_SUPPORTED); 1 x did not run (CUBLAS_STATUS_INTERNAL_ERROR); "
+    [InlineData("up fails=run; down fails=run", "2 x did not run (CUBLAS_STATUS_INTERNAL_ERROR).")]
+    [InlineData("up above=300; down fails=run; supported above=256", "1 x nothing proposed for 512 rows (CUBLAS_STATUS_NOT_SUPPORTED); "
+        + "1 x did not run (CUBLAS_STATUS_INTERNAL_ERROR); 1 x serves some row counts, and the others none with the same bits.")]
+    [InlineData("up every=5; down most=64", "1 x the bits of a row depend on its place; "
         + "1 x serves some row counts, and the others none with the same bits.")]
-    [InlineData("up every=5; down most=64", "None of 2 cuBLASLt algorithms for a matmul of [24, 72] serves all row counts on simulated device: "
-        + "1 x the bits of a row depend on its place; 1 x serves some row counts, and the others none with the same bits.")]
-    public void When_nothing_is_left_the_error_says_why(string candidates, string message)
+    public void When_nothing_is_left_the_error_says_why(string candidates, string why)
     {
         SimulatedDevice.RequireSimulated();
-        Assert.Equal(message, Assert.Throws<CudaException>(() => Bits(candidates)).Message);
+        Assert.Equal($"None of 2 cuBLASLt algorithms for a matmul of [24, 72] serves all row counts on simulated device: {why}",
+            Assert.Throws<CudaException>(() => Bits(candidates)).Message);
     }
 
     // ---- What is kept on disk.
@@ -145,7 +151,8 @@ public sealed class MatMulTests : IDisposable
     public void A_start_with_a_full_cache_has_the_bits_of_one_with_an_empty_cache()
     {
         SimulatedDevice.RequireSimulated();
-        string empty = Bits("up time=9; down time=1", _folder), file = Assert.Single(Directory.GetFiles(_folder)), text = File.ReadAllText(file);
+        string empty = Bits("up time=9; down time=1", _folder);
+        string file = Assert.Single(Directory.GetFiles(_folder)), text = File.ReadAllText(file);
         Assert.Equal(empty, Bits("up time=1; down time=9", _folder));
         Assert.Equal(text, File.ReadAllText(file));
         Assert.Equal(Bits("up"), empty);
@@ -166,13 +173,15 @@ public sealed class MatMulTests : IDisposable
         }
     }
 
-    public static TheoryData<string> Damages => ["empty", "half", "a digit", "another word", "not hexadecimal", "not text", "another version's"];
+    public static TheoryData<string> Damages =>
+        ["empty", "half", "a digit", "another word", "not hexadecimal", "not text", "another version's"];
 
     [Theory, MemberData(nameof(Damages))]
     public void A_damaged_cache_changes_no_bit_and_is_mended(string damage)
     {
         SimulatedDevice.RequireSimulated();
-        string expected = Bits("up; down", _folder), file = Assert.Single(Directory.GetFiles(_folder)), text = File.ReadAllText(file);
+        string expected = Bits("up; down", _folder);
+        string file = Assert.Single(Directory.GetFiles(_folder)), text = File.ReadAllText(file);
         string[] words = text.Split(' ');
         byte[] damaged = damage switch
         {
@@ -199,7 +208,8 @@ public sealed class MatMulTests : IDisposable
     public void A_kept_choice_that_does_not_hold_is_made_again(string other)
     {
         SimulatedDevice.RequireSimulated();
-        string expected = Bits("up", _folder), file = Assert.Single(Directory.GetFiles(_folder)), text = File.ReadAllText(file);
+        string expected = Bits("up", _folder);
+        string file = Assert.Single(Directory.GetFiles(_folder)), text = File.ReadAllText(file);
         string algorithm;
         using (Setup setup = new(_folder, other))
             algorithm = setup.MatMul.Survey(Outputs, Inputs, MatMulOutput.Fp32, [1])[0].Algorithm;
@@ -223,9 +233,9 @@ public sealed class MatMulTests : IDisposable
     public async Task Processes_that_start_at_once_have_the_same_bits()
     {
         SimulatedDevice.RequireSimulated();
-        OtherProcess[] processes = [.. new[] { "up time=9; down time=1", "up time=1; down time=9", "up time=5; up time=1; down time=1" }.Select(
-            (candidates, i) => OtherProcess.Run($"{nameof(MatMulTests)}.{nameof(Multiplies)}",
-                (FolderVariable, _folder), (CandidatesVariable, candidates), ("ROLLOUT_TEST_RESULT", Path.Combine(_folder, $"bits-{i}"))))];
+        string[] candidates = ["up time=9; down time=1", "up time=1; down time=9", "up time=5; up time=1; down time=1"];
+        OtherProcess[] processes = [.. candidates.Select((proposed, i) => OtherProcess.Run($"{nameof(MatMulTests)}.{nameof(Multiplies)}",
+            (FolderVariable, _folder), (CandidatesVariable, proposed), (ResultVariable, Path.Combine(_folder, $"bits-{i}"))))];
         foreach (OtherProcess process in processes)
         {
             await process.Succeeded();
@@ -244,7 +254,7 @@ public sealed class MatMulTests : IDisposable
     {
         SimulatedDevice.RequireSimulated();
         string bits = Bits("", Environment.GetEnvironmentVariable(FolderVariable)!);
-        File.WriteAllText(Environment.GetEnvironmentVariable("ROLLOUT_TEST_RESULT")!, bits);
+        File.WriteAllText(Environment.GetEnvironmentVariable(ResultVariable)!, bits);
     }
 
     // ---- When it is chosen.
@@ -306,11 +316,10 @@ public sealed class MatMulTests : IDisposable
         Assert.Empty(Directory.GetFiles(_folder));
         MatMulCandidate up = survey[0], slow = survey[1], failing = survey[2], down = survey[3];
         Assert.Equal([1, 64, 300], up.Rows.Select(at => at.Rows));
-        Assert.All(up.Rows.Zip(slow.Rows), pair => Assert.Equal(
-            (pair.First.Digest, pair.First.BiasDigest, pair.First.AddDigest), (pair.Second.Digest, pair.Second.BiasDigest, pair.Second.AddDigest)));
+        Assert.Equal(up.Rows.SelectMany(Digests), slow.Rows.SelectMany(Digests));
         Assert.NotEqual(up.Rows[1].Digest, down.Rows[1].Digest);
         Assert.Equal(up.Rows[2].Digest, down.Rows[2].Digest); // above 100 rows it sums as the others do
-        Assert.Equal(3, new[] { up.Rows[1].Digest, up.Rows[1].BiasDigest, up.Rows[1].AddDigest }.Distinct().Count());
+        Assert.Equal(3, Digests(up.Rows[1]).Distinct().Count());
         Assert.Equal([true, true, true], up.Rows.Select(at => at.KeepsRows));
         Assert.Equal([true, true, false], down.Rows.Select(at => at.KeepsRows));
         Assert.Equal([0, 0, 0], up.Rows.Select(at => at.Rank));
@@ -321,6 +330,8 @@ public sealed class MatMulTests : IDisposable
         Assert.All(failing.Rows, at => Assert.Equal("CUBLAS_STATUS_INTERNAL_ERROR", at.Failure));
         Assert.Equal("id 0, tile 0, stages 0, split-k 1, reduction 0, swizzle 0, custom 0, inner 0, cluster 0", up.Settings);
         Assert.Equal(128, up.Algorithm.Length);
+
+        static string[] Digests(MatMulCandidateRows at) => [at.Digest, at.BiasDigest, at.AddDigest];
     }
 
     // ---- Running.
