@@ -110,7 +110,7 @@ internal static class Correctness
         {
             string name = names[Text(message, "TestUniqueID")];
             if (result == "failed")
-                stage.Fail(Tests, name, string.Join(" | ", message.GetProperty("Messages").EnumerateArray()).ReplaceLineEndings(" "));
+                stage.Fail(Tests, name, string.Join(" | ", message.GetProperty("Messages").EnumerateArray()));
             else
                 stage.Write(Tests, name, "result", result);
         }

@@ -95,7 +95,7 @@ internal sealed class Stage
         }
         catch (Exception e)
         {
-            Fail(Table, $"{Number}, {part.Name}", $"{e.GetType().Name}: {e.Message}\n{e}");
+            Fail(Table, $"{Number}, {part.Name}", e);
             return Failed;
         }
     }
@@ -111,12 +111,16 @@ internal sealed class Stage
     public void Write(string table, string name, string column, string text)
         => RowFile.Append(Output, new Row(Number, table, name, column) { Text = text });
 
-    public void Fail(string table, string name, string error)
+    /// <summary>The row has the beginning of what went wrong, the log all of it.</summary>
+    public void Fail(string table, string name, string error, string details = "")
     {
-        Console.Error.WriteLine($"{table}, {name}: {error}");
-        string first = error.Split('\n')[0];
-        RowFile.Append(Output, new Row(Number, table, name, "result") { Error = first.Length > 300 ? first[..300] : first });
+        const int Most = 400;
+        Console.Error.WriteLine($"{table}, {name}: {error}\n{details}");
+        string line = error.ReplaceLineEndings(" ");
+        RowFile.Append(Output, new Row(Number, table, name, "result") { Error = line.Length > Most ? line[..Most] : line });
     }
+
+    private void Fail(string table, string name, Exception e) => Fail(table, name, $"{e.GetType().Name}: {e.Message}", $"{e}");
 
     /// <summary>A failure is a row, and the next measurement follows.</summary>
     public async Task TryAsync(string table, string name, Func<Task> measure)
@@ -127,7 +131,7 @@ internal sealed class Stage
         }
         catch (Exception e)
         {
-            Fail(table, name, $"{e.GetType().Name}: {e.Message}\n{e}");
+            Fail(table, name, e);
         }
     }
 
@@ -140,7 +144,7 @@ internal sealed class Stage
         }
         catch (Exception e)
         {
-            Fail(table, name, $"{e.GetType().Name}: {e.Message}\n{e}");
+            Fail(table, name, e);
         }
     }
 }
