@@ -47,6 +47,23 @@ public sealed class RunTests : IDisposable
         Assert.Equal(["cache.tar", "log.txt", "results.md", "rows.jsonl"], files);
     }
 
+    /// <summary>What fails is a row, says why, and stops nothing that comes after it.</summary>
+    [Fact]
+    public async Task Without_a_device_every_part_says_so()
+    {
+        SimulatedDevice.Require();
+        Assert.SkipUnless(AppContext.BaseDirectory.Contains("Release", StringComparison.Ordinal), OnlyRelease);
+        await PackAsync();
+        string report = await RunAsync(devices: 0, "--out", "results", "--stage", "1");
+        foreach (string row in (string[])["Machine, device", "Kernels, bf16", "Kernels, fp32", "Stages, 1, ceilings"])
+        {
+            const string Why = "**failed**: CudaException: This machine has no CUDA device.";
+            Assert.Contains($"- {row}: {Why}", report, StringComparison.Ordinal);
+        }
+
+        Assert.Contains("| 1, kernels | done |", report, StringComparison.Ordinal);
+    }
+
     /// <summary>
     /// What is measured again replaces what was; a line that a killed process left, and what it did not come to, spoil nothing.
     /// </summary>
@@ -84,13 +101,17 @@ public sealed class RunTests : IDisposable
         => StartAsync(new ProcessStartInfo(Path.Combine(Root, "perf", "gpu", "pack.sh"), ["--no-build", Path.Combine(_folder, "archive")]));
 
     /// <summary>run.sh with nothing of this process's environment.</summary>
-    private Task<string> RunAsync(params string[] arguments)
+    private Task<string> RunAsync(params string[] arguments) => RunAsync(devices: 1, arguments);
+
+    /// <inheritdoc cref="RunAsync(string[])"/>
+    private Task<string> RunAsync(int devices, params string[] arguments)
     {
         ProcessStartInfo info = new(Path.Combine(_folder, "archive", "run.sh"), arguments) { WorkingDirectory = _folder };
         info.Environment.Clear();
         info.Environment["HOME"] = Directory.CreateDirectory(Path.Combine(_folder, "home")).FullName;
         info.Environment["PATH"] = "/usr/bin:/bin";
         info.Environment["ROLLOUT_CUDA_PATH"] = Simulated;
+        info.Environment["ROLLOUT_SIM_DEVICES"] = $"{devices}";
         return StartAsync(info);
     }
 
