@@ -1,23 +1,31 @@
+using System.Runtime.InteropServices;
+
 namespace Rollout.Kernels.Cuda;
 
 /// <summary>
 /// Which block of attention.cu walks over what. A sequence with several rows is cut into tiles of rows, each of which walks over its whole context. A
-/// single row with more than one chunk of context is cut by chunks, as long as there is room for the parts, and rows that have a chunk's blocks in
-/// common share one item for it. How it is cut changes no bit: see attention.cu.
+/// single row with more than one chunk of context is cut by chunks, and rows that have a chunk's blocks in common share one item for it. Where there is no
+/// room for the parts of all rows, those with the longest contexts are cut, and whoever walks over most chunks begins first: the step ends with short
+/// items, not with a long one. How it is cut changes no bit: see attention.cu.
 /// </summary>
 internal sealed class CudaAttentionPlan
 {
     /// <summary>Tokens of a chunk. As in attention.cu.</summary>
     public const int Chunk = 128;
 
-    /// <summary>Most parts of one step: enough items to fill any device several times.</summary>
-    public const int MostSlots = 4096;
+    /// <summary>Numbers of an item.</summary>
+    public const int ItemNumbers = 8;
+
+    /// <summary>Most parts of one step: those of 64 rows of 32,768 tokens, or of 1,024 rows of 2,048.</summary>
+    public const int MostSlots = 16384;
 
     private const int ChunkBlocks = Chunk / KvCache.BlockTokens;
 
     private int _items;
+    private int[] _chunks = [];    // by sequence: of a single row that may be cut, else 0
+    private long[] _byLength = []; // sequences that may be cut, longest context first
 
-    /// <summary>As in attention.cu, 5 numbers each.</summary>
+    /// <summary>As in attention.cuh, <see cref="ItemNumbers"/> each.</summary>
     public int[] Items { get; private set; } = [];
 
     public int ItemCount => _items;
@@ -32,73 +40,120 @@ internal sealed class CudaAttentionPlan
     public int MostRows { get; private set; }
 
     /// <summary>Most items that a step may need: one a row, or where a row is cut one a part.</summary>
-    public static int MostItems(StepLayout step) => step.TokenIds.Length + MostSlots;
+    public static int MostItems(StepLayout step) => step.TokenIds.Length + (int)Math.Min(MostSlots, MostParts(step.RowStart.Length - 1, step.MaxBlocks));
+
+    /// <summary>Parts that there is room for, of heads of this dimension: no more than steps of so many sequences can need.</summary>
+    public static int SlotsFor(int sequences, int maxBlocks, int heads, int headDim, long mostBytes) =>
+        (int)Math.Min(Math.Min(MostSlots, MostParts(sequences, maxBlocks)), mostBytes / PartBytes(heads, headDim));
+
+    /// <summary>Bytes of one part: of every head, weighted values, then their maximum and sum, and room for 16 bytes in line.</summary>
+    public static long PartBytes(int heads, int headDim) => (long)heads * (headDim + 4) * sizeof(float);
 
     /// <param name="step">What to cut.</param>
     /// <param name="rowsPerItem">Most rows of an item.</param>
-    public void Build(StepLayout step, int rowsPerItem)
+    /// <param name="mostSlots">Parts that there is room for.</param>
+    public void Build(StepLayout step, int rowsPerItem, int mostSlots)
     {
-        int most = 5 * MostItems(step);
+        int most = ItemNumbers * MostItems(step);
         if (Items.Length < most)
             Items = new int[most];
         if (RowSlots.Length < step.TokenIds.Length)
             RowSlots = new int[step.TokenIds.Length];
+        if (_chunks.Length < step.RowStart.Length)
+            (_chunks, _byLength) = (new int[step.RowStart.Length], new long[step.RowStart.Length]);
         _items = 0;
-        Slots = 0;
         MostRows = 0;
-        for (int s = 0; s < step.SequenceCount;)
+        Cut(step, mostSlots);
+        int longest = 0, shortest = int.MaxValue;
+        for (int s = 0; s < step.SequenceCount; s++)
+        {
+            int last = step.RowStart[s + 1];
+            for (int row = step.RowStart[s]; row < last && _chunks[s] == 0; row += rowsPerItem)
+            {
+                int rows = Math.Min(rowsPerItem, last - row), chunks = (step.Positions[row + rows - 1] / Chunk) + 1;
+                Add(row, rows, 0, chunks, split: false, s, step.Positions[row + rows - 1]);
+                (longest, shortest) = (Math.Max(longest, chunks), Math.Min(shortest, chunks));
+            }
+        }
+
+        if (longest > shortest)
+        {
+            MemoryMarshal.Cast<int, Item>(Items.AsSpan(0, ItemNumbers * _items)).Sort(
+                static (a, b) => a.Chunks != b.Chunks ? b.Chunks.CompareTo(a.Chunks) : a.FirstRow.CompareTo(b.FirstRow));
+        }
+
+        for (int s = 0; s < step.SequenceCount; s++)
         {
             // Neighbours that are cut: the scheduler keeps the samples of a group together.
-            int end = s;
-            while (end < step.SequenceCount && IsCut(step, end))
-                end++;
-            if (end > s)
-            {
-                CutByChunks(step, s, end, rowsPerItem);
-                s = end;
-                continue;
-            }
-
-            int last = step.RowStart[s + 1];
-            for (int row = step.RowStart[s]; row < last; row += rowsPerItem)
-            {
-                int rows = Math.Min(rowsPerItem, last - row);
-                Add(row, rows, 0, (step.Positions[row + rows - 1] / Chunk) + 1, split: false);
-            }
-
-            s++;
+            int begin = s;
+            while (s < step.SequenceCount && _chunks[s] > 0)
+                s++;
+            CutByChunks(step, begin, s, rowsPerItem);
         }
     }
 
-    /// <summary>Whether it is; then its parts have their places.</summary>
-    private bool IsCut(StepLayout step, int s)
+    /// <summary>Row tiles of the kernel that the step needs, where `slice` heads of a row are in one item: one, or as many as there may be.</summary>
+    public int RowTiles(int slice, int headDim) => MostRows * slice <= AttentionKernel.TileQueries ? 1 : AttentionKernel.MostRowTiles(headDim);
+
+    /// <summary>Parts of the longest contexts that a step may have.</summary>
+    private static long MostParts(int sequences, int maxBlocks) => sequences * (((long)maxBlocks + ChunkBlocks - 1) / ChunkBlocks);
+
+    /// <summary>Chooses the rows that are cut: their chunks. Their parts get their places.</summary>
+    private void Cut(StepLayout step, int mostSlots)
     {
-        int row = step.RowStart[s];
-        if (step.RowStart[s + 1] - row != 1)
-            return false;
-        int chunks = (step.Positions[row] / Chunk) + 1;
-        if (chunks == 1 || Slots + chunks > MostSlots)
-            return false;
-        RowSlots[row] = Slots;
-        Slots += chunks;
-        return true;
+        int count = 0;
+        long all = 0;
+        for (int s = 0; s < step.SequenceCount; s++)
+        {
+            int row = step.RowStart[s], chunks = step.RowStart[s + 1] - row == 1 ? (step.Positions[row] / Chunk) + 1 : 0;
+            _chunks[s] = chunks > 1 ? chunks : 0;
+            all += _chunks[s];
+            if (chunks > 1)
+                _byLength[count++] = ((long)(int.MaxValue - chunks) << 32) | (uint)s;
+        }
+
+        if (all > mostSlots)
+        {
+            _byLength.AsSpan(0, count).Sort();
+            for (int i = 0, left = mostSlots; i < count; i++)
+            {
+                ref int chunks = ref _chunks[(int)_byLength[i]];
+                if (chunks <= left)
+                    left -= chunks;
+                else
+                    chunks = 0;
+            }
+        }
+
+        Slots = 0;
+        for (int s = 0; s < step.SequenceCount; s++)
+        {
+            if (_chunks[s] > 0)
+            {
+                RowSlots[step.RowStart[s]] = Slots;
+                Slots += _chunks[s];
+            }
+        }
     }
 
     private void CutByChunks(StepLayout step, int begin, int end, int rowsPerItem)
     {
         int longest = 0;
         for (int s = begin; s < end; s++)
-            longest = Math.Max(longest, (step.Positions[step.RowStart[s]] / Chunk) + 1);
+            longest = Math.Max(longest, _chunks[s]);
         for (int chunk = 0; chunk < longest; chunk++)
         {
             for (int s = begin; s < end;)
             {
                 int rows = 1;
-                if (step.Positions[step.RowStart[s]] / Chunk >= chunk)
+                if (chunk < _chunks[s])
                 {
                     while (rows < rowsPerItem && s + rows < end && Shares(step, s, s + rows, chunk))
                         rows++;
-                    Add(step.RowStart[s], rows, chunk, 1, split: true);
+                    int last = step.Positions[step.RowStart[s]];
+                    for (int r = 1; r < rows; r++)
+                        last = Math.Max(last, step.Positions[step.RowStart[s + r]]);
+                    Add(step.RowStart[s], rows, chunk, 1, split: true, s, last);
                 }
 
                 s += rows;
@@ -106,19 +161,38 @@ internal sealed class CudaAttentionPlan
         }
     }
 
-    /// <summary>Whether both see the whole of a chunk, in the same blocks.</summary>
+    /// <summary>Whether both see the whole of a chunk, in the same blocks, and more after it: a row's own token is nobody else's.</summary>
     private static bool Shares(StepLayout step, int one, int other, int chunk)
     {
-        int whole = ((chunk + 1) * Chunk) - 1, first = chunk * ChunkBlocks;
-        return step.Positions[step.RowStart[one]] >= whole && step.Positions[step.RowStart[other]] >= whole
+        int end = (chunk + 1) * Chunk, first = chunk * ChunkBlocks;
+        return step.Positions[step.RowStart[one]] >= end && step.Positions[step.RowStart[other]] >= end
             && step.BlockTables.AsSpan((one * step.MaxBlocks) + first, ChunkBlocks)
                 .SequenceEqual(step.BlockTables.AsSpan((other * step.MaxBlocks) + first, ChunkBlocks));
     }
 
-    private void Add(int firstRow, int rows, int firstChunk, int chunks, bool split)
+    private void Add(int firstRow, int rows, int firstChunk, int chunks, bool split, int sequence, int last)
     {
         MostRows = Math.Max(MostRows, rows);
-        Span<int> item = Items.AsSpan(5 * _items++, 5);
-        (item[0], item[1], item[2], item[3], item[4]) = (firstRow, rows, firstChunk, chunks, split ? 1 : 0);
+        MemoryMarshal.Cast<int, Item>(Items.AsSpan())[_items++] = new Item
+        {
+            FirstRow = firstRow,
+            Rows = rows,
+            FirstChunk = firstChunk,
+            Chunks = chunks,
+            Split = split ? 1 : 0,
+            Sequence = sequence,
+            Last = last,
+        };
+    }
+
+    /// <summary>As in attention.cuh.</summary>
+    internal struct Item
+    {
+        public int FirstRow, Rows;
+        public int FirstChunk, Chunks;
+        public int Split;
+        public int Sequence;
+        public int Last;
+        public int Unused;
     }
 }

@@ -20,13 +20,14 @@ public sealed unsafe partial class CudaBackend : IBackend
     private readonly CudaAttentionPlan _plan = new();
     private readonly DeviceBuffer _staging, _stagedIndices; // of weights on their way in
     private DeviceBuffer? _partials, _counters;             // of attention that is cut by chunks
+    private DeviceBuffer? _sampling;                        // see CudaSampleScratch
     private CudaStep? _place;
     private StepLayout? _step;
     private int[] _rowSequence = [];
     private Rope? _rope;
     private bool _isDecode; // every sequence of the step has one row
-    private int _rowsPerItem = 1;
-    private int _uploadedFor;
+    private (int RowsPerItem, int Slots) _cut = (1, 0); // how the last attention's model cuts steps
+    private (int RowsPerItem, int Slots) _uploadedFor;
     private ContextChecks _contextChecks;
     private long _stepsBegun;
     private long _stepsDone;
@@ -79,6 +80,9 @@ public sealed unsafe partial class CudaBackend : IBackend
     /// <summary>Steps, or parts of steps, that went to the device as one graph.</summary>
     public long GraphLaunches => _commands.GraphLaunches;
 
+    /// <summary>Most memory that parts of long contexts take: see <see cref="CudaAttentionPlan"/>. Bits do not depend on it.</summary>
+    internal long MostPartBytes { get; init; } = 128 << 20;
+
     internal CudaDevice Device { get; }
 
     internal bool StoresFp32 => WeightFormat == WeightFormat.Float32;
@@ -98,6 +102,7 @@ public sealed unsafe partial class CudaBackend : IBackend
         _place?.Dispose();
         _partials?.Dispose();
         _counters?.Dispose();
+        _sampling?.Dispose();
         _staging.Dispose();
         _stagedIndices.Dispose();
         _matMul.Dispose();
@@ -226,8 +231,8 @@ public sealed unsafe partial class CudaBackend : IBackend
         _isDecode = step.RowCount == step.SequenceCount;
         for (int s = 0; s < step.SequenceCount && _isDecode; s++)
             _isDecode = step.RowStart[s] == s;
-        _plan.Build(step, _rowsPerItem);
-        _uploadedFor = _rowsPerItem;
+        _plan.Build(step, _cut.RowsPerItem, _cut.Slots);
+        _uploadedFor = _cut;
         int rows = Math.Min(Pad(step.RowCount), step.TokenIds.Length);
         int queries = Math.Min(Math.Max(step.QueryCount, Pad(step.RowCount)), step.Queries.Length);
         if (step.IsRehearsal)
@@ -326,26 +331,27 @@ public sealed unsafe partial class CudaBackend : IBackend
         CudaTensor destination = Own(output, step.RowCount, heads * headDim);
         _contextChecks.Check(step, keysValues);
 
-        int widest = AttentionKernel.MostRowTiles(headDim), queriesPerItem = widest * AttentionKernel.TileQueries;
-        int group = heads / keysValues.KvHeads, slice = Math.Min(group, queriesPerItem), slices = (group + slice - 1) / slice;
-        _rowsPerItem = queriesPerItem / slice;
-        if (_uploadedFor != _rowsPerItem)
+        int group = heads / keysValues.KvHeads, queriesPerItem = AttentionKernel.MostRowTiles(headDim) * AttentionKernel.TileQueries;
+        int slice = Math.Min(group, queriesPerItem), slices = (group + slice - 1) / slice;
+        _cut = (queriesPerItem / slice, CudaAttentionPlan.SlotsFor(_place!.MostSequences, step.MaxBlocks, heads, headDim, MostPartBytes));
+        if (_uploadedFor != _cut)
         {
-            _plan.Build(step, _rowsPerItem);
+            _plan.Build(step, _cut.RowsPerItem, _cut.Slots);
             _place!.Upload(step, _plan);
-            _uploadedFor = _rowsPerItem;
+            _uploadedFor = _cut;
         }
 
         Rope? rope = _rope is { } asked && (asked.Qkv, asked.Heads, asked.Cache, asked.Layer) == (queries, heads, keysValues, layer) ? asked : null;
         if (rope is not null)
             _rope = null;
-        Reserve(ref _partials, (long)CudaAttentionPlan.MostSlots * heads * (headDim + 2) * sizeof(float));
+        Reserve(ref _partials, _cut.Slots * CudaAttentionPlan.PartBytes(heads, headDim));
         Reserve(ref _counters, (long)step.TokenIds.Length * keysValues.KvHeads * slices * sizeof(uint));
 
-        AttentionKernel kernel = _kernels.Attend(headDim, _plan.MostRows * slice <= AttentionKernel.TileQueries ? 1 : widest);
-        int items = _isDecode ? (int)BitOperations.RoundUpToPowerOf2((uint)_plan.ItemCount) : _plan.ItemCount;
-        Launch(kernel.Function, new Grid(items, keysValues.KvHeads, slices), kernel.Threads, kernel.SharedBytes,
-            [_place!.Header, Fp32(queries, step.RowCount), queries.Columns, _place.Positions, _place.Sequences,
+        // A step that decodes is launched by its number of rows alone, whatever their contexts: blocks take items until there are none.
+        AttentionKernel kernel = _kernels.Attend(headDim, _plan.RowTiles(slice, headDim));
+        int blocks = _isDecode ? kernel.BlocksFor(Pad(step.RowCount) + _cut.Slots, keysValues.KvHeads * slices) : _plan.ItemCount;
+        Launch(kernel.Function, new Grid(blocks, keysValues.KvHeads, slices), kernel.Threads, kernel.SharedBytes,
+            [_place.Header, Fp32(queries, step.RowCount), queries.Columns, _place.Positions,
             keysValues.Keys(layer), keysValues.Values(layer), heads, keysValues.KvHeads, slice, scale, destination.Rounded, _place.RowSlots,
             _partials.Pointer, _counters.Pointer, rope?.QueryNorm ?? 0, rope?.KeyNorm ?? 0, rope?.Epsilon ?? 0, rope?.Table ?? 0]);
         destination.IsRounded = true;
@@ -357,8 +363,8 @@ public sealed unsafe partial class CudaBackend : IBackend
         CudaTensor destination = Own(output, rows);
         CudaTensor source = Own(gateUp, rows, 2 * destination.Columns);
         rows = Pad(rows, source, destination);
-        Launch(_kernels.GatedSilu, new Grid(rows, Blocks(destination.Columns).X), Threads,
-            Fp32(source, rows), destination.Rounded, destination.Columns);
+        Launch(_kernels.GatedSilu, new Grid(rows, Blocks(destination.Columns, 16 / StoredBytes).X), Threads,
+            Rounded(source, rows), destination.Rounded, destination.Columns);
         destination.IsRounded = true;
     }
 
@@ -380,9 +386,17 @@ public sealed unsafe partial class CudaBackend : IBackend
         Checks.Outputs(step, first, count);
         CudaTensor source = Own(logits, count);
         (int begin, int end) = Checks.Queries(step, first, count, source.Columns);
-        Launch(_kernels.Sample, new Grid(Pad(end - begin)), Threads,
-            _place!.Header, Fp32(source, count), source.Columns, source.Columns, _place.Queries, begin, first, first + source.Rows,
-            _place.Results, _place.AlternativeIds, _place.AlternativeLogProbs);
+        CudaSampleScratch scratch = new(source.Columns);
+        Reserve(ref _sampling, scratch.Bytes);
+        nuint values = Fp32(source, count), counters = _sampling.Pointer;
+        int queries = Pad(end - begin);
+        for (int done = 0; done < queries; done += CudaSampleScratch.MostQueries)
+        {
+            Launch(_kernels.Sample, new Grid(Math.Min(queries - done, CudaSampleScratch.MostQueries), scratch.Slices), Threads,
+                _place!.Header, values, source.Columns, source.Columns, _place.Queries, begin + done, first, first + source.Rows, _place.Results,
+                _place.AlternativeIds, _place.AlternativeLogProbs, counters, counters + (nuint)CudaSampleScratch.Found, counters + (nuint)scratch.Tops);
+        }
+
         if (first + count < step.OutputCount)
             return; // with the last of the step's answers come all
         Flush();
@@ -392,7 +406,7 @@ public sealed unsafe partial class CudaBackend : IBackend
             return;
         }
 
-        _place.Download();
+        _place!.Download();
         _answers = step.QueryCount;
     }
 
@@ -447,7 +461,7 @@ public sealed unsafe partial class CudaBackend : IBackend
         if (tensor.IsRounded && !StoresFp32)
         {
             long count = (long)rows * tensor.Columns;
-            Launch(_kernels.Widen, Blocks(count), Threads, tensor.Rounded, tensor.Fp32, count);
+            Launch(_kernels.Widen, Blocks(count, 4), Threads, tensor.Rounded, tensor.Fp32, count);
         }
 
         tensor.IsRounded = false;
@@ -460,7 +474,7 @@ public sealed unsafe partial class CudaBackend : IBackend
         {
             // The fp32 values stay the tensor's: whoever rounds them again later gets the same.
             long count = (long)rows * tensor.Columns;
-            Launch(_kernels.Round, Blocks(count), Threads, tensor.Fp32, tensor.Rounded, count);
+            Launch(_kernels.Round, Blocks(count, 4), Threads, tensor.Fp32, tensor.Rounded, count);
         }
 
         return tensor.Rounded;
@@ -491,7 +505,8 @@ public sealed unsafe partial class CudaBackend : IBackend
 
     // ---- Launches.
 
-    private static Grid Blocks(long count) => new((int)((count + Threads - 1) / Threads));
+    /// <summary>For so many elements, of which a thread takes `each`.</summary>
+    private static Grid Blocks(long count, int each = 1) => new((int)((count + ((long)Threads * each) - 1) / ((long)Threads * each)));
 
     private void Launch(nint function, Grid grid, int threads, params ReadOnlySpan<Argument> arguments) =>
         Launch(function, grid, threads, sharedBytes: 0, arguments);

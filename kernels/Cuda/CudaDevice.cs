@@ -23,10 +23,12 @@ internal sealed unsafe class CudaDevice : IDisposable
         Driver.cuDeviceGetName(name, 256, device).ThrowIfFailed($"device {ordinal}");
         Name = Marshal.PtrToStringUTF8((nint)name) ?? "";
         Ordinal = ordinal;
-        Architecture = $"sm_{Attribute(CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)}"
-            + $"{Attribute(CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)}";
+        int major = Attribute(CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR);
+        Architecture = $"sm_{major}{Attribute(CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)}";
         Multiprocessors = Attribute(CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
         L2Bytes = Attribute(CUdevice_attribute.CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE);
+        Driver.cuDriverGetVersion(out int version).ThrowIfFailed();
+        StartsKernelsEarly = major >= 9 && version >= 12030;
         if (Attribute(CUdevice_attribute.CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED) == 0)
             throw new CudaException($"cuda:{ordinal} {Name} cannot map memory to reserved addresses (virtual memory management), where weights, keys and values lie.");
         _context = new CudaContext(device);
@@ -59,6 +61,12 @@ internal sealed unsafe class CudaDevice : IDisposable
 
     /// <summary>Of the cache that all multiprocessors share.</summary>
     public long L2Bytes { get; }
+
+    /// <summary>
+    /// Whether a kernel may be started while the one before it in its stream still runs, and waits for it by itself (programmatic dependent launch): from
+    /// compute capability 9.0 on, and in graphs from CUDA 12.3 on.
+    /// </summary>
+    public bool StartsKernelsEarly { get; }
 
     /// <summary>Steps run here, in order.</summary>
     public CudaStream Stream { get; }

@@ -6,7 +6,8 @@ namespace Rollout.Kernels.Cuda;
 internal sealed unsafe class CudaKernels : IDisposable
 {
     private static readonly Dictionary<string, string> s_headers =
-        new[] { "common.cuh", "copy.cuh", "mma.cuh", "rope.cuh" }.ToDictionary(header => header, Source);
+        new[] { "attention.cuh", "common.cuh", "copy.cuh", "logits.cuh", "merge.cuh", "mma.cuh", "ring.cuh", "rope.cuh", "truncation.cuh" }
+            .ToDictionary(header => header, Source);
 
     private readonly CudaDevice _device;
     private readonly bool _storesFp32;
@@ -79,26 +80,44 @@ internal sealed unsafe class CudaKernels : IDisposable
             nint function = Function(module, "attend");
             Driver.cuFuncSetAttribute(function, CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, sharedBytes)
                 .ThrowIfFailed($"attend, {sharedBytes} bytes of shared memory");
-            _attend[(headDim, rowTiles)] = kernel = new AttentionKernel(function, AttentionKernel.ThreadsOf(rowTiles), sharedBytes);
+            int threads = AttentionKernel.ThreadsOf(rowTiles);
+            Driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(out int blocks, function, threads, (nuint)sharedBytes).ThrowIfFailed("attend");
+            _attend[(headDim, rowTiles)] = kernel = new AttentionKernel(function, threads, sharedBytes, blocks * _device.Multiprocessors);
         }
 
         return kernel;
     }
 
-    /// <summary>Queues a kernel. Arguments are as its source has them, in order.</summary>
+    /// <summary>
+    /// Queues a kernel. Arguments are as its source has them, in order. Where the device can, a step's kernel is started while the one before it still
+    /// runs: all of them begin with wait_for_earlier_kernels of common.cuh.
+    /// </summary>
     public void Launch(nint function, CudaStream stream, Grid grid, int threads, int sharedBytes, params ReadOnlySpan<Argument> arguments)
     {
+        CudaLaunchTimes? times = stream == _device.Stream ? _device.Times : null; // what is measured is not run together with its neighbours
+        CUlaunchAttribute early = new() { Id = CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, Value = 1 };
+        CUlaunchConfig launch = new()
+        {
+            GridDimX = (uint)grid.X,
+            GridDimY = (uint)grid.Y,
+            GridDimZ = (uint)grid.Z,
+            BlockDimX = (uint)threads,
+            BlockDimY = 1,
+            BlockDimZ = 1,
+            SharedMemBytes = (uint)sharedBytes,
+            Stream = stream.Value,
+            Attributes = &early,
+            NumAttributes = _device.StartsKernelsEarly && stream == _device.Stream && times is null ? 1u : 0u,
+        };
         void** pointers = stackalloc void*[arguments.Length];
         fixed (Argument* values = arguments)
         {
             for (int i = 0; i < arguments.Length; i++)
                 pointers[i] = values + i;
-            CudaLaunchTimes? times = stream == _device.Stream ? _device.Times : null;
             times?.Before(_names[function]);
-            CUresult result = Driver.cuLaunchKernel(
-                function, (uint)grid.X, (uint)grid.Y, (uint)grid.Z, (uint)threads, 1, 1, (uint)sharedBytes, stream.Value, pointers, null);
+            CUresult result = Driver.cuLaunchKernelEx(&launch, function, pointers, null);
             if (result != CUresult.CUDA_SUCCESS)
-                result.ThrowIfFailed($"{_names[function]}, {grid.X} x {grid.Y} x {grid.Z} blocks of {threads}", nameof(Driver.cuLaunchKernel));
+                result.ThrowIfFailed($"{_names[function]}, {grid.X} x {grid.Y} x {grid.Z} blocks of {threads}", nameof(Driver.cuLaunchKernelEx));
             times?.After();
         }
     }
@@ -142,7 +161,11 @@ internal sealed unsafe class CudaKernels : IDisposable
 }
 
 /// <summary>The kernel of attention.cu for one head dimension, by items of 16 queries (rows times heads) or several times as many.</summary>
-internal readonly record struct AttentionKernel(nint Function, int Threads, int SharedBytes)
+/// <param name="Function">As the driver names it.</param>
+/// <param name="Threads">Of a block.</param>
+/// <param name="SharedBytes">Of a block.</param>
+/// <param name="Resident">Blocks that run at the same time on the whole device.</param>
+internal readonly record struct AttentionKernel(nint Function, int Threads, int SharedBytes, int Resident)
 {
     /// <summary>Queries of a row tile.</summary>
     public const int TileQueries = 16;
@@ -155,11 +178,14 @@ internal readonly record struct AttentionKernel(nint Function, int Threads, int 
 
     public static int SharedBytesOf(int headDim, int rowTiles, int storedBytes)
     {
-        const int Stages = 4, StageTokens = 32, Chunk = CudaAttentionPlan.Chunk, RowNumbers = 9;
+        const int Stages = 4, StageTokens = 32, Chunk = CudaAttentionPlan.Chunk, RowNumbers = 11, RowRoom = 12, Blocks = 2 * Chunk / KvCache.BlockTokens;
         int padded = (headDim + 15) / 16 * 16, queries = rowTiles * TileQueries;
         int staged = (Stages * StageTokens * ((padded * storedBytes) + 16)) + (2 * padded * storedBytes);
-        return staged + (queries * (padded + 8 + Chunk + 8 + RowNumbers) * sizeof(float));
+        return staged + (((queries * (padded + RowRoom + Chunk + RowRoom + RowNumbers)) + Blocks) * sizeof(float));
     }
+
+    /// <summary>Blocks that take items in turn: as many as fill the device, of which every item needs `each`.</summary>
+    public int BlocksFor(int items, int each) => Math.Min(items, (Resident + each - 1) / each);
 }
 
 /// <summary>Blocks of a launch.</summary>

@@ -26,7 +26,7 @@ internal sealed unsafe class CudaStep : IDisposable
         _device = device;
         _room = RoomOf(step);
         Place(_room.Rows, _room.Queries, CudaAttentionPlan.MostItems(step), (long)_room.Sequences * _room.Blocks);
-        long sent = After(_end, CudaAttentionPlan.MostItems(step), 5 * sizeof(int)); // a plan may be made twice
+        long sent = After(_end, CudaAttentionPlan.MostItems(step), CudaAttentionPlan.ItemNumbers * sizeof(int)); // a plan may be made twice
         _indices = device.Allocate(sent);
         _biases = device.Allocate(BiasBytes(step.BiasIds.Length));
 
@@ -37,6 +37,9 @@ internal sealed unsafe class CudaStep : IDisposable
         _sides = [.. Enumerable.Range(0, 2).Select(_ => new Side(
             device.AllocatePinned(sent), device.AllocatePinned(_biases.Bytes), device.AllocatePinned(end), device.CreateEvent()))];
     }
+
+    /// <summary>Of a step.</summary>
+    public int MostSequences => _room.Sequences;
 
     // ---- On the device.
 
@@ -119,7 +122,7 @@ internal sealed unsafe class CudaStep : IDisposable
         Copy(step.OutputRows.AsSpan(0, step.OutputCount), _outputRows, rows);
         Copy(plan.RowSlots.AsSpan(0, step.RowCount), _rowSlots, rows);
         Copy(step.Queries.AsSpan(0, step.QueryCount), _queries, step.QueryCount);
-        Copy(plan.Items.AsSpan(0, 5 * plan.ItemCount), _items, 5 * plan.ItemCount);
+        Copy(plan.Items.AsSpan(0, CudaAttentionPlan.ItemNumbers * plan.ItemCount), _items, CudaAttentionPlan.ItemNumbers * plan.ItemCount);
         for (int s = 0; s < step.SequenceCount; s++)
             Copy(step.BlockTables.AsSpan(s * step.MaxBlocks, BlocksOf(step, s)), _tables + ((long)s * stride * sizeof(int)), stride);
         Driver.cuMemcpyHtoDAsync_v2(_indices.Pointer, side.Sent.Pointer, (nuint)_end, _device.Stream.Value).ThrowIfFailed(_end);
@@ -130,10 +133,10 @@ internal sealed unsafe class CudaStep : IDisposable
     public void Upload(StepLayout step, CudaAttentionPlan plan)
     {
         _device.Stream.Synchronize(); // what is being sent may not change
-        (_items, _end) = (_end, After(_end, plan.ItemCount, 5 * sizeof(int))); // behind all else: there may be more items than before
+        (_items, _end) = (_end, After(_end, plan.ItemCount, CudaAttentionPlan.ItemNumbers * sizeof(int))); // behind all else: there may be more items than before
         Copy([HeaderOf(plan, step.QueryCount, TableStride(step))], 0, 1);
         Copy(plan.RowSlots.AsSpan(0, step.RowCount), _rowSlots, step.RowCount);
-        Copy(plan.Items.AsSpan(0, 5 * plan.ItemCount), _items, 5 * plan.ItemCount);
+        Copy(plan.Items.AsSpan(0, CudaAttentionPlan.ItemNumbers * plan.ItemCount), _items, CudaAttentionPlan.ItemNumbers * plan.ItemCount);
         PinnedBuffer sent = _sides[_side].Sent;
         Driver.cuMemcpyHtoDAsync_v2(_indices.Pointer, sent.Pointer, (nuint)_end, _device.Stream.Value).ThrowIfFailed(_end);
     }
@@ -218,7 +221,7 @@ internal sealed unsafe class CudaStep : IDisposable
         _rowSlots = After(_outputRows, rows, sizeof(int));
         _queries = After(_rowSlots, rows, sizeof(int));
         _items = After(_queries, queries, sizeof(SampleQuery));
-        _tables = After(_items, items, 5 * sizeof(int));
+        _tables = After(_items, items, CudaAttentionPlan.ItemNumbers * sizeof(int));
         _end = After(_tables, tables, sizeof(int));
     }
 

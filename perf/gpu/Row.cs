@@ -41,7 +41,9 @@ internal static class RowFile
 
     public static void Append(string folder, Row row) => Append(folder, Name, row);
 
-    /// <summary>A line of another file, of details that no table shows. Processes that have a line at the same time wait for each other.</summary>
+    /// <summary>
+    /// A line of another file, of details that no table shows. Processes that have a line at the same time wait for each other.
+    /// </summary>
     public static void Append<T>(string folder, string file, T line)
     {
         byte[] bytes = JsonSerializer.SerializeToUtf8Bytes(line, s_json);

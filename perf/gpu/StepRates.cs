@@ -52,7 +52,9 @@ internal static class StepRates
         {
             string table = $"Decode, {name}";
             using Work work = new(backend, model, weights, batch, context, shared);
-            (double seconds, double host) = work.OneAhead(stage.IsSmall ? 3 : context > 10_000 ? 30 : 60);
+            int steps = stage.IsSmall ? 3 : context > 10_000 ? 30 : 60;
+            long graphs = backend.GraphLaunches;
+            (double seconds, double host) = work.OneAhead(steps);
             double kv = tokenBytes * (shared + ((double)batch * (context - shared)));
             double? target = (batch, context) == (1, 128) && s_alone.TryGetValue(name, out double most) ? most : null;
             stage.Write(table, row, "ms a step", seconds * 1e3, target);
@@ -60,6 +62,7 @@ internal static class StepRates
             stage.Write(table, row, "floor, ms", (read + kv) / copy * 1e3);
             stage.Write(table, row, "of the floor", (read + kv) / copy / seconds);
             stage.Write(table, row, "host, us", host * 1e6, batch == 256 ? 100 : null);
+            stage.Write(table, row, "graphs a step", (backend.GraphLaunches - graphs) / (steps + Warm + 1.0));
             if ((batch, context) is (1, 128) or (256, 512) or (8, 32_000) || stage.IsSmall) Kernels(work, $"decode {row}");
         }
 
@@ -121,7 +124,11 @@ internal static class StepRates
             _cache = backend.AllocateKvCache(model.Layers, blocks, model.KvHeads, model.HeadDim);
             _transformer = new Transformer(model, backend, rows, context);
             _layouts = [layout(), layout()];
-            foreach (StepLayout rehearsal in backend.Rehearsals(_layouts[0])) Queue(rehearsal); // as an engine does at its start
+
+            // As an engine does at its start: a step takes memory, and graphs are captured of what lies where it then lies.
+            Queue(_layouts[0]);
+            backend.FinishStep(_layouts[0]);
+            foreach (StepLayout rehearsal in backend.Rehearsals(_layouts[0])) Queue(rehearsal);
         }
 
         /// <summary>Medians of a step's seconds, and of the host's part of it, while the device works on the step before.</summary>

@@ -52,7 +52,8 @@ def wait():
 def ceilings():
     size = 64 if arguments.small else 8192
     a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
-    row("Ceilings", f"torch.matmul of {size} x {size} x {size}, bf16", "TFLOP/s", value=2 * size**3 / seconds(lambda: a @ b, calls=20) / 1e12)
+    flops = 2 * size**3 / seconds(lambda: a @ b, calls=20)
+    row("Ceilings", f"torch.matmul of {size} x {size} x {size}, bf16", "TFLOP/s", value=flops / 1e12)
     source = torch.zeros(1 << 20 if arguments.small else 1 << 32, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copied = 2 * source.numel() / seconds(lambda: target.copy_(source), calls=5)

@@ -40,6 +40,8 @@ sim_switch:
 
 namespace sim
 {
+void stop_block();
+
 namespace
 {
 constexpr size_t StackBytes = 64 * 1024;
@@ -58,6 +60,7 @@ struct Fiber
     int barrier; // the line of the one that it waits at
     std::vector<Copy> copies; // under way
     int groups;               // ended
+    bool has_waited;          // for earlier kernels
 };
 
 struct Warp
@@ -76,6 +79,7 @@ Warp s_warps[MostThreads / WarpSize];
 int s_count, s_current;
 unsigned s_epoch;
 bool s_in_kernel;
+bool s_early;
 void* s_host;
 void (*s_kernel)(void**);
 void** s_arguments;
@@ -110,20 +114,27 @@ void yield()
     sim_switch(&s_fibers[from].stack_pointer, s_host);
 }
 
-void entry()
-{
-    s_kernel(s_arguments);
-    Fiber& self = s_fibers[s_current];
-    self.state = State::Ended;
-    s_warps[s_current / WarpSize].ended |= 1u << (s_current % WarpSize);
-    yield();
-    abort(); // nobody resumes what has ended
-}
-
 std::string name(int thread)
 {
     return "thread " + std::to_string(thread) + " of block (" + std::to_string(sim_index.block.x) + ", " + std::to_string(sim_index.block.y) + ", "
         + std::to_string(sim_index.block.z) + ")";
+}
+
+void entry()
+{
+    s_kernel(s_arguments);
+    Fiber& self = s_fibers[s_current];
+    if (waits_for_earlier_kernels())
+    {
+        // Its kernel would count as ended before earlier ones have.
+        fault("ended without having waited for the kernel before it: " + name(s_current));
+        stop_block();
+    }
+
+    self.state = State::Ended;
+    s_warps[s_current / WarpSize].ended |= 1u << (s_current % WarpSize);
+    yield();
+    abort(); // nobody resumes what has ended
 }
 
 void run_block()
@@ -139,6 +150,7 @@ void run_block()
         f.state = State::Running;
         f.copies.clear();
         f.groups = 0;
+        f.has_waited = !s_early;
         f.thread = {(unsigned)i % sim_index.block_size.x, (unsigned)i / sim_index.block_size.x % sim_index.block_size.y, (unsigned)i / (sim_index.block_size.x * sim_index.block_size.y)};
         void** top = (void**)(s_stacks + (size_t)(i + 1) * StackBytes);
         *--top = nullptr;               // where entry would return to; also aligns the stack as after a call
@@ -211,7 +223,9 @@ bool on_stack(const void* pointer)
     return pointer >= s_stacks && pointer < s_stacks + (size_t)MostThreads * StackBytes;
 }
 
-void launch(void (*kernel)(void**), void** arguments, Dim grid, Dim block)
+bool waits_for_earlier_kernels() { return !s_fibers[s_current].has_waited; }
+
+void launch(void (*kernel)(void**), void** arguments, Dim grid, Dim block, bool early)
 {
     if (!s_stacks)
     {
@@ -221,6 +235,7 @@ void launch(void (*kernel)(void**), void** arguments, Dim grid, Dim block)
     }
 
     s_kernel = kernel;
+    s_early = early;
     s_arguments = arguments;
     s_count = (int)(block.x * block.y * block.z);
     sim_index.block_size = {block.x, block.y, block.z};
@@ -252,6 +267,8 @@ void stop_block()
 using namespace sim;
 
 extern "C" {
+void sim_wait_for_earlier_kernels() { s_fibers[s_current].has_waited = true; }
+
 void sim_sync_threads(int line)
 {
     Fiber& self = s_fibers[s_current];
@@ -386,6 +403,8 @@ unsigned sim_atomic_add(unsigned* address, unsigned value)
         fault("atomicAdd of " + name(s_current) + " outside every allocation");
         stop_block();
     }
+
+    check_waited(address);
 
     unsigned before = *address;
     *address += value;

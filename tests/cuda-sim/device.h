@@ -8,6 +8,7 @@
 #define __host__
 #define __global__
 #define __forceinline__ inline __attribute__((always_inline))
+#define __noinline__ __attribute__((noinline))
 #define __restrict__ __restrict
 #define __launch_bounds__(...)
 #define __shared__ static __attribute__((section("cuda_shared")))
@@ -24,6 +25,7 @@ extern "C" {
 // The fiber that runs now. Set by the scheduler at every switch.
 extern struct sim_indices { uint3 thread, block; dim3 block_size, grid_size; } sim_index;
 
+void sim_wait_for_earlier_kernels();
 void sim_sync_threads(int line);
 void sim_sync_warp(unsigned mask);
 unsigned sim_shuffle(unsigned mask, unsigned value, unsigned source_lane); // the value that source_lane brought
@@ -76,16 +78,19 @@ template <class T> static inline T __shfl_down_sync(unsigned mask, T value, int 
 static inline unsigned __ballot_sync(unsigned mask, int predicate) { return sim_ballot(mask, predicate); }
 static inline unsigned atomicAdd(unsigned* address, unsigned value) { return sim_atomic_add(address, value); }
 
-// ldmatrix.x2.trans: lanes 0 to 15 bring the rows, of 8, of two tiles; a lane takes column lane / 4 of rows 2 (lane % 4) and the one after, of both.
-static inline void sim_load_transposed(unsigned* pairs, const unsigned short* row)
+// ldmatrix, of 2 or 4 tiles of 8 x 8 into a and b, two registers each. Lanes 8i to 8i + 7 bring the rows of tile i; a lane takes columns 2 (lane % 4) and
+// the one after of row lane / 4, or, transposed, column lane / 4 of rows 2 (lane % 4) and the one after.
+template <int COUNT, bool TRANSPOSED> static inline void sim_load_matrices(unsigned* a, unsigned* b, const unsigned short* row)
 {
     unsigned long long address = (unsigned long long)row;
-    for (unsigned i = 0; i < 4; i++)
+    for (unsigned i = 0; i < 2 * COUNT; i++)
     {
-        unsigned lane = i / 2 * 8 + sim_lane() % 4 * 2 + i % 2;
-        unsigned low = __shfl_sync(0xffffffffu, (unsigned)address, lane), high = __shfl_sync(0xffffffffu, (unsigned)(address >> 32), lane);
-        unsigned value = ((const unsigned short*)((unsigned long long)high << 32 | low))[sim_lane() / 4];
-        pairs[i / 2] = i % 2 == 0 ? value : pairs[i / 2] | value << 16;
+        unsigned tile = i / 2, pair = sim_lane() % 4 * 2 + i % 2, line = TRANSPOSED ? pair : sim_lane() / 4;
+        unsigned low = __shfl_sync(0xffffffffu, (unsigned)address, 8 * tile + line);
+        unsigned high = __shfl_sync(0xffffffffu, (unsigned)(address >> 32), 8 * tile + line);
+        unsigned value = ((const unsigned short*)((unsigned long long)high << 32 | low))[TRANSPOSED ? sim_lane() / 4 : pair];
+        unsigned* to = tile < 2 ? a + tile : b + (tile - 2);
+        *to = i % 2 == 0 ? value : *to | value << 16;
     }
 }
 

@@ -1,6 +1,7 @@
 // The driver API. Streams are in order by doing everything at once; a capturing stream notes it instead. Only what waits for other processes (NCCL) is
 // done beside, and whoever uses its stream next waits for it.
 #include "sim.h"
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <dlfcn.h>
@@ -20,6 +21,16 @@ struct CUipcMemHandle { char reserved[64]; };
 struct CUmemLocation { int type, id; };
 struct CUmemAllocationProp { int type, handle_types; CUmemLocation location; void* meta; unsigned char flags[8]; };
 struct CUmemAccessDesc { CUmemLocation location; int flags; };
+struct CUlaunchAttribute { int id; alignas(8) union { int allowed; char bytes[64]; } value; };
+struct CUlaunchConfig
+{
+    sim::Dim grid, block;
+    unsigned shared_bytes;
+    void* stream;
+    CUlaunchAttribute* attributes;
+    unsigned attribute_count;
+};
+static_assert(sizeof(CUlaunchAttribute) == 72 && sizeof(CUlaunchConfig) == 56, "as in cuda.h");
 }
 
 using namespace sim;
@@ -32,6 +43,7 @@ enum
     NotFound = 500, NotReady = 600, LaunchFailed = 719, InvalidHandle = 400, CaptureUnsupported = 900, CaptureInvalidated = 901,
 };
 
+constexpr int StartsEarly = 6; // CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 constexpr int Major = 9, Minor = 0, Multiprocessors = 8, L2Bytes = 64 * 1024;
 constexpr int MostDevices = 8;
 constexpr unsigned MostThreads = 1024, MostSharedBytes = 227 * 1024, MostGrid = 65535;
@@ -764,26 +776,45 @@ int cuFuncSetAttribute(void* function, int attribute, int value)
     return Success;
 }
 
-int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared_bytes,
-    void* stream, void** arguments, void** extra)
+int cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void* function, int threads, size_t shared_bytes)
 {
-    SIM_ENTER_STREAM(stream);
+    SIM_ENTER;
+    constexpr unsigned Multiprocessor = 228 * 1024, Reserved = 1024, Threads = 2048;
+    if (function == nullptr || threads <= 0 || threads > (int)MostThreads || shared_bytes > ((Function*)function)->dynamic_bytes)
+        return InvalidValue;
+    *blocks = (int)std::min(Threads / (unsigned)threads, Multiprocessor / ((unsigned)shared_bytes + Reserved));
+    return Success;
+}
+
+int cuLaunchKernelEx(const CUlaunchConfig* config, void* function, void** arguments, void** extra)
+{
+    SIM_ENTER_STREAM(config->stream);
     Function* f = (Function*)function;
-    if (f == nullptr || extra != nullptr || gx == 0 || gy == 0 || gz == 0 || bx == 0 || by == 0 || bz == 0 || (uint64_t)bx * by * bz > MostThreads
-        || bz > 64 || gx > 0x7fffffff || gy > MostGrid || gz > MostGrid || shared_bytes > f->dynamic_bytes)
+    Dim grid = config->grid, block = config->block;
+    unsigned shared_bytes = config->shared_bytes;
+    if (f == nullptr || extra != nullptr || grid.x == 0 || grid.y == 0 || grid.z == 0 || block.x == 0 || block.y == 0 || block.z == 0
+        || (uint64_t)block.x * block.y * block.z > MostThreads || block.z > 64 || grid.x > 0x7fffffff || grid.y > MostGrid || grid.z > MostGrid
+        || shared_bytes > f->dynamic_bytes)
     {
-        if (stream != nullptr && ((Stream*)stream)->recording != nullptr)
-            ((Stream*)stream)->invalidated = true;
+        if (config->stream != nullptr && ((Stream*)config->stream)->recording != nullptr)
+            ((Stream*)config->stream)->invalidated = true;
         return InvalidValue;
     }
 
     if (f->context != current())
         return InvalidContext;
+    bool early = false;
+    for (unsigned i = 0; i < config->attribute_count; i++)
+    {
+        if (config->attributes[i].id != StartsEarly)
+            return InvalidValue;
+        early = config->attributes[i].value.allowed != 0;
+    }
 
     std::vector<std::string> values;
     for (size_t i = 0; i < f->sizes.size(); i++)
         values.emplace_back((const char*)arguments[i], f->sizes[i]);
-    return submit(stream, [=]() mutable
+    return submit(config->stream, [=]() mutable
     {
         std::vector<void*> pointers;
         for (std::string& value : values)
@@ -793,7 +824,8 @@ int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsign
         set_shared(start, end);
         set_launched_shared(shared_bytes);
         counters.launches++;
-        launch(f->call, pointers.data(), {gx, gy, gz}, {bx, by, bz});
+        counters.early_launches += early;
+        launch(f->call, pointers.data(), grid, block, early);
         return fault_text().empty() ? (int)Success : (int)LaunchFailed;
     });
 }

@@ -1,5 +1,5 @@
-// Device memory is host memory between guard zones. Kernels are compiled with -fsanitize=thread, whose calls at every load and store come
-// here instead of to its own library.
+// Device memory is host memory between guard zones. Kernels are compiled with -fsanitize=thread,alignment, whose calls at every load and
+// store, and at those that are misaligned, come here instead of to its own library.
 #include "sim.h"
 #include <cstdlib>
 #include <cstring>
@@ -142,6 +142,12 @@ bool ordered(const Where& now, int thread, unsigned epoch, unsigned warp_epoch)
 }
 }
 
+void check_waited(const void* pointer)
+{
+    if (waits_for_earlier_kernels() && find((uintptr_t)pointer) != nullptr)
+        fail("touched global memory before it waited for the kernel before it", pointer, -1);
+}
+
 void touch(void* pointer, size_t bytes, bool write)
 {
     if (!in_kernel() || on_stack(pointer))
@@ -162,6 +168,9 @@ void touch(void* pointer, size_t bytes, bool write)
 
             fail(write ? "write out of bounds" : "read out of bounds", pointer, -1);
         }
+
+        check_waited(pointer);
+        counters.read_bytes += write ? 0 : bytes;
     }
 
     Where now = where();
@@ -194,6 +203,12 @@ void touch(void* pointer, size_t bytes, bool write)
         s.read_epoch = now.block_epoch;
         s.read_warp_epoch = now.warp_epoch;
     }
+}
+
+void misaligned(const void* pointer)
+{
+    if (in_kernel())
+        fail("misaligned access", pointer, -1);
 }
 
 void fault(const std::string& what)
@@ -378,6 +393,7 @@ SIM_ACCESS(8)
 SIM_ACCESS(16)
 void __tsan_read_range(void* p, unsigned long bytes) { if (bytes > 0) sim::touch(p, bytes, false); }
 void __tsan_write_range(void* p, unsigned long bytes) { if (bytes > 0) sim::touch(p, bytes, true); }
+void __ubsan_handle_type_mismatch_v1(void*, unsigned long pointer) { sim::misaligned((const void*)pointer); }
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}

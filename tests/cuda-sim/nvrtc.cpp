@@ -102,7 +102,7 @@ int nvrtcCompileProgram(void* program, int count, const char** options)
     here = here.substr(0, here.rfind('/'));
     std::string object = at + "kernel.o", library = at + "kernel.so", log = at + "log";
     std::string command = "g++ -std=c++17 -O1 -fPIC -ffp-contract=off -fno-strict-aliasing -fno-exceptions -fno-rtti -fno-tree-vectorize"
-        " -fsanitize=thread -mfma -I" + at + defines + " -c " + at + "kernel.cpp -o " + object + " > " + log
+        " -fsanitize=thread,alignment -mfma -I" + at + defines + " -c " + at + "kernel.cpp -o " + object + " > " + log
         + " 2>&1 && g++ -shared -o " + library + " " + object + " -L'" + here + "' -l:libcuda-sim.so >> " + log + " 2>&1";
     int status = system(command.c_str());
     p.log = read(log);

@@ -40,6 +40,7 @@ void begin_block();                              // no thread of this block has 
 void set_shared(char* start, char* end);         // where the module's __shared__ variables lie
 void set_launched_shared(size_t bytes);          // of which the launch said the size
 void touch(void* pointer, size_t bytes, bool write); // checks, as every access of a kernel is
+void check_waited(const void* pointer);          // that earlier kernels may not be at this address any more
 
 // ---- block.cpp
 struct Where { int thread, warp; unsigned block_epoch, warp_epoch; };
@@ -47,7 +48,9 @@ bool in_kernel();
 Where where();                                    // of the fiber that runs now
 bool on_stack(const void* pointer);               // of any fiber, or of the host
 char* launched_shared();
-void launch(void (*kernel)(void**), void** arguments, Dim grid, Dim block);
+// early: before the kernel before it has ended, as far as the kernel can tell.
+void launch(void (*kernel)(void**), void** arguments, Dim grid, Dim block, bool early);
+bool waits_for_earlier_kernels();                 // whether the fiber that runs now has still to
 
 // ---- driver.cpp
 // Now, or when the graph that the stream records is launched.
@@ -59,6 +62,11 @@ bool is_usable(void* stream);                             // of the current cont
 void spend(void* stream, uint64_t nanoseconds);           // of the stream's time, which events read
 
 // ---- counters, for tests
-struct Counters { uint64_t launches, host_to_device_bytes, device_to_host_bytes, synchronisations, allocations, matmul_weight_bytes, staged_bytes, graphs; };
+struct Counters
+{
+    uint64_t launches, host_to_device_bytes, device_to_host_bytes, synchronisations, allocations, matmul_weight_bytes, staged_bytes, graphs;
+    uint64_t early_launches; // of kernels that may start before those before them have ended
+    uint64_t read_bytes; // of device memory, by kernels; staged_bytes among them
+};
 extern Counters counters;
 }

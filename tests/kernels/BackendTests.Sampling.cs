@@ -4,7 +4,7 @@ namespace Rollout.Kernels.Tests;
 
 public abstract partial class BackendTests
 {
-    private static SampleResult[] Ask(IBackend backend, float[] logits, int vocabulary, StepLayout step)
+    internal static SampleResult[] Ask(IBackend backend, float[] logits, int vocabulary, StepLayout step)
     {
         using Tensor tensor = backend.AllocateTensor(logits.Length / vocabulary, vocabulary);
         tensor.Write(tensor.Rows, logits);
@@ -15,7 +15,7 @@ public abstract partial class BackendTests
     }
 
     /// <summary>The token and its log-probabilities; the noise of float32 and of float64 may part only where scores all but tie.</summary>
-    private static void CheckAnswer(float[] logits, SampleQuery query, StepLayout step, SampleResult actual)
+    internal static void CheckAnswer(float[] logits, SampleQuery query, StepLayout step, SampleResult actual)
     {
         double[] z = logits.Select(v => (double)v).ToArray();
         var scratch = new StepLayout(1, 1, 1, 1, step.AlternativeIds.Length, step.BiasIds.Length);

@@ -169,9 +169,10 @@ internal static unsafe partial class Driver
     public static partial CUresult cuFuncSetAttribute(nint function, CUfunction_attribute attribute, int value);
 
     [LibraryImport(CudaLibraries.Driver)]
-    public static partial CUresult cuLaunchKernel(
-        nint function, uint gridX, uint gridY, uint gridZ, uint blockX, uint blockY, uint blockZ, uint sharedBytes, nint stream,
-        void** arguments, void** extra);
+    public static partial CUresult cuLaunchKernelEx(CUlaunchConfig* config, nint function, void** arguments, void** extra);
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(out int blocks, nint function, int threads, nuint sharedBytes);
 
     // ---- Graphs.
 
@@ -218,6 +219,12 @@ internal enum CUdevice_attribute
 internal enum CUfunction_attribute
 {
     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8,
+}
+
+internal enum CUlaunchAttributeID
+{
+    /// <summary>Of value 1: the kernel may start before the one before it in its stream has ended.</summary>
+    CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 6,
 }
 
 internal enum CUstreamCaptureMode
@@ -275,6 +282,29 @@ internal struct CUmemAccessDesc
 internal unsafe struct CUuuid
 {
     public fixed byte Bytes[16];
+}
+
+/// <summary>A kernel's launch.</summary>
+[StructLayout(LayoutKind.Sequential)]
+internal unsafe struct CUlaunchConfig
+{
+    public uint GridDimX, GridDimY, GridDimZ;
+    public uint BlockDimX, BlockDimY, BlockDimZ;
+    public uint SharedMemBytes;
+    public nint Stream;
+    public CUlaunchAttribute* Attributes;
+    public uint NumAttributes;
+}
+
+/// <summary>What else a launch says. Of the value's 64 bytes the first 8: a number, as all attributes in use have it.</summary>
+[StructLayout(LayoutKind.Explicit, Size = 72)]
+internal struct CUlaunchAttribute
+{
+    [FieldOffset(0)]
+    public CUlaunchAttributeID Id;
+
+    [FieldOffset(8)]
+    public ulong Value;
 }
 
 /// <summary>64 bytes by which another process of the machine opens an allocation.</summary>

@@ -36,13 +36,44 @@ struct StepHeader
     extern __shared__ __align__(16) unsigned char launched_shared[]; \
     type& name = *(type*)launched_shared
 
-__device__ __forceinline__ u32 shared_address(const void* pointer)
-{
-    u32 address;
-    asm("{ .reg .u64 wide; cvta.to.shared.u64 wide, %1; cvt.u32.u64 %0, wide; }" : "=r"(address) : "l"(pointer));
-    return address;
-}
+__device__ __forceinline__ u32 shared_address(const void* pointer) { return (u32)__cvta_generic_to_shared(pointer); }
 #endif
+
+// The first thing that a kernel of a step does: it may have been started while the one before it in the stream still ran (programmatic dependent
+// launch), and returns from here once that one has ended and what it wrote is seen. Every kernel waits, so all before that one have ended too. Then the
+// next may be started in turn: whatever room it takes, this kernel's own blocks are all running by then, and it waits for them here.
+__device__ __forceinline__ void wait_for_earlier_kernels()
+{
+#if defined(ROLLOUT_SIM)
+    sim_wait_for_earlier_kernels();
+#elif __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// 16 bytes that another block wrote in this kernel: past the first-level cache.
+__device__ __forceinline__ float4 load_written(const float4* from)
+{
+#if defined(ROLLOUT_SIM)
+    return *from;
+#else
+    float4 x;
+    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "l"(from) : "memory");
+    return x;
+#endif
+}
+
+__device__ __forceinline__ float load_written(const float* from)
+{
+#if defined(ROLLOUT_SIM)
+    return *from;
+#else
+    float x;
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(x) : "l"(from) : "memory");
+    return x;
+#endif
+}
 
 #if STORE_BF16
 typedef unsigned short stored; // the upper half of an fp32
@@ -61,6 +92,21 @@ typedef float stored;
 __device__ __forceinline__ float load(stored x) { return x; }
 __device__ __forceinline__ stored store(float x) { return x; }
 #endif
+
+// As many as 16 bytes hold, in one access.
+#define WIDE (16 / (int)sizeof(stored))
+struct alignas(16) Wide { stored x[WIDE]; };
+
+// Four at a time; those of fp32 lie on 16 bytes, those of bf16 on 8.
+struct alignas(4 * sizeof(stored)) Four { stored x[4]; };
+
+__device__ __forceinline__ float4 load_four(const stored* from)
+{
+    Four four = *(const Four*)from;
+    return {load(four.x[0]), load(four.x[1]), load(four.x[2]), load(four.x[3])};
+}
+
+__device__ __forceinline__ void store_four(stored* to, float4 x) { *(Four*)to = {store(x.x), store(x.y), store(x.z), store(x.w)}; }
 
 __device__ __forceinline__ float warp_sum(float x)
 {

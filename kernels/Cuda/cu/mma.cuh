@@ -7,14 +7,23 @@
 #pragma once
 #include "common.cuh"
 
+// Room, in fp32 numbers, of a row of A in shared memory, of `columns` numbers (a multiple of 16). Under bf16 it has the upper parts, then the lower.
+// 48 or 112 bytes more than a multiple of 128: eight rows at the same column lie in different banks.
+#define ROW_ROOM(columns) ((columns) + 12)
+
 #if STORE_BF16
 struct RowTile { u32 high[4], low[4]; };
 struct ColumnTile { u32 pairs[2]; };
 
+#define LOW_PART(columns) ((columns) + 8) // where the lower parts of a row begin, in bf16 numbers
+
 #if defined(ROLLOUT_SIM)
 __device__ __forceinline__ u32 bf16_pair(float first, float second) { return store(first) | (u32)store(second) << 16; }
 __device__ __forceinline__ void mma(float* c, const u32* a, const u32* b) { sim_mma(c, a, b); }
-__device__ __forceinline__ void load_transposed(u32* pairs, const stored* row) { sim_load_transposed(pairs, row); }
+__device__ __forceinline__ void load_2(u32* a, const stored* row) { sim_load_matrices<2, false>(a, nullptr, row); }
+__device__ __forceinline__ void load_4(u32* a, u32* b, const stored* row) { sim_load_matrices<4, false>(a, b, row); }
+__device__ __forceinline__ void load_2_transposed(u32* a, const stored* row) { sim_load_matrices<2, true>(a, nullptr, row); }
+__device__ __forceinline__ void load_4_transposed(u32* a, u32* b, const stored* row) { sim_load_matrices<4, true>(a, b, row); }
 #else
 __device__ __forceinline__ u32 bf16_pair(float first, float second)
 {
@@ -30,37 +39,69 @@ __device__ __forceinline__ void mma(float* c, const u32* a, const u32* b)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Of lanes 0 to 15 the row, of 8 numbers, of two 8 x 8 tiles; every lane gets column g of rows 2t and 2t + 1 of both.
-__device__ __forceinline__ void load_transposed(u32* pairs, const stored* row)
+// Two or four tiles of 8 x 8, into a and then b. Lanes 8i to 8i + 7 bring the rows, of 8 numbers, of tile i; of every tile a lane gets columns 2t and
+// 2t + 1 of row g, or, transposed, column g of rows 2t and 2t + 1.
+__device__ __forceinline__ void load_2(u32* a, const stored* row)
 {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];" : "=r"(pairs[0]), "=r"(pairs[1]) : "r"(shared_address(row)) : "memory");
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(a[0]), "=r"(a[1]) : "r"(shared_address(row)) : "memory");
+}
+
+__device__ __forceinline__ void load_4(u32* a, u32* b, const stored* row)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+        : "=r"(a[0]), "=r"(a[1]), "=r"(b[0]), "=r"(b[1]) : "r"(shared_address(row)) : "memory");
+}
+
+__device__ __forceinline__ void load_2_transposed(u32* a, const stored* row)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];" : "=r"(a[0]), "=r"(a[1]) : "r"(shared_address(row)) : "memory");
+}
+
+__device__ __forceinline__ void load_4_transposed(u32* a, u32* b, const stored* row)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+        : "=r"(a[0]), "=r"(a[1]), "=r"(b[0]), "=r"(b[1]) : "r"(shared_address(row)) : "memory");
 }
 #endif
 
-// rows [16][stride] in shared memory.
-__device__ __forceinline__ void load_rows(RowTile& tile, const float* rows, int stride, int lane)
+// Writes column i of a row of A.
+template <int COLUMNS>
+__device__ __forceinline__ void put(float* row, int i, float x)
 {
-    const float* first = rows + lane / 4 * stride + lane % 4 * 2;
-    for (int i = 0; i < 4; i++)
-    {
-        float2 x = *(const float2*)(first + i % 2 * 8 * stride + i / 2 * 8);
-        tile.high[i] = bf16_pair(x.x, x.y);
-        tile.low[i] = bf16_pair(x.x - __uint_as_float(tile.high[i] << 16), x.y - __uint_as_float(tile.high[i] & 0xffff0000u));
-    }
+    u32 high = bf16_pair(x, 0);
+    ((stored*)row)[i] = (stored)high;
+    ((stored*)row)[LOW_PART(COLUMNS) + i] = (stored)bf16_pair(x - __uint_as_float(high << 16), 0);
 }
 
-// B's columns are rows of memory: columns [8][stride].
-__device__ __forceinline__ void load_columns(ColumnTile& tile, const stored* columns, int stride, int lane)
+// Columns [first, first + 16) of 16 rows of A, each of ROW_ROOM(COLUMNS).
+template <int COLUMNS>
+__device__ __forceinline__ void load_rows(RowTile& tile, const float* rows, int first, int lane)
 {
-    const stored* first = columns + lane / 4 * stride + lane % 4 * 2;
-    tile.pairs[0] = *(const u32*)first;
-    tile.pairs[1] = *(const u32*)(first + 8);
+    const stored* row = (const stored*)(rows + lane % 16 * ROW_ROOM(COLUMNS)) + first + lane / 16 * 8;
+    load_4(tile.high, tile.high + 2, row);
+    load_4(tile.low, tile.low + 2, row + LOW_PART(COLUMNS));
 }
 
-// B as memory has it: rows [16][stride].
-__device__ __forceinline__ void load_columns_of_rows(ColumnTile& tile, const stored* rows, int stride, int lane)
+// B's columns are rows of memory, columns [8][stride]: COUNT tiles, 1 or 2, that follow each other along the rows of memory.
+template <int COUNT>
+__device__ __forceinline__ void load_columns(ColumnTile* tiles, const stored* columns, int stride, int lane)
 {
-    load_transposed(tile.pairs, rows + lane % 16 * stride);
+    const stored* row = columns + lane % 8 * stride + lane / 8 % (2 * COUNT) * 8;
+    if (COUNT == 2)
+        load_4(tiles[0].pairs, tiles[COUNT - 1].pairs, row);
+    else
+        load_2(tiles[0].pairs, row);
+}
+
+// B as memory has it, rows [16][stride]: COUNT tiles, 1 or 2, beside each other.
+template <int COUNT>
+__device__ __forceinline__ void load_columns_of_rows(ColumnTile* tiles, const stored* rows, int stride, int lane)
+{
+    const stored* row = rows + lane % 16 * stride + lane / 16 % COUNT * 8;
+    if (COUNT == 2)
+        load_4_transposed(tiles[0].pairs, tiles[COUNT - 1].pairs, row);
+    else
+        load_2_transposed(tiles[0].pairs, row);
 }
 
 __device__ __forceinline__ void multiply_add(float* c, const RowTile& a, const ColumnTile& b)
@@ -74,24 +115,36 @@ __device__ __forceinline__ void multiply_add(float* c, const RowTile& a, const C
 struct RowTile { const float *upper, *lower; };
 struct ColumnTile { const float *left, *right; int step; };
 
-__device__ __forceinline__ void load_rows(RowTile& tile, const float* rows, int stride, int lane)
+template <int COLUMNS>
+__device__ __forceinline__ void put(float* row, int i, float x) { row[i] = x; }
+
+template <int COLUMNS>
+__device__ __forceinline__ void load_rows(RowTile& tile, const float* rows, int first, int lane)
 {
-    tile.upper = rows + lane / 4 * stride;
-    tile.lower = tile.upper + 8 * stride;
+    tile.upper = rows + lane / 4 * ROW_ROOM(COLUMNS) + first;
+    tile.lower = tile.upper + 8 * ROW_ROOM(COLUMNS);
 }
 
-__device__ __forceinline__ void load_columns(ColumnTile& tile, const float* columns, int stride, int lane)
+template <int COUNT>
+__device__ __forceinline__ void load_columns(ColumnTile* tiles, const float* columns, int stride, int lane)
 {
-    tile.left = columns + lane % 4 * 2 * stride;
-    tile.right = tile.left + stride;
-    tile.step = 1;
+    for (int i = 0; i < COUNT; i++)
+    {
+        tiles[i].left = columns + lane % 4 * 2 * stride + 16 * i;
+        tiles[i].right = tiles[i].left + stride;
+        tiles[i].step = 1;
+    }
 }
 
-__device__ __forceinline__ void load_columns_of_rows(ColumnTile& tile, const float* rows, int stride, int lane)
+template <int COUNT>
+__device__ __forceinline__ void load_columns_of_rows(ColumnTile* tiles, const float* rows, int stride, int lane)
 {
-    tile.left = rows + lane % 4 * 2;
-    tile.right = tile.left + 1;
-    tile.step = stride;
+    for (int i = 0; i < COUNT; i++)
+    {
+        tiles[i].left = rows + lane % 4 * 2 + 8 * i;
+        tiles[i].right = tiles[i].left + 1;
+        tiles[i].step = stride;
+    }
 }
 
 __device__ __forceinline__ void multiply_add(float* c, const RowTile& a, const ColumnTile& b)

@@ -1,4 +1,5 @@
-// The operations of a step between its matmuls. One block a row unless said otherwise; strides count elements.
+// The operations of a step between its matmuls. One block a row unless said otherwise; strides count elements. Tensors begin on 16 bytes, so that rows of
+// whole fours are read and written by fours.
 #include "rope.cuh"
 
 #define THREADS 256
@@ -7,13 +8,22 @@
 // where it found none, any does.
 extern "C" __global__ void __launch_bounds__(THREADS) embed(const stored* table, const int* tokens, const int* answers, float* output, int columns)
 {
+    wait_for_earlier_kernels();
     int token = tokens[blockIdx.x];
     if (token < 0)
         token = max(0, answers[3 * ~token]);
     const stored* from = table + (long long)token * columns;
     float* to = output + (long long)blockIdx.x * columns;
-    for (int i = threadIdx.x; i < columns; i += THREADS)
-        to[i] = load(from[i]);
+    if (columns % 4 == 0)
+    {
+        for (int i = 4 * threadIdx.x; i < columns; i += 4 * THREADS)
+            *(float4*)(to + i) = load_four(from + i);
+    }
+    else
+    {
+        for (int i = threadIdx.x; i < columns; i += THREADS)
+            to[i] = load(from[i]);
+    }
 }
 ROLLOUT_KERNEL(embed)
 
@@ -24,11 +34,35 @@ extern "C" __global__ void __launch_bounds__(THREADS) rms_norm(const float* inpu
     const float* x = input + (long long)blockIdx.x * columns;
     stored* y = output + (long long)blockIdx.x * columns;
     float squares = 0;
-    for (int i = threadIdx.x; i < columns; i += THREADS)
-        squares = fmaf(x[i], x[i], squares);
+    wait_for_earlier_kernels();
+    if (columns % 4 == 0)
+    {
+        for (int i = 4 * threadIdx.x; i < columns; i += 4 * THREADS)
+        {
+            float4 a = *(const float4*)(x + i);
+            squares = fmaf(a.w, a.w, fmaf(a.z, a.z, fmaf(a.y, a.y, fmaf(a.x, a.x, squares))));
+        }
+    }
+    else
+    {
+        for (int i = threadIdx.x; i < columns; i += THREADS)
+            squares = fmaf(x[i], x[i], squares);
+    }
+
     float inverse = 1.0f / sqrtf(block_sum<THREADS>(squares, parts) / columns + epsilon);
-    for (int i = threadIdx.x; i < columns; i += THREADS)
-        y[i] = store(x[i] * inverse * scale[i]);
+    if (columns % 4 == 0)
+    {
+        for (int i = 4 * threadIdx.x; i < columns; i += 4 * THREADS)
+        {
+            float4 a = *(const float4*)(x + i), by = *(const float4*)(scale + i);
+            store_four(y + i, {a.x * inverse * by.x, a.y * inverse * by.y, a.z * inverse * by.z, a.w * inverse * by.w});
+        }
+    }
+    else
+    {
+        for (int i = threadIdx.x; i < columns; i += THREADS)
+            y[i] = store(x[i] * inverse * scale[i]);
+    }
 }
 ROLLOUT_KERNEL(rms_norm)
 
@@ -39,6 +73,7 @@ extern "C" __global__ void __launch_bounds__(32) rope_store(
     float* qkv, int stride, int heads, int kv_heads, int head_dim, const float* query_norm, const float* key_norm, float epsilon,
     const float* rope, const StepHeader* step, const int* positions, const int* sequences, int block_tokens, stored* keys, stored* values)
 {
+    wait_for_earlier_kernels();
     int row = blockIdx.x, head = blockIdx.y, lane = threadIdx.x, position = positions[row];
     float* x = qkv + (long long)row * stride + (long long)head * head_dim;
     const float* cosines = rope + (long long)position * head_dim;
@@ -61,42 +96,79 @@ extern "C" __global__ void __launch_bounds__(32) rope_store(
 }
 ROLLOUT_KERNEL(rope_store)
 
-// output[row, i] = silu(gate_up[row, i]) * gate_up[row, width + i].
-extern "C" __global__ void __launch_bounds__(THREADS) gated_silu(const float* gate_up, stored* output, int width)
+__device__ __forceinline__ stored gated(stored gate, stored up)
 {
-    int i = blockIdx.y * THREADS + threadIdx.x;
-    if (i >= width)
+    float x = load(gate);
+    return store(x / (1.0f + exp_of(-x)) * load(up));
+}
+
+// output[row, i] = silu(gate_up[row, i]) * gate_up[row, width + i]. A thread takes WIDE columns.
+extern "C" __global__ void __launch_bounds__(THREADS) gated_silu(const stored* gate_up, stored* output, int width)
+{
+    wait_for_earlier_kernels();
+    int i = (blockIdx.y * THREADS + threadIdx.x) * WIDE;
+    const stored* gates = gate_up + (long long)blockIdx.x * 2 * width + i;
+    stored* to = output + (long long)blockIdx.x * width + i;
+    if (width % WIDE == 0 && i < width)
+    {
+        Wide gate = *(const Wide*)gates, up = *(const Wide*)(gates + width), product;
+#pragma unroll
+        for (int k = 0; k < WIDE; k++)
+            product.x[k] = gated(gate.x[k], up.x[k]);
+        *(Wide*)to = product;
         return;
-    const float* row = gate_up + (long long)blockIdx.x * 2 * width;
-    float gate = row[i];
-    output[(long long)blockIdx.x * width + i] = store(gate / (1.0f + exp_of(-gate)) * row[width + i]);
+    }
+
+    for (int k = 0; k < WIDE && i + k < width; k++)
+        to[k] = gated(gates[k], gates[width + k]);
 }
 ROLLOUT_KERNEL(gated_silu)
 
 // output[k] = input[rows[k]].
 extern "C" __global__ void __launch_bounds__(THREADS) gather(const float* input, const int* rows, float* output, int columns)
 {
+    wait_for_earlier_kernels();
     const float* from = input + (long long)rows[blockIdx.x] * columns;
     float* to = output + (long long)blockIdx.x * columns;
-    for (int i = threadIdx.x; i < columns; i += THREADS)
-        to[i] = from[i];
+    if (columns % 4 == 0)
+    {
+        for (int i = 4 * threadIdx.x; i < columns; i += 4 * THREADS)
+            *(float4*)(to + i) = *(const float4*)(from + i);
+    }
+    else
+    {
+        for (int i = threadIdx.x; i < columns; i += THREADS)
+            to[i] = from[i];
+    }
 }
 ROLLOUT_KERNEL(gather)
 
-// fp32 to what a matmul takes.
+// fp32 to what a matmul takes. A thread takes four.
 extern "C" __global__ void __launch_bounds__(THREADS) round_values(const float* input, stored* output, long long count)
 {
-    long long i = (long long)blockIdx.x * THREADS + threadIdx.x;
-    if (i < count)
-        output[i] = store(input[i]);
+    wait_for_earlier_kernels();
+    long long i = 4 * ((long long)blockIdx.x * THREADS + threadIdx.x);
+    if (i + 4 <= count)
+        store_four(output + i, *(const float4*)(input + i));
+    else
+    {
+        for (; i < count; i++)
+            output[i] = store(input[i]);
+    }
 }
 ROLLOUT_KERNEL(round_values)
 
 // And back, for whoever needs fp32.
 extern "C" __global__ void __launch_bounds__(THREADS) widen_values(const stored* input, float* output, long long count)
 {
-    long long i = (long long)blockIdx.x * THREADS + threadIdx.x;
-    if (i < count)
-        output[i] = load(input[i]);
+    wait_for_earlier_kernels();
+    long long i = 4 * ((long long)blockIdx.x * THREADS + threadIdx.x);
+    if (i + 4 <= count)
+        *(float4*)(output + i) = load_four(input + i);
+    else
+    {
+        for (; i < count; i++)
+            output[i] = load(input[i]);
+    }
 }
 ROLLOUT_KERNEL(widen_values)

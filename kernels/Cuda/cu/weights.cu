@@ -70,6 +70,7 @@ __device__ __forceinline__ u32 mixed(u32 x)
 // an element: 4 for fp32, 2 for the upper half of the same.
 extern "C" __global__ void __launch_bounds__(THREADS) fill_pattern(void* destination, int bytes, u32 seed, long long count)
 {
+    wait_for_earlier_kernels();
     for (int u = 0; u < UNITS; u++)
     {
         long long i = ((long long)blockIdx.x * UNITS + u) * THREADS + threadIdx.x;
@@ -90,6 +91,7 @@ ROLLOUT_KERNEL(fill_pattern)
 extern "C" __global__ SIM_UNCHECKED void __launch_bounds__(THREADS) compare_rows(
     const void* values, const void* reference, long long bytes, long long reference_bytes, u32* different)
 {
+    wait_for_earlier_kernels();
     long long units = bytes / 16, reference_units = reference_bytes / 16;
     for (int u = 0; u < UNITS; u++)
     {

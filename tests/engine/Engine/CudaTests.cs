@@ -136,8 +136,10 @@ public sealed class CudaTests
         SimulatedDevice.Counters steps = many - few;
         ModelSpec model = engine.Model;
         const int Steps = 10;
-        const int Around = 5; // embed, gather, norm, head, sample
+        const int Around = 5;  // embed, gather, norm, head, sample
+        const int MatMuls = 4; // of a layer
         Assert.Equal(Steps * ((8 * model.Layers) + Around), steps.Launches);
+        Assert.Equal(steps.Launches - (Steps * ((MatMuls * model.Layers) + 1)), steps.EarlyLaunches); // all but matmuls
         Assert.Equal(Steps, steps.Synchronisations);
         Assert.Equal(Steps, manyGraphs - fewGraphs);
         Assert.Equal(0, steps.Allocations);

@@ -12,6 +12,13 @@ public sealed class BindingsTests
     {
         Assert.Equal(16, Unsafe.SizeOf<CUuuid>());
         Assert.Equal(64, Unsafe.SizeOf<CUipcMemHandle>());
+        Assert.Equal(56, Unsafe.SizeOf<CUlaunchConfig>());
+        Assert.Equal(24, (int)Marshal.OffsetOf<CUlaunchConfig>(nameof(CUlaunchConfig.SharedMemBytes)));
+        Assert.Equal(32, (int)Marshal.OffsetOf<CUlaunchConfig>(nameof(CUlaunchConfig.Stream)));
+        Assert.Equal(40, (int)Marshal.OffsetOf<CUlaunchConfig>(nameof(CUlaunchConfig.Attributes)));
+        Assert.Equal(48, (int)Marshal.OffsetOf<CUlaunchConfig>(nameof(CUlaunchConfig.NumAttributes)));
+        Assert.Equal(72, Unsafe.SizeOf<CUlaunchAttribute>());
+        Assert.Equal(8, (int)Marshal.OffsetOf<CUlaunchAttribute>(nameof(CUlaunchAttribute.Value)));
         Assert.Equal(128, Unsafe.SizeOf<ncclUniqueId>());
         Assert.Equal(24, Unsafe.SizeOf<ncclConfig>()); // of NCCL 2.14, which later ones still take
         Assert.Equal(8, (int)Marshal.OffsetOf<ncclConfig>(nameof(ncclConfig.Magic)));
@@ -30,6 +37,8 @@ public sealed class BindingsTests
         Assert.Equal(56, Unsafe.SizeOf<SampleQuery>());
         Assert.Equal(24, (int)Marshal.OffsetOf<SampleQuery>(nameof(SampleQuery.Seed)));
         Assert.Equal(52, (int)Marshal.OffsetOf<SampleQuery>(nameof(SampleQuery.AlternativesCount)));
+        Assert.Equal(sizeof(int) * CudaAttentionPlan.ItemNumbers, Unsafe.SizeOf<CudaAttentionPlan.Item>());
+        Assert.Equal(24, (int)Marshal.OffsetOf<CudaAttentionPlan.Item>(nameof(CudaAttentionPlan.Item.Last)));
         Assert.Equal(40, Unsafe.SizeOf<CudaDigest.Piece>());
         Assert.Equal(24, (int)Marshal.OffsetOf<CudaDigest.Piece>(nameof(CudaDigest.Piece.Blocks)));
         Assert.Equal(36, (int)Marshal.OffsetOf<CudaDigest.Piece>(nameof(CudaDigest.Piece.Last)));

@@ -19,9 +19,10 @@ public sealed class CudaLaunchTimesTests
         step.RowStart[1] = 1;
         step.TokenIds[0] = 3;
         step.Queries[0] = new SampleQuery { Target = -1, Temperature = 1, TopP = 1, Position = 1 };
+        SampleResult expected = Run();
         foreach (StepLayout rehearsal in backend.Rehearsals(step))
             Queue(rehearsal);
-        SampleResult expected = Run();
+        Assert.Equal(expected, Run());
         Assert.Equal(1, backend.GraphLaunches);
 
         using CudaLaunchTimes times = new(backend.Device);

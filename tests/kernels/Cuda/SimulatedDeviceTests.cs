@@ -20,6 +20,10 @@ public sealed class SimulatedDeviceTests
         extern "C" __global__ void sum(const float* x, float* y, int columns)
         {
             __shared__ float parts[8];
+            if (FAULT == 11 && threadIdx.x == 33)
+                return;
+            if (FAULT != 10 || threadIdx.x != 7)
+                sim_wait_for_earlier_kernels();
             float v = FAULT == 1 || threadIdx.x < columns ? x[blockIdx.x * columns + threadIdx.x] : 0;
             for (int d = 16; d > 0; d /= 2)
                 v += __shfl_xor_sync(0xffffffffu, v, d);
@@ -38,6 +42,8 @@ public sealed class SimulatedDeviceTests
                 y[blockIdx.x] = 0;
             if (FAULT == 6 && threadIdx.x < 7)
                 __shfl_xor_sync(0xffffffffu, v, 1);
+            if (FAULT == 12 && threadIdx.x == 5)
+                y[blockIdx.x] = ((const float4*)(x + 1))->y;
         }
         ROLLOUT_KERNEL(sum)
         """;
@@ -51,7 +57,9 @@ public sealed class SimulatedDeviceTests
         for (int row = 0; row < Rows; row++)
             Assert.Equal(Enumerable.Range(row * Columns, Columns).Sum(), sums[row]);
         SimulatedDevice.Counters spent = SimulatedDevice.Count() - before;
-        Assert.Equal(new(Launches: 1, Rows * Columns * sizeof(float), Rows * sizeof(float), Synchronisations: 1, Allocations: 2, 0, 0, 0), spent);
+        const int Bytes = Rows * Columns * sizeof(float);
+        Assert.Equal(
+            new(Launches: 1, Bytes, Rows * sizeof(float), Synchronisations: 1, Allocations: 2, 0, 0, 0, EarlyLaunches: 1, ReadBytes: Bytes), spent);
     }
 
     [Theory]
@@ -62,8 +70,11 @@ public sealed class SimulatedDeviceTests
     [InlineData(5, "race of two writes: thread", "at byte 0 of an allocation of 12")]
     [InlineData(6, "divergent barrier: thread 0 of block (0, 0, 0) waits at a warp collective", "")]
     [InlineData(7, "cuMemcpyDtoHAsync_v2", "CUDA_ERROR_INVALID_VALUE")] // read after it was freed
-    [InlineData(8, "cuLaunchKernel (sum): CUDA_ERROR_INVALID_VALUE", "")] // more threads than a block has
-    [InlineData(9, "cuLaunchKernel (sum): CUDA_ERROR_INVALID_VALUE", "")] // more shared memory than was asked for
+    [InlineData(8, "cuLaunchKernelEx (sum): CUDA_ERROR_INVALID_VALUE", "")] // more threads than a block has
+    [InlineData(9, "cuLaunchKernelEx (sum): CUDA_ERROR_INVALID_VALUE", "")] // more shared memory than was asked for
+    [InlineData(10, "touched global memory before it waited for the kernel before it: thread 7 of block (0, 0, 0)", "at byte 28 of an allocation of 2400")]
+    [InlineData(11, "ended without having waited for the kernel before it: thread 33 of block (0, 0, 0)", "")]
+    [InlineData(12, "misaligned access: thread 5 of block (0, 0, 0)", "at byte 4 of an allocation of 2400")]
     public async Task A_planted_fault_is_caught(int fault, string what, string where)
     {
         SimulatedDevice.RequireSimulated();
@@ -96,8 +107,21 @@ public sealed class SimulatedDeviceTests
         nuint from = x.Pointer, to = y.Pointer;
         int columns = Columns;
         void** arguments = stackalloc void*[] { &from, &to, &columns };
-        uint threads = fault == 8 ? 1056u : Threads, shared = fault == 9 ? 64u << 10 : 0;
-        Driver.cuLaunchKernel(module.Function("sum"), Rows, 1, 1, threads, 1, 1, shared, device.Stream.Value, arguments, null).ThrowIfFailed("sum");
+        CUlaunchAttribute early = new() { Id = CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, Value = 1 };
+        CUlaunchConfig launch = new()
+        {
+            GridDimX = Rows,
+            GridDimY = 1,
+            GridDimZ = 1,
+            BlockDimX = fault == 8 ? 1056u : Threads,
+            BlockDimY = 1,
+            BlockDimZ = 1,
+            SharedMemBytes = fault == 9 ? 64u << 10 : 0,
+            Stream = device.Stream.Value,
+            Attributes = &early,
+            NumAttributes = 1,
+        };
+        Driver.cuLaunchKernelEx(&launch, module.Function("sum"), arguments, null).ThrowIfFailed("sum", nameof(Driver.cuLaunchKernelEx));
         if (fault == 7)
             y.Dispose();
         float[] sums = new float[Rows];

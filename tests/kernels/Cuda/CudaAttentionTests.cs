@@ -1,0 +1,162 @@
+using CsCheck;
+using Rollout.Kernels.Cuda;
+
+namespace Rollout.Kernels.Tests.Cuda;
+
+/// <summary>How a step's attention is cut into items, and that nothing depends on it.</summary>
+public sealed class CudaAttentionTests
+{
+    /// <summary>Every row has every chunk of its context in one item, the longest are cut where there is room, and long items come first.</summary>
+    [Fact]
+    public void A_plan_covers_every_chunk_of_every_row_once()
+    {
+        Gen.Select(Gen.Int[0, 1 << 30], Gen.Int[1, 40], Gen.Int[1, 16], Gen.Int[0, 60], Gen.Bool).Sample((seed, sequences, rowsPerItem, slots, shared) =>
+        {
+            Random random = new(seed);
+            int[] starts = [.. Enumerable.Range(0, sequences).Select(_ => random.Next(1, 1500))];
+            int[] rows = [.. Enumerable.Range(0, sequences).Select(_ => random.Next(4) == 0 ? random.Next(1, 40) : 1)];
+            StepLayout step = Bench.Step(sequences, 128, s => (starts[s], starts[s] + rows[s]), (s, b) => shared && b < 32 ? b : (s * 128) + b);
+            CudaAttentionPlan plan = new();
+            plan.Build(step, rowsPerItem, slots);
+            Assert.InRange(plan.Slots, 0, slots);
+            Assert.InRange(plan.ItemCount, 0, CudaAttentionPlan.MostItems(step));
+            Dictionary<(int Row, int Chunk), bool> covered = [];
+            HashSet<int> places = [];
+            int chunksBefore = int.MaxValue;
+            for (int i = 0; i < plan.ItemCount; i++)
+            {
+                int[] item = plan.Items[(i * CudaAttentionPlan.ItemNumbers)..((i + 1) * CudaAttentionPlan.ItemNumbers)];
+                (int first, int count, int chunk, int chunks, bool split, int sequence, int last) =
+                    (item[0], item[1], item[2], item[3], item[4] != 0, item[5], item[6]);
+                Assert.InRange(count, 1, Math.Min(rowsPerItem, plan.MostRows));
+                Assert.InRange(chunks, 1, chunksBefore);
+                chunksBefore = chunks;
+                Assert.InRange(first, step.RowStart[sequence], step.RowStart[sequence + 1] - 1);
+                Assert.Equal(Enumerable.Range(first, count).Max(row => step.Positions[row]), last);
+                for (int row = first; row < first + count; row++)
+                {
+                    for (int c = chunk; c < chunk + chunks && c * CudaAttentionPlan.Chunk <= step.Positions[row]; c++)
+                    {
+                        Assert.True(covered.TryAdd((row, c), split), $"row {row} has chunk {c} twice");
+                        if (split)
+                            Assert.True(places.Add(plan.RowSlots[row] + c), $"row {row} shares the place of chunk {c}");
+                    }
+                }
+            }
+
+            Assert.Equal(step.Positions.Sum(position => (position / CudaAttentionPlan.Chunk) + 1), covered.Count);
+            Assert.All(places, place => Assert.InRange(place, 0, plan.Slots - 1));
+
+            // What is not cut, though it could be: no longer than what is left of the room.
+            int[] single = [.. Enumerable.Range(0, sequences).Where(s => rows[s] == 1).Select(s => step.RowStart[s])];
+            int[] whole = [.. single.Where(row => !covered[(row, 0)] && covered.ContainsKey((row, 1))).Select(Chunks)];
+            Assert.All(whole, chunks => Assert.True(chunks > slots - plan.Slots));
+            int[] cut = [.. single.Where(row => covered[(row, 0)]).Select(Chunks)];
+            if (whole.Length > 0 && cut.Length > 0 && whole.Max() <= slots)
+                Assert.True(cut.Max() >= whole.Max(), "a longer one was left whole");
+
+            int Chunks(int row) => (step.Positions[row] / CudaAttentionPlan.Chunk) + 1;
+        });
+    }
+
+    /// <summary>
+    /// Rows that decode, cut where there is room for their parts: for none, for the longest, for some, for all; with parts that several share. Their
+    /// bits are those of the same rows as the last of sequences that have two, which are never cut.
+    /// </summary>
+    [Theory]
+    [InlineData(WeightFormat.BFloat16, 16, 2)]
+    [InlineData(WeightFormat.BFloat16, 128, 1)]
+    [InlineData(WeightFormat.BFloat16, 10, 1)]
+    [InlineData(WeightFormat.Float32, 16, 2)]
+    public void A_row_has_the_same_bits_however_many_are_cut(WeightFormat format, int headDim, int heads)
+    {
+        SimulatedDevice.Require();
+        const int MaxBlocks = 48;
+        int[] lengths = [700, 701, 140, 129, 128, 30, 257];
+        int columns = (heads + 2) * headDim;
+        float[]? expected = null;
+        foreach (int slots in (int[])[0, 6, 9, 1000])
+        {
+            using CudaBackend backend = new(0, format) { MostPartBytes = slots * CudaAttentionPlan.PartBytes(heads, headDim) };
+            Bench bench = new(backend);
+            KvCache cache = backend.AllocateKvCache(1, lengths.Length * MaxBlocks, 1, headDim);
+            RopeTable rope = bench.Rope(headDim, 800);
+            float[] prompts = bench.Values(lengths.Max() * columns), rows = bench.Values(2 * lengths.Length * columns);
+
+            // The first two have 512 tokens in common.
+            int Block(int s, int b) => s == 1 && b < 32 ? b : (s * MaxBlocks) + b;
+            for (int s = 0; s < lengths.Length; s++)
+                Run(1, _ => (0, lengths[s] - 2), (_, b) => Block(s, b), prompts.AsSpan(0, (lengths[s] - 2) * columns));
+            float[] two = Run(lengths.Length, s => (lengths[s] - 2, lengths[s]), Block, rows);
+            float[] last = Run(lengths.Length, s => (lengths[s] - 1, lengths[s]), Block,
+                [.. Enumerable.Range(0, lengths.Length).SelectMany(s => rows[(((2 * s) + 1) * columns)..(((2 * s) + 2) * columns)])]);
+            for (int s = 0; s < lengths.Length; s++)
+                Bench.SameBits(Bench.Row(two, heads * headDim, (2 * s) + 1), Bench.Row(last, heads * headDim, s), $"sequence {s}, {slots} slots");
+            expected ??= last;
+            Bench.SameBits(expected, last, $"{slots} slots");
+
+            float[] Run(int sequences, Func<int, (int Start, int End)> positions, Func<int, int, int> block, ReadOnlySpan<float> qkv)
+            {
+                StepLayout step = Bench.Step(sequences, MaxBlocks, positions, block);
+                backend.BeginStep(step);
+                using Tensor x = bench.Tensor(columns, qkv.ToArray()), output = backend.AllocateTensor(step.RowCount, heads * headDim);
+                backend.RopeStoreKv(x, heads, null, null, 0f, rope, cache, 0);
+                backend.Attend(x, heads, 0.2f, cache, 0, output);
+                return Bench.Read(output, step.RowCount);
+            }
+        }
+    }
+
+    /// <summary>More chunks than are merged at once.</summary>
+    [Theory]
+    [InlineData(WeightFormat.BFloat16)]
+    [InlineData(WeightFormat.Float32)]
+    public void A_long_context_has_the_same_bits_cut_and_whole(WeightFormat format)
+    {
+        SimulatedDevice.Require();
+        const int HeadDim = 16, Tokens = (66 * CudaAttentionPlan.Chunk) + 5, Columns = 3 * HeadDim;
+        float[][] results = new float[2][];
+        for (int cut = 0; cut < 2; cut++)
+        {
+            using CudaBackend backend = new(0, format) { MostPartBytes = cut << 20 };
+            Bench bench = new(backend);
+            KvCache cache = backend.AllocateKvCache(1, (Tokens / KvCache.BlockTokens) + 1, 1, HeadDim);
+            RopeTable rope = bench.Rope(HeadDim, Tokens);
+            int Block(int s, int b) => Tokens / KvCache.BlockTokens - b;
+            backend.BeginStep(Bench.Step(1, (Tokens / KvCache.BlockTokens) + 1, _ => (0, Tokens - 1), Block));
+            backend.RopeStoreKv(bench.Tensor(Tokens - 1, Columns), 1, null, null, 0f, rope, cache, 0);
+            backend.BeginStep(Bench.Step(1, (Tokens / KvCache.BlockTokens) + 1, _ => (Tokens - 1, Tokens), Block));
+            Tensor x = bench.Tensor(1, Columns), output = backend.AllocateTensor(1, HeadDim);
+            backend.RopeStoreKv(x, 1, null, null, 0f, rope, cache, 0);
+            backend.Attend(x, 1, 2f, cache, 0, output);
+            results[cut] = Bench.Read(output, 1);
+        }
+
+        Bench.SameBits(results[0], results[1], "cut and whole");
+    }
+
+    /// <summary>Steps that decode as many rows are launched alike, however long their contexts: all but the first go as a graph.</summary>
+    [Fact]
+    public void A_step_that_decodes_is_launched_alike_for_all_contexts()
+    {
+        SimulatedDevice.Require();
+        const int HeadDim = 16, Rows = 3, MaxBlocks = 64;
+        using CudaBackend backend = new(0);
+        Bench bench = new(backend);
+        KvCache cache = backend.AllocateKvCache(1, Rows * MaxBlocks, 1, HeadDim);
+        RopeTable rope = bench.Rope(HeadDim, MaxBlocks * KvCache.BlockTokens);
+        Tensor qkv = bench.Tensor(Rows, 3 * HeadDim), output = backend.AllocateTensor(Rows, HeadDim), logits = bench.Tensor(1, 8);
+        foreach (int length in (int[])[5, 120, 129, 1000, 40, 513])
+        {
+            StepLayout step = Bench.Step(Rows, MaxBlocks, s => (length + s - 1, length + s), (s, b) => (s * MaxBlocks) + b);
+            (step.OutputCount, step.QueryCount, step.OutputRows[0], step.Queries[0]) = (1, 1, 0, Bench.Query(0));
+            backend.BeginStep(step);
+            backend.RopeStoreKv(qkv, 1, null, null, 0f, rope, cache, 0);
+            backend.Attend(qkv, 1, 0.2f, cache, 0, output);
+            backend.Sample(logits, 0, 1);
+            backend.FinishStep(step);
+        }
+
+        Assert.Equal(5, backend.GraphLaunches);
+    }
+}
