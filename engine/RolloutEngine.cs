@@ -147,6 +147,10 @@ public sealed partial class RolloutEngine : IAsyncDisposable
         return new RolloutEngine(name, model, plan, tokenizer, backend, options, weights, described);
     }
 
+    /// <summary>As <see cref="Load"/>, of weights that are on the device already and were in no file.</summary>
+    internal static RolloutEngine Start(string name, ModelSpec model, IBackend backend, EngineOptions options, WeightSet weights)
+        => new(name, model, LoadPlan.Compile(model), tokenizer: null, backend, options, weights, described: []);
+
     // ---- The loop.
 
     private void Loop()

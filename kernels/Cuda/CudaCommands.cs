@@ -41,7 +41,7 @@ internal sealed unsafe class CudaCommands : IDisposable
         if (_count == 0)
             return;
         _device.MakeCurrent();
-        if (Find() is { } recorded)
+        if (_device.Times is null && Find() is { } recorded)
         {
             recorded.Graph.Launch(_device.Stream);
             GraphLaunches++;

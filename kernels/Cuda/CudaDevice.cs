@@ -71,6 +71,9 @@ internal sealed unsafe class CudaDevice : IDisposable
     /// <summary>Steps run here, in order.</summary>
     public CudaStream Stream { get; }
 
+    /// <summary>Gets the time of every launch while it is there; then no graphs are used. For measurements.</summary>
+    public CudaLaunchTimes? Times { get; set; }
+
     /// <summary>Weights are written and read here, while steps run.</summary>
     public CudaStream Beside { get; }
 

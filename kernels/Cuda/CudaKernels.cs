@@ -94,6 +94,7 @@ internal sealed unsafe class CudaKernels : IDisposable
     /// </summary>
     public void Launch(nint function, CudaStream stream, Grid grid, int threads, int sharedBytes, params ReadOnlySpan<Argument> arguments)
     {
+        CudaLaunchTimes? times = stream == _device.Stream ? _device.Times : null; // what is measured is not run together with its neighbours
         CUlaunchAttribute early = new() { Id = CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, Value = 1 };
         CUlaunchConfig launch = new()
         {
@@ -106,16 +107,18 @@ internal sealed unsafe class CudaKernels : IDisposable
             SharedMemBytes = (uint)sharedBytes,
             hStream = stream.Value,
             attrs = &early,
-            numAttrs = _device.StartsKernelsEarly && stream == _device.Stream ? 1u : 0u,
+            numAttrs = _device.StartsKernelsEarly && stream == _device.Stream && times is null ? 1u : 0u,
         };
         void** pointers = stackalloc void*[arguments.Length];
         fixed (Argument* values = arguments)
         {
             for (int i = 0; i < arguments.Length; i++)
                 pointers[i] = values + i;
+            times?.Before(_names[function]);
             CUresult result = Driver.cuLaunchKernelEx(&launch, function, pointers, null);
             if (result != CUresult.CUDA_SUCCESS)
                 result.ThrowIfFailed($"{_names[function]}, {grid.X} x {grid.Y} x {grid.Z} blocks of {threads}", nameof(Driver.cuLaunchKernelEx));
+            times?.After();
         }
     }
 

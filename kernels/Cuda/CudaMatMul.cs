@@ -57,6 +57,8 @@ internal sealed class CudaMatMul : IDisposable
         Known known = Of(outputs, inputs, kind);
         if (bias != 0 && !known.Shape.TakesBias)
             throw new ArgumentException("An output in bf16 takes no bias.", nameof(bias));
+        CudaLaunchTimes? times = _device.Times;
+        times?.Before($"matmul [{outputs}, {inputs}]");
         for (int first = 0; first < rows; first += known.MostRows)
         {
             int some = Math.Min(known.MostRows, rows - first);
@@ -67,6 +69,8 @@ internal sealed class CudaMatMul : IDisposable
             if (status != cublasStatus.CUBLAS_STATUS_SUCCESS) // no text is made where it is not needed: this runs in every step
                 status.ThrowIfFailed($"{some} rows of [{outputs}, {inputs}]", nameof(CublasLt.cublasLtMatmul));
         }
+
+        times?.After();
     }
 
     /// <summary>

@@ -1,19 +1,11 @@
 using BenchmarkDotNet.Running;
-using Rollout.Load;
 using Rollout.Micro;
 
-// `roofline` prints the tables of perf/ROOFLINE.md; `cuda [N [STEPS [FOLDER]]]` times decode steps on GPU N, of Shape S or of the
-// model whose config.json is in a folder; everything else is BenchmarkDotNet's: --filter '*Sampling*', --list flat.
+// `roofline` prints the tables of perf/ROOFLINE.md; `host [STEPS]` times the host's part of a GPU's decode step; everything else is
+// BenchmarkDotNet's: --filter '*Sampling*', --list flat.
 if (args is ["roofline"])
 {
     await Roofline.PrintAsync(Environment.ProcessorCount, Console.Out);
-    return 0;
-}
-
-if (args is ["cuda", ..])
-{
-    int[] numbers = [.. args.Skip(1).Take(2).Select(number => int.Parse(number, System.Globalization.CultureInfo.InvariantCulture))];
-    CudaSteps.Print(numbers.ElementAtOrDefault(0), numbers.Length > 1 ? numbers[1] : 200, args.ElementAtOrDefault(3) ?? ShapeS.Folder(), Console.Out);
     return 0;
 }
 

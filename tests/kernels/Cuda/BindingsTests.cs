@@ -14,9 +14,9 @@ public sealed class BindingsTests
         Assert.Equal(64, Unsafe.SizeOf<CUipcMemHandle>());
         Assert.Equal(56, Unsafe.SizeOf<CUlaunchConfig>());
         Assert.Equal(24, (int)Marshal.OffsetOf<CUlaunchConfig>(nameof(CUlaunchConfig.SharedMemBytes)));
-        Assert.Equal(32, (int)Marshal.OffsetOf<CUlaunchConfig>(nameof(CUlaunchConfig.Stream)));
-        Assert.Equal(40, (int)Marshal.OffsetOf<CUlaunchConfig>(nameof(CUlaunchConfig.Attributes)));
-        Assert.Equal(48, (int)Marshal.OffsetOf<CUlaunchConfig>(nameof(CUlaunchConfig.NumAttributes)));
+        Assert.Equal(32, (int)Marshal.OffsetOf<CUlaunchConfig>(nameof(CUlaunchConfig.hStream)));
+        Assert.Equal(40, (int)Marshal.OffsetOf<CUlaunchConfig>(nameof(CUlaunchConfig.attrs)));
+        Assert.Equal(48, (int)Marshal.OffsetOf<CUlaunchConfig>(nameof(CUlaunchConfig.numAttrs)));
         Assert.Equal(72, Unsafe.SizeOf<CUlaunchAttribute>());
         Assert.Equal(8, (int)Marshal.OffsetOf<CUlaunchAttribute>(nameof(CUlaunchAttribute.Value)));
         Assert.Equal(128, Unsafe.SizeOf<ncclUniqueId>());

@@ -117,9 +117,9 @@ public sealed class SimulatedDeviceTests
             BlockDimY = 1,
             BlockDimZ = 1,
             SharedMemBytes = fault == 9 ? 64u << 10 : 0,
-            Stream = device.Stream.Value,
-            Attributes = &early,
-            NumAttributes = 1,
+            hStream = device.Stream.Value,
+            attrs = &early,
+            numAttrs = 1,
         };
         Driver.cuLaunchKernelEx(&launch, module.Function("sum"), arguments, null).ThrowIfFailed("sum", nameof(Driver.cuLaunchKernelEx));
         if (fault == 7)

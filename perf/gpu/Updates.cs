@@ -1,0 +1,244 @@
+using System.Diagnostics;
+using System.IO.Hashing;
+using System.Runtime.InteropServices;
+using System.Security.Cryptography;
+using System.Text.Json;
+using Rollout.Client;
+using Rollout.Engine;
+using Rollout.Kernels;
+using Rollout.Kernels.Cuda;
+using Rollout.Micro;
+
+namespace Rollout.Gpu;
+
+/// <summary>
+/// Stage 5: device memory of another process, PyTorch's where that is installed, checked and made weights; updates of a sidecar through
+/// shared memory; and a trainer in Python against a sidecar.
+/// </summary>
+internal static class Updates
+{
+    private const string Ipc = "Memory of another process (CUDA IPC)";
+
+    public static IReadOnlyList<Part> Parts { get; } =
+    [
+        new("memory of another process", 40, PeerAsync),
+        new("pushes through shared memory", 40, PushesAsync),
+        new("trainer in Python", 60, TrainAsync),
+    ];
+
+    /// <summary>What the other process says of one tensor: a handle of its allocation, and where in it the tensor lies.</summary>
+    private sealed record Shared(string Who, string Handle, long Offset, long Bytes, string Sha256);
+
+    private static async Task PeerAsync(Stage stage)
+    {
+        ModelSpec model = Shapes.Load(Shapes.Qwen25, stage.IsSmall);
+        LoadPlan plan = LoadPlan.Compile(model);
+        LoadEntry[] entries = [.. plan.Entries.Where(entry => !entry.Tied)];
+        long bytes = entries.Sum(entry => entry.Elements) * sizeof(ushort);
+        using CudaBackend backend = new();
+        using CudaDigest digest = backend.CreateDigest(XxHash128.Hash);
+        using Process other = await StartAsync(stage, bytes);
+        try
+        {
+            Shared inside = await ReadAsync(other), all = await ReadAsync(other);
+            using PeerBuffer small = Open(backend, inside);
+            stage.Try(Ipc, "a tensor inside an allocation", () =>
+            {
+                Check(backend, digest, small, inside);
+                stage.Write(Ipc, "a tensor inside an allocation", "result",
+                    $"{inside.Who}: {inside.Bytes} bytes at offset {inside.Offset}, SHA-256 and XXH3-128 equal");
+            });
+            using PeerBuffer large = Open(backend, all);
+            stage.Try(Ipc, "a whole model", () =>
+            {
+                Check(backend, digest, large, all);
+                Measure("digest as one tensor, GB/s", [(large.Pointer + (nuint)all.Offset, all.Bytes)]);
+                long at = 0;
+                (nuint, long)[] tensors = [.. entries.Select(entry =>
+                {
+                    (nuint Pointer, long Bytes) tensor = (large.Pointer + (nuint)(all.Offset + at), entry.Elements * sizeof(ushort));
+                    at += tensor.Bytes;
+                    return tensor;
+                })];
+                Measure("digest tensor by tensor, GB/s", tensors);
+
+                void Measure(string column, (nuint, long)[] digested)
+                {
+                    long start = Stopwatch.GetTimestamp();
+                    _ = digest.Of(digested);
+                    stage.Write(Ipc, "a whole model", column, bytes / Stopwatch.GetElapsedTime(start).TotalSeconds / 1e9);
+                }
+            });
+            stage.Try("Weight updates", "IPC", () =>
+            {
+                using WeightSet one = RandomWeights.Of(backend, model, stage.IsSmall);
+                using WeightSet two = WeightSet.Allocate(backend, plan, model.Layers);
+                int times = stage.IsSmall ? 3 : 200;
+                Report(stage, "copy on the device, weight by weight", bytes, Times(times, () =>
+                {
+                    foreach (WeightShape shape in plan.Weights) backend.CopyWeight(one[shape.Slot], two[shape.Slot]);
+                }));
+                Report(stage, $"memory of another process ({all.Who}), tensor by tensor", bytes, Times(times, () =>
+                {
+                    nuint at = large.Pointer + (nuint)all.Offset;
+                    foreach (LoadEntry entry in entries)
+                    {
+                        backend.WriteWeight(two[entry.Slot], entry.FirstElement, at, (int)entry.Elements, DType.BFloat16);
+                        at += (nuint)(entry.Elements * sizeof(ushort));
+                    }
+                }));
+            });
+            stage.Try("Weight updates", "one copy", () =>
+            {
+                using DeviceBuffer from = backend.Device.AllocateZeroed(bytes), to = backend.Device.Allocate(bytes);
+                double seconds = DeviceClock.Seconds(backend.Device, 5, 5, () => DeviceClock.Copy(backend.Device, from, to));
+                Report(stage, "one copy of the same bytes on the device", bytes, [seconds]);
+            });
+        }
+        finally
+        {
+            other.StandardInput.Close(); // it may go
+            if (!other.WaitForExit(TimeSpan.FromSeconds(5))) other.Kill();
+        }
+    }
+
+    /// <summary>
+    /// Staged, through shared memory, by the .NET client: from "push" to "committed", and to the first token of the new policy.
+    /// </summary>
+    private static async Task PushesAsync(Stage stage)
+    {
+        await using Served served = await Served.StartAsync(stage);
+        await using WeightPublisher publisher = new(served.Client);
+        List<double> total = [], toToken = [], write = [], transfer = [], stall = [];
+        RolloutRequest oneToken = new((int[])[9, 10, 11], new GenerateOptions { MaxTokens = 1, IgnoreEos = true });
+        long bytes = 0;
+        for (int i = -1; i < (stage.IsSmall ? 2 : 15); i++)
+        {
+            long start = Stopwatch.GetTimestamp();
+            PushResult pushed = await publisher.PushAsync(served.Tensors);
+            await foreach (Sample sample in served.Client.GenerateBatchAsync([oneToken with { RequestId = $"{i}" }]))
+            {
+                if (sample.Versions[^1].Version is var version && version != pushed.Version)
+                    throw new InvalidOperationException($"a token of version {version} after the commit of {pushed.Version}");
+            }
+
+            if (i < 0) continue; // memory is taken at the first
+            bytes = pushed.PayloadBytes;
+            toToken.Add(Stopwatch.GetElapsedTime(start).TotalSeconds);
+            total.Add(pushed.Timings.Total);
+            write.Add(pushed.Timings.Write);
+            transfer.Add(pushed.Timings.ServerTransfer);
+            stall.Add(pushed.Timings.ServerStall);
+        }
+
+        Report(stage, "shared memory, staged, push to first token", bytes, [.. toToken]);
+        Report(stage, "shared memory, staged, push to committed", bytes, [.. total]);
+        Report(stage, "of it: the client writes and hashes", bytes, [.. write]);
+        Report(stage, "of it: the sidecar reads, checks and copies to the device", bytes, [.. transfer]);
+        Report(stage, "no step could run for", bytes, [.. stall]);
+    }
+
+    /// <summary>examples/python/grpo.py with a sidecar on the device: what it draws is what the trainer would have, within bf16.</summary>
+    private static async Task TrainAsync(Stage stage)
+    {
+        IReadOnlyList<string> lines = await Python.RunAsync("trainer.py", stage.IsSmall
+            ? ["--steps", "1", "--warm-steps", "1", "--samples", "2"]
+            : ["--steps", "12", "--warm-steps", "60"]);
+        string[] steps = [.. lines.Where(line => line.StartsWith("step ", StringComparison.Ordinal))];
+        if (steps.Length == 0)
+        {
+            stage.Write("Trainer in Python", "examples/python/grpo.py", "result", lines.Count == 0 ? "no output" : lines[^1]);
+            return;
+        }
+
+        stage.Write("Trainer in Python", "first step", "result", steps[0]);
+        stage.Write("Trainer in Python", "last step", "result", steps[^1]);
+    }
+
+    /// <summary>
+    /// The other process where there is no PyTorch: `share`, with the bytes of the large tensor on the first line that it reads.
+    /// </summary>
+    public static void Share()
+    {
+        long bytes = long.Parse(Console.ReadLine()!, System.Globalization.CultureInfo.InvariantCulture);
+        using CudaDevice device = new(0);
+        byte[] pattern = MemoryMarshal.AsBytes<ushort>(Workload.RandomBFloat16(4096)).ToArray();
+        const int Offset = 512;
+        using DeviceBuffer inside = device.AllocateZeroed(Offset + pattern.Length), all = device.AllocateZeroed(bytes);
+        device.Upload(inside.Pointer + Offset, pattern);
+        byte[] zeros = new byte[bytes];
+        Say(inside, Offset, pattern);
+        Say(all, 0, zeros);
+        _ = Console.ReadLine(); // until it is closed
+
+        static void Say(DeviceBuffer buffer, long offset, byte[] bytes)
+        {
+            CUipcMemHandle handle = buffer.Share();
+            Shared shared = new(
+                "Rollout", Convert.ToHexString(MemoryMarshal.AsBytes(new ReadOnlySpan<CUipcMemHandle>(ref handle))), offset, bytes.Length,
+                Convert.ToHexString(SHA256.HashData(bytes)));
+            Console.WriteLine(JsonSerializer.Serialize(shared, JsonSerializerOptions.Web));
+        }
+    }
+
+    /// <summary>PyTorch, or where that has no GPU this program.</summary>
+    private static async Task<Process> StartAsync(Stage stage, long bytes)
+    {
+        bool torch = !stage.IsSmall && await Python.HasAsync("torch");
+        Process process = Process.Start(new ProcessStartInfo(
+            torch ? "python3" : Environment.ProcessPath!, torch ? [Python.Script("share.py")] : [.. Stage.Self, "share"])
+        {
+            RedirectStandardInput = true,
+            RedirectStandardOutput = true,
+        })!;
+        await process.StandardInput.WriteLineAsync($"{bytes}");
+        return process;
+    }
+
+    private static async Task<Shared> ReadAsync(Process process)
+    {
+        while (await process.StandardOutput.ReadLineAsync() is { } line)
+        {
+            if (line.StartsWith('{')) return JsonSerializer.Deserialize<Shared>(line, JsonSerializerOptions.Web)!;
+        }
+
+        throw new InvalidOperationException("the other process ended before it had shared its memory");
+    }
+
+    private static PeerBuffer Open(CudaBackend backend, Shared shared)
+        => backend.Device.Open(MemoryMarshal.Read<CUipcMemHandle>(Convert.FromHexString(shared.Handle)));
+
+    private static void Check(CudaBackend backend, CudaDigest digest, PeerBuffer peer, Shared shared)
+    {
+        byte[] read = new byte[shared.Bytes];
+        backend.Device.Download(peer.Pointer + (nuint)shared.Offset, read);
+        if (!Convert.ToHexString(SHA256.HashData(read)).Equals(shared.Sha256, StringComparison.OrdinalIgnoreCase))
+            throw new InvalidOperationException("the bytes read are not those that were shared");
+        if (!digest.Of([(peer.Pointer + (nuint)shared.Offset, shared.Bytes)])[0].AsSpan().SequenceEqual(XxHash128.Hash(read)))
+            throw new InvalidOperationException("the device's XXH3-128 is not the host's");
+    }
+
+    private static double[] Times(int count, Action work)
+    {
+        double[] seconds = new double[count];
+        work();
+        for (int i = 0; i < count; i++)
+        {
+            long start = Stopwatch.GetTimestamp();
+            work();
+            seconds[i] = Stopwatch.GetElapsedTime(start).TotalSeconds;
+        }
+
+        return seconds;
+    }
+
+    private static void Report(Stage stage, string row, long bytes, double[] seconds)
+    {
+        string table = $"Weight updates, {Shapes.Qwen25}";
+        double[] sorted = [.. seconds.Order()];
+        stage.Write(table, row, "p50, ms", sorted[sorted.Length / 2] * 1e3);
+        stage.Write(table, row, "p99, ms", sorted[(int)Math.Ceiling(0.99 * sorted.Length) - 1] * 1e3);
+        stage.Write(table, row, "GB/s", bytes / sorted[sorted.Length / 2] / 1e9);
+        stage.Write(table, row, "updates", seconds.Length);
+    }
+}
