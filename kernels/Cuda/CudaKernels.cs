@@ -95,7 +95,11 @@ internal sealed unsafe class CudaKernels : IDisposable
     public void Launch(nint function, CudaStream stream, Grid grid, int threads, int sharedBytes, params ReadOnlySpan<Argument> arguments)
     {
         CudaLaunchTimes? times = stream == _device.Stream ? _device.Times : null; // what is measured is not run together with its neighbours
-        CUlaunchAttribute early = new() { Id = CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, Value = 1 };
+        CUlaunchAttribute early = new()
+        {
+            id = CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            value = new() { programmaticStreamSerializationAllowed = 1 },
+        };
         CUlaunchConfig launch = new()
         {
             GridDimX = (uint)grid.X,

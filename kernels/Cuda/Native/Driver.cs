@@ -296,15 +296,21 @@ internal unsafe struct CUlaunchConfig
     public uint numAttrs;
 }
 
-/// <summary>What else a launch says. Of the value's 64 bytes the first 8: a number, as all attributes in use have it.</summary>
-[StructLayout(LayoutKind.Explicit, Size = 72)]
+/// <summary>What else a launch says.</summary>
+[StructLayout(LayoutKind.Sequential)]
 internal struct CUlaunchAttribute
 {
-    [FieldOffset(0)]
-    public CUlaunchAttributeID Id;
+    public CUlaunchAttributeID id;
+    public int pad;
+    public CUlaunchAttributeValue value;
+}
 
-    [FieldOffset(8)]
-    public ulong Value;
+/// <summary>A union of 64 bytes.</summary>
+[StructLayout(LayoutKind.Explicit, Size = 64)]
+internal struct CUlaunchAttributeValue
+{
+    [FieldOffset(0)]
+    public int programmaticStreamSerializationAllowed;
 }
 
 /// <summary>64 bytes by which another process of the machine opens an allocation.</summary>

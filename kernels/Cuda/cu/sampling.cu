@@ -47,9 +47,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(
     if (query.output_index >= end_output)
         return; // so that it met one about logits that come later
     Row row = plain_row(logits + (long long)(query.output_index - first_output) * stride, vocabulary);
-    row.bias_ids = step->bias_ids + query.bias_start;
-    row.bias_values = step->bias_values + query.bias_start;
     row.bias_count = query.bias_count;
+    if (row.bias_count > 0)
+    {
+        row.bias_ids = step->bias_ids + query.bias_start;
+        row.bias_values = step->bias_values + query.bias_start;
+    }
+
     bool draws = query.target < 0, greedy = query.temperature < SMALLEST_TEMPERATURE;
     row.temperature = greedy ? 1.0f : query.temperature;
     bool by_k = query.top_k > 0 && query.top_k < vocabulary;

@@ -18,7 +18,7 @@ public sealed class BindingsTests
         Assert.Equal(40, (int)Marshal.OffsetOf<CUlaunchConfig>(nameof(CUlaunchConfig.attrs)));
         Assert.Equal(48, (int)Marshal.OffsetOf<CUlaunchConfig>(nameof(CUlaunchConfig.numAttrs)));
         Assert.Equal(72, Unsafe.SizeOf<CUlaunchAttribute>());
-        Assert.Equal(8, (int)Marshal.OffsetOf<CUlaunchAttribute>(nameof(CUlaunchAttribute.Value)));
+        Assert.Equal(8, (int)Marshal.OffsetOf<CUlaunchAttribute>(nameof(CUlaunchAttribute.value)));
         Assert.Equal(128, Unsafe.SizeOf<ncclUniqueId>());
         Assert.Equal(24, Unsafe.SizeOf<ncclConfig>()); // of NCCL 2.14, which later ones still take
         Assert.Equal(8, (int)Marshal.OffsetOf<ncclConfig>(nameof(ncclConfig.Magic)));

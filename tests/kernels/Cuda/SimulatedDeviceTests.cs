@@ -107,7 +107,11 @@ public sealed class SimulatedDeviceTests
         nuint from = x.Pointer, to = y.Pointer;
         int columns = Columns;
         void** arguments = stackalloc void*[] { &from, &to, &columns };
-        CUlaunchAttribute early = new() { Id = CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, Value = 1 };
+        CUlaunchAttribute early = new()
+        {
+            id = CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            value = new() { programmaticStreamSerializationAllowed = 1 },
+        };
         CUlaunchConfig launch = new()
         {
             GridDimX = Rows,
