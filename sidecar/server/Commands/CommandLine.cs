@@ -3,6 +3,7 @@ using System.CommandLine.Help;
 using System.CommandLine.Invocation;
 using Grpc.Core;
 using Rollout.Engine;
+using Rollout.Kernels.Cuda;
 
 namespace Rollout.Server.Commands;
 
@@ -54,6 +55,8 @@ internal static class CommandLine
             (ExitCode.Failure, [$"the server cannot be reached or is not ready: {e.Status.Detail}"]),
         RpcException e => (ExitCode.Failure, [$"{e.StatusCode}: {e.Status.Detail}"]),
         FailureException or NoRoomException or EngineFaultedException or EngineStateException => (ExitCode.Failure, [exception.Message]),
+        CudaException => (ExitCode.Failure, [exception.Message]),
+        OutOfMemoryException => (ExitCode.Failure, [$"there is not the memory for it: {exception.Message}"]),
         IOException or UnauthorizedAccessException => (ExitCode.Failure, [exception.Message]),
         OperationCanceledException => (ExitCode.Failure, ["cancelled"]),
         _ => null,
