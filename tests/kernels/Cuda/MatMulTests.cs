@@ -61,10 +61,22 @@ public sealed class MatMulTests : IDisposable
         Assert.Equal(Bits("up"), Bits(Candidates));
     }
 
+    /// <summary>What candidates multiply is made and compared on the device: a head of an 8B model would be gigabytes of an array.</summary>
+    [Fact]
+    public void Choosing_takes_little_memory_of_the_host()
+    {
+        SimulatedDevice.RequireSimulated();
+        const int Few = 64, Many = 4096;
+        using Setup setup = new(_folder, "up; down");
+        long before = GC.GetAllocatedBytesForCurrentThread();
+        setup.MatMul.Prepare(Few, Many, MatMulOutput.Fp32);
+        Assert.InRange(GC.GetAllocatedBytesForCurrentThread() - before, 1, Few * Many); // half the bytes of the weight
+    }
+
     // ---- A row's bits do not depend on the number of rows.
 
     [Theory]
-    [InlineData("down above=300; up")] // cuda-review C3: at 256 rows nothing of it is to be seen
+    [InlineData("down above=300; up")] // at 256 rows nothing of it is to be seen
     [InlineData("down above=256; up")]
     [InlineData("down above=511; up")]
     [InlineData("down above=2; up")]
