@@ -48,8 +48,8 @@ public sealed partial class RolloutEngine
         await AtMomentAsync(update, () =>
         {
             long started = _standsFor is null ? Stopwatch.GetTimestamp() : update.StandsSince;
+            Rehearse(update.Destination); // first, since it may fail
             _weights.Commit(update, described);
-            Rehearse(_weights.Current);
             if (update.Manifest.Policy == UpdatePolicy.Abort) AbortBegun();
             _scheduler.WeightsChanged(Version, update.Manifest.Policy);
             _standsFor = null;
@@ -96,14 +96,15 @@ public sealed partial class RolloutEngine
     private void TryTake(Moment moment)
     {
         if (moment.Policy == UpdatePolicy.Drain && _scheduler.HasBegun) return;
-        _moment = null;
         try
         {
-            moment.Act();
+            moment.Act(); // where it fails in another way than below the loop ends, and tells whoever waits for the moment
+            _moment = null;
             moment.Done.SetResult();
         }
         catch (UpdateFailedException e)
         {
+            _moment = null;
             moment.Done.SetException(e);
         }
     }

@@ -69,6 +69,9 @@ public sealed class WeightUpdate : IDisposable
     /// <summary>Why it ended, for whoever reads the metrics.</summary>
     internal UpdateFailure Failure => _failed ?? UpdateFailure.Sender;
 
+    /// <summary>The set that its bytes land in.</summary>
+    internal WeightSet Destination => _destination;
+
     /// <summary>When the loop stopped for it; in place only.</summary>
     internal long StandsSince { get; set; }
 
@@ -185,7 +188,8 @@ public sealed class WeightUpdate : IDisposable
         }
 
         double transfer = Stopwatch.GetElapsedTime(_ready).TotalSeconds;
-        await _rehearsed.WaitAsync(cancellation).ConfigureAwait(false);
+        // Cancelled or failed: the commit meets the same, and tells it truthfully.
+        await _rehearsed.WaitAsync(cancellation).ConfigureAwait(ConfigureAwaitOptions.SuppressThrowing);
         long committing = Stopwatch.GetTimestamp();
         DescribedWeight[] described = [.. _incoming.Select((tensor, i) => tensor.Describe(digests[i]))];
         double stall = await _engine.CommitAsync(this, described, cancellation).ConfigureAwait(false);

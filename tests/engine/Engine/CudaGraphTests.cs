@@ -72,6 +72,24 @@ public sealed class CudaGraphTests
         }
     }
 
+    /// <summary>What is prepared for new weights comes before they serve: where it fails, so does the commit, and the old version is what is reported.</summary>
+    [Fact]
+    public async Task A_commit_whose_graphs_cannot_be_captured_fails_and_does_not_hang()
+    {
+        SimulatedDevice.Require();
+        using UpdatePayload payload = UpdatePayload.Of("qwen3");
+        ScriptedBackend device = new(new CudaBackend(0));
+        await using RolloutEngine engine = RolloutEngine.Load(
+            TestModels.Folder("qwen3"), device, new EngineOptions { MaxBatchTokens = 64, MaxSequences = 4, MaxContext = 256 });
+        device.RehearsalsFail = true;
+        using WeightUpdate update = await engine.OpenUpdateAsync(payload.Manifest(0, 1));
+        update.Write(0, payload.Bytes);
+        UpdateFailedException error = await Assert.ThrowsAsync<UpdateFailedException>(
+            () => update.CommitAsync(payload.Digest, Cancelled).WaitAsync(TimeSpan.FromSeconds(20), Cancelled));
+        Assert.Equal((UpdateFailure.Engine, "InvalidOperationException: no memory for graphs; the update was not committed"), (error.Failure, error.Message));
+        Assert.Equal((EngineState.Faulted, 0ul), (engine.Status.State, engine.Version));
+    }
+
     [Fact]
     public async Task Graphs_outlive_sleep_since_memory_comes_back_where_it_was()
     {

@@ -15,6 +15,8 @@ internal sealed class ScriptedBackend(IBackend? device = null) : IBackend
 
     public int StepsLeft { get; set; } = int.MaxValue;
 
+    public bool RehearsalsFail { get; set; }
+
     /// <summary>B where a step began, F where it was finished. To be read when no step runs.</summary>
     public string Order => _order.ToString();
 
@@ -84,6 +86,7 @@ internal sealed class ScriptedBackend(IBackend? device = null) : IBackend
     {
         if (step.IsRehearsal)
         {
+            if (RehearsalsFail) throw new InvalidOperationException("no memory for graphs");
             _inner.BeginStep(step);
             return;
         }
