@@ -539,7 +539,7 @@ public sealed unsafe partial class CudaBackend : IBackend
             _commands.Send();
     }
 
-    /// <summary>Memory of these addresses ends.</summary>
+    /// <summary>Gives up the graphs that use these addresses, because their memory is about to go.</summary>
     internal void Forget(nuint start, long bytes) => _commands.Forget(start, bytes);
 
     /// <summary>

@@ -8,7 +8,7 @@ namespace Rollout.Micro;
 
 /// <summary>
 /// The host's part of a decode step on a GPU: everything but the device's work. It depends on layers, rows and context, not on widths, so the model is
-/// narrow. To be run on the simulated device with ROLLOUT_SIM_IDLE=1, which does no work; on a real one the first two columns hold alone.
+/// narrow. To be run on the simulated device with ROLLOUT_SIM_IDLE=1, which does no work; on a real device only the first two columns are the host's alone.
 /// </summary>
 internal static class CudaHost
 {

@@ -54,12 +54,7 @@ public sealed class CudaGraphTests
         for (ulong version = 0; version < 3; version++)
         {
             long before = SimulatedDevice.Count().Graphs;
-            using (WeightUpdate update = await engine.OpenUpdateAsync(payload.Manifest(version, version + 1)))
-            {
-                update.Write(0, payload.Bytes);
-                await update.CommitAsync(payload.Digest, Cancelled);
-            }
-
+            await Push(engine, payload, payload.Manifest(version, version + 1));
             Assert.Equal(version == 0, SimulatedDevice.Count().Graphs > before);
             Assert.Equal((0, 9), await Decode());
         }
@@ -101,12 +96,7 @@ public sealed class CudaGraphTests
         long graphs = SimulatedDevice.Count().Graphs;
         await engine.SleepAsync(MemoryTags.All);
         await engine.WakeUpAsync(MemoryTags.All);
-        using (WeightUpdate update = await engine.OpenUpdateAsync(payload.Manifest(0, 1) with { Mode = UpdateMode.InPlace }))
-        {
-            update.Write(0, payload.Bytes);
-            await update.CommitAsync(payload.Digest, Cancelled);
-        }
-
+        await Push(engine, payload, payload.Manifest(0, 1) with { Mode = UpdateMode.InPlace });
         long launches = backend.GraphLaunches;
         await engine.RunAsync(s_request);
         Assert.Equal((0, 9), (SimulatedDevice.Count().Graphs - graphs, backend.GraphLaunches - launches));
@@ -132,6 +122,13 @@ public sealed class CudaGraphTests
     }
 
     private static readonly GroupRequest s_request = new() { Id = "probe", Prompt = [5, 6, 7], N = 3, MaxTokens = 10, Seed = 3, IgnoreEos = true };
+
+    private static async Task Push(RolloutEngine engine, UpdatePayload payload, UpdateManifest manifest)
+    {
+        using WeightUpdate update = await engine.OpenUpdateAsync(manifest);
+        update.Write(0, payload.Bytes);
+        await update.CommitAsync(payload.Digest, Cancelled);
+    }
 
     private static RolloutEngine Load(CudaBackend backend)
         => RolloutEngine.Load(TestModels.Folder("qwen3"), backend, new EngineOptions { MaxBatchTokens = 64, MaxSequences = 4, MaxContext = 256 });
