@@ -145,12 +145,7 @@ public sealed class Scheduler
     /// <summary>Ends all samples of a group that have not ended. Returns how many that were.</summary>
     internal int End(Group group, FinishReason reason, string error = "")
     {
-        if (!group.Forked)
-        {
-            group.Forked = true;
-            _unforked -= group.Samples.Count - 1;
-        }
-
+        if (!group.Forked) SetForked(group);
         int ended = 0;
         foreach (Sequence sequence in group.Samples)
         {
@@ -171,10 +166,8 @@ public sealed class Scheduler
         for (int i = _running.Count - 1; i >= 0; i--)
         {
             Sequence sequence = _running[i];
-            // Log-probabilities of a prompt are those of one version, whatever the policy.
-            bool scoring = sequence.Group.Request.PromptLogProbs && sequence.Sampled == 0;
-            if (policy != UpdatePolicy.Keep || scoring) Unseat(i);
-            else sequence.SingleVersionKv = false;
+            if (Keeps(sequence, policy)) sequence.SingleVersionKv = false;
+            else Unseat(i);
         }
     }
 
@@ -202,8 +195,14 @@ public sealed class Scheduler
     private ulong OldestPart(Sequence sequence, UpdatePolicy policy)
     {
         ulong oldest = sequence.Sampled > 0 ? sequence.Versions(0, 1)[0] : Version;
-        return policy == UpdatePolicy.Keep && sequence.Computed > 0 ? Math.Min(oldest, sequence.OldestKvVersion) : oldest;
+        return Keeps(sequence, policy) && sequence.Computed > 0 ? Math.Min(oldest, sequence.OldestKvVersion) : oldest;
     }
+
+    /// <summary>Whether keys and values outlive new weights. Log-probabilities of a prompt are those of one version, whatever the policy.</summary>
+    private static bool Keeps(Sequence sequence, UpdatePolicy policy) => policy == UpdatePolicy.Keep && !IsScoring(sequence);
+
+    /// <summary>Whether the log-probabilities of the group's prompt are still to come, from this sample's rows.</summary>
+    private static bool IsScoring(Sequence sequence) => sequence.Group.Request.PromptLogProbs && sequence.Index == 0 && sequence.Sampled == 0;
 
     /// <summary>Blocks for the first <paramref name="tokens"/> tokens, at the cost of younger sequences. False when it had to yield itself.</summary>
     private bool MakeRoom(Sequence sequence, int tokens)
@@ -248,8 +247,7 @@ public sealed class Scheduler
     {
         Group group = sequence.Group;
         // Prompt log-probabilities need the prompt's rows computed, not found.
-        bool scoring = group.Request.PromptLogProbs && sequence.Index == 0 && sequence.Sampled == 0;
-        int found = scoring ? 0 : _blocks.AttachPrefix(sequence, Version, group.Salt);
+        int found = IsScoring(sequence) ? 0 : _blocks.AttachPrefix(sequence, Version, group.Salt);
         if (!_blocks.TryGrow(sequence, sequence.Total + sequence.Asked))
         {
             DropKv(sequence);
@@ -306,8 +304,7 @@ public sealed class Scheduler
     private void Fork(ScheduledStep step, Sequence leader, int row)
     {
         Group group = leader.Group;
-        group.Forked = true;
-        _unforked -= group.Samples.Count - 1;
+        SetForked(group);
         int seated = 1;
         while (seated < group.Samples.Count && _running.Count < _maxSequences)
         {
@@ -322,7 +319,19 @@ public sealed class Scheduler
             seated++;
         }
 
-        for (int i = group.Samples.Count - 1; i >= seated; i--) _waiting.AddFirst(group.Samples[i]);
+        QueueFrom(group, seated);
+    }
+
+    private void SetForked(Group group)
+    {
+        group.Forked = true;
+        _unforked -= group.Samples.Count - 1;
+    }
+
+    /// <summary>Samples of a group go to the front of the queue, in their order.</summary>
+    private void QueueFrom(Group group, int first)
+    {
+        for (int i = group.Samples.Count - 1; i >= first; i--) _waiting.AddFirst(group.Samples[i]);
     }
 
     private static void AskPromptLogProb(ScheduledStep step, Sequence sequence, int row, int position)
@@ -440,6 +449,13 @@ public sealed class Scheduler
         DropKv(sequence);
         CountStaleness(sequence);
         Group group = sequence.Group;
+        if (!group.Forked)
+        {
+            // The leader goes before the prompt is complete: nobody computes it for its siblings any more.
+            SetForked(group);
+            QueueFrom(group, 1);
+        }
+
         // The engine forgets the group before anyone can see its end: whoever sees it may use its id again.
         bool last = group.CountEnded() == group.Samples.Count;
         if (last) _groupEnded(group);

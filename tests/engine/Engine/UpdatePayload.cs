@@ -58,4 +58,25 @@ internal static class UpdateExtensions
         await update.OpenAsync(TestContext.Current.CancellationToken);
         return update;
     }
+
+    /// <summary>Submits a group, commits the update after so many of its steps, and returns the group when it has ended.</summary>
+    public static async Task<Group> UpdateWhileAsync(this RolloutEngine engine, ScriptedBackend backend, UpdatePayload payload, UpdatePolicy policy,
+        GroupRequest request, int heldAfter)
+    {
+        CancellationToken cancelled = TestContext.Current.CancellationToken;
+        using WeightUpdate update = await engine.OpenUpdateAsync(payload.Manifest(0, 1) with { Policy = policy });
+        update.Write(0, payload.Bytes);
+        backend.HoldAfter(heldAfter + backend.StepsUnderWay - 2); // the step that is held ends before the pause
+        Group group = engine.Submit(request);
+        backend.WaitUntilHeld();
+        Task paused = engine.PauseAsync(PauseMode.Keep, "the test", TimeSpan.FromMinutes(10), cancelled);
+        backend.LetGo();
+        await paused;
+        Task committed = update.CommitAsync(payload.Digest, cancelled);
+        if (policy != UpdatePolicy.Drain) await committed;
+        await engine.ResumeAsync();
+        await group.Completed.WaitAsync(TimeSpan.FromMinutes(1), cancelled);
+        await committed.WaitAsync(TimeSpan.FromMinutes(1), cancelled);
+        return group;
+    }
 }
