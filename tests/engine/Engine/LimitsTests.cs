@@ -1,0 +1,235 @@
+using System.Diagnostics.Metrics;
+using System.Text;
+using Rollout.Kernels;
+using Xunit;
+
+namespace Rollout.Engine.Tests;
+
+/// <summary>What happens exactly at a limit: of length, of memory, of room, of the shortest sample asked for.</summary>
+public sealed class LimitsTests
+{
+    private const int BlockBytes = 2 * 3 * 2 * 32 * sizeof(float) * KvCache.BlockTokens; // keys and values of three layers of qwen3
+
+    private static readonly GroupRequest s_request = new() { Id = "a", Prompt = [.. Enumerable.Range(5, 20)], MaxTokens = 8, IgnoreEos = true, Seed = 3 };
+
+    private static CancellationToken Cancelled => TestContext.Current.CancellationToken;
+
+    [Theory]
+    [InlineData(0)]
+    [InlineData(6)]
+    [InlineData(7)]
+    [InlineData(8)]
+    [InlineData(20)]
+    public async Task A_stop_at_the_shortest_length_ends_a_sample_and_one_before_it_does_not(int minTokens)
+    {
+        byte[][] letters = [.. Enumerable.Range(0, 320).Select(id => Encoding.UTF8.GetBytes($"<{id}>"))];
+        await using RolloutEngine engine = TestModels.Load("qwen3", tokenizer: new PieceTokenizer(letters));
+        GroupRequest request = s_request with { MaxTokens = 20, N = 3, Temperature = 1.3f };
+        // What is looked for is drawn at the 7th place for the first time.
+        Sequence whole = (await engine.RunAsync(request)).First(sample => !sample.Tokens(0, 6).Contains(sample.Tokens(6, 7)[0]));
+        int[] tokens = whole.Tokens(0, 20).ToArray();
+        int stop = tokens[6];
+
+        Sequence byText = (await engine.RunAsync(request with { MinTokens = minTokens, StopStrings = ["<>", $"<{stop}>"] }))[whole.Index];
+        int end = Array.IndexOf(tokens, stop, Math.Max(0, minTokens - 1));
+        Assert.True(minTokens > 7 || end == 6);
+        Assert.Equal(end >= 0 ? (FinishReason.Stop, end + 1) : (FinishReason.Length, 20), (byText.FinishReason, byText.Published));
+        Assert.Equal(tokens[..byText.Published], byText.Tokens(0, byText.Published).ToArray());
+
+        // A token that ends a sample is not drawn among the first min_tokens, so it ends the sample one later at the earliest.
+        Sequence byToken = (await engine.RunAsync(request with { MinTokens = minTokens, StopTokenIds = [stop] }))[whole.Index];
+        if (minTokens <= 6) Assert.Equal((FinishReason.Stop, 7), (byToken.FinishReason, byToken.Published));
+        else Assert.DoesNotContain(stop, byToken.Tokens(0, minTokens).ToArray());
+    }
+
+    [Theory]
+    [InlineData(0)]
+    [InlineData(4)]
+    [InlineData(5)]
+    public async Task The_end_of_sequence_token_ends_a_sample_as_soon_as_it_may(int minTokens)
+    {
+        await using RolloutEngine engine = TestModels.Load("qwen3");
+        int eos = engine.Model.EosTokenIds[0];
+        GroupRequest request = s_request with { IgnoreEos = false, MinTokens = minTokens, LogitBias = new Dictionary<int, float> { [eos] = 1000 } };
+        Sequence sample = (await engine.RunAsync(request))[0];
+        Assert.Equal((FinishReason.Stop, minTokens + 1), (sample.FinishReason, sample.Published));
+        Assert.Equal(minTokens, sample.Tokens(0, sample.Published).IndexOf(eos));
+        Sequence ignored = (await engine.RunAsync(request with { IgnoreEos = true }))[0];
+        Assert.Equal((FinishReason.Length, 8), (ignored.FinishReason, ignored.Published));
+        Sequence asked = (await engine.RunAsync(request with { IgnoreEos = true, StopTokenIds = [eos] }))[0];
+        Assert.Equal(sample.Bits(), asked.Bits());
+    }
+
+    [Fact]
+    public async Task A_bias_holds_before_and_after_the_shortest_length()
+    {
+        await using RolloutEngine engine = TestModels.Load("qwen3");
+        Dictionary<int, float> only = new() { [17] = 1000, [engine.Model.EosTokenIds[0]] = 2000 };
+        Sequence sample = (await engine.RunAsync(s_request with { IgnoreEos = false, MinTokens = 4, LogitBias = only }))[0];
+        Assert.Equal([17, 17, 17, 17, engine.Model.EosTokenIds[0]], sample.Tokens(0, sample.Published).ToArray());
+    }
+
+    [Fact]
+    public async Task A_group_without_a_length_fills_the_context_and_not_a_token_more()
+    {
+        await using RolloutEngine engine = TestModels.Load("qwen3", new EngineOptions { MaxContext = 50 });
+        Sequence sample = (await engine.RunAsync(s_request with { MaxTokens = null }))[0];
+        Assert.Equal((50, FinishReason.Length, 30), (engine.MaxContext, sample.FinishReason, sample.Published));
+        Group scored = engine.Submit(new() { Id = "full", Prompt = [.. Enumerable.Range(5, 50)], MaxTokens = 0, PromptLogProbs = true });
+        await scored.Completed.WaitAsync(Cancelled);
+        Assert.Equal((FinishReason.Length, 0, 49), (scored.Samples[0].FinishReason, scored.Samples[0].Published, scored.PromptLogProbs.Length));
+        Assert.DoesNotContain(0f, scored.PromptLogProbs);
+    }
+
+    [Fact]
+    public async Task A_sample_may_need_every_block_there_is_and_two_take_turns()
+    {
+        await using RolloutEngine roomy = TestModels.Load("qwen3");
+        await using RolloutEngine engine = TestModels.Load("qwen3", new EngineOptions { KvCacheBytes = 3 * BlockBytes });
+        Assert.Equal((3, 48), (engine.Status.KvBlocksTotal, engine.MaxContext));
+        Assert.Throws<InvalidRequestException>(() => engine.Submit(s_request with { MaxTokens = 29 }));
+        GroupRequest request = s_request with { MaxTokens = 28, N = 2 };
+        string[] expected = [.. (await roomy.RunAsync(request)).Select(sample => sample.Bits())];
+        Assert.Equal(expected, (await engine.RunAsync(request)).Select(sample => sample.Bits()));
+        Assert.Equal((0, 3), (engine.Status.KvBlocksUsed, engine.Status.KvBlocksTotal));
+    }
+
+    [Fact]
+    public async Task A_part_of_the_free_memory_goes_to_keys_and_values()
+    {
+        ScriptedBackend backend = new() { AvailableBytes = 40 * BlockBytes + 100 };
+        await using RolloutEngine engine = RolloutEngine.Load(TestModels.Folder("qwen3"), backend, new EngineOptions { KvCacheFraction = 0.25 });
+        Assert.Equal(10, engine.Status.KvBlocksTotal);
+    }
+
+    [Fact]
+    public async Task Room_is_for_so_many_samples_and_comes_back_whichever_way_they_go()
+    {
+        ScriptedBackend backend = new();
+        await using RolloutEngine engine = RolloutEngine.Load(TestModels.Folder("qwen3"), backend, new EngineOptions { MaxSequences = 2, MaxWaiting = 3 });
+        GroupRequest request = s_request with { MaxTokens = 60, N = 3, StreamTokens = true };
+        for (int round = 0; round < 3; round++)
+        {
+            backend.HoldAfter(5);
+            Group ends = engine.Submit(request);
+            Group aborted = engine.Submit(request with { Id = "b", N = 2 });
+            for (int i = 0; i < 3; i++) Assert.Throws<NoRoomException>(() => engine.Submit(request with { Id = "c", N = 1 }));
+            Assert.Throws<InvalidRequestException>(() => engine.Submit(request with { N = 1 }));
+            backend.WaitUntilHeld();
+            Assert.Equal((2, 3), (engine.Status.Running, engine.Status.Waiting));
+            Task<AbortCounts> aborts = engine.AbortAsync(["nobody", "b", "nobody else"]);
+            backend.LetGo();
+            AbortCounts counts = await aborts;
+            Assert.Equal((1, 2), (counts.Groups, counts.Samples));
+            Assert.Equal(["nobody", "nobody else"], counts.Unknown);
+            await Task.WhenAll(ends.Completed, aborted.Completed).WaitAsync(TimeSpan.FromMinutes(1), Cancelled);
+        }
+
+        Group[] all = [engine.Submit(request with { N = 2 }), engine.Submit(request with { Id = "b", N = 3 })];
+        AbortCounts everything = await engine.AbortAsync(ids: null);
+        await Task.WhenAll(all.Select(group => group.Completed)).WaitAsync(TimeSpan.FromMinutes(1), Cancelled);
+        Assert.Equal(all.SelectMany(group => group.Samples).Count(sample => sample.FinishReason == FinishReason.Abort), everything.Samples);
+    }
+
+    [Fact]
+    public async Task An_update_that_waits_for_its_moment_learns_that_the_engine_failed()
+    {
+        using UpdatePayload payload = UpdatePayload.Of("qwen3");
+        ScriptedBackend backend = new() { StepsLeft = 30 };
+        await using RolloutEngine engine = TestModels.Load("qwen3", backend);
+        using WeightUpdate update = await engine.OpenUpdateAsync(payload.Manifest(0, 1) with { Policy = UpdatePolicy.Drain });
+        update.Write(0, payload.Bytes);
+        Group group = engine.SubmitAndHold(backend, s_request with { MaxTokens = 100, StreamTokens = true }, tokens: 5);
+        Task<PauseResult> paused = engine.PauseAsync(PauseMode.Keep, "the test", TimeSpan.FromMinutes(10), Cancelled);
+        backend.LetGo();
+        await paused;
+        Task<CommitResult> commit = update.CommitAsync(payload.Digest, Cancelled);
+        await engine.ResumeAsync();
+        UpdateFailedException e = await Assert.ThrowsAsync<UpdateFailedException>(() => commit.WaitAsync(TimeSpan.FromMinutes(1), Cancelled));
+        Assert.Contains("device lost", e.Message, StringComparison.Ordinal);
+        await group.Completed.WaitAsync(TimeSpan.FromMinutes(1), Cancelled);
+        Assert.Equal(0ul, engine.Version);
+    }
+
+    [Fact]
+    public async Task Under_abort_what_had_not_begun_begins_on_the_new_weights()
+    {
+        using UpdatePayload payload = UpdatePayload.Of("qwen3");
+        await using RolloutEngine fresh = RolloutEngine.Load(payload.Folder, new CpuBackend(1), new EngineOptions());
+        ScriptedBackend backend = new();
+        await using RolloutEngine engine = RolloutEngine.Load(TestModels.Folder("qwen3"), backend, new EngineOptions { MaxSequences = 1 });
+        // Its samples take the only seat in turn; the other group queues behind them.
+        GroupRequest request = s_request with { Id = "queued", N = 2 };
+        backend.HoldAfter(2);
+        Group begun = engine.Submit(s_request with { N = 2, MaxTokens = 100 });
+        backend.WaitUntilHeld();
+        Group queued = engine.Submit(request);
+        Task<PauseResult> paused = engine.PauseAsync(PauseMode.Keep, "the test", TimeSpan.FromMinutes(10), Cancelled);
+        backend.LetGo();
+        await paused;
+        using (WeightUpdate update = await engine.OpenUpdateAsync(payload.Manifest(0, 1) with { Policy = UpdatePolicy.Abort }))
+        {
+            update.Write(0, payload.Bytes);
+            await update.CommitAsync(payload.Digest, Cancelled);
+        }
+
+        Assert.All(begun.Samples, sample => Assert.Equal(FinishReason.Abort, sample.FinishReason));
+        Assert.All(queued.Samples, sample => Assert.Equal(FinishReason.None, sample.FinishReason));
+        await engine.ResumeAsync();
+        await queued.Completed.WaitAsync(Cancelled);
+        Assert.Equal((await fresh.RunAsync(request)).Select(sample => sample.Bits()), queued.Samples.Select(sample => sample.Bits()));
+    }
+
+    [Fact]
+    public async Task The_metrics_count_tokens_by_how_stale_they_were()
+    {
+        using UpdatePayload payload = UpdatePayload.Of("qwen3");
+        ScriptedBackend backend = new();
+        await using RolloutEngine engine = RolloutEngine.Load(payload.Folder, backend, new EngineOptions()); // its name tells its metrics from those of other tests
+        Dictionary<string, long> counts = [];
+        using MeterListener listener = new();
+        listener.InstrumentPublished = (instrument, self) =>
+        {
+            if (instrument.Name == "rollout.tokens.sampled") self.EnableMeasurementEvents(instrument);
+        };
+        listener.SetMeasurementEventCallback<long>((instrument, value, tags, _) =>
+        {
+            if (instrument.Meter.Tags!.Any(tag => Equals(tag.Value, engine.ModelName))) counts[(string)tags[0].Value!] = value;
+        });
+        listener.Start();
+        Group group = await engine.UpdateWhileAsync(backend, payload, UpdatePolicy.Keep, s_request with { N = 2, MaxTokens = 20 }, heldAfter: 5);
+        await engine.RunAsync(s_request);
+        listener.RecordObservableInstruments();
+        Assert.Equal(["0", "1", "2", "3", "4", "5", "6", "7", "8+"], counts.Keys.Order());
+        Assert.Equal((30 + 8, 10, 48), (counts["0"], counts["1"], counts.Values.Sum()));
+        Assert.Equal(48, engine.Status.GeneratedTokens);
+        Assert.All(group.Samples, sample => Assert.Equal(5, sample.Versions(0, 20).IndexOf(1ul)));
+    }
+
+    [Theory]
+    [InlineData(0)]
+    [InlineData(1)]
+    [InlineData(2)]
+    [InlineData(1000)]
+    public void Work_on_all_cores_is_done_once_each_and_its_error_comes_after_its_end(int items)
+    {
+        int[] done = new int[items];
+        AllCores.ForEach([.. Enumerable.Range(0, items)], i => Interlocked.Increment(ref done[i]));
+        Assert.All(done, times => Assert.Equal(1, times));
+        if (items == 0) return;
+        int running = 0;
+        Assert.Throws<InvalidOperationException>(() => AllCores.ForEach([.. Enumerable.Range(0, items)], i =>
+        {
+            Interlocked.Increment(ref running);
+            try
+            {
+                if (i == items - 1) throw new InvalidOperationException("the last one");
+            }
+            finally
+            {
+                Interlocked.Decrement(ref running);
+            }
+        }));
+        Assert.Equal(0, running);
+    }
+}

@@ -1,0 +1,149 @@
+using Xunit;
+
+namespace Rollout.Engine.Tests;
+
+/// <summary>Pauses, and what meets them: each other, aborts, sleep, samples half-way. The loop is held while things are ordered.</summary>
+public sealed class PauseTests
+{
+    private static readonly TimeSpan s_long = TimeSpan.FromDays(100); // longer than 32 bits of milliseconds
+
+    private static readonly GroupRequest s_request = new()
+    {
+        Id = "a",
+        Prompt = [5, 6, 7],
+        N = 2,
+        MaxTokens = 60,
+        IgnoreEos = true,
+        Seed = 3,
+        StreamTokens = true,
+    };
+
+    private static CancellationToken Cancelled => TestContext.Current.CancellationToken;
+
+    [Fact]
+    public async Task A_pause_that_keeps_hardens_one_that_waits_and_both_callers_learn_it()
+    {
+        (RolloutEngine engine, ScriptedBackend backend, Group group) = Begin();
+        await using RolloutEngine _ = engine;
+        Task<PauseResult> waits = engine.PauseAsync(PauseMode.Wait, "first", s_long, Cancelled);
+        Task<PauseResult> keeps = engine.PauseAsync(PauseMode.Keep, "second", s_long, Cancelled);
+        backend.LetGo();
+        Assert.Equal(new PauseResult(EngineState.Paused, 0), await keeps);
+        Assert.Equal(new PauseResult(EngineState.Paused, 0), await waits);
+        Assert.Equal((EngineState.Paused, "second"), (engine.Status.State, engine.Status.Reason));
+        Assert.All(group.Samples, sample => Assert.Equal((FinishReason.None, 6), (sample.FinishReason, sample.Published)));
+        await engine.ResumeAsync();
+        await group.Completed.WaitAsync(Cancelled);
+        Assert.Equal("", engine.Status.Reason);
+    }
+
+    [Fact]
+    public async Task A_pause_in_force_is_not_softened_by_one_that_waits()
+    {
+        (RolloutEngine engine, ScriptedBackend backend, Group group) = Begin();
+        await using RolloutEngine _ = engine;
+        Task<PauseResult> keeps = engine.PauseAsync(PauseMode.Keep, "first", s_long, Cancelled);
+        Task<PauseResult> waits = engine.PauseAsync(PauseMode.Wait, "second", s_long, Cancelled);
+        backend.LetGo();
+        await Task.WhenAll(keeps, waits);
+        Assert.Equal((EngineState.Paused, "second"), (engine.Status.State, engine.Status.Reason));
+        Assert.All(group.Samples, sample => Assert.Equal(6, sample.Published));
+    }
+
+    [Fact]
+    public async Task Whoever_waits_for_a_pause_learns_that_it_was_ended()
+    {
+        (RolloutEngine engine, ScriptedBackend backend, Group group) = Begin();
+        await using RolloutEngine _ = engine;
+        Task<PauseResult> waits = engine.PauseAsync(PauseMode.Wait, "first", s_long, Cancelled);
+        Task<EngineState> resumed = engine.ResumeAsync();
+        backend.LetGo();
+        Assert.Equal(EngineState.Running, await resumed);
+        Assert.Equal(EngineState.Running, (await waits.WaitAsync(TimeSpan.FromMinutes(1), Cancelled)).State);
+        await group.Completed.WaitAsync(Cancelled);
+    }
+
+    [Fact]
+    public async Task Pausing_again_sets_the_lease_anew()
+    {
+        (RolloutEngine engine, ScriptedBackend backend, Group group) = Begin();
+        await using RolloutEngine _ = engine;
+        Task<PauseResult> first = engine.PauseAsync(PauseMode.Keep, "trainer", s_long, Cancelled);
+        backend.LetGo();
+        await first;
+        await engine.PauseAsync(PauseMode.Keep, "trainer", TimeSpan.FromMilliseconds(100), Cancelled);
+        await group.Completed.WaitAsync(TimeSpan.FromMinutes(1), Cancelled); // the pause ended by itself
+        await engine.PauseAsync(PauseMode.Keep, "trainer", TimeSpan.FromMilliseconds(100), Cancelled);
+        await engine.PauseAsync(PauseMode.Keep, "trainer", s_long, Cancelled);
+        Assert.Equal(EngineState.Paused, engine.Status.State);
+    }
+
+    [Fact]
+    public async Task A_pause_that_waits_too_long_ends_with_its_lease()
+    {
+        await using RolloutEngine engine = TestModels.Load("qwen3");
+        await engine.PauseAsync(PauseMode.Keep, "trainer", s_long, Cancelled);
+        Group held = engine.Submit(s_request);
+        await engine.ResumeAsync();
+        await engine.PauseAsync(PauseMode.Wait, "trainer", TimeSpan.FromMilliseconds(100), Cancelled);
+        await held.Completed.WaitAsync(TimeSpan.FromMinutes(1), Cancelled);
+        Assert.All(held.Samples, sample => Assert.Equal(FinishReason.Length, sample.FinishReason));
+    }
+
+    [Fact]
+    public async Task A_pause_that_aborts_says_how_many_samples_it_ended_in_all_groups()
+    {
+        (RolloutEngine engine, ScriptedBackend backend, Group group) = Begin();
+        await using RolloutEngine _ = engine;
+        Group queued = engine.Submit(s_request with { Id = "b", N = 3, StreamTokens = false });
+        Task<PauseResult> aborts = engine.PauseAsync(PauseMode.Abort, "trainer", s_long, Cancelled);
+        backend.LetGo();
+        Assert.Equal(new PauseResult(EngineState.Paused, 5), await aborts);
+        foreach (Group ended in (Group[])[group, queued])
+        {
+            int open = ended.Samples.Count; // readers are told of every end
+            await foreach (SampleChunk chunk in ended.ReadAsync(Cancelled))
+                if (chunk.FinishReason == FinishReason.Abort) open--;
+            Assert.Equal(0, open);
+            Assert.True(ended.Completed.IsCompleted);
+        }
+
+        Assert.Equal((0, 0, 0), (engine.Status.Running, engine.Status.Waiting, engine.Status.KvBlocksUsed));
+    }
+
+    [Fact]
+    public async Task Keys_and_values_do_not_sleep_while_a_pause_still_waits()
+    {
+        (RolloutEngine engine, ScriptedBackend backend, Group group) = Begin();
+        await using RolloutEngine _ = engine;
+        Task<PauseResult> waits = engine.PauseAsync(PauseMode.Wait, "trainer", s_long, Cancelled);
+        Task<IReadOnlyList<FreedMemory>> sleeps = engine.SleepAsync(MemoryTags.KvCache);
+        backend.LetGo();
+        Assert.Equal(EngineState.Pausing, (await Assert.ThrowsAsync<EngineStateException>(() => sleeps)).State);
+        await waits;
+        Assert.All(group.Samples, sample => Assert.Equal(FinishReason.Length, sample.FinishReason));
+        await engine.SleepAsync(MemoryTags.KvCache);
+    }
+
+    [Fact]
+    public async Task A_request_that_comes_while_the_engine_falls_asleep_is_ended_not_left_waiting()
+    {
+        (RolloutEngine engine, ScriptedBackend backend, Group group) = Begin();
+        await using RolloutEngine _ = engine;
+        Task<PauseResult> paused = engine.PauseAsync(PauseMode.Abort, "trainer", s_long, Cancelled);
+        Task<IReadOnlyList<FreedMemory>> asleep = engine.SleepAsync(MemoryTags.KvCache);
+        Group late = engine.Submit(s_request with { Id = "late" }); // the engine does not sleep yet
+        backend.LetGo();
+        await Task.WhenAll(paused, asleep);
+        await late.Completed.WaitAsync(TimeSpan.FromMinutes(1), Cancelled);
+        Assert.All(late.Samples.Concat(group.Samples), sample => Assert.Equal(FinishReason.Abort, sample.FinishReason));
+    }
+
+    /// <summary>A group with five tokens a sample, and the loop held before the sixth.</summary>
+    private static (RolloutEngine Engine, ScriptedBackend Backend, Group Group) Begin()
+    {
+        ScriptedBackend backend = new();
+        RolloutEngine engine = TestModels.Load("qwen3", backend);
+        return (engine, backend, engine.SubmitAndHold(backend, s_request, tokens: 5));
+    }
+}
