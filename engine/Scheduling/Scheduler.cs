@@ -198,11 +198,12 @@ public sealed class Scheduler
         return Keeps(sequence, policy) && sequence.Computed > 0 ? Math.Min(oldest, sequence.OldestKvVersion) : oldest;
     }
 
-    /// <summary>Whether keys and values outlive new weights. Log-probabilities of a prompt are those of one version, whatever the policy.</summary>
+    /// <summary>Whether keys and values outlive new weights. Log-probabilities of a prompt are always those of one version.</summary>
     private static bool Keeps(Sequence sequence, UpdatePolicy policy) => policy == UpdatePolicy.Keep && !IsScoring(sequence);
 
     /// <summary>Whether the log-probabilities of the group's prompt are still to come, from this sample's rows.</summary>
-    private static bool IsScoring(Sequence sequence) => sequence.Group.Request.PromptLogProbs && sequence.Index == 0 && sequence.Sampled == 0;
+    private static bool IsScoring(Sequence sequence)
+        => sequence.Group.Request.PromptLogProbs && sequence.Index == 0 && sequence.Sampled == 0;
 
     /// <summary>Blocks for the first <paramref name="tokens"/> tokens, at the cost of younger sequences. False when it had to yield itself.</summary>
     private bool MakeRoom(Sequence sequence, int tokens)

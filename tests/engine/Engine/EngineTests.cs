@@ -49,7 +49,7 @@ public sealed class EngineTests
     [Fact]
     public async Task Stop_tokens_stop_strings_and_min_tokens_end_a_sample_where_they_should()
     {
-        await using RolloutEngine engine = TestModels.Load("qwen3", tokenizer: new LetterTokenizer());
+        await using RolloutEngine engine = TestModels.Load("qwen3", tokenizer: NewTokenizer());
         GroupRequest greedy = s_request with { Temperature = 0, MaxTokens = 16 };
         int[] tokens = (await engine.RunAsync(greedy))[0].Tokens(0, 16).ToArray();
         int stop = Array.FindIndex(tokens, 4, token => !tokens.AsSpan(0, 4).Contains(token));
@@ -57,7 +57,7 @@ public sealed class EngineTests
         Sequence byToken = (await engine.RunAsync(greedy with { StopTokenIds = [tokens[stop]] }))[0];
         Assert.Equal((FinishReason.Stop, stop + 1), (byToken.FinishReason, byToken.Published));
 
-        string text = LetterTokenizer.Text(tokens[stop - 1]) + LetterTokenizer.Text(tokens[stop])[..2]; // across two tokens
+        string text = Text(tokens[stop - 1]) + Text(tokens[stop])[..2]; // across two tokens
         Sequence byText = (await engine.RunAsync(greedy with { StopStrings = ["never", text] }))[0];
         Assert.Equal((FinishReason.Stop, stop + 1, text), (byText.FinishReason, byText.Published, byText.MatchedStop));
 
@@ -169,19 +169,9 @@ public sealed class EngineTests
         Assert.Equal(EngineState.Running, engine.Status.State);
     }
 
-    /// <summary>Token t is the text "&lt;t&gt;": enough to look for stop strings in.</summary>
-    private sealed class LetterTokenizer : Tokenizer
-    {
-        private readonly byte[][] _bytes = [.. Enumerable.Range(0, 320).Select(id => System.Text.Encoding.UTF8.GetBytes(Text(id)))];
+    /// <summary>Enough to look for stop strings in.</summary>
+    private static string Text(int id) => $"<{id}>";
 
-        public static string Text(int id) => $"<{id}>";
-
-        public override int VocabSize => 320;
-
-        public override IReadOnlyDictionary<string, int> SpecialTokens => new Dictionary<string, int>();
-
-        public override int[] Encode(string text, bool addSpecialTokens) => throw new NotSupportedException();
-
-        public override ReadOnlySpan<byte> TokenBytes(int id) => _bytes[id];
-    }
+    private static PieceTokenizer NewTokenizer()
+        => new([.. Enumerable.Range(0, 320).Select(id => System.Text.Encoding.UTF8.GetBytes(Text(id)))]);
 }

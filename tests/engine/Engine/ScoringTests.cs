@@ -27,13 +27,14 @@ public sealed class ScoringTests
 
     /// <summary>An update comes after two steps: between two chunks of the prompt, or after two tokens.</summary>
     [Theory, MemberData(nameof(Cases))]
-    public async Task An_update_in_the_middle_of_a_prompt_leaves_log_probabilities_of_one_version(UpdatePolicy policy, int chunk, int n, int maxTokens)
+    public async Task An_update_in_the_middle_of_a_prompt_leaves_log_probabilities_of_one_version(
+        UpdatePolicy policy, int chunk, int n, int maxTokens)
     {
         using UpdatePayload payload = UpdatePayload.Of("qwen3");
         await using RolloutEngine old = TestModels.Load("qwen3");
         await using RolloutEngine fresh = RolloutEngine.Load(payload.Folder, new CpuBackend(1), new EngineOptions());
         ScriptedBackend backend = new();
-        await using RolloutEngine engine = RolloutEngine.Load(TestModels.Folder("qwen3"), backend, new EngineOptions { MaxBatchTokens = chunk });
+        await using RolloutEngine engine = RolloutEngine.Load(TestModels.Folder("qwen3"), backend, new() { MaxBatchTokens = chunk });
         GroupRequest request = new()
         {
             Id = "a",
@@ -80,7 +81,7 @@ public sealed class ScoringTests
         using UpdatePayload payload = UpdatePayload.Of("qwen3");
         await using RolloutEngine fresh = RolloutEngine.Load(payload.Folder, new CpuBackend(1), new EngineOptions());
         ScriptedBackend backend = new();
-        await using RolloutEngine engine = RolloutEngine.Load(TestModels.Folder("qwen3"), backend, new EngineOptions { MaxBatchTokens = 16 });
+        await using RolloutEngine engine = RolloutEngine.Load(TestModels.Folder("qwen3"), backend, new() { MaxBatchTokens = 16 });
         GroupRequest request = new()
         {
             Id = "a",
@@ -91,8 +92,10 @@ public sealed class ScoringTests
             MaxStaleness = 0,
         };
         Group group = await engine.UpdateWhileAsync(backend, payload, policy, request, heldAfter: 2);
-        Assert.Equal(policy == UpdatePolicy.Keep ? FinishReason.Abort : FinishReason.Length, group.Samples[0].FinishReason);
-        Assert.Equal((await fresh.RunAsync(request)).Skip(1).Select(sample => sample.Bits()), group.Samples.Skip(1).Select(sample => sample.Bits()));
+        FinishReason expected = policy == UpdatePolicy.Keep ? FinishReason.Abort : FinishReason.Length;
+        Assert.Equal(expected, group.Samples[0].FinishReason);
+        IReadOnlyList<Sequence> others = await fresh.RunAsync(request);
+        Assert.Equal(others.Skip(1).Select(sample => sample.Bits()), group.Samples.Skip(1).Select(sample => sample.Bits()));
         Assert.Equal(0, engine.Status.Waiting);
         await engine.RunAsync(request); // its id is free again
     }
@@ -102,8 +105,9 @@ public sealed class ScoringTests
     {
         using UpdatePayload payload = UpdatePayload.Of("qwen3");
         ScriptedBackend backend = new();
-        await using RolloutEngine engine = RolloutEngine.Load(TestModels.Folder("qwen3"), backend, new EngineOptions { MaxBatchTokens = 16 });
-        GroupRequest request = new() { Id = "a", Prompt = [.. Enumerable.Range(3, 60)], MaxTokens = 0, PromptLogProbs = true, MaxStaleness = 0 };
+        await using RolloutEngine engine = RolloutEngine.Load(TestModels.Folder("qwen3"), backend, new() { MaxBatchTokens = 16 });
+        int[] prompt = [.. Enumerable.Range(3, 60)];
+        GroupRequest request = new() { Id = "a", Prompt = prompt, MaxTokens = 0, PromptLogProbs = true, MaxStaleness = 0 };
         Group group = await engine.UpdateWhileAsync(backend, payload, UpdatePolicy.Keep, request, heldAfter: 2);
         Assert.Equal((FinishReason.Length, 1ul), (group.Samples[0].FinishReason, group.PromptVersion));
     }

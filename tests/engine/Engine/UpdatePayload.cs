@@ -60,8 +60,8 @@ internal static class UpdateExtensions
     }
 
     /// <summary>Submits a group, commits the update after so many of its steps, and returns the group when it has ended.</summary>
-    public static async Task<Group> UpdateWhileAsync(this RolloutEngine engine, ScriptedBackend backend, UpdatePayload payload, UpdatePolicy policy,
-        GroupRequest request, int heldAfter)
+    public static async Task<Group> UpdateWhileAsync(
+        this RolloutEngine engine, ScriptedBackend backend, UpdatePayload payload, UpdatePolicy policy, GroupRequest request, int heldAfter)
     {
         CancellationToken cancelled = TestContext.Current.CancellationToken;
         using WeightUpdate update = await engine.OpenUpdateAsync(payload.Manifest(0, 1) with { Policy = policy });

@@ -8,8 +8,8 @@ namespace Rollout.Engine.Tests;
 internal sealed record LoadPlanned(int Seats, int BatchTokens, int Blocks, bool PlansAhead, int[] Script);
 
 /// <summary>
-/// A scheduler under a load of every kind at once, and everything that its users rely on: asked after every act, and of every sample at its end from
-/// its request and the versions of its tokens alone.
+/// A scheduler under a load of every kind at once, and everything that its users rely on: asked after every act, and of every sample at
+/// its end from its request and the versions of its tokens alone.
 /// </summary>
 internal sealed class RandomLoad
 {
@@ -59,7 +59,7 @@ internal sealed class RandomLoad
             CheckCounts();
         }
 
-        // Nothing starves: what is left ends within the steps its tokens need, one row a step at worst, each recomputed at every preemption.
+        // Nothing starves: what is left ends within the steps its tokens need, one row a step at worst, recomputed at every preemption.
         for (int steps = 0; !_scheduler.IsEmpty || _underWay is not null; steps++)
         {
             Assert.True(steps < 200_000, $"{_scheduler.Running} running and {_scheduler.Waiting} waiting samples do not end");
@@ -258,9 +258,16 @@ internal sealed class RandomLoad
         {
             past = RememberingDevice.Past(past, prompt[p], group.PromptVersion);
             if (p + 1 < prompt.Length)
-                Assert.Equal(RememberingDevice.Answer(past, new SampleQuery { Target = prompt[p + 1] }, new HashSet<int>()).LogProb, group.PromptLogProbs[p]);
+            {
+                SampleQuery query = new() { Target = prompt[p + 1] };
+                Assert.Equal(RememberingDevice.Answer(past, query, new HashSet<int>()).LogProb, group.PromptLogProbs[p]);
+            }
+
             for (int k = 0; k < top; k++)
-                Assert.Equal(RememberingDevice.Alternative(past, k), (group.PromptTopIds[p * top + k], group.PromptTopLogProbs[p * top + k]));
+            {
+                int at = p * top + k;
+                Assert.Equal(RememberingDevice.Alternative(past, k), (group.PromptTopIds[at], group.PromptTopLogProbs[at]));
+            }
         }
     }
 
@@ -306,7 +313,8 @@ internal sealed class RandomLoad
         GroupRequest request = group.Request;
         HashSet<int> forbidden = [.. request.LogitBias.Where(bias => float.IsNegativeInfinity(bias.Value)).Select(bias => bias.Key)];
         if (i < request.MinTokens) forbidden.UnionWith(group.EndTokens);
-        SampleQuery query = new() { Target = -1, Seed = request.Seed, SampleIndex = (uint)sample.Index, Position = sample.PromptLength + i };
+        int position = sample.PromptLength + i;
+        SampleQuery query = new() { Target = -1, Seed = request.Seed, SampleIndex = (uint)sample.Index, Position = position };
         SampleResult expected = RememberingDevice.Answer(past, query, forbidden);
         Assert.Equal((expected.Token, expected.LogProb, expected.SamplingLogProb),
             (sample.Tokens(i, i + 1)[0], sample.LogProbs(i, i + 1)[0], sample.SamplingLogProbs(i, i + 1)[0]));
@@ -323,7 +331,8 @@ internal sealed class RandomLoad
         {
             Assert.DoesNotContain(chunk.Sample.Index, ended);
             Assert.Equal(read[chunk.Sample.Index], chunk.Start);
-            Assert.True(chunk.FinishReason != FinishReason.None || (group.Request.StreamTokens && chunk.End > chunk.Start), "a chunk of nothing");
+            bool isNews = group.Request.StreamTokens && chunk.End > chunk.Start;
+            Assert.True(isNews || chunk.FinishReason != FinishReason.None, "a chunk of nothing");
             read[chunk.Sample.Index] = chunk.End;
             if (chunk.FinishReason != FinishReason.None) ended.Add(chunk.Sample.Index);
         }

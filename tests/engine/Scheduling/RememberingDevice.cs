@@ -4,8 +4,9 @@ using Xunit;
 namespace Rollout.Engine.Tests;
 
 /// <summary>
-/// A device without arithmetic: every KV slot remembers what it was computed from, its whole past included, as attention would have seen it through
-/// the block table. What is drawn from a row, and every log-probability, is a hash of that past: a wrong past gives a wrong answer, as on a real device.
+/// A device without arithmetic: every KV slot remembers what it was computed from, its whole past included, as attention would have seen
+/// it through the block table. What is drawn from a row, and every log-probability, is a hash of that past: a wrong past gives a wrong
+/// answer, as on a real device.
 /// </summary>
 internal sealed class RememberingDevice(int blocks)
 {
@@ -46,8 +47,9 @@ internal sealed class RememberingDevice(int blocks)
 
         for (int s = 0; s < layout.SequenceCount; s++)
         {
+            Sequence sequence = step.Sequences[s];
             int last = layout.Positions[layout.RowStart[s + 1] - 1];
-            CheckPast(step.Sequences[s], layout.BlockTables.AsSpan(s * layout.MaxBlocks, layout.MaxBlocks), last, version, mayMix(step.Sequences[s]));
+            CheckPast(sequence, layout.BlockTables.AsSpan(s * layout.MaxBlocks, layout.MaxBlocks), last, version, mayMix(sequence));
         }
 
         foreach (BlockCopy copy in step.Copies)
@@ -88,7 +90,12 @@ internal sealed class RememberingDevice(int blocks)
         int token = query.Target;
         ulong noise = Mix(Mix(Mix(past, query.Seed), query.SampleIndex), (ulong)query.Position);
         if (token < 0) for (token = (int)(noise % Vocabulary); forbidden.Contains(token);) token = (token + 1) % Vocabulary;
-        return new SampleResult { Token = token, LogProb = Number(Mix(past, (ulong)token)), SamplingLogProb = Number(Mix(noise, (ulong)token)) };
+        return new SampleResult
+        {
+            Token = token,
+            LogProb = Number(Mix(past, (ulong)token)),
+            SamplingLogProb = Number(Mix(noise, (ulong)token)),
+        };
     }
 
     public static (int Id, float LogProb) Alternative(ulong past, int k)
