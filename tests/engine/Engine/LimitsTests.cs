@@ -132,12 +132,12 @@ public sealed class LimitsTests
             AbortCounts counts = await aborts;
             Assert.Equal((1, 2), (counts.Groups, counts.Samples));
             Assert.Equal(["nobody", "nobody else"], counts.Unknown);
-            await Task.WhenAll(ends.Completed, aborted.Completed).WaitAsync(TimeSpan.FromMinutes(1), Cancelled);
+            await Task.WhenAll(ends.Completed, aborted.Completed).WaitAsync(TimeSpan.FromSeconds(30), Cancelled);
         }
 
         Group[] all = [engine.Submit(request with { N = 2 }), engine.Submit(request with { Id = "b", N = 3 })];
         AbortCounts everything = await engine.AbortAsync(ids: null);
-        await Task.WhenAll(all.Select(group => group.Completed)).WaitAsync(TimeSpan.FromMinutes(1), Cancelled);
+        await Task.WhenAll(all.Select(group => group.Completed)).WaitAsync(TimeSpan.FromSeconds(30), Cancelled);
         Assert.Equal(all.SelectMany(group => group.Samples).Count(sample => sample.FinishReason == FinishReason.Abort), everything.Samples);
     }
 
@@ -155,10 +155,10 @@ public sealed class LimitsTests
         await paused;
         Task<CommitResult> commit = update.CommitAsync(payload.Digest, Cancelled);
         await engine.ResumeAsync();
-        TimeSpan patience = TimeSpan.FromMinutes(1);
+        TimeSpan patience = TimeSpan.FromSeconds(30);
         UpdateFailedException e = await Assert.ThrowsAsync<UpdateFailedException>(() => commit.WaitAsync(patience, Cancelled));
         Assert.Contains("device lost", e.Message, StringComparison.Ordinal);
-        await group.Completed.WaitAsync(TimeSpan.FromMinutes(1), Cancelled);
+        await group.Completed.WaitAsync(TimeSpan.FromSeconds(30), Cancelled);
         Assert.Equal(0ul, engine.Version);
     }
 

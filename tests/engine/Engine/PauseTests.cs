@@ -59,7 +59,7 @@ public sealed class PauseTests
         Task<EngineState> resumed = engine.ResumeAsync();
         backend.LetGo();
         Assert.Equal(EngineState.Running, await resumed);
-        Assert.Equal(EngineState.Running, (await waits.WaitAsync(TimeSpan.FromMinutes(1), Cancelled)).State);
+        Assert.Equal(EngineState.Running, (await waits.WaitAsync(TimeSpan.FromSeconds(30), Cancelled)).State);
         await group.Completed.WaitAsync(Cancelled);
     }
 
@@ -72,7 +72,7 @@ public sealed class PauseTests
         backend.LetGo();
         await first;
         await engine.PauseAsync(PauseMode.Keep, "trainer", TimeSpan.FromMilliseconds(100), Cancelled);
-        await group.Completed.WaitAsync(TimeSpan.FromMinutes(1), Cancelled); // the pause ended by itself
+        await group.Completed.WaitAsync(TimeSpan.FromSeconds(30), Cancelled); // the pause ended by itself
         await engine.PauseAsync(PauseMode.Keep, "trainer", TimeSpan.FromMilliseconds(100), Cancelled);
         await engine.PauseAsync(PauseMode.Keep, "trainer", s_long, Cancelled);
         Assert.Equal(EngineState.Paused, engine.Status.State);
@@ -86,7 +86,7 @@ public sealed class PauseTests
         Group held = engine.Submit(s_request);
         await engine.ResumeAsync();
         await engine.PauseAsync(PauseMode.Wait, "trainer", TimeSpan.FromMilliseconds(100), Cancelled);
-        await held.Completed.WaitAsync(TimeSpan.FromMinutes(1), Cancelled);
+        await held.Completed.WaitAsync(TimeSpan.FromSeconds(30), Cancelled);
         Assert.All(held.Samples, sample => Assert.Equal(FinishReason.Length, sample.FinishReason));
     }
 
@@ -135,7 +135,7 @@ public sealed class PauseTests
         Group late = engine.Submit(s_request with { Id = "late" }); // the engine does not sleep yet
         backend.LetGo();
         await Task.WhenAll(paused, asleep);
-        await late.Completed.WaitAsync(TimeSpan.FromMinutes(1), Cancelled);
+        await late.Completed.WaitAsync(TimeSpan.FromSeconds(30), Cancelled);
         Assert.All(late.Samples.Concat(group.Samples), sample => Assert.Equal(FinishReason.Abort, sample.FinishReason));
     }
 

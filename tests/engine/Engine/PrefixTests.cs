@@ -48,10 +48,10 @@ public sealed class PrefixTests
         foreach ((int i, GroupRequest request) in requests.Index())
         {
             groups.Add(engine.Submit(request with { Id = $"{i}" }));
-            if (!atOnce) await groups[^1].Completed.WaitAsync(TimeSpan.FromMinutes(1), Cancelled);
+            if (!atOnce) await groups[^1].Completed.WaitAsync(TimeSpan.FromSeconds(30), Cancelled);
         }
 
-        await Task.WhenAll(groups.Select(group => group.Completed)).WaitAsync(TimeSpan.FromMinutes(1), Cancelled);
+        await Task.WhenAll(groups.Select(group => group.Completed)).WaitAsync(TimeSpan.FromSeconds(30), Cancelled);
         return [.. groups.Select(group => string.Join('\n', group.Samples.Select(sample => sample.Bits())) + Scores(group))];
     }
 

@@ -75,8 +75,8 @@ internal static class UpdateExtensions
         Task committed = update.CommitAsync(payload.Digest, cancelled);
         if (policy != UpdatePolicy.Drain) await committed;
         await engine.ResumeAsync();
-        await group.Completed.WaitAsync(TimeSpan.FromMinutes(1), cancelled);
-        await committed.WaitAsync(TimeSpan.FromMinutes(1), cancelled);
+        await group.Completed.WaitAsync(TimeSpan.FromSeconds(30), cancelled);
+        await committed.WaitAsync(TimeSpan.FromSeconds(30), cancelled);
         return group;
     }
 }
