@@ -167,10 +167,16 @@ internal sealed class ServedWeights(IBackend backend, LoadPlan plan, int layers,
         foreach (ManifestTensor tensor in manifest.Tensors) set.Changing(plan[tensor.Name].Slot);
     }
 
-    private static DescribedWeight[] Merge(IReadOnlyList<DescribedWeight> old, IReadOnlyList<DescribedWeight> changed)
+    private DescribedWeight[] Merge(IReadOnlyList<DescribedWeight> old, IReadOnlyList<DescribedWeight> changed)
     {
         Dictionary<string, DescribedWeight> byName = changed.ToDictionary(weight => weight.Name);
-        return [.. old.Select(weight => byName.GetValueOrDefault(weight.Name, weight))];
+        return [.. old.Select(weight => byName.GetValueOrDefault(weight.Name) ?? Follow(weight))];
+
+        // A tied head that came once and was not sent again is what its original has become.
+        DescribedWeight Follow(DescribedWeight weight)
+            => plan[weight.Name] is { Tied: true } tied && byName.TryGetValue(plan.OriginalOf(tied).Source, out DescribedWeight? original)
+                ? original with { Name = weight.Name }
+                : weight;
     }
 
     /// <summary>Slots of which the update sends every element.</summary>

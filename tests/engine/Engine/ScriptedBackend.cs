@@ -17,6 +17,12 @@ internal sealed class ScriptedBackend(IBackend? device = null) : IBackend
 
     public bool RehearsalsFail { get; set; }
 
+    /// <summary>Where given, weights are not written: where they would be, and how many bytes, is kept here.</summary>
+    public List<(long Element, int Bytes)>? Writes { get; set; }
+
+    /// <summary>Weights that slept find no memory to wake into.</summary>
+    public bool RestoresFail { get; set; }
+
     /// <summary>B where a step began, F where it was finished. To be read when no step runs.</summary>
     public string Order => _order.ToString();
 
@@ -55,7 +61,7 @@ internal sealed class ScriptedBackend(IBackend? device = null) : IBackend
 
     public Weight AllocateWeight(int outputs, int inputs) => _inner.AllocateWeight(outputs, inputs);
 
-    public WeightArena AllocateWeights(IReadOnlyList<(int Outputs, int Inputs)> shapes) => _inner.AllocateWeights(shapes);
+    public WeightArena AllocateWeights(IReadOnlyList<(int Outputs, int Inputs)> shapes) => new Arena(this, _inner.AllocateWeights(shapes));
 
     public KvCache AllocateKvCache(int layers, int blocks, int kvHeads, int headDim) => _inner.AllocateKvCache(layers, blocks, kvHeads, headDim);
 
@@ -63,7 +69,10 @@ internal sealed class ScriptedBackend(IBackend? device = null) : IBackend
         => _inner.AllocateRopeTable(inverseFrequencies, positions, scale);
 
     public void WriteWeight(Weight destination, long element, ReadOnlySpan<byte> source, DType type)
-        => _inner.WriteWeight(destination, element, source, type);
+    {
+        if (Writes is null) _inner.WriteWeight(destination, element, source, type);
+        else Writes.Add((element, source.Length));
+    }
 
     public WeightFormat WeightFormat => _inner.WeightFormat;
 
@@ -134,4 +143,19 @@ internal sealed class ScriptedBackend(IBackend? device = null) : IBackend
     public void CopyBlock(KvCache cache, int from, int to) => _inner.CopyBlock(cache, from, to);
 
     public void Dispose() => _inner.Dispose();
+
+    private sealed class Arena(ScriptedBackend backend, WeightArena inner) : WeightArena(inner.Weights)
+    {
+        public override long Bytes => inner.Bytes;
+
+        public override void Discard() => inner.Discard();
+
+        public override void Restore()
+        {
+            if (backend.RestoresFail) throw new OutOfMemoryException("the trainer has it");
+            inner.Restore();
+        }
+
+        public override void Dispose() => inner.Dispose();
+    }
 }

@@ -58,6 +58,60 @@ public sealed class SleepTests
     }
 
     [Fact]
+    public async Task What_found_no_memory_to_wake_into_goes_on_sleeping()
+    {
+        using UpdatePayload payload = UpdatePayload.Of("qwen3");
+        ScriptedBackend backend = new();
+        await using RolloutEngine engine = TestModels.Load("qwen3", backend);
+        await engine.SleepAsync(MemoryTags.All);
+        backend.RestoresFail = true;
+        NoRoomException e = await Assert.ThrowsAsync<NoRoomException>(() => engine.WakeUpAsync(MemoryTags.All));
+        Assert.Contains("the trainer has it", e.Message, StringComparison.Ordinal);
+        Assert.Equal((EngineState.Sleeping, MemoryTags.Weights), (engine.Status.State, engine.Status.Asleep));
+        Assert.Equal(EngineState.Sleeping, Assert.Throws<EngineStateException>(() => engine.BeginUpdate(payload.Manifest(0, 1))).State);
+        Assert.Equal(EngineState.Sleeping, Assert.Throws<EngineStateException>(() => engine.Submit(s_request)).State);
+        backend.RestoresFail = false;
+        Assert.Equal(MemoryTags.None, await engine.WakeUpAsync(MemoryTags.Weights));
+        Assert.Equal(EngineState.Poisoned, engine.Status.State);
+    }
+
+    /// <summary>Both sets are given back; what either held is not built upon afterwards, whatever version it was of.</summary>
+    [Theory]
+    [InlineData(UpdateMode.Staged)]
+    [InlineData(UpdateMode.InPlace)]
+    public async Task After_sleeping_a_full_update_heals_and_partial_ones_build_on_it(UpdateMode mode)
+    {
+        using UpdatePayload payload = UpdatePayload.Of("qwen3");
+        await using RolloutEngine fresh = RolloutEngine.Load(payload.Folder, new CpuBackend(1), new EngineOptions());
+        await using RolloutEngine engine = TestModels.Load("qwen3");
+        string expected = (await fresh.RunAsync(s_request))[0].Bits();
+        for (ulong version = 0; version < 12; version += 4)
+        {
+            await PushAsync(payload.Manifest(version, version + 1) with { Mode = version == 0 ? UpdateMode.Staged : mode });
+            Assert.Single(await engine.SleepAsync(MemoryTags.Weights));
+            await engine.WakeUpAsync(MemoryTags.Weights);
+            Assert.Equal((EngineState.Poisoned, version + 1), (engine.Status.State, engine.Version));
+            ManifestTensor norm = payload.Manifest(0, 1).Tensors.Single(tensor => tensor.Name == "model.norm.weight");
+            UpdateManifest partial = payload.Manifest(version + 1, version + 2) with { Partial = true, Tensors = [norm] };
+            Assert.Throws<UpdateRejectedException>(() => engine.BeginUpdate(partial));
+            await PushAsync(payload.Manifest(version + 1, version + 2) with { Mode = mode });
+            Assert.Equal(EngineState.Running, engine.Status.State);
+            for (ulong again = version + 2; again < version + 4; again++)
+            {
+                await PushAsync(partial with { BaseVersion = again, NewVersion = again + 1, Mode = UpdateMode.Staged });
+                Assert.Equal(expected, (await engine.RunAsync(s_request))[0].Bits());
+            }
+        }
+
+        async Task PushAsync(UpdateManifest manifest)
+        {
+            using WeightUpdate update = await engine.OpenUpdateAsync(manifest);
+            update.Write(0, payload.Bytes);
+            await update.CommitAsync(default, Cancelled);
+        }
+    }
+
+    [Fact]
     public async Task Samples_in_flight_keep_the_weights_awake_and_outlive_the_sleep_of_their_keys_and_values_under_a_pause()
     {
         await using RolloutEngine undisturbed = TestModels.Load("qwen3");

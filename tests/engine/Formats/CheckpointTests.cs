@@ -57,6 +57,37 @@ public sealed class CheckpointTests : IDisposable
             p => Assert.Contains("broken.safetensors: the file has 3 bytes", p));
     }
 
+    [Fact]
+    public void A_single_file_goes_before_shards_that_lie_beside_it()
+    {
+        WriteShard("model.safetensors", "a");
+        WriteShard("one.safetensors", "b");
+        WriteIndex("""{"weight_map":{"b":"one.safetensors"}}""");
+        using var checkpoint = Checkpoint.Open(_folder.Path);
+
+        Assert.Equal("a", Assert.Single(checkpoint.Tensors.Keys));
+    }
+
+    [Fact]
+    public void A_tensor_is_where_the_index_says_or_the_checkpoint_is_refused()
+    {
+        WriteShard("one.safetensors", "a", "b");
+        WriteShard("two.safetensors", "c");
+        WriteIndex("""{"weight_map":{"a":"one.safetensors","b":"two.safetensors","c":"two.safetensors"}}""");
+
+        var error = Assert.Throws<InvalidModelException>(() => Checkpoint.Open(_folder.Path));
+        Assert.Contains("tensor 'b' is not in two.safetensors", Assert.Single(error.Problems));
+    }
+
+    [Fact]
+    public void A_json_file_may_have_many_megabytes_and_not_hundreds()
+    {
+        var padding = string.Concat(Enumerable.Repeat(" ", 40 << 20));
+        Assert.True(JsonFile.ReadObject(_folder.Write("large.json", $$"""{{{padding}}"a":1}""")).TryGetProperty("a", out _));
+        using (var file = File.Create(_folder["huge.json"])) file.SetLength((256L << 20) + 1);
+        Assert.Contains("at most", Assert.Throws<InvalidModelException>(() => JsonFile.ReadObject(_folder["huge.json"])).Message);
+    }
+
     [Theory]
     [InlineData("{}", "weight_map must be")]
     [InlineData("[]", "not a JSON object")]

@@ -137,6 +137,58 @@ public sealed class SafetensorsFileTests : IDisposable
         Assert.Contains(problem, error.Message);
     }
 
+    /// <summary>In a file with holes, so that it takes no room: tensors around offsets that no 32-bit number has.</summary>
+    [Fact]
+    public void Tensors_lie_beyond_2_to_the_31_and_2_to_the_32()
+    {
+        const long Step = (1L << 31) - 200; // so that a tensor lies across each border
+        var header = string.Join(',', Enumerable.Range(0, 3).Select(i =>
+            $"\"{i}\":{{\"dtype\":\"F32\",\"shape\":[{Step / 4}],\"data_offsets\":[{i * Step},{(i + 1) * Step}]}}"));
+        var path = WriteRaw("{" + header + "}", 0);
+        byte[] Mark(int tensor, long at) => [(byte)(tensor + 1), (byte)at, (byte)(at >> 31), 7];
+        using (var stream = new FileStream(path, FileMode.Open, FileAccess.ReadWrite))
+        {
+            var start = stream.Length;
+            stream.SetLength(start + 3 * Step);
+            for (var tensor = 0; tensor < 3; tensor++)
+            {
+                foreach (var at in (long[])[0, Step / 2 / 4 * 4, Step - 4])
+                {
+                    stream.Position = start + tensor * Step + at;
+                    stream.Write(Mark(tensor, at));
+                }
+            }
+        }
+        using var file = SafetensorsFile.Open(path);
+        for (var tensor = 0; tensor < 3; tensor++)
+        {
+            var info = file.Tensors[$"{tensor}"];
+            Assert.Equal((Step, Step / 4), (info.Bytes, info.Elements));
+            foreach (var at in (long[])[0, Step / 2 / 4 * 4, Step - 4])
+            {
+                var read = new byte[4];
+                file.Read(info, at, read);
+                Assert.Equal(Mark(tensor, at), read);
+            }
+            Assert.Throws<ArgumentOutOfRangeException>(() => file.Read(info, Step - 3, new byte[4]));
+        }
+    }
+
+    [Fact]
+    public void Elements_are_counted_beyond_2_to_the_31()
+        => Assert.Equal(1L << 40, new TensorInfo("a", "BF16", [1 << 20, 1 << 20], 8, 1L << 41).Elements);
+
+    [Fact]
+    public void Empty_tensors_may_lie_where_others_begin()
+    {
+        var path = WriteRaw("""
+            {"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[0,3],"data_offsets":[0,0]},
+             "c":{"dtype":"F32","shape":[0],"data_offsets":[4,4]}}
+            """, 4);
+        using var file = SafetensorsFile.Open(path);
+        Assert.Equal(3, file.Tensors.Count);
+    }
+
     [Fact]
     public void A_missing_file_and_a_folder_are_refused()
     {

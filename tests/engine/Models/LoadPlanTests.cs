@@ -39,6 +39,21 @@ public sealed class LoadPlanTests
     }
 
     [Fact]
+    public void The_biases_of_llama_have_the_shapes_that_transformers_gives_them()
+    {
+        var spec = ModelSpec.Parse("""
+            {"model_type":"llama","vocab_size":11,"hidden_size":6,"intermediate_size":5,"num_hidden_layers":1,"num_attention_heads":4,
+             "num_key_value_heads":2,"head_dim":8,"max_position_embeddings":9,"attention_bias":true,"mlp_bias":true}
+            """u8);
+
+        Assert.Equal(["mlp.down_proj.bias 6", "mlp.gate_proj.bias 5", "mlp.up_proj.bias 5", "self_attn.k_proj.bias 16",
+            "self_attn.o_proj.bias 6", "self_attn.q_proj.bias 32", "self_attn.v_proj.bias 16"],
+            spec.CheckpointTensors().Where(tensor => tensor.Name.EndsWith(".bias", StringComparison.Ordinal))
+                .Select(tensor => $"{tensor.Name["model.layers.0.".Length..]} {string.Join(',', tensor.Shape)}")
+                .Order(StringComparer.Ordinal));
+    }
+
+    [Fact]
     public void A_tied_model_accepts_a_head_and_does_not_use_it()
     {
         var plan = LoadPlan.Compile(ModelSpec.Load(GoldenFiles.Get("llama3")));
@@ -52,11 +67,14 @@ public sealed class LoadPlanTests
 
     [Fact]
     public void Every_element_of_every_weight_has_one_source() =>
-        Gen.Select(Gen.OneOf("llama", "qwen2", "qwen3"), Gen.Int[1, 3], Gen.Int[1, 3], Gen.Int[1, 3], Gen.Bool, Gen.Bool)
-            .Sample((family, layers, kvHeads, groups, bias, tied) =>
+        Gen.Select(Gen.OneOf("llama", "qwen2", "qwen3"), Gen.Int[1, 3], Gen.Int[1, 3], Gen.Int[1, 3], Gen.Bool, Gen.Bool, Gen.Bool)
+            .Sample((family, layers, kvHeads, groups, bias, tied, large) =>
             {
+                // The largest that a config may ask for: elements are counted beyond 2^31 and 2^32.
+                var (vocabulary, hidden, intermediate) = large ? (1 << 24, 1 << 20, 1 << 22) : (11, 6, 5);
                 var plan = LoadPlan.Compile(ModelSpec.Parse(Encoding.UTF8.GetBytes($$"""
-                    {"model_type":"{{family}}","vocab_size":11,"hidden_size":6,"intermediate_size":5,"num_hidden_layers":{{layers}},
+                    {"model_type":"{{family}}","vocab_size":{{vocabulary}},"hidden_size":{{hidden}},
+                     "intermediate_size":{{intermediate}},"num_hidden_layers":{{layers}},
                      "num_attention_heads":{{kvHeads * groups}},"num_key_value_heads":{{kvHeads}},"head_dim":4,"max_position_embeddings":9,
                      "attention_bias":{{(bias ? "true" : "false")}},"mlp_bias":{{(bias ? "true" : "false")}},
                      "tie_word_embeddings":{{(tied ? "true" : "false")}}}
@@ -69,6 +87,7 @@ public sealed class LoadPlanTests
                     foreach (var entry in plan.Entries.Where(e => e.Slot == weight.Slot && !e.Tied).OrderBy(e => e.FirstElement))
                     {
                         Assert.Equal(next, entry.FirstElement);
+                        Assert.Equal(entry.Shape.Aggregate((Int128)1, (product, length) => product * length), entry.Elements);
                         next += entry.Elements;
                     }
                     Assert.Equal((long)weight.Outputs * weight.Inputs, next);

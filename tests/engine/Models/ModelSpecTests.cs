@@ -198,6 +198,103 @@ public sealed class ModelSpecTests : IDisposable
         Assert.Equal("rope_parameters.high_freq_factor must be a number above low_freq_factor, 4; it is 4", Assert.Single(error.Problems));
     }
 
+    /// <summary>What transformers takes when config.json names only the sizes.</summary>
+    [Theory]
+    [InlineData("llama", 16, false, false, false, false)]
+    [InlineData("qwen2", 16, true, false, false, false)]
+    [InlineData("qwen3", 128, false, false, false, true)]
+    public void What_a_config_does_not_say_is_the_familys_default(string family, int headDim, bool qkv, bool output, bool mlp, bool norms)
+    {
+        var spec = Minimal(family, "");
+        Assert.Equal((12, headDim, 1e-6f, false, qkv, output, mlp, norms),
+            (spec.KvHeads, spec.HeadDim, spec.RmsNormEpsilon, spec.TiedHead, spec.QkvBias, spec.OutputBias, spec.MlpBias, spec.QueryKeyNorm));
+        Assert.Equal(new RopeSpec(RopeType.Default, 10000), spec.Rope);
+        Assert.Equal((0, null), (spec.EosTokenIds.Count, spec.BosTokenId));
+        // 28 layers of full attention come before a window unless the config says otherwise; this model has three.
+        Assert.Equal(spec with { EosTokenIds = [] },
+            Minimal(family, ""","use_sliding_window":true,"sliding_window":16""") with { EosTokenIds = [] });
+    }
+
+    [Theory]
+    [InlineData("llama", true, false, true, true, false)]
+    [InlineData("llama", false, true, false, false, true)]
+    [InlineData("qwen2", true, true, true, false, false)]
+    [InlineData("qwen3", true, true, true, true, false)]
+    [InlineData("qwen3", false, true, false, false, false)]
+    public void Each_kind_of_bias_has_its_own_field(string family, bool attentionField, bool mlpField, bool qkv, bool output, bool mlp)
+    {
+        var spec = Parse(family, config => { config["attention_bias"] = attentionField; config["mlp_bias"] = mlpField; });
+        Assert.Equal((qkv, output, mlp), (spec.QkvBias, spec.OutputBias, spec.MlpBias));
+    }
+
+    [Fact]
+    public void Layer_types_are_all_looked_at()
+    {
+        foreach (var at in (int[])[0, 1, 2])
+        {
+            var types = new JsonArray("full_attention", "full_attention", "full_attention");
+            types[at] = "sliding_attention";
+            Assert.Throws<InvalidModelException>(() => Parse("qwen3", config => config["layer_types"] = types));
+        }
+    }
+
+    [Fact]
+    public void The_last_token_of_the_vocabulary_may_begin_and_end_a_text()
+    {
+        var spec = Parse("llama", config => { config["bos_token_id"] = 319; config["eos_token_id"] = 319; });
+        Assert.Equal((319, 319), (spec.BosTokenId!.Value, spec.EosTokenIds.Single()));
+        Assert.Throws<InvalidModelException>(() => Parse("llama", config => config["bos_token_id"] = 320));
+    }
+
+    /// <summary>Llama 3.1's rule in double, with bounds that are not 1 and 4; frequencies meet all three of its cases.</summary>
+    [Theory]
+    [InlineData(128, 500000, 8, 1, 4, 8192)]
+    [InlineData(128, 500000, 8, 2, 8, 8192)]
+    [InlineData(64, 10000, 3, 0.5, 1.5, 4096)]
+    [InlineData(64, 1000000, 32, 1.25, 2, 131072)]
+    public void Low_frequencies_are_divided_high_ones_kept_and_those_between_blended(
+        int headDim, double theta, double factor, double low, double high, int original)
+    {
+        var ours = new RopeSpec(RopeType.Llama3, theta, factor, low, high, original).InverseFrequencies(headDim);
+        HashSet<string> met = [];
+        for (var i = 0; i < headDim / 2; i++)
+        {
+            var plain = Math.Pow(theta, -2.0 * i / headDim);
+            var turns = original * plain / (2 * Math.PI);
+            var smooth = (turns - low) / (high - low);
+            met.Add(turns < low ? "low" : turns > high ? "high" : "between");
+            var expected = turns < low ? plain / factor : turns > high ? plain : (1 - smooth) * plain / factor + smooth * plain;
+            Assert.Equal(1, ours[i] / expected, 1e-5);
+        }
+        Assert.Equal(3, met.Count);
+    }
+
+    [Fact]
+    public void A_linear_factor_divides_every_frequency()
+    {
+        var plain = new RopeSpec(RopeType.Default, 10000).InverseFrequencies(128);
+        Assert.Equal(plain.Select(frequency => frequency / 3), new RopeSpec(RopeType.Linear, 10000, 3).InverseFrequencies(128));
+    }
+
+    [Fact]
+    public void Llama3_rope_scales_the_models_own_context_when_it_names_no_other()
+    {
+        var rope = """{"rope_type":"llama3","factor":8,"low_freq_factor":2,"high_freq_factor":4}""";
+        Assert.Equal(new RopeSpec(RopeType.Llama3, 10000, 8, 2, 4, 512),
+            Parse("llama", config => config["rope_parameters"] = JsonNode.Parse(rope)).Rope);
+        // rope_theta beside it counts where it holds none of its own; the newer of two names of the type counts.
+        Assert.Equal(new RopeSpec(RopeType.Linear, 77, 8), Parse("llama", config =>
+        {
+            config["rope_theta"] = 77;
+            config["rope_parameters"] = JsonNode.Parse("""{"rope_type":"linear","type":"llama3","factor":8}""");
+        }).Rope);
+        Assert.Equal(new RopeSpec(RopeType.Default, 5), Parse("llama", config =>
+        {
+            config["rope_theta"] = 77;
+            config["rope_parameters"] = JsonNode.Parse("""{"rope_type":"default","rope_theta":5}""");
+        }).Rope);
+    }
+
     [Fact]
     public void Every_problem_is_listed()
     {
@@ -243,6 +340,11 @@ public sealed class ModelSpecTests : IDisposable
                 }
             }, iter: 3000);
     }
+
+    private static ModelSpec Minimal(string family, string more) => ModelSpec.Parse(Encoding.UTF8.GetBytes($$"""
+        {"model_type":"{{family}}","vocab_size":320,"hidden_size":192,"intermediate_size":64,"num_hidden_layers":3,"num_attention_heads":12,
+         "max_position_embeddings":512{{more}}}
+        """));
 
     private static ModelSpec Parse(string golden, Action<JsonObject> change)
     {

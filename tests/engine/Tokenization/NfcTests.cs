@@ -24,6 +24,17 @@ public sealed class NfcTests
         Assert.Equal(Reference, Convert.ToHexStringLower(hash.GetHashAndReset()));
     }
 
+    [Theory] // unicodedata.normalize("NFC", t)
+    [InlineData("a\u0310\u0301", "a\u0310\u0301")] // a mark of the same class stands between
+    [InlineData("a\u0320\u0301", "\u00E1\u0320")]  // one of a lower class does not
+    [InlineData("a\u0301\u0320", "\u00E1\u0320")]
+    [InlineData("a\u0327\u0310\u0301", "a\u0327\u0310\u0301")]
+    [InlineData("a\u0345\u0301", "\u00E1\u0345")]
+    [InlineData("e\u0301\u0301", "\u00E9\u0301")]
+    [InlineData("\u1100\u0300\u1161", "\u1100\u0300\u1161")]
+    public void A_mark_composes_with_its_letter_unless_another_stands_between(string text, string expected)
+        => Assert.Equal(expected, Nfc.Normalize(text).ToString());
+
     [Fact]
     public void Normalising_twice_changes_nothing() =>
         Gen.OneOf("a", "e", "\u0301", "\u0327", "\u0344", "\u1112", "\u1161", "\u11AB", "\uAC00", "\u212B", "\u0958", "\U0001D15E")

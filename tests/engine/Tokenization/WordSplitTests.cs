@@ -55,6 +55,8 @@ public sealed class WordSplitTests
         Assert.Equal(["--"], Split(WordSplit.Literal("--", false), "a--b"));
         Assert.Equal(["--"], Split(WordSplit.Literal("--", false), "\U0001F642--\U0001F642"));
         Assert.Empty(Split(WordSplit.Literal("--", true), ""));
+        Assert.Equal(["\U0001F642\U0001F642", "--", "z"], Split(WordSplit.Literal("--", true), "\U0001F642\U0001F642--z"));
+        Assert.Equal(["a\U0001F642", "--", "b", "--", "\U0001F642"], Split(WordSplit.Literal("--", true), "a\U0001F642--b--\U0001F642"));
     }
 
     [Fact]

@@ -1,0 +1,86 @@
+using System.Buffers.Binary;
+using Rollout.Kernels;
+using Xunit;
+
+namespace Rollout.Engine.Tests;
+
+/// <summary>One tensor of an update, where positions no longer fit in 31 or 32 bits.</summary>
+public sealed class IncomingTensorTests
+{
+    // q_proj alone has more than 2^31 elements, so k_proj and v_proj begin behind that. Memory that is not touched is not taken.
+    private static readonly PlainModel s_large = PlainModel.Of(
+        "llama", 1, heads: 1 << 14, kvHeads: 1, headDim: 2048, hidden: 65, intermediate: 2, vocabulary: 3, tied: true);
+
+    [Fact]
+    public void Slices_of_a_weight_may_lie_beyond_2_to_the_31_elements()
+    {
+        const string Attention = "model.layers.0.self_attn.";
+        using CpuBackend backend = new(1);
+        using WeightSet weights = WeightSet.Allocate(backend, s_large.Plan, 1);
+        Weight qkv = weights[new WeightSlot(0, WeightKind.Qkv)];
+        long queries = (1L << 25) * 65;
+
+        PlainTensor whole = PlainTensor.Random(new Random(1), 2048 * 65, DType.Float32);
+        IncomingTensor value = Incoming(new ManifestTensor(Attention + "v_proj.weight", DType.Float32, [2048, 65], 0), backend, weights);
+        foreach (byte[] piece in whole.Bytes.Chunk(99_999)) value.Take(piece);
+        Assert.Equal(whole.Digest(), value.Digest());
+        float[] held = new float[2048 * 65];
+        backend.ReadWeight(qkv, queries + 2048 * 65, held);
+        for (int i = 0; i < held.Length; i++)
+            if (!held[i].Equals(PlainModel.Rounded(whole[i]))) Assert.Fail($"element {i} is {held[i]}, sent was {whole[i]}");
+
+        AssertSparse("q_proj.weight", [1 << 25, 65], 0, [0, int.MaxValue, 1u << 31, (uint)queries - 1]);
+        AssertSparse("k_proj.weight", [2048, 65], queries, [0, 1, 2048 * 65 - 1]);
+
+        void AssertSparse(string name, long[] shape, long first, uint[] indices)
+        {
+            ManifestTensor tensor = new(Attention + name, DType.Float32, shape, 0, indices.Length);
+            IncomingTensor sparse = Incoming(tensor, backend, weights);
+            byte[] bytes = new byte[indices.Length * 8];
+            for (int i = 0; i < indices.Length; i++)
+            {
+                BinaryPrimitives.WriteUInt32LittleEndian(bytes.AsSpan(i * 4), indices[i]);
+                BinaryPrimitives.WriteSingleLittleEndian(bytes.AsSpan((indices.Length + i) * 4), i + 1);
+            }
+
+            foreach (byte[] piece in bytes.Chunk(3)) sparse.Take(piece);
+            float[] one = new float[1];
+            for (int i = 0; i < indices.Length; i++)
+            {
+                backend.ReadWeight(qkv, first + indices[i], one);
+                Assert.Equal(i + 1, one[0]);
+            }
+        }
+    }
+
+    [Fact]
+    public void A_tensor_may_have_more_than_2_to_the_32_bytes()
+    {
+        ScriptedBackend backend = new() { Writes = [] };
+        using WeightSet weights = WeightSet.Allocate(backend, s_large.Plan, 1);
+        ManifestTensor tensor = new("model.layers.0.self_attn.q_proj.weight", DType.BFloat16, [1 << 25, 65], 0);
+        IncomingTensor incoming = Incoming(tensor, backend, weights);
+        byte[] piece = new byte[(64 << 20) + 1];
+        long taken = 0;
+        while (taken < tensor.Bytes)
+        {
+            int length = (int)Math.Min(piece.Length, tensor.Bytes - taken);
+            incoming.Take(piece.AsSpan(0, length));
+            taken += length;
+            Assert.Equal(taken, incoming.Taken);
+        }
+
+        // Every row once, in order.
+        long next = 0;
+        foreach ((long element, int bytes) in backend.Writes)
+        {
+            Assert.Equal(next, element);
+            next += bytes / 2;
+        }
+
+        Assert.Equal((1L << 25) * 65, next);
+    }
+
+    private static IncomingTensor Incoming(ManifestTensor tensor, IBackend backend, WeightSet weights)
+        => new(tensor, s_large.Plan[tensor.Name], backend, weights);
+}
