@@ -279,6 +279,9 @@ internal sealed unsafe class SampleJob<TLanes> : SampleJob
     /// </summary>
     private static Border FindBorder(float* x, float* masses, int n, float max, double total, double target, ulong* candidates)
     {
+        // -0 as +0: the key after that of -0 is +0's, and the zeros are not below it.
+        max += 0f;
+
         // Invariant: tokens at or above high have less than the target, tokens at or above low reach it.
         int high = Ordered(max) + 1, low = 0, count = 0, countAbove = 0;
         double massAbove = 0;

@@ -68,6 +68,34 @@ internal sealed class Bench(IBackend backend, int seed = 1)
         return step;
     }
 
+    /// <summary>A step of any positions over any tables. What a table does not say is no block.</summary>
+    public static StepLayout Step(int maxBlocks, int[][] positions, int[][] tables)
+    {
+        var step = new StepLayout(Math.Max(1, positions.Sum(p => p.Length)), positions.Length, maxBlocks, 1, 0, 0)
+        {
+            SequenceCount = positions.Length,
+        };
+        Array.Fill(step.BlockTables, -1);
+        for (int s = 0; s < positions.Length; s++)
+        {
+            positions[s].CopyTo(step.Positions, step.RowStart[s]);
+            step.RowStart[s + 1] = step.RowStart[s] + positions[s].Length;
+            tables[s].CopyTo(step.BlockTables, s * maxBlocks);
+        }
+
+        return step;
+    }
+
+    /// <summary>Leaves in every slot of a layer what a sequence that went wrong would have left there.</summary>
+    public void Soil(KvCache cache, int layer)
+    {
+        int tokens = cache.Blocks * KvCache.BlockTokens, columns = 3 * cache.KvHeads * cache.HeadDim;
+        using Tensor garbage = Tensor(columns, [.. Enumerable.Repeat(float.NaN, tokens * columns)]);
+        using RopeTable rope = Rope(cache.HeadDim, tokens);
+        Backend.BeginStep(Step(1, cache.Blocks, _ => (0, tokens), (_, b) => b));
+        Backend.RopeStoreKv(garbage, cache.KvHeads, null, null, 0f, rope, cache, layer);
+    }
+
     /// <summary>One output row and query for every entry.</summary>
     public static StepLayout Queries(params SampleQuery[] queries) => Queries(queries, []);
 

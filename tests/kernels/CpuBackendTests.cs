@@ -103,6 +103,34 @@ public sealed class CpuPathTests
         return [.. all];
     }
 
+    /// <summary>As Hugging Face's models do it: the angle is a product of fp32 numbers, whatever that costs in angle.</summary>
+    [Fact]
+    public void Angles_are_products_rounded_to_fp32_at_every_position_to_the_bit()
+    {
+        using var backend = new CpuBackend(1);
+        var bench = new Bench(backend);
+        const int HeadDim = 128, Half = HeadDim / 2, MaxBlocks = 131072 / KvCache.BlockTokens;
+        const float Scale = 1.2079441f;
+        int[] positions = [0, 1, 63, 64, 2047, 4095, 4096, 32767, 65535, 65536, 99_999, 100_000, 100_001, 131_070, 131_071];
+        float[] frequencies = [.. Enumerable.Range(0, Half).Select(i => (float)Math.Pow(10000, -2.0 * i / HeadDim))];
+        using RopeTable rope = backend.AllocateRopeTable(frequencies, 131_072, Scale);
+        using KvCache cache = backend.AllocateKvCache(1, 1, 1, HeadDim);
+
+        // Ones in the first half of a query and zeros in the second: cosines, then sines.
+        float[] rows = [.. Enumerable.Range(0, positions.Length * 3 * HeadDim).Select(i => i % HeadDim < Half ? 1f : 0f)];
+        using Tensor qkv = bench.Tensor(3 * HeadDim, rows);
+        backend.BeginStep(Bench.Step(MaxBlocks, [positions], [new int[MaxBlocks]]));
+        backend.RopeStoreKv(qkv, 1, null, null, 0f, rope, cache, 0);
+        float[] read = Bench.Read(qkv, positions.Length);
+        for (int row = 0; row < positions.Length; row++)
+        {
+            float[] angles = [.. frequencies.Select(frequency => (float)positions[row] * frequency)];
+            float[] expected =
+                [.. angles.Select(angle => (float)Math.Cos(angle) * Scale), .. angles.Select(angle => (float)Math.Sin(angle) * Scale)];
+            Bench.SameBits(expected, Bench.Row(read, 3 * HeadDim, row)[..HeadDim], $"position {positions[row]}");
+        }
+    }
+
     [Fact]
     public void Every_row_tile_and_width_of_a_matmul_gives_the_same_bits()
     {

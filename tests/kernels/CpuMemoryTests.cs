@@ -1,0 +1,315 @@
+using System.Runtime.InteropServices;
+
+namespace Rollout.Kernels.Tests;
+
+/// <summary>The CPU's memory: zero when it is taken, given back to the machine, and addressed beyond what 32 bits count.</summary>
+public sealed unsafe class CpuMemoryTests
+{
+    // Sizes about which the way that memory is taken changes: 64 KiB from the system, 2 MiB in huge pages.
+    public static readonly TheoryData<long> Sizes =
+        [1, 63, 64, 65, (64 << 10) - 129, (64 << 10) - 128, (64 << 10) - 64, (64 << 10) - 63, 64 << 10, (2 << 20) - 1, 2 << 20, (2 << 20) + 1];
+
+    [Theory]
+    [MemberData(nameof(Sizes))]
+    public void Memory_of_any_size_is_zero_whenever_it_is_taken(long bytes)
+    {
+        for (int round = 0; round < 8; round++)
+        {
+            using var buffer = new NativeBuffer(bytes);
+            for (int again = 0; again < 3; again++)
+            {
+                var contents = new Span<byte>(buffer.Pointer, (int)bytes);
+                Assert.Equal(-1, contents.IndexOfAnyExcept((byte)0));
+                contents.Fill(0xEE);
+                buffer.Discard();
+                buffer.Discard();
+                Assert.True(buffer.IsGone);
+                buffer.Restore();
+                Assert.False(buffer.IsGone);
+                Assert.Equal(0, (nint)buffer.Pointer % 64);
+            }
+
+            buffer.Restore();
+            Assert.Equal(-1, new Span<byte>(buffer.Pointer, (int)bytes).IndexOfAnyExcept((byte)0));
+            new Span<byte>(buffer.Pointer, (int)bytes).Fill(0xEE);
+        }
+    }
+
+    [Theory]
+    [InlineData(WeightFormat.BFloat16)]
+    [InlineData(WeightFormat.BFloat16Fast)]
+    [InlineData(WeightFormat.Int8)]
+    public void Every_kind_of_memory_is_given_back_refused_and_zero_when_taken_again(WeightFormat format)
+    {
+        using var backend = new CpuBackend(1, 0, format);
+        var bench = new Bench(backend);
+        Tensor x = bench.Tensor(3, 40), y = bench.Tensor(3, 70), qkv = bench.Tensor(3, 48);
+        Weight matrix = bench.Weight(70, 40), vector = bench.Weight(1, 40), bias = bench.Weight(1, 70), table = bench.Weight(5, 40);
+        KvCache cache = backend.AllocateKvCache(1, 1, 1, 16);
+        RopeTable rope = bench.Rope(16, 16);
+        StepLayout step = Bench.Step(1, 1, _ => (0, 3), (_, _) => 0);
+        Refused(x, () => backend.MatMul(x, matrix, bias, y, 3));
+        Refused(matrix, () => backend.MatMul(x, matrix, bias, y, 3));
+        Refused(bias, () => backend.MatMul(x, matrix, bias, y, 3));
+        Refused(y, () => backend.MatMul(x, matrix, bias, y, 3));
+        Refused(vector, () => backend.RmsNorm(x, vector, 1e-6f, x, 3));
+        Refused(table, () => backend.Embed(table, x));
+        Refused(cache, () => backend.RopeStoreKv(qkv, 1, null, null, 0f, rope, cache, 0));
+        Refused(rope, () => backend.RopeStoreKv(qkv, 1, null, null, 0f, rope, cache, 0));
+        Refused(cache, () => backend.Attend(qkv, 1, 1f, cache, 0, bench.Tensor(3, 16)));
+
+        x.Discard();
+        Assert.Throws<ObjectDisposedException>(() => x.Read(1, new float[40]));
+        Assert.Throws<ObjectDisposedException>(() => x.Write(1, new float[40]));
+        x.Restore();
+        Assert.Equal(new float[120], Bench.Read(x, 3));
+        vector.Discard();
+        vector.Restore();
+        matrix.Discard();
+        matrix.Restore();
+        float[] read = new float[40 * 70];
+        backend.ReadWeight(vector, 0, read.AsSpan(0, 40));
+        Assert.Equal(new float[40], read[..40]);
+        if (format != WeightFormat.Int8)
+        {
+            backend.ReadWeight(matrix, 0, read);
+            Assert.Equal(new float[40 * 70], read);
+        }
+
+        // Zero keys and values: everything attends to nothing.
+        cache.Discard();
+        cache.Restore();
+        Tensor output = bench.Tensor(3, 16);
+        backend.BeginStep(step);
+        backend.Attend(qkv, 1, 1f, cache, 0, output);
+        Assert.Equal(new float[48], Bench.Read(output, 3));
+
+        void Refused(DeviceMemory memory, Action action)
+        {
+            long bytes = memory.Bytes;
+            backend.BeginStep(step);
+            memory.Discard();
+            Assert.ThrowsAny<ArgumentException>(action);
+            memory.Restore();
+            action();
+            Assert.Equal(bytes, memory.Bytes);
+        }
+    }
+
+    [Fact]
+    public void What_is_discarded_or_disposed_is_the_machines_again()
+    {
+        using var backend = new CpuBackend(1);
+        const long Size = 128 << 20;
+        Tensor tensor = backend.AllocateTensor(1 << 10, 1 << 15);
+        Assert.Equal(Size, tensor.Bytes);
+        long before = backend.HeldBytes;
+        Fill();
+        Assert.InRange(backend.HeldBytes - before, Size / 2, 3 * Size);
+        tensor.Discard();
+        Assert.InRange(backend.HeldBytes - before, -3 * Size, Size / 2);
+        tensor.Restore();
+        Fill();
+        tensor.Dispose();
+        Assert.InRange(backend.HeldBytes - before, -3 * Size, Size / 2);
+        Assert.Throws<ObjectDisposedException>(tensor.Restore);
+
+        void Fill() => new Span<byte>(((CpuTensor)tensor).Data, (int)Size).Fill(1);
+    }
+
+    // ---- Offsets beyond 32 bits. Pages that nobody touches cost nothing.
+
+    [Fact]
+    public void A_cache_of_more_than_two_thousand_million_numbers_is_addressed_to_its_end()
+    {
+        using var backend = new CpuBackend(2);
+        var bench = new Bench(backend);
+        const int HeadDim = 128, KvHeads = 8, Heads = 8, Blocks = 40000, Tokens = 40;
+        using KvCache huge = Huge(() => backend.AllocateKvCache(2, Blocks, KvHeads, HeadDim)), small = backend.AllocateKvCache(2, 4, KvHeads, HeadDim);
+        using RopeTable rope = bench.Rope(HeadDim, Tokens);
+        float[] values = bench.Values(Tokens * 3 * Heads * HeadDim);
+        Assert.Equal(2L * Blocks * KvHeads * 2 * HeadDim * 16 * sizeof(float), huge.Bytes);
+        float[] expected = Attend(small, [2, 0, 1], store: true);
+        Bench.SameBits(expected, Attend(huge, [Blocks - 1, 25537, 0], store: true), "far blocks");
+        backend.CopyBlock(huge, Blocks - 1, 25538);
+        Bench.SameBits(expected, Attend(huge, [25538, 25537, 0], store: false), "a copy");
+
+        float[] Attend(KvCache cache, int[] table, bool store)
+        {
+            int[][] positions = [[.. Enumerable.Range(0, Tokens)]];
+            List<float> all = [];
+            for (int layer = 0; layer < 2; layer++)
+            {
+                // The store also rotates the queries: where nothing is to be stored, it goes elsewhere.
+                using Tensor qkv = bench.Tensor(3 * Heads * HeadDim, values), output = backend.AllocateTensor(Tokens, Heads * HeadDim);
+                backend.BeginStep(Bench.Step(3, positions, [store ? table : [2, 0, 1]]));
+                backend.RopeStoreKv(qkv, Heads, null, null, 0f, rope, store ? cache : small, layer);
+                backend.BeginStep(Bench.Step(3, positions, [table]));
+                backend.Attend(qkv, Heads, 0.1f, cache, layer, output);
+                all.AddRange(Bench.Read(output, Tokens));
+            }
+
+            return [.. all];
+        }
+    }
+
+    [Theory]
+    [InlineData(WeightFormat.BFloat16)]
+    [InlineData(WeightFormat.BFloat16Fast)]
+    [InlineData(WeightFormat.Int8)]
+    public void A_matrix_of_more_than_four_thousand_million_elements_is_written_and_read_to_its_end(WeightFormat format)
+    {
+        using var backend = new CpuBackend(1, 0, format);
+        const int Inputs = 32768, Outputs = 131136, Rows = 40;
+        using Weight huge = Huge(() => backend.AllocateWeight(Outputs, Inputs));
+        var bench = new Bench(backend);
+        float[] values = [.. bench.Values(Rows * Inputs).Select(ReferenceBackend.Round)], read = new float[values.Length];
+        foreach (int first in new[] { 3, 65520, Outputs - Rows })
+        {
+            backend.WriteWeight(huge, (long)first * Inputs, MemoryMarshal.AsBytes<float>(values), DType.Float32);
+            backend.ReadWeight(huge, (long)first * Inputs, read);
+            if (format != WeightFormat.Int8)
+                Bench.SameBits(values, read, $"from row {first}");
+            else
+                Bench.Close(values, read, 1 / 127.0 / 2);
+        }
+
+        // The last token's embedding.
+        StepLayout step = Bench.Step(1, 1, _ => (0, 2), (_, _) => 0);
+        (step.TokenIds[0], step.TokenIds[1]) = (Outputs - 1, 65521);
+        using Tensor embedded = backend.AllocateTensor(2, Inputs);
+        backend.BeginStep(step);
+        backend.Embed(huge, embedded);
+        Bench.SameBits(Bench.Row(read, Inputs, Rows - 1), Bench.Row(Bench.Read(embedded, 2), Inputs, 0), "last token");
+        Bench.SameBits(Bench.Row(read, Inputs, 1), Bench.Row(Bench.Read(embedded, 2), Inputs, 1), "token 65521");
+
+        long elements = (long)Outputs * Inputs;
+        Assert.Throws<ArgumentException>(() => backend.ReadWeight(huge, elements - 1, new float[2]));
+        Assert.Throws<ArgumentOutOfRangeException>(() => backend.ReadWeight(huge, elements + 1, []));
+        if (format == WeightFormat.Int8)
+            return;
+
+        // Single elements, the index alone as far as 32 bits go.
+        long[] places = [5L, 1L << 31, uint.MaxValue, 1L << 32, elements - 1];
+        foreach (long place in places)
+        {
+            long element = Math.Max(0, place - uint.MaxValue);
+            backend.WriteWeightElements(huge, element, [(uint)(place - element)], MemoryMarshal.AsBytes<float>([place % 251]), DType.Float32);
+        }
+
+        foreach (long place in places)
+        {
+            backend.ReadWeight(huge, place, read.AsSpan(0, 1));
+            Assert.Equal(place % 251, read[0]);
+        }
+
+        Assert.Throws<ArgumentException>(() => backend.WriteWeightElements(huge, elements - 1, [1], new byte[4], DType.Float32));
+    }
+
+    [Theory]
+    [InlineData(WeightFormat.BFloat16)]
+    [InlineData(WeightFormat.BFloat16Fast)]
+    [InlineData(WeightFormat.Int8)]
+    public void A_matmul_reads_a_matrix_of_more_than_two_thousand_million_elements_to_its_end(WeightFormat format)
+    {
+        using var backend = new CpuBackend(2, 0, format);
+        const int Inputs = 32768, Outputs = 65600, Rows = 33;
+        using Weight huge = Huge(() => backend.AllocateWeight(Outputs, Inputs)), last = backend.AllocateWeight(Rows, Inputs);
+        var bench = new Bench(backend);
+        byte[] values = MemoryMarshal.AsBytes<float>(bench.Values(Rows * Inputs)).ToArray();
+        backend.WriteWeight(huge, (long)(Outputs - Rows) * Inputs, values, DType.Float32);
+        backend.WriteWeight(last, 0, values, DType.Float32);
+        using Tensor x = bench.Tensor(1, Inputs), y = bench.Tensor(1, Outputs), expected = backend.AllocateTensor(1, Rows);
+        backend.MatMul(x, huge, null, y, 1);
+        backend.MatMul(x, last, null, expected, 1);
+        float[] read = Bench.Read(y, 1);
+        Assert.Equal(-1, read.AsSpan(0, Outputs - Rows).IndexOfAnyExcept(0f));
+        Bench.SameBits(Bench.Read(expected, 1), read[^Rows..], "last rows");
+    }
+
+    [Fact]
+    public void Rows_of_a_tensor_of_more_than_two_thousand_million_numbers_are_found()
+    {
+        using var backend = new CpuBackend(1);
+        const int Rows = 66000, Columns = 32768;
+        using Tensor huge = Huge(() => backend.AllocateTensor(Rows, Columns)), gathered = backend.AllocateTensor(2, Columns);
+        float[] row = new Bench(backend).Values(Columns);
+        row.CopyTo(new Span<float>(((CpuTensor)huge).Data + ((Rows - 1L) * Columns), Columns));
+        StepLayout step = new(Rows, 1, (Rows + 15) / 16, 1, 0, 0) { SequenceCount = 1, OutputCount = Rows, QueryCount = 1 };
+        step.RowStart[1] = Rows;
+        for (int r = 0; r < Rows; r++)
+            (step.Positions[r], step.OutputRows[r]) = (r, r);
+        step.Queries[0] = Bench.Query(Rows - 1, temperature: 0f);
+        backend.BeginStep(step);
+        backend.GatherRows(huge, Rows - 2, 2, gathered);
+        Bench.SameBits([.. new float[Columns], .. row], Bench.Read(gathered, 2), "gathered");
+        backend.Sample(huge, 0, Rows);
+        Assert.Equal(Array.IndexOf(row, row.Max()), step.Results[0].Token);
+    }
+
+    [Fact]
+    public void Weights_of_which_the_last_does_not_fit_leave_nothing_taken()
+    {
+        using IBackend backend = new CpuBackend(1);
+        long before = Virtual();
+        Assert.Throws<OutOfMemoryException>(() => backend.AllocateWeights([(1 << 15, 1 << 15), (1 << 15, 1 << 15), (1 << 28, 1 << 24)]));
+        Assert.InRange(Virtual() - before, long.MinValue, 1L << 30);
+
+        using WeightArena arena = backend.AllocateWeights([(40, 33), (1, 77), (1, 1), (65, 64)]);
+        Assert.Equal([(40, 33), (1, 77), (1, 1), (65, 64)], arena.Weights.Select(weight => (weight.Outputs, weight.Inputs)));
+        Assert.Equal(arena.Weights.Sum(weight => weight.Bytes), arena.Bytes);
+        arena.Discard();
+        Assert.All(arena.Weights, weight => Assert.ThrowsAny<ArgumentException>(() => backend.ReadWeight(weight, 0, new float[1])));
+        arena.Restore();
+        Assert.All(arena.Weights, weight => backend.ReadWeight(weight, 0, new float[1]));
+        arena.Dispose();
+        Assert.All(arena.Weights, weight => Assert.Throws<ObjectDisposedException>(weight.Restore));
+
+        static long Virtual() => long.Parse(File.ReadAllText("/proc/self/statm").Split(' ')[0]) * Environment.SystemPageSize;
+    }
+
+    [Fact]
+    public void An_arena_that_comes_back_in_part_holds_nothing()
+    {
+        FullWeight[] weights = [.. Enumerable.Range(0, 4).Select(i => new FullWeight { IsFull = i == 2 })];
+        var arena = new WeightArena(weights);
+        arena.Discard();
+        Assert.All(weights, weight => Assert.False(weight.IsHeld));
+        Assert.Throws<OutOfMemoryException>(arena.Restore);
+        Assert.All(weights, weight => Assert.False(weight.IsHeld));
+        weights[2].IsFull = false;
+        arena.Restore();
+        Assert.All(weights, weight => Assert.True(weight.IsHeld));
+    }
+
+    /// <summary>Where the system does not hand out so much address space, this cannot be tested.</summary>
+    private static T Huge<T>(Func<T> allocate)
+        where T : DeviceMemory
+    {
+        try
+        {
+            return allocate();
+        }
+        catch (OutOfMemoryException error)
+        {
+            Assert.Skip($"This machine gives no memory that is not touched: {error.Message}");
+            throw;
+        }
+    }
+
+    /// <summary>A weight of a device that has, or has not, got the memory.</summary>
+    private sealed class FullWeight() : Weight(1, 1)
+    {
+        public bool IsFull { get; set; }
+
+        public bool IsHeld { get; private set; } = true;
+
+        public override long Bytes => sizeof(float);
+
+        public override void Discard() => IsHeld = false;
+
+        public override void Restore() => IsHeld = IsFull ? throw new OutOfMemoryException() : true;
+
+        public override void Dispose() => Discard();
+    }
+}
