@@ -12,7 +12,7 @@ public abstract partial class BackendTests
     {
         // One before, at and one after the borders of blocks, of a pair of them, and of chunks, all in one step beside much longer ones.
         int[] lengths = IsSlow
-            ? [1, 16, 17, 64, 65, 129, 300]
+            ? [1, 17, 64, 65, 129]
             : [1, 15, 16, 17, 4099, 32, 33, 63, 64, 65, 66, 127, 128, 129, 300, 1023, 1024, 1025, 2];
         Compare(New(), headDim, 2e-5, bench =>
         {
@@ -59,7 +59,7 @@ public abstract partial class BackendTests
         Bench subject = New();
         Gen.Int[0, 1 << 30].Sample(
             seed => Compare(subject, seed, 3e-5, bench => SharedBlocks(bench, seed, ReferenceEquals(bench.Backend, subject.Backend))),
-            iter: IsSlow ? 4 : 25,
+            iter: IsSlow ? 2 : 25,
             threads: 1);
     }
 
@@ -78,7 +78,11 @@ public abstract partial class BackendTests
             int length = (shared * 16) + own;
             tables[s] = [.. order[..shared], .. order[next..(next += (own + 15) / 16)]];
             stored[s] = [.. Enumerable.Range(shared * 16, own)];
-            asked[s] = [.. stored[s][^random.Next(1, Math.Min(own, 24) + 1)..]];
+
+            // The last tokens, or any: a sequence may look back from the middle of what another holds as well.
+            asked[s] = random.Next(2) == 0
+                ? [.. stored[s][^random.Next(1, Math.Min(own, 24) + 1)..]]
+                : [.. Enumerable.Range(0, length - 1).Where(_ => random.Next(9) == 0), length - 1];
             if (shared > 0 && random.Next(3) == 0)
             {
                 // The same blocks but for one of them.
@@ -130,6 +134,7 @@ public abstract partial class BackendTests
     [Fact]
     public void Keys_at_far_positions_are_rotated_as_the_reference_does()
     {
+        Assert.SkipWhen(Rounding > 0, "The angles' rounding is lost in that of the keys.");
         Compare(New(), 9, 3e-5, bench =>
         {
             const int HeadDim = 32, MaxBlocks = 131072 / KvCache.BlockTokens;
@@ -151,27 +156,55 @@ public abstract partial class BackendTests
         });
     }
 
-    [Theory]
-    [InlineData(true, true)]
-    [InlineData(true, false)]
-    [InlineData(false, true)]
-    [InlineData(false, false)]
-    public void Queries_and_keys_have_norms_of_their_own(bool ofQueries, bool ofKeys)
+    [Fact]
+    public void Queries_and_keys_have_norms_of_their_own()
     {
         Bench subject = New();
-        Compare(subject, 5, 2e-5, bench =>
+        foreach ((bool ofQueries, bool ofKeys) in new[] { (true, true), (true, false), (false, true), (false, false) })
         {
-            // So small that epsilon decides, after a call that had both norms.
-            const int HeadDim = 16, Heads = 4, KvHeads = 2, Tokens = 21;
-            KvCache cache = bench.Backend.AllocateKvCache(1, 2, KvHeads, HeadDim);
-            RopeTable rope = bench.Rope(HeadDim, 32);
-            Weight queryNorm = bench.Weight(1, HeadDim), keyNorm = bench.Weight(1, HeadDim);
-            bench.Backend.BeginStep(Bench.Step(1, 2, _ => (0, Tokens), (_, b) => 1 - b));
-            bench.Backend.RopeStoreKv(bench.Tensor(Tokens, 8 * HeadDim), Heads, queryNorm, keyNorm, 1e-6f, rope, cache, 0);
-            Tensor qkv = bench.Tensor(Tokens, 8 * HeadDim, 2e-3f), output = bench.Backend.AllocateTensor(Tokens, Heads * HeadDim);
-            bench.Backend.RopeStoreKv(qkv, Heads, ofQueries ? queryNorm : null, ofKeys ? keyNorm : null, 1e-5f, rope, cache, 0);
-            bench.Backend.Attend(qkv, Heads, ofQueries && ofKeys ? 9f : ofQueries || ofKeys ? 3000f : 1e6f, cache, 0, output);
-            return [.. Bench.Read(output, Tokens).Select(v => v * 500)];
+            Compare(subject, 5, 2e-5, bench =>
+            {
+                // So small that epsilon decides, after a call that had both norms.
+                const int HeadDim = 16, Heads = 4, KvHeads = 2, Tokens = 21;
+                KvCache cache = bench.Backend.AllocateKvCache(1, 2, KvHeads, HeadDim);
+                RopeTable rope = bench.Rope(HeadDim, 32);
+                Weight queryNorm = bench.Weight(1, HeadDim), keyNorm = bench.Weight(1, HeadDim);
+                bench.Backend.BeginStep(Bench.Step(1, 2, _ => (0, Tokens), (_, b) => 1 - b));
+                bench.Backend.RopeStoreKv(bench.Tensor(Tokens, 8 * HeadDim), Heads, queryNorm, keyNorm, 1e-6f, rope, cache, 0);
+                Tensor qkv = bench.Tensor(Tokens, 8 * HeadDim, 2e-3f), output = bench.Backend.AllocateTensor(Tokens, Heads * HeadDim);
+                bench.Backend.RopeStoreKv(qkv, Heads, ofQueries ? queryNorm : null, ofKeys ? keyNorm : null, 1e-5f, rope, cache, 0);
+                bench.Backend.Attend(qkv, Heads, ofQueries && ofKeys ? 9f : ofQueries || ofKeys ? 3000f : 1e6f, cache, 0, output);
+                return [.. Bench.Read(output, Tokens).Select(v => v * 500)];
+            });
+        }
+    }
+
+    /// <summary>Scores that no exponential holds, rising, falling and equal: only their differences count.</summary>
+    [Theory]
+    [InlineData(-2100f, 15f)]
+    [InlineData(2100f, -15f)]
+    [InlineData(-100f, -15f)]
+    [InlineData(-3000f, 0f)]
+    public void Scores_of_any_size_have_weights(float first, float rise)
+    {
+        Compare(New(), 8, 2e-5, bench =>
+        {
+            // Without rotation a query of one 1 picks the first number of every key.
+            const int HeadDim = 16, Tokens = 130;
+            KvCache cache = bench.Backend.AllocateKvCache(1, 9, 1, HeadDim);
+            RopeTable still = bench.Backend.AllocateRopeTable(new float[HeadDim / 2], Tokens, 1f);
+            float[] rows = bench.Values(Tokens * 3 * HeadDim);
+            for (int t = 0; t < Tokens; t++)
+            {
+                rows.AsSpan(t * 3 * HeadDim, 2 * HeadDim).Clear();
+                (rows[t * 3 * HeadDim], rows[(t * 3 * HeadDim) + HeadDim]) = (1f, first + (t * rise));
+            }
+
+            bench.Backend.BeginStep(Bench.Step(9, [[.. Enumerable.Range(0, Tokens)]], [[.. Enumerable.Range(0, 9)]]));
+            Tensor qkv = bench.Tensor(3 * HeadDim, rows), output = bench.Backend.AllocateTensor(Tokens, HeadDim);
+            bench.Backend.RopeStoreKv(qkv, 1, null, null, 0f, still, cache, 0);
+            bench.Backend.Attend(qkv, 1, 1f, cache, 0, output);
+            return Bench.Read(output, Tokens);
         });
     }
 
@@ -180,12 +213,12 @@ public abstract partial class BackendTests
     {
         Compare(New(), 6, 2e-5, bench =>
         {
-            // Groups of 1, 8 and, as many as no tile holds, 71 heads.
+            // Groups of 1, 8 and 20 heads, and of 80, which no tile holds.
             const int HeadDim = 16, Tokens = 70;
             RopeTable rope = bench.Rope(HeadDim, Tokens);
             List<float> results = [];
             bench.Backend.BeginStep(Bench.Step(1, 5, _ => (0, Tokens), (_, b) => b));
-            foreach ((int heads, int kvHeads) in new[] { (8, 8), (8, 1), (71, 1), (2, 2) })
+            foreach ((int heads, int kvHeads) in IsSlow ? new[] { (8, 8), (8, 1) } : [(8, 8), (8, 1), (80, 1), (2, 2), (20, 1)])
             {
                 KvCache cache = bench.Backend.AllocateKvCache(1, 5, kvHeads, HeadDim);
                 Tensor qkv = bench.Tensor(Tokens, (heads + (2 * kvHeads)) * HeadDim), output = bench.Backend.AllocateTensor(Tokens, heads * HeadDim);

@@ -26,8 +26,9 @@ public abstract partial class BackendTests
     [InlineData(8193)]
     public void Samples_of_a_vocabulary_at_a_border_equal_the_reference(int vocabulary)
     {
-        Assert.SkipWhen(IsSlow && vocabulary is > 65 and not 4097, "Too many fibers.");
+        Assert.SkipWhen(IsSlow && vocabulary is not (1 or 17 or 64 or 4097), "Too many fibers.");
         Bench bench = New(vocabulary);
+        Assert.SkipWhen(bench.Backend is ReferenceBackend, "There is nothing to compare it with.");
         float[] plain = bench.Values(vocabulary, 4f);
         float[] lateMaximum = [.. plain.Select((z, v) => z + (v / 4000f))], earlyMaximum = [.. plain.Select((z, v) => z - (v / 4000f))];
         float[] forbidden = [.. plain.Select((z, v) => v < Math.Min(4096, vocabulary / 2) || v % 3 == 1 ? float.NegativeInfinity : z)];
@@ -36,11 +37,18 @@ public abstract partial class BackendTests
         {
             SampleQuery[] queries =
             [
-                Bench.Query(), Bench.Query(temperature: 0f), Bench.Query(temperature: 0.6f), Bench.Query(topK: 1),
-                Bench.Query(topK: vocabulary - 1), Bench.Query(topK: vocabulary), Bench.Query(topK: vocabulary + 1),
-                Bench.Query(topK: (vocabulary / 2) + 1, temperature: 1.5f), Bench.Query(topP: 0.6f), Bench.Query(minP: 0.05f),
+                Bench.Query(temperature: 0f), Bench.Query(temperature: 0.6f), Bench.Query(topK: vocabulary - 1, topP: 0.6f),
                 Bench.Query(topK: 40, topP: 0.9f, minP: 0.02f, temperature: 0.9f), Bench.Query(target: vocabulary - 1),
             ];
+            if (vocabulary <= 4097)
+            {
+                queries =
+                [
+                    .. queries, Bench.Query(), Bench.Query(topK: 1), Bench.Query(topK: vocabulary), Bench.Query(topK: vocabulary + 1),
+                    Bench.Query(topK: (vocabulary / 2) + 1, temperature: 1.5f), Bench.Query(topP: 0.6f), Bench.Query(minP: 0.05f),
+                ];
+            }
+
             StepLayout step = Bench.Queries(queries);
             SampleResult[] results = Ask(bench.Backend, logits, vocabulary, step);
             for (int q = 0; q < queries.Length; q++)
@@ -71,7 +79,7 @@ public abstract partial class BackendTests
         Bench bench = New(3);
         const int Vocabulary = 45;
         float[] logits = bench.Values(2 * Vocabulary, 2f);
-        (int, float)[] biases = [(7, 4f), (2, 6f), (9, float.NegativeInfinity), (44, 8f), (0, float.NegativeInfinity), (3, -1f), (3, 9f)];
+        (int, float)[] biases = [(7, 4f), (2, 6f), (9, float.NegativeInfinity), (0, float.NegativeInfinity), (44, 8f), (3, -1f), (3, 9f)];
         SampleQuery[] queries =
         [
             Bench.Query(0) with { BiasStart = 1, BiasCount = 2, AlternativesStart = 4, AlternativesCount = 3 },
@@ -95,6 +103,30 @@ public abstract partial class BackendTests
         }
 
         Assert.Equal(44, results[3].Token);
+    }
+
+    /// <summary>As min_tokens does it: what was to be drawn is forbidden, and nothing else changes.</summary>
+    [Theory]
+    [InlineData(0)]
+    [InlineData(15)]
+    [InlineData(16)]
+    [InlineData(44)]
+    public void Where_the_most_probable_token_is_forbidden_the_next_one_is_taken(int forbidden)
+    {
+        Bench bench = New();
+        const int Vocabulary = 45;
+        float[] logits = bench.Values(Vocabulary);
+        (logits[forbidden], logits[20]) = (30f, 20f);
+        SampleQuery query = Bench.Query(temperature: 0f) with { BiasCount = 1 };
+        SampleQuery[] queries = [query, query with { Temperature = 1f }, query with { Temperature = 0.5f }, query with { Temperature = 1f, TopK = 1 },
+            query with { Temperature = 1f, TopP = 0.5f }, query with { Temperature = 1f, MinP = 0.5f }, query with { Temperature = 1e-39f }];
+        StepLayout step = Bench.Queries(queries, [(forbidden, float.NegativeInfinity)]);
+        Assert.All(Ask(bench.Backend, logits, Vocabulary, step), result =>
+        {
+            Assert.Equal(20, result.Token);
+            Assert.Equal(-10.0, result.LogProb, 3);
+            Assert.Equal(0.0, result.SamplingLogProb, 3);
+        });
     }
 
     /// <summary>Where many logits are equal, exactly the tokens that the rules name are left: the mass of those kept says how many.</summary>
@@ -139,7 +171,7 @@ public abstract partial class BackendTests
     {
         Bench bench = New();
         float[] logits = [-50f, 1f, 1f, 1f, 1f, 1f, 1f, 1f, 1f];
-        SampleQuery[] queries = [.. Enumerable.Range(0, 60).Select(p => Bench.Query(topP: topP) with { Position = p })];
+        SampleQuery[] queries = [.. Enumerable.Range(0, IsSlow ? 15 : 60).Select(p => Bench.Query(topP: topP) with { Position = p })];
         Assert.All(Ask(bench.Backend, logits, logits.Length, Bench.Queries(queries)), r =>
         {
             Assert.InRange(r.Token, 1, kept);
@@ -156,7 +188,7 @@ public abstract partial class BackendTests
     public void A_temperature_next_to_nothing_takes_the_most_probable_token(float temperature)
     {
         Bench bench = New();
-        foreach (float shift in new[] { 0f, 90f, -90f, 1e9f, -1e9f })
+        foreach (float shift in IsSlow ? new[] { 0f, -1e9f } : [0f, 90f, -90f, 1e9f, -1e9f])
         {
             float[] logits = [.. bench.Values(37, 3f).Select(v => v + shift)];
             logits[35] = shift + 500f;
@@ -208,6 +240,9 @@ public abstract partial class BackendTests
         ];
         Assert.All(Ask(bench.Backend, logits, Vocabulary, Bench.Queries(queries)), r => Assert.Equal(SampleResult.Nothing, r));
 
+        SampleQuery inVain = Bench.Query(target: 3);
+        Assert.Equal(SampleResult.Nothing, Ask(bench.Backend, logits, Vocabulary, Bench.Queries(inVain))[0]);
+
         (logits[11], logits[37]) = (1f, 1f);
         for (int position = 0; position < 10; position++)
         {
@@ -237,7 +272,7 @@ public abstract partial class BackendTests
             for (int kept = 1; kept <= 3; kept++)
             {
                 SampleQuery query = Bench.Query(topK: kept) with { AlternativesCount = kept };
-                SampleQuery[] queries = [.. Enumerable.Range(0, 20).Select(p => query with { Position = p })];
+                SampleQuery[] queries = [.. Enumerable.Range(0, IsSlow ? 5 : 20).Select(p => query with { Position = p })];
                 StepLayout step = Bench.Queries(queries, [], kept);
                 double[] x = [.. logits.Select(v => (double)v)];
                 int[] expected = Sampling.Kept(x, query);

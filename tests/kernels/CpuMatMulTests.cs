@@ -95,6 +95,50 @@ public sealed unsafe class CpuMatMulTests
             Assert.True(new Span<byte>(buffer.Pointer + from, Guard).IndexOfAnyExcept(Pattern) < 0, $"Beyond the {what}.");
     }
 
+    /// <summary>The room for a matmul's input grows with the tensors; what was taken before and after it stays as it was.</summary>
+    [Theory]
+    [InlineData(WeightFormat.BFloat16)]
+    [InlineData(WeightFormat.BFloat16Fast)]
+    [InlineData(WeightFormat.Int8)]
+    public void A_matmul_of_the_largest_tensor_changes_no_other(WeightFormat format)
+    {
+        const int Outputs = 40;
+        using var backend = new CpuBackend(2, 0, format);
+        var bench = new Bench(backend);
+        List<(Tensor Tensor, float[] Values)> others = [];
+        foreach (int inputs in new[] { 64, 2048, 2500, 3000 })
+        {
+            const int Rows = 500;
+            float[] values = bench.Values(Rows * inputs);
+            for (int i = 0; i < 3; i++)
+                others.Add((bench.Tensor(inputs, values), values));
+            Weight w = bench.Weight(Outputs, inputs);
+            backend.MatMul(others[^1].Tensor, w, null, backend.AllocateTensor(Rows, Outputs), Rows);
+            foreach ((Tensor tensor, float[] expected) in others)
+                Assert.Equal(expected, Bench.Read(tensor, Rows));
+        }
+    }
+
+    /// <summary>Packing goes through scratch that the thread keeps: of the last matrix, nothing is in the next.</summary>
+    [Theory]
+    [InlineData(WeightFormat.BFloat16)]
+    [InlineData(WeightFormat.BFloat16Fast)]
+    [InlineData(WeightFormat.Int8)]
+    public void A_matrix_of_infinities_leaves_nothing_in_the_next(WeightFormat format)
+    {
+        using var backend = new CpuBackend(1, 0, format);
+        var bench = new Bench(backend);
+        float[] bad = [.. Enumerable.Repeat(float.PositiveInfinity, 64 * 700)];
+        foreach (int inputs in new[] { 1, 3, 33, 129, 131, 257 })
+        {
+            backend.WriteWeight(backend.AllocateWeight(64, 700), 0, MemoryMarshal.AsBytes<float>(bad), DType.Float32);
+            Weight w = bench.Weight(37, inputs);
+            Tensor y = backend.AllocateTensor(5, 37);
+            backend.MatMul(bench.Tensor(5, inputs), w, null, y, 5);
+            Assert.All(Bench.Read(y, 5), value => Assert.True(float.IsFinite(value), $"{inputs} inputs: {value}"));
+        }
+    }
+
     [Theory]
     [InlineData(0x7F800001u)]
     [InlineData(0xFF800001u)]

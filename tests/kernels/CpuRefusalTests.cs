@@ -164,6 +164,20 @@ public sealed class CpuRefusalTests : IDisposable
     }
 
     [Fact]
+    public void A_matmul_into_its_own_input_is_refused_and_one_of_no_rows_does_nothing()
+    {
+        Weight square = _bench.Weight(24, 24);
+        Tensor x = _bench.Tensor(3, 24), y = _bench.Tensor(3, 24);
+        float[] before = Bench.Read(x, 3), other = Bench.Read(y, 3);
+        Refused("input", "same tensor", () => _backend.MatMul(x, square, null, x, 3));
+        Refused("input", "same tensor", () => _backend.MatMulAdd(x, square, null, x, 3));
+        _backend.MatMul(x, square, null, y, 0);
+        _backend.MatMulAdd(x, square, null, y, 0);
+        Bench.SameBits(before, Bench.Read(x, 3), "input");
+        Bench.SameBits(other, Bench.Read(y, 3), "output");
+    }
+
+    [Fact]
     public void A_query_that_makes_no_sense_is_refused()
     {
         Tensor logits = _bench.Tensor(2, Vocabulary);

@@ -16,9 +16,9 @@ public sealed class CpuSamplingTests
         {
             foreach (float spread in new[] { 0.01f, 2f, 9f })
             {
-                // Ascending, descending, and as it comes: the best is met early, late, and anywhere.
+                // As it comes, ascending and descending: the best is met anywhere, late and early. And so large that most scores are equal.
                 float[] values = bench.Values(vocabulary, spread);
-                foreach (float[] logits in new[] { values, [.. values.Order()], [.. values.OrderDescending()] })
+                foreach (float[] logits in new[] { values, [.. values.Order()], [.. values.OrderDescending()], [.. values.Select(v => v + 3e7f)] })
                 {
                     SampleQuery[] queries = [.. Enumerable.Range(0, 40).Select(p => Bench.Query() with { Position = p })];
                     SampleResult[] results = BackendTests.Ask(backend, logits, vocabulary, Bench.Queries(queries));

@@ -22,7 +22,7 @@ public sealed class WorkersTests
                 workers.Run(job, units, parallel);
                 Assert.All(job.Done, times => Assert.Equal(1, times));
             },
-            iter: 2000,
+            iter: 1000,
             threads: 1);
     }
 
