@@ -56,21 +56,37 @@ public sealed class CpuSamplingTests
     }
 
     [Theory]
-    [InlineData(1)]
     [InlineData(2)]
     [InlineData(5)]
     public void Queries_on_several_threads_are_answered_as_on_one(int threads)
     {
-        // Every thread copies, divides and cuts in room of its own.
+        // Every thread copies, divides, cuts and sorts in room of its own.
         const int Vocabulary = 3001, Rows = 24;
         using CpuBackend one = new(1), several = new(threads);
         float[] logits = new Bench(one).Values(Rows * Vocabulary, 4f);
         SampleQuery[] queries = [.. Enumerable.Range(0, 3 * Rows).Select(q =>
-            Bench.Query(q / 3, 0.5f + (q % 3), topK: q % 5 * 100, topP: q % 2 == 0 ? 0.8f : 1f) with { BiasStart = q % 4, BiasCount = q % 3, Position = q })];
+            Bench.Query(q / 3, 0.5f + (q % 3), topK: q % 5 * 100, topP: q % 2 == 0 ? 0.8f : 1f) with
+            {
+                BiasStart = q % 4,
+                BiasCount = q % 3,
+                Position = q,
+                AlternativesStart = q / 3 * Vocabulary,
+                AlternativesCount = q % 3 == 0 ? Vocabulary : 0,
+            })];
         (int, float)[] biases = [.. Enumerable.Range(0, 8).Select(i => (i * 311, 2f - i))];
-        SampleResult[] expected = [.. BackendTests.Ask(one, logits, Vocabulary, Bench.Queries(queries, biases))];
+        (SampleResult[] expected, int[] likely) = Answers(one);
         for (int round = 0; round < 20; round++)
-            Assert.Equal(expected, BackendTests.Ask(several, logits, Vocabulary, Bench.Queries(queries, biases)));
+        {
+            (SampleResult[] results, int[] alternatives) = Answers(several);
+            Assert.Equal(expected, results);
+            Assert.True(likely.AsSpan().SequenceEqual(alternatives), $"alternatives, round {round}");
+        }
+
+        (SampleResult[] Results, int[] Alternatives) Answers(CpuBackend backend)
+        {
+            StepLayout step = Bench.Queries(queries, biases, Rows * Vocabulary);
+            return (BackendTests.Ask(backend, logits, Vocabulary, step), step.AlternativeIds);
+        }
     }
 
     private static int Drawn(float[] x, SampleQuery query)
