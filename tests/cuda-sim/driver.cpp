@@ -1,14 +1,18 @@
-// The driver API. Streams are in order by doing everything at once; a capturing stream notes it instead. Only what waits for other processes (NCCL) is
-// done beside, and whoever uses its stream next waits for it.
+// The driver API. A stream's work is done in order, and as late as a device may be: when somebody waits for it. Whoever reads an answer, changes what is
+// being sent, or gives memory back without having waited for the stream that it matters to, is found out. A capturing stream notes its work instead. What
+// waits for other processes (NCCL) is done beside, and whoever uses its stream next waits for it.
 #include "sim.h"
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <dlfcn.h>
 #include <fcntl.h>
 #include <link.h>
 #include <map>
+#include <memory>
 #include <mutex>
+#include <set>
 #include <string>
 #include <sys/mman.h>
 #include <utility>
@@ -55,17 +59,35 @@ struct Context { int references; }; // a device's primary one: no other is made
 Context s_contexts[MostDevices];
 thread_local std::vector<Context*> s_current; // a stack: the last is current
 
+// What a stream was given and has not done.
+struct Queue
+{
+    std::deque<std::function<int()>> work;
+    uint64_t submitted = 0, done = 0;
+};
+std::set<Queue*> s_queues;
+
 struct Stream
 {
     Context* context;
+    std::shared_ptr<Queue> queue;
     std::vector<std::function<int()>>* recording = nullptr;
     bool invalidated = false; // a call failed while it recorded
     std::shared_future<void> beside; // valid where something is done beside
     uint64_t nanoseconds = 0;        // what its matmuls have taken, by their algorithms
 };
-struct Event { unsigned flags; std::shared_future<void> beside; uint64_t nanoseconds; };
+struct Event
+{
+    unsigned flags;
+    std::shared_future<void> beside;
+    std::shared_ptr<Queue> queue; // of the stream that it was recorded on, and how far that has to come
+    uint64_t until;
+    std::shared_ptr<uint64_t> nanoseconds;
+};
 constexpr unsigned DisableTiming = 2;
-struct Graph { std::vector<std::function<int()>> work; };
+using Work = std::vector<std::function<int()>>;
+struct Graph { Work work; };
+struct Executable { std::shared_ptr<Work> work; }; // a launch that is under way outlives it
 struct Module { Context* context; void* library; };
 struct Function
 {
@@ -87,8 +109,12 @@ constexpr size_t Granularity = 512; // small, so that what is past a tensor's en
 struct Handle { int pid, file; size_t offset, bytes; char magic[8]; };
 static_assert(sizeof(Handle) <= sizeof(CUipcMemHandle), "fits");
 
+uint64_t s_bytes; // as cuSimBytes said
+
 size_t device_bytes()
 {
+    if (s_bytes > 0)
+        return s_bytes;
     const char* bytes = getenv("ROLLOUT_SIM_BYTES");
     return bytes ? strtoull(bytes, nullptr, 10) : DefaultBytes;
 }
@@ -148,6 +174,44 @@ void wait_beside(void* stream)
 }
 }
 
+namespace
+{
+std::map<void*, size_t> s_pinned;
+std::map<void*, size_t> s_given_back; // pinned memory on its way out
+
+// Does what a stream was given, up to the so many-th of it.
+void drain(Queue& queue, uint64_t until = UINT64_MAX)
+{
+    while (queue.done < until && !queue.work.empty())
+    {
+        std::function<int()> work = std::move(queue.work.front());
+        queue.work.pop_front();
+        queue.done++;
+        if (!fault_text().empty())
+            continue;
+        if (int error = work())
+            fault("work of a stream failed when it was done: error " + std::to_string(error));
+    }
+}
+
+void drain_all()
+{
+    for (Queue* queue : std::set<Queue*>(s_queues))
+        drain(*queue);
+}
+
+// Memory of a copy, which may be gone by the time it is done.
+bool there(const char* call, const void* device, const void* host, size_t bytes)
+{
+    bool gone = device != nullptr && bytes > 0 && !holds(device, bytes);
+    for (const auto& [start, length] : s_given_back)
+        gone |= host >= start && host < (const char*)start + length;
+    if (gone)
+        fault(std::string(call) + ": its memory was given back before it was done");
+    return !gone;
+}
+}
+
 #define SIM_ENTER std::lock_guard<std::recursive_mutex> hold(s_gate); if (int not_ready = ready()) return not_ready
 #define SIM_ENTER_STREAM(stream) wait_beside(stream); SIM_ENTER; if (is_foreign(stream)) return InvalidContext
 #define SIM_CHECK(pointer, bytes) if (int refused = check(pointer, bytes)) return refused
@@ -163,7 +227,13 @@ int submit(void* stream, std::function<int()> work)
         return Success;
     }
 
-    return s_idle ? (int)Success : work();
+    if (s_idle)
+        return Success;
+    if (s == nullptr)
+        return work();
+    s->queue->work.push_back(std::move(work));
+    s->queue->submitted++;
+    return Success;
 }
 
 bool submit_beside(void* stream, std::shared_future<void>* done, std::function<void()> work)
@@ -172,6 +242,7 @@ bool submit_beside(void* stream, std::shared_future<void>* done, std::function<v
     Stream* s = (Stream*)stream;
     if (s == nullptr || s->recording != nullptr)
         return false;
+    drain(*s->queue);
     std::shared_future<void> before = s->beside;
     *done = s->beside = std::async(std::launch::async, [before, work]
     {
@@ -360,6 +431,7 @@ int cuMemFree_v2(void* pointer)
         return InvalidValue;
     if (s_owners[pointer] != current())
         return InvalidContext;
+    drain_all(); // the only way of giving memory back that waits
     release(pointer);
     s_owners.erase(pointer);
     return Success;
@@ -371,12 +443,21 @@ int cuMemAllocHost_v2(void** pointer, size_t bytes)
     size_t whole = (bytes + 4095) / 4096 * 4096;
     *pointer = aligned_alloc(4096, whole);
     if (*pointer != nullptr)
+    {
         memset(*pointer, 0, whole); // an idle device's answers
+        s_pinned[*pointer] = whole;
+    }
+
     return *pointer ? Success : OutOfMemory;
 }
 
 int cuMemFreeHost(void* pointer)
 {
+    std::lock_guard<std::recursive_mutex> hold(s_gate);
+    s_given_back[pointer] = s_pinned[pointer];
+    drain_all();
+    s_given_back.erase(pointer);
+    s_pinned.erase(pointer);
     free(pointer);
     return Success;
 }
@@ -387,6 +468,8 @@ int cuMemcpyHtoDAsync_v2(void* destination, const void* source, size_t bytes, vo
     SIM_CHECK(destination, bytes);
     return submit(stream, [=]
     {
+        if (!there("cuMemcpyHtoDAsync_v2", destination, source, bytes))
+            return (int)LaunchFailed;
         memcpy(destination, source, bytes);
         counters.host_to_device_bytes += bytes;
         return (int)Success;
@@ -399,6 +482,8 @@ int cuMemcpyDtoHAsync_v2(void* destination, const void* source, size_t bytes, vo
     SIM_CHECK(source, bytes);
     return submit(stream, [=]
     {
+        if (!there("cuMemcpyDtoHAsync_v2", source, destination, bytes))
+            return (int)LaunchFailed;
         memcpy(destination, source, bytes);
         counters.device_to_host_bytes += bytes;
         return (int)Success;
@@ -412,6 +497,8 @@ int cuMemcpyDtoDAsync_v2(void* destination, const void* source, size_t bytes, vo
     SIM_CHECK(source, bytes);
     return submit(stream, [=]
     {
+        if (!there("cuMemcpyDtoDAsync_v2", destination, nullptr, bytes) || !there("cuMemcpyDtoDAsync_v2", source, nullptr, bytes))
+            return (int)LaunchFailed;
         memmove(destination, source, bytes);
         return (int)Success;
     });
@@ -423,7 +510,9 @@ int cuMemsetD8Async(void* pointer, unsigned char value, size_t bytes, void* stre
     SIM_CHECK(pointer, bytes);
     return submit(stream, [=]
     {
-        memset(pointer, value, bytes);
+        if (!there("cuMemsetD8Async", pointer, nullptr, bytes))
+            return (int)LaunchFailed;
+        fill(pointer, value, bytes);
         return (int)Success;
     });
 }
@@ -578,13 +667,18 @@ int cuIpcCloseMemHandle(void* pointer)
 int cuStreamCreate(void** stream, unsigned)
 {
     SIM_ENTER;
-    *stream = new Stream{current(), nullptr, false, {}, 0};
+    auto queue = std::make_shared<Queue>();
+    s_queues.insert(queue.get());
+    *stream = new Stream{current(), queue, nullptr, false, {}, 0};
     return Success;
 }
 
 int cuStreamDestroy_v2(void* stream)
 {
     wait_beside(stream);
+    std::lock_guard<std::recursive_mutex> hold(s_gate);
+    drain(*((Stream*)stream)->queue);
+    s_queues.erase(((Stream*)stream)->queue.get());
     delete (Stream*)stream;
     return Success;
 }
@@ -595,7 +689,9 @@ int cuStreamSynchronize(void* stream)
     if (stream != nullptr && ((Stream*)stream)->recording != nullptr)
         return CaptureUnsupported;
     counters.synchronisations++;
-    return Success;
+    if (stream != nullptr)
+        drain(*((Stream*)stream)->queue);
+    return ready();
 }
 
 int cuStreamWaitEvent(void* stream, void* event, unsigned)
@@ -603,14 +699,20 @@ int cuStreamWaitEvent(void* stream, void* event, unsigned)
     SIM_ENTER_STREAM(stream);
     if (stream == nullptr)
         return InvalidValue;
-    ((Stream*)stream)->beside = ((Event*)event)->beside;
-    return Success;
+    Event& e = *(Event*)event;
+    ((Stream*)stream)->beside = e.beside;
+    return submit(stream, [queue = e.queue, until = e.until]
+    {
+        if (queue != nullptr)
+            drain(*queue, until);
+        return (int)Success;
+    });
 }
 
 int cuEventCreate(void** event, unsigned flags)
 {
     SIM_ENTER;
-    *event = new Event{flags, {}, 0};
+    *event = new Event{flags, {}, nullptr, 0, std::make_shared<uint64_t>(0)};
     return Success;
 }
 
@@ -625,9 +727,18 @@ int cuEventRecord(void* event, void* stream)
     SIM_ENTER;
     if (is_foreign(stream))
         return InvalidContext;
-    ((Event*)event)->beside = stream != nullptr ? ((Stream*)stream)->beside : std::shared_future<void>();
-    ((Event*)event)->nanoseconds = stream != nullptr ? ((Stream*)stream)->nanoseconds : 0;
-    return Success;
+    Event& e = *(Event*)event;
+    Stream* s = (Stream*)stream;
+    e.beside = s != nullptr ? s->beside : std::shared_future<void>();
+    e.nanoseconds = std::make_shared<uint64_t>(0);
+    e.queue = s != nullptr ? s->queue : nullptr;
+    int result = submit(stream, [s, nanoseconds = e.nanoseconds]
+    {
+        *nanoseconds = s != nullptr ? s->nanoseconds : 0;
+        return (int)Success;
+    });
+    e.until = s != nullptr ? s->queue->submitted : 0;
+    return result;
 }
 
 // Nothing takes time here but matmuls, as their algorithms say: no stopwatch of the host's comes in.
@@ -637,15 +748,21 @@ int cuEventElapsedTime(float* milliseconds, void* from, void* to)
     const Event &first = *(Event*)from, &last = *(Event*)to;
     if (((first.flags | last.flags) & DisableTiming) != 0)
         return InvalidHandle;
-    *milliseconds = (float)((double)(last.nanoseconds - first.nanoseconds) / 1e6);
+    if ((first.queue != nullptr && first.queue->done < first.until) || (last.queue != nullptr && last.queue->done < last.until))
+        return NotReady;
+    *milliseconds = (float)((double)(*last.nanoseconds - *first.nanoseconds) / 1e6);
     return Success;
 }
 
 int cuEventQuery(void* event)
 {
     SIM_ENTER;
-    const auto& beside = ((Event*)event)->beside;
-    return beside.valid() && beside.wait_for(std::chrono::seconds(0)) != std::future_status::ready ? NotReady : Success;
+    const Event& e = *(Event*)event;
+    if (e.beside.valid() && e.beside.wait_for(std::chrono::seconds(0)) != std::future_status::ready)
+        return NotReady;
+    if (e.queue != nullptr)
+        drain(*e.queue, e.until); // who asks again and again waits
+    return ready();
 }
 
 int cuEventSynchronize(void* event)
@@ -655,7 +772,9 @@ int cuEventSynchronize(void* event)
         beside.wait();
     SIM_ENTER;
     counters.synchronisations++;
-    return Success;
+    if (((Event*)event)->queue != nullptr)
+        drain(*((Event*)event)->queue, ((Event*)event)->until);
+    return ready();
 }
 
 int cuStreamBeginCapture_v2(void* stream, int)
@@ -682,7 +801,7 @@ int cuStreamEndCapture(void* stream, void** graph)
 int cuGraphInstantiateWithFlags(void** executable, void* graph, unsigned long long)
 {
     SIM_ENTER;
-    *executable = new Graph(*(Graph*)graph);
+    *executable = new Executable{std::make_shared<Work>(((Graph*)graph)->work)};
     counters.graphs++;
     return Success;
 }
@@ -690,10 +809,9 @@ int cuGraphInstantiateWithFlags(void** executable, void* graph, unsigned long lo
 int cuGraphLaunch(void* executable, void* stream)
 {
     SIM_ENTER_STREAM(stream);
-    Graph* g = (Graph*)executable;
-    return submit(stream, [g]
+    return submit(stream, [all = ((Executable*)executable)->work]
     {
-        for (const auto& work : g->work)
+        for (const auto& work : *all)
         {
             if (int error = work())
                 return error;
@@ -705,7 +823,7 @@ int cuGraphLaunch(void* executable, void* stream)
 
 int cuGraphExecDestroy(void* executable)
 {
-    delete (Graph*)executable;
+    delete (Executable*)executable;
     return Success;
 }
 
@@ -833,12 +951,20 @@ int cuLaunchKernelEx(const CUlaunchConfig* config, void* function, void** argume
 void cuSimIdle(int idle)
 {
     std::lock_guard<std::recursive_mutex> hold(s_gate);
+    drain_all();
     s_idle = idle != 0;
+}
+
+void cuSimBytes(uint64_t bytes)
+{
+    std::lock_guard<std::recursive_mutex> hold(s_gate);
+    s_bytes = bytes;
 }
 
 void cuSimCounters(Counters* out)
 {
     std::lock_guard<std::recursive_mutex> hold(s_gate);
+    drain_all();
     *out = counters;
 }
 }

@@ -25,6 +25,7 @@ constexpr int Granule = 1; // log2 of the bytes that one shadow word stands for:
 
 constexpr size_t ArenaBytes = 1ull << 37; // of addresses; memory is taken as it is touched
 constexpr size_t ReservedFrom = 1ull << 36; // from here on addresses are reserved and backed apart
+constexpr size_t Large = 16ull << 20;       // what is larger holds zeros when it is fresh: pages that nobody touches cost nothing
 
 std::map<uintptr_t, size_t> s_allocations; // start, bytes
 std::map<uintptr_t, size_t> s_reservations;
@@ -254,7 +255,8 @@ void* allocate(size_t bytes)
     uintptr_t at = gap(s_allocations, (uintptr_t)s_arena, (uintptr_t)s_arena + ReservedFrom, bytes);
     if (at == 0)
         return nullptr;
-    memset((void*)at, 0xFF, bytes); // not a number in every type that is used
+    if (bytes <= Large)
+        memset((void*)at, 0xFF, bytes); // not a number in every type that is used
     s_allocations[at] = bytes;
     s_allocated += bytes;
     counters.allocations++;
@@ -293,17 +295,37 @@ bool reserved(const void* pointer, size_t bytes)
 
 void back(void* pointer, size_t bytes)
 {
-    memset(pointer, 0xFF, bytes);
+    if (bytes <= Large)
+        memset(pointer, 0xFF, bytes);
     s_allocations[(uintptr_t)pointer] = bytes;
 }
 
-// Whole pages go back to the machine.
-static void forget(std::map<uintptr_t, size_t>::iterator it)
+// Whole pages go back to the machine, and read as zeros until they are written again.
+static void punch(uintptr_t start, size_t bytes)
 {
     constexpr size_t Page = 4096;
-    size_t first = (it->first - (uintptr_t)s_arena + Page - 1) / Page * Page, last = (it->first - (uintptr_t)s_arena + it->second) / Page * Page;
+    size_t first = (start - (uintptr_t)s_arena + Page - 1) / Page * Page, last = (start - (uintptr_t)s_arena + bytes) / Page * Page;
     if (last > first)
         fallocate(s_arena_file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)first, (off_t)(last - first));
+}
+
+void fill(void* pointer, unsigned char value, size_t bytes)
+{
+    if (value == 0 && bytes > Large)
+    {
+        size_t edge = 4096; // where pages are whole, they are made zeros without being touched
+        memset(pointer, 0, edge);
+        memset((char*)pointer + bytes - edge, 0, edge);
+        punch((uintptr_t)pointer, bytes);
+        return;
+    }
+
+    memset(pointer, value, bytes);
+}
+
+static void forget(std::map<uintptr_t, size_t>::iterator it)
+{
+    punch(it->first, it->second);
     s_allocations.erase(it);
     for (Range& r : s_recent)
         r = {};

@@ -32,6 +32,7 @@ bool unreserve(void* pointer, size_t bytes);     // false where memory is still 
 bool reserved(const void* pointer, size_t bytes); // and without memory
 void back(void* pointer, size_t bytes);          // memory for reserved addresses
 void unback(void* pointer);
+void fill(void* pointer, unsigned char value, size_t bytes);
 bool arena_offset(const void* pointer, int* file, size_t* offset, size_t* bytes); // of an allocation, for another process to map
 void adopt(void* pointer, size_t bytes);         // memory of another process, mapped here
 void disown(void* pointer);

@@ -15,7 +15,8 @@ public sealed class CudaAttentionTests
             Random random = new(seed);
             int[] starts = [.. Enumerable.Range(0, sequences).Select(_ => random.Next(1, 1500))];
             int[] rows = [.. Enumerable.Range(0, sequences).Select(_ => random.Next(4) == 0 ? random.Next(1, 40) : 1)];
-            StepLayout step = Bench.Step(sequences, 128, s => (starts[s], starts[s] + rows[s]), (s, b) => shared && b < 32 ? b : (s * 128) + b);
+            int common = shared ? random.Next(40) : 0; // blocks that all have in common, of whole chunks or not
+            StepLayout step = Bench.Step(sequences, 128, s => (starts[s], starts[s] + rows[s]), (s, b) => b < common ? b : (s * 128) + b);
             CudaAttentionPlan plan = new();
             plan.Build(step, rowsPerItem, slots);
             Assert.InRange(plan.Slots, 0, slots);
@@ -35,6 +36,8 @@ public sealed class CudaAttentionTests
                 Assert.Equal(Enumerable.Range(first, count).Max(row => step.Positions[row]), last);
                 for (int row = first; row < first + count; row++)
                 {
+                    if (split)
+                        Assert.Equal(Blocks(first, chunk), Blocks(row, chunk));
                     for (int c = chunk; c < chunk + chunks && c * CudaAttentionPlan.Chunk <= step.Positions[row]; c++)
                     {
                         Assert.True(covered.TryAdd((row, c), split), $"row {row} has chunk {c} twice");
@@ -56,6 +59,15 @@ public sealed class CudaAttentionTests
                 Assert.True(cut.Max() >= whole.Max(), "a longer one was left whole");
 
             int Chunks(int row) => (step.Positions[row] / CudaAttentionPlan.Chunk) + 1;
+
+            // Those of a chunk that a row sees.
+            int[] Blocks(int row, int chunk)
+            {
+                const int ChunkBlocks = CudaAttentionPlan.Chunk / KvCache.BlockTokens;
+                int s = Enumerable.Range(0, sequences).Last(i => step.RowStart[i] <= row);
+                int seen = Math.Min(ChunkBlocks, (step.Positions[row] / KvCache.BlockTokens) + 1 - (chunk * ChunkBlocks));
+                return step.BlockTables.AsSpan((s * 128) + (chunk * ChunkBlocks), seen).ToArray();
+            }
         });
     }
 
@@ -107,25 +119,26 @@ public sealed class CudaAttentionTests
         }
     }
 
-    /// <summary>More chunks than are merged at once.</summary>
+    /// <summary>As many chunks as are merged at once, 64, and more.</summary>
     [Theory]
-    [InlineData(WeightFormat.BFloat16)]
-    [InlineData(WeightFormat.Float32)]
-    public void A_long_context_has_the_same_bits_cut_and_whole(WeightFormat format)
+    [InlineData(WeightFormat.BFloat16, 64 * CudaAttentionPlan.Chunk)]
+    [InlineData(WeightFormat.BFloat16, (66 * CudaAttentionPlan.Chunk) + 5)]
+    [InlineData(WeightFormat.Float32, (64 * CudaAttentionPlan.Chunk) + 1)]
+    public void A_long_context_has_the_same_bits_cut_and_whole(WeightFormat format, int tokens)
     {
         SimulatedDevice.Require();
-        const int HeadDim = 16, Tokens = (66 * CudaAttentionPlan.Chunk) + 5, Columns = 3 * HeadDim;
+        const int HeadDim = 16, Columns = 3 * HeadDim;
         float[][] results = new float[2][];
         for (int cut = 0; cut < 2; cut++)
         {
             using CudaBackend backend = new(0, format) { MostPartBytes = cut << 20 };
             Bench bench = new(backend);
-            KvCache cache = backend.AllocateKvCache(1, (Tokens / KvCache.BlockTokens) + 1, 1, HeadDim);
-            RopeTable rope = bench.Rope(HeadDim, Tokens);
-            int Block(int s, int b) => Tokens / KvCache.BlockTokens - b;
-            backend.BeginStep(Bench.Step(1, (Tokens / KvCache.BlockTokens) + 1, _ => (0, Tokens - 1), Block));
-            backend.RopeStoreKv(bench.Tensor(Tokens - 1, Columns), 1, null, null, 0f, rope, cache, 0);
-            backend.BeginStep(Bench.Step(1, (Tokens / KvCache.BlockTokens) + 1, _ => (Tokens - 1, Tokens), Block));
+            KvCache cache = backend.AllocateKvCache(1, (tokens / KvCache.BlockTokens) + 1, 1, HeadDim);
+            RopeTable rope = bench.Rope(HeadDim, tokens);
+            int Block(int s, int b) => (tokens / KvCache.BlockTokens) - b;
+            backend.BeginStep(Bench.Step(1, (tokens / KvCache.BlockTokens) + 1, _ => (0, tokens - 1), Block));
+            backend.RopeStoreKv(bench.Tensor(tokens - 1, Columns), 1, null, null, 0f, rope, cache, 0);
+            backend.BeginStep(Bench.Step(1, (tokens / KvCache.BlockTokens) + 1, _ => (tokens - 1, tokens), Block));
             Tensor x = bench.Tensor(1, Columns), output = backend.AllocateTensor(1, HeadDim);
             backend.RopeStoreKv(x, 1, null, null, 0f, rope, cache, 0);
             backend.Attend(x, 1, 2f, cache, 0, output);

@@ -40,6 +40,15 @@ internal static class SimulatedDevice
         ((delegate* unmanaged<int, void>)Export("cuSimIdle"))(idle ? 1 : 0);
     }
 
+    /// <summary>How much memory the device has until disposed. Pages that nobody touches cost nothing.</summary>
+    public static IDisposable WithBytes(long bytes)
+    {
+        SetBytes(bytes);
+        return new UsualBytes();
+    }
+
+    private static unsafe void SetBytes(long bytes) => ((delegate* unmanaged<long, void>)Export("cuSimBytes"))(bytes);
+
     /// <summary>What cuBLASLt's heuristic proposes to this thread, until disposed: see candidates() in tests/cuda-sim/cublaslt.cpp.</summary>
     public static IDisposable Propose(string candidates)
     {
@@ -60,6 +69,11 @@ internal static class SimulatedDevice
     private sealed class Usual : IDisposable
     {
         public void Dispose() => SetCandidates("");
+    }
+
+    private sealed class UsualBytes : IDisposable
+    {
+        public void Dispose() => SetBytes(0);
     }
 
     private static nint Export(string name) => NativeLibrary.GetExport(

@@ -1,0 +1,285 @@
+using System.Runtime.InteropServices;
+using Rollout.Kernels.Cuda;
+
+namespace Rollout.Kernels.Tests.Cuda;
+
+/// <summary>
+/// Steps and what goes on beside them on a device that is late: the simulated one does a stream's work when somebody waits for it. Who does not wait where it
+/// matters reads what was there before, or changes what is still being read.
+/// </summary>
+public sealed class CudaOrderTests : IDisposable
+{
+    private const int Hidden = 16, Tokens = 8;
+
+    private readonly CudaBackend _backend;
+    private readonly Bench _bench;
+    private DeviceBuffer? _source;
+
+    public CudaOrderTests()
+    {
+        SimulatedDevice.Require();
+        _backend = new CudaBackend(0);
+        _bench = new Bench(_backend, 3);
+    }
+
+    public static TheoryData<string> Writes => ["as stored", "converted", "single elements", "a copy", "from the device"];
+
+    public void Dispose()
+    {
+        _source?.Dispose();
+        _backend.Dispose();
+    }
+
+    [Theory, MemberData(nameof(Writes))]
+    public void A_step_reads_what_was_written_before_it(string how)
+    {
+        Weight table = _bench.Weight(Tokens, Hidden);
+        Tensor output = _backend.AllocateTensor(1, Hidden);
+        Write(table, how);
+        Begin(withAnswer: false);
+        _backend.Embed(table, output);
+        Assert.All(Bench.Read(output, 1), value => Assert.Equal(3f, value));
+    }
+
+    /// <summary>Of a step without answers nobody waits for the end: the writer does.</summary>
+    [Theory]
+    [InlineData("embed")]
+    [InlineData("norm")]
+    [InlineData("matmul")]
+    [InlineData("bias")]
+    [InlineData("norm of queries")]
+    [InlineData("norm of keys")]
+    public void A_step_that_nobody_waited_for_has_read_the_weights_as_they_were(string reader)
+    {
+        float[][] results = new float[2][];
+        foreach (bool overwritten in (bool[])[false, true])
+        {
+            Bench bench = new(_backend, 7);
+            Weight table = bench.Weight(Tokens, Hidden), matrix = bench.Weight(3 * Hidden, Hidden), scale = bench.Weight(1, Hidden);
+            Weight bias = bench.Weight(1, 3 * Hidden), queryNorm = bench.Weight(1, Hidden), keyNorm = bench.Weight(1, Hidden);
+            Tensor x = _backend.AllocateTensor(1, Hidden), normed = _backend.AllocateTensor(1, Hidden), qkv = _backend.AllocateTensor(1, 3 * Hidden);
+            Tensor attended = _backend.AllocateTensor(1, Hidden);
+            KvCache cache = _backend.AllocateKvCache(1, 1, 1, Hidden);
+            RopeTable rope = bench.Rope(Hidden, 4);
+            for (int i = 0; i < 2; i++) // the first takes memory and chooses algorithms, which waits
+            {
+                StepLayout step = Begin(withAnswer: false, position: i);
+                _backend.Embed(table, x);
+                _backend.RmsNorm(x, scale, 1e-6f, normed, 1);
+                _backend.MatMul(normed, matrix, bias, qkv, 1);
+                _backend.RopeStoreKv(qkv, 1, queryNorm, keyNorm, 1e-6f, rope, cache, 0);
+                _backend.Attend(qkv, 1, 3f, cache, 0, attended);
+                _backend.FinishStep(step);
+            }
+
+            Weight written = reader switch
+            {
+                "embed" => table,
+                "norm" => scale,
+                "matmul" => matrix,
+                "bias" => bias,
+                "norm of queries" => queryNorm,
+                _ => keyNorm,
+            };
+            if (overwritten)
+                _backend.WriteWeight(written, 0, MemoryMarshal.AsBytes<float>(Enumerable.Repeat(2f, written.Outputs * written.Inputs).ToArray()), DType.Float32);
+            results[overwritten ? 1 : 0] = Bench.Read(attended, 1);
+        }
+
+        Bench.SameBits(results[0], results[1], reader);
+    }
+
+    [Fact]
+    public void Answers_belong_to_the_step_that_is_finished_though_the_next_is_queued()
+    {
+        const int Steps = 6;
+        float[][] logits = [.. Enumerable.Range(0, Steps).Select(i => Enumerable.Range(0, Tokens).Select(v => v == i % Tokens ? 5f : 0f).ToArray())];
+        Tensor[] tensors = [.. logits.Select(row => _bench.Tensor(Tokens, row))];
+        StepLayout[] layouts = [WithRoom(), WithRoom()];
+        for (int i = 0; i <= Steps; i++)
+        {
+            if (i < Steps)
+            {
+                StepLayout step = layouts[i % 2];
+                step.Queries[0] = Bench.Query(temperature: 0f) with { AlternativesCount = 2, AlternativesStart = 1 };
+                _backend.BeginStep(step);
+                _backend.Sample(tensors[i], 0, 1);
+            }
+
+            if (i == 0)
+                continue;
+            StepLayout finished = layouts[(i - 1) % 2];
+            _backend.FinishStep(finished);
+            Assert.Equal((i - 1) % Tokens, finished.Results[0].Token);
+            Assert.Equal((i - 1) % Tokens, finished.AlternativeIds[1]);
+            Assert.Equal(finished.Results[0].LogProb, finished.AlternativeLogProbs[1]);
+        }
+
+        static StepLayout WithRoom() => Fill(new StepLayout(1, 1, 1, 1, 3, 0), withAnswer: true, 0);
+    }
+
+    /// <summary>A step's token is the answer of the step before. Where that found none, its row is for nothing, and reads no memory that is nobody's.</summary>
+    [Theory]
+    [InlineData(false, 5)]
+    [InlineData(true, 0)]
+    public void A_token_of_the_step_before_is_its_answer_or_any_where_it_found_none(bool forbidden, int expected)
+    {
+        Weight table = _backend.AllocateWeight(Tokens, Hidden);
+        float[] rows = [.. Enumerable.Range(0, Tokens * Hidden).Select(i => (float)(i / Hidden))];
+        _backend.WriteWeight(table, 0, MemoryMarshal.AsBytes<float>(rows), DType.Float32);
+        float[] logits = new float[2 * Tokens];
+        logits[5] = 4f; // of query 0, which is what is asked for; query 1 finds another
+        logits[Tokens + 2] = 4f;
+        if (forbidden)
+            Array.Fill(logits, float.NaN, 0, Tokens);
+        StepLayout first = Bench.Queries(Bench.Query(0, 0f), Bench.Query(1, 0f));
+        _backend.BeginStep(first);
+        _backend.Sample(_bench.Tensor(Tokens, logits), 0, 2);
+        StepLayout second = Fill(new StepLayout(1, 1, 1, 1, 0, 0), withAnswer: true, 0);
+        second.TokenIds[0] = ~0;
+        Tensor output = _backend.AllocateTensor(1, Hidden), other = _bench.Tensor(1, Tokens);
+        _backend.BeginStep(second);
+        _backend.Embed(table, output);
+        _backend.Sample(other, 0, 1);
+        _backend.FinishStep(first);
+        _backend.FinishStep(second);
+        Assert.All(Bench.Read(output, 1), value => Assert.Equal(expected, value));
+    }
+
+    /// <summary>What a copy of a block takes along is what the step has stored by then, whether it was queued or only noted.</summary>
+    [Theory]
+    [InlineData(false)]
+    [InlineData(true)]
+    public void A_copied_block_has_what_the_step_under_way_stored_in_every_layer(bool noted)
+    {
+        const int Layers = 3;
+        KvCache cache = _backend.AllocateKvCache(Layers, 3, 1, Hidden);
+        RopeTable rope = _bench.Rope(Hidden, 32);
+        float[] values = _bench.Values(2 * 3 * Hidden), next = _bench.Values(3 * Hidden);
+        StepLayout step = Bench.Step(1, 2, _ => (0, 2), (_, _) => 0);
+        if (noted)
+            (step.OutputCount, step.QueryCount, step.OutputRows[0], step.Queries[0]) = (1, 1, 1, Bench.Query(0));
+        _backend.BeginStep(step);
+        Tensor attended = _backend.AllocateTensor(2, Hidden);
+        for (int layer = 0; layer < Layers; layer++)
+        {
+            Tensor own = _bench.Tensor(3 * Hidden, [.. values.Select(value => value * (layer + 1))]);
+            _backend.RopeStoreKv(own, 1, null, null, 0f, rope, cache, layer);
+            _backend.Attend(own, 1, 1f, cache, layer, attended);
+        }
+
+        _backend.CopyBlock(cache, 0, 2);
+        if (noted)
+            _backend.Sample(_bench.Tensor(1, Tokens), 0, 1);
+        _backend.FinishStep(step);
+        for (int layer = 0; layer < Layers; layer++)
+            Bench.SameBits(Next(0), Next(2), $"layer {layer}");
+
+        // Of the token after them, which looks at both in one block or the other.
+        float[] Next(int block)
+        {
+            List<float> all = [];
+            for (int layer = 0; layer < Layers; layer++)
+            {
+                _backend.BeginStep(Bench.Step(1, 2, _ => (2, 3), (_, _) => block));
+                Tensor x = _bench.Tensor(3 * Hidden, next), output = _backend.AllocateTensor(1, Hidden);
+                _backend.RopeStoreKv(x, 1, null, null, 0f, rope, cache, layer);
+                _backend.Attend(x, 1, 1f, cache, layer, output);
+                all.AddRange(Bench.Read(output, 1));
+            }
+
+            return [.. all];
+        }
+    }
+
+    /// <summary>Sleep comes after a step that nobody waited for.</summary>
+    [Theory]
+    [InlineData(0)]
+    [InlineData(1)]
+    [InlineData(2)]
+    [InlineData(3)]
+    public void Memory_that_a_queued_step_uses_goes_when_that_is_done(int which)
+    {
+        using WeightArena arena = _backend.AllocateWeights([(Tokens, Hidden), (3 * Hidden, Hidden)]);
+        KvCache cache = _backend.AllocateKvCache(1, 1, 1, Hidden);
+        Tensor x = _backend.AllocateTensor(1, Hidden), qkv = _backend.AllocateTensor(1, 3 * Hidden), attended = _backend.AllocateTensor(1, Hidden);
+        RopeTable rope = _bench.Rope(Hidden, 4);
+        DeviceMemory memory = which switch { 0 => arena, 1 => cache, 2 => rope, _ => qkv };
+        for (int i = 0; i < 2; i++)
+        {
+            StepLayout step = Begin(withAnswer: false, position: i);
+            _backend.Embed(arena.Weights[0], x);
+            _backend.MatMul(x, arena.Weights[1], null, qkv, 1);
+            _backend.RopeStoreKv(qkv, 1, null, null, 0f, rope, cache, 0);
+            _backend.Attend(qkv, 1, 3f, cache, 0, attended);
+            _backend.FinishStep(step);
+        }
+
+        memory.Discard();
+        memory.Restore();
+        _ = Bench.Read(attended, 1);
+    }
+
+    /// <summary>The two layouts that take turns may have room for different numbers of biases; in what the device has, values begin at one place.</summary>
+    [Fact]
+    public void Biases_of_steps_with_different_room_reach_their_tokens()
+    {
+        int[] rooms = [2, 900, 2, 5, 2000, 2, 900];
+        Tensor logits = _bench.Tensor(1, 4000, 0.1f);
+        for (int i = 0; i < rooms.Length; i++)
+        {
+            StepLayout step = Fill(new StepLayout(1, 1, 1, 1, 0, rooms[i]), withAnswer: true, 0);
+            for (int b = 0; b < rooms[i]; b++)
+                (step.BiasIds[b], step.BiasValues[b]) = (b * 2, b == rooms[i] - 1 ? 9f : -1f);
+            step.Queries[0] = Bench.Query(temperature: 0f) with { BiasCount = rooms[i] };
+            _backend.BeginStep(step);
+            _backend.Sample(logits, 0, 1);
+            _backend.FinishStep(step);
+            Assert.Equal((rooms[i] - 1) * 2, step.Results[0].Token);
+        }
+    }
+
+    private StepLayout Begin(bool withAnswer, int position = 0)
+    {
+        StepLayout step = Fill(new StepLayout(1, 1, 1, 1, 0, 0), withAnswer, position);
+        _backend.BeginStep(step);
+        return step;
+    }
+
+    private static StepLayout Fill(StepLayout step, bool withAnswer, int position)
+    {
+        (step.SequenceCount, step.RowStart[1], step.Positions[0]) = (1, 1, position);
+        if (withAnswer)
+            (step.OutputCount, step.QueryCount, step.Queries[0]) = (1, 1, Bench.Query(0));
+        return step;
+    }
+
+    /// <summary>3 in all elements.</summary>
+    private void Write(Weight table, string how)
+    {
+        const int Elements = Tokens * Hidden;
+        byte[] fp32 = MemoryMarshal.AsBytes<float>(Enumerable.Repeat(3f, Elements).ToArray()).ToArray();
+        switch (how)
+        {
+            case "as stored":
+                _backend.WriteWeight(table, 0, MemoryMarshal.AsBytes<ushort>(Enumerable.Repeat((ushort)0x4040, Elements).ToArray()), DType.BFloat16);
+                break;
+            case "converted":
+                _backend.WriteWeight(table, 0, fp32, DType.Float32);
+                break;
+            case "single elements":
+                _backend.WriteWeightElements(table, 0, [.. Enumerable.Range(0, Elements).Select(i => (uint)i)], fp32, DType.Float32);
+                break;
+            case "a copy":
+                Weight from = _backend.AllocateWeight(Tokens, Hidden);
+                _backend.WriteWeight(from, 0, fp32, DType.Float32);
+                _backend.CopyWeight(from, table);
+                break;
+            default:
+                _source = _backend.Device.Allocate(fp32.Length); // stays: giving it back would wait for all that is queued
+                _backend.Device.Upload(_source.Pointer, fp32);
+                _backend.WriteWeight(table, 0, _source.Pointer, Elements, DType.Float32);
+                break;
+        }
+    }
+}
