@@ -31,11 +31,26 @@ internal static unsafe class CudaCompiler
         }
 
         string file = Path.Combine(CacheFolder, $"{Path.GetFileNameWithoutExtension(name)}-{Convert.ToHexStringLower(hash.GetHashAndReset().AsSpan(0, 16))}.cubin");
-        if (File.Exists(file))
-            return File.ReadAllBytes(file);
+        if (Kept(file) is { } kept)
+            return kept;
         byte[] cubin = Run(name, source, headers, options);
-        Keep(file, cubin);
+        Keep(file, [.. cubin, .. SHA256.HashData(cubin)]);
         return cubin;
+    }
+
+    /// <summary>The code that a file has before its digest; null where there is none that is whole: what is damaged is compiled again.</summary>
+    private static byte[]? Kept(string file)
+    {
+        try
+        {
+            byte[] bytes = File.Exists(file) ? File.ReadAllBytes(file) : [];
+            int length = bytes.Length - SHA256.HashSizeInBytes;
+            return length > 0 && SHA256.HashData(bytes.AsSpan(0, length)).AsSpan().SequenceEqual(bytes.AsSpan(length)) ? bytes[..length] : null;
+        }
+        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+        {
+            return null;
+        }
     }
 
     private static byte[] Run(string name, string source, IReadOnlyDictionary<string, string> headers, string[] options)

@@ -98,7 +98,7 @@ public sealed class CudaAttentionTests
             // The first two have 512 tokens in common.
             int Block(int s, int b) => s == 1 && b < 32 ? b : (s * MaxBlocks) + b;
             for (int s = 0; s < lengths.Length; s++)
-                Run(1, _ => (0, lengths[s] - 2), (_, b) => Block(s, b), prompts.AsSpan(0, (lengths[s] - 2) * columns));
+                Run(1, _ => (0, lengths[s] - 2), (_, b) => Block(s, b), prompts.AsSpan(0, (lengths[s] - 2) * columns), attends: false);
             float[] two = Run(lengths.Length, s => (lengths[s] - 2, lengths[s]), Block, rows);
             float[] last = Run(lengths.Length, s => (lengths[s] - 1, lengths[s]), Block,
                 [.. Enumerable.Range(0, lengths.Length).SelectMany(s => rows[(((2 * s) + 1) * columns)..(((2 * s) + 2) * columns)])]);
@@ -107,15 +107,80 @@ public sealed class CudaAttentionTests
             expected ??= last;
             Bench.SameBits(expected, last, $"{slots} slots");
 
-            float[] Run(int sequences, Func<int, (int Start, int End)> positions, Func<int, int, int> block, ReadOnlySpan<float> qkv)
+            float[] Run(
+                int sequences, Func<int, (int Start, int End)> positions, Func<int, int, int> block, ReadOnlySpan<float> qkv, bool attends = true)
             {
                 StepLayout step = Bench.Step(sequences, MaxBlocks, positions, block);
                 backend.BeginStep(step);
                 using Tensor x = bench.Tensor(columns, qkv.ToArray()), output = backend.AllocateTensor(step.RowCount, heads * headDim);
                 backend.RopeStoreKv(x, heads, null, null, 0f, rope, cache, 0);
-                backend.Attend(x, heads, 0.2f, cache, 0, output);
-                return Bench.Read(output, step.RowCount);
+                if (attends)
+                    backend.Attend(x, heads, 0.2f, cache, 0, output);
+                return attends ? Bench.Read(output, step.RowCount) : [];
             }
+        }
+    }
+
+    /// <summary>The largest heads; more heads for one of keys than an item takes; and as many as make no whole item. By themselves, and as rows of a prompt.</summary>
+    [Theory]
+    [InlineData(256, 4, 2)]
+    [InlineData(256, 35, 1)]
+    [InlineData(16, 65, 1)]
+    [InlineData(96, 130, 2)]
+    public void Heads_of_any_size_and_number_equal_the_reference(int headDim, int heads, int kvHeads)
+    {
+        SimulatedDevice.Require();
+        const int Tokens = 21;
+        int columns = (heads + (2 * kvHeads)) * headDim;
+        using CudaBackend backend = new(0, WeightFormat.Float32);
+        using ReferenceBackend reference = new(WeightFormat.Float32);
+        Bench.Close(Results(reference), Results(backend), 2e-5);
+
+        float[] Results(IBackend on)
+        {
+            Bench bench = new(on, headDim);
+            KvCache cache = on.AllocateKvCache(1, 2, kvHeads, headDim);
+            RopeTable rope = bench.Rope(headDim, Tokens);
+            float[] values = bench.Values(Tokens * columns);
+            return [.. Run(0, Tokens - 1), .. Run(Tokens - 1, Tokens)];
+
+            float[] Run(int from, int to)
+            {
+                on.BeginStep(Bench.Step(1, 2, _ => (from, to), (_, b) => 1 - b));
+                Tensor x = bench.Tensor(columns, values[(from * columns)..(to * columns)]), output = on.AllocateTensor(to - from, heads * headDim);
+                on.RopeStoreKv(x, heads, null, null, 0f, rope, cache, 0);
+                on.Attend(x, heads, 0.1f, cache, 0, output);
+                return Bench.Read(output, to - from);
+            }
+        }
+    }
+
+    /// <summary>A token after 131,071 others, which are the same sixteen over and over: cut by chunks, and as the last of two rows, which are not.</summary>
+    [Fact]
+    public void The_last_token_of_a_context_of_131_072_equals_the_reference()
+    {
+        SimulatedDevice.Require();
+        const int Context = 131_072, Blocks = Context / KvCache.BlockTokens, HeadDim = 16, Columns = 3 * HeadDim;
+        using CudaBackend backend = new(0, WeightFormat.Float32);
+        using ReferenceBackend reference = new(WeightFormat.Float32);
+        foreach (int rows in (int[])[1, 2])
+            Bench.Close(Results(reference, rows), Results(backend, rows), 2e-5);
+
+        float[] Results(IBackend on, int rows)
+        {
+            Bench bench = new(on, 5);
+            KvCache cache = on.AllocateKvCache(1, 2, 1, HeadDim);
+            RopeTable rope = bench.Rope(HeadDim, Context);
+            Tensor first = bench.Tensor(KvCache.BlockTokens, Columns), last = bench.Tensor(rows, Columns);
+            Tensor output = on.AllocateTensor(KvCache.BlockTokens, HeadDim);
+            on.BeginStep(Bench.Step(1, Blocks, _ => (0, KvCache.BlockTokens), (_, _) => 0));
+            on.RopeStoreKv(first, 1, null, null, 0f, rope, cache, 0);
+            on.BeginStep(Bench.Step(1, Blocks, _ => (Context - KvCache.BlockTokens, Context - 1), (_, _) => 1));
+            on.RopeStoreKv(first, 1, null, null, 0f, rope, cache, 0);
+            on.BeginStep(Bench.Step(1, Blocks, _ => (Context - rows, Context), (_, b) => b == Blocks - 1 ? 1 : 0));
+            on.RopeStoreKv(last, 1, null, null, 0f, rope, cache, 0);
+            on.Attend(last, 1, 1f, cache, 0, output);
+            return Bench.Row(Bench.Read(output, rows), HeadDim, rows - 1);
         }
     }
 
