@@ -98,8 +98,12 @@ public sealed class CudaGraphTests
         await engine.WakeUpAsync(MemoryTags.All);
         await Push(engine, payload, payload.Manifest(0, 1) with { Mode = UpdateMode.InPlace });
         long launches = backend.GraphLaunches;
-        await engine.RunAsync(s_request);
+        string[] bits = await Bits(engine);
         Assert.Equal((0, 9), (SimulatedDevice.Count().Graphs - graphs, backend.GraphLaunches - launches));
+        await using RolloutEngine fresh = RolloutEngine.Load(payload.Folder, new CudaBackend(0), s_options);
+        Assert.Equal(await Bits(fresh), bits);
+
+        static async Task<string[]> Bits(RolloutEngine engine) => [.. (await engine.RunAsync(s_request)).Select(sample => sample.Bits())];
     }
 
     /// <summary>Whatever a step might have: room for thousands of tokens, biases, alternatives and long contexts.</summary>
@@ -123,6 +127,8 @@ public sealed class CudaGraphTests
 
     private static readonly GroupRequest s_request = new() { Id = "probe", Prompt = [5, 6, 7], N = 3, MaxTokens = 10, Seed = 3, IgnoreEos = true };
 
+    private static readonly EngineOptions s_options = new() { MaxBatchTokens = 64, MaxSequences = 4, MaxContext = 256 };
+
     private static async Task Push(RolloutEngine engine, UpdatePayload payload, UpdateManifest manifest)
     {
         using WeightUpdate update = await engine.OpenUpdateAsync(manifest);
@@ -131,5 +137,5 @@ public sealed class CudaGraphTests
     }
 
     private static RolloutEngine Load(CudaBackend backend)
-        => RolloutEngine.Load(TestModels.Folder("qwen3"), backend, new EngineOptions { MaxBatchTokens = 64, MaxSequences = 4, MaxContext = 256 });
+        => RolloutEngine.Load(TestModels.Folder("qwen3"), backend, s_options);
 }

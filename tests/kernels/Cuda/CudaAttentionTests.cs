@@ -15,7 +15,7 @@ public sealed class CudaAttentionTests
             Random random = new(seed);
             int[] starts = [.. Enumerable.Range(0, sequences).Select(_ => random.Next(1, 1500))];
             int[] rows = [.. Enumerable.Range(0, sequences).Select(_ => random.Next(4) == 0 ? random.Next(1, 40) : 1)];
-            int common = shared ? random.Next(40) : 0; // blocks that all have in common, of whole chunks or not
+            int common = shared ? (8 * random.Next(1, 5)) - random.Next(3) : 0; // blocks that all have: of whole chunks, or one or two less
             StepLayout step = Bench.Step(sequences, 128, s => (starts[s], starts[s] + rows[s]), (s, b) => b < common ? b : (s * 128) + b);
             CudaAttentionPlan plan = new();
             plan.Build(step, rowsPerItem, slots);
@@ -68,7 +68,7 @@ public sealed class CudaAttentionTests
                 int seen = Math.Min(ChunkBlocks, (step.Positions[row] / KvCache.BlockTokens) + 1 - (chunk * ChunkBlocks));
                 return step.BlockTables.AsSpan((s * 128) + (chunk * ChunkBlocks), seen).ToArray();
             }
-        });
+        }, iter: 400);
     }
 
     /// <summary>
@@ -87,7 +87,7 @@ public sealed class CudaAttentionTests
         int[] lengths = [700, 701, 140, 129, 128, 30, 257];
         int columns = (heads + 2) * headDim;
         float[]? expected = null;
-        foreach (int slots in (int[])[0, 6, 9, 1000])
+        foreach (int slots in headDim == 128 ? (int[])[0, 1000] : [0, 6, 9, 1000])
         {
             using CudaBackend backend = new(0, format) { MostPartBytes = slots * CudaAttentionPlan.PartBytes(heads, headDim) };
             Bench bench = new(backend);
@@ -95,8 +95,8 @@ public sealed class CudaAttentionTests
             RopeTable rope = bench.Rope(headDim, 800);
             float[] prompts = bench.Values(lengths.Max() * columns), rows = bench.Values(2 * lengths.Length * columns);
 
-            // The first two have 512 tokens in common.
-            int Block(int s, int b) => s == 1 && b < 32 ? b : (s * MaxBlocks) + b;
+            // The first two have all blocks of three chunks in common, and of the fourth all but the last.
+            int Block(int s, int b) => s == 1 && b < 31 ? b : (s * MaxBlocks) + b;
             for (int s = 0; s < lengths.Length; s++)
                 Run(1, _ => (0, lengths[s] - 2), (_, b) => Block(s, b), prompts.AsSpan(0, (lengths[s] - 2) * columns), attends: false);
             float[] two = Run(lengths.Length, s => (lengths[s] - 2, lengths[s]), Block, rows);
@@ -126,7 +126,6 @@ public sealed class CudaAttentionTests
     [InlineData(256, 4, 2)]
     [InlineData(256, 35, 1)]
     [InlineData(16, 65, 1)]
-    [InlineData(96, 130, 2)]
     public void Heads_of_any_size_and_number_equal_the_reference(int headDim, int heads, int kvHeads)
     {
         SimulatedDevice.Require();
@@ -164,7 +163,7 @@ public sealed class CudaAttentionTests
         using CudaBackend backend = new(0, WeightFormat.Float32);
         using ReferenceBackend reference = new(WeightFormat.Float32);
         foreach (int rows in (int[])[1, 2])
-            Bench.Close(Results(reference, rows), Results(backend, rows), 2e-5);
+            Bench.Close(Results(reference, rows), Results(backend, rows), 3e-4); // sums of 1,024 chunks that are all alike
 
         float[] Results(IBackend on, int rows)
         {
