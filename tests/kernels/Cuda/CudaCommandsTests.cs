@@ -31,6 +31,25 @@ public sealed class CudaCommandsTests
         }
     }
 
+    /// <summary>Rows that share a long prefix are attended by another kernel, of the same arguments.</summary>
+    [Theory]
+    [InlineData("kernel")]
+    [InlineData("blocks")]
+    [InlineData("threads")]
+    public void A_list_that_differs_in_what_is_launched_alone_is_not_the_one_that_was_recorded(string what)
+    {
+        SimulatedDevice.RequireSimulated();
+        using Device device = new();
+        device.Note(rows: 1);
+        device.Commands.Record();
+        device.Note(rows: 1, threads: what == "threads" ? 128 : 256, blocks: what == "blocks" ? 2 : 1, widens: what == "kernel");
+        device.Commands.Send();
+        Assert.Equal(0, device.Commands.GraphLaunches);
+        device.Note(rows: 1);
+        device.Commands.Send();
+        Assert.Equal(1, device.Commands.GraphLaunches);
+    }
+
     [Fact]
     public void Graphs_that_use_memory_that_ends_are_given_up()
     {
@@ -84,8 +103,8 @@ public sealed class CudaCommandsTests
 
         public CudaCommands Commands { get; }
 
-        public void Note(int rows, int threads = 256) =>
-            Commands.Launch(_kernels.Round, new Grid(1), threads, 0, _input.Pointer, Output.Pointer, (long)rows * Columns);
+        public void Note(int rows, int threads = 256, int blocks = 1, bool widens = false) => Commands.Launch(
+            widens ? _kernels.Widen : _kernels.Round, new Grid(blocks), threads, 0, _input.Pointer, Output.Pointer, (long)rows * Columns);
 
         public void Dispose()
         {
