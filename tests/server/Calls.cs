@@ -30,14 +30,14 @@ internal static class Calls
         return request;
     }
 
-    public static async Task<List<GenerateReply>> RepliesAsync(this ServerProcess server, GenerateRequest request)
+    public static async Task<List<GenerateReply>> RepliesAsync(this TestServer server, GenerateRequest request)
     {
         using AsyncServerStreamingCall<GenerateReply> call = server.Rollout.Generate(request, deadline: Deadline());
         return await call.ResponseStream.ReadAllAsync().ToListAsync();
     }
 
     /// <summary>The group's samples by index, chunks joined.</summary>
-    public static async Task<List<SampleChunk>> SamplesAsync(this ServerProcess server, GenerateRequest request)
+    public static async Task<List<SampleChunk>> SamplesAsync(this TestServer server, GenerateRequest request)
         => Join(await server.RepliesAsync(request));
 
     public static List<SampleChunk> Join(IEnumerable<GenerateReply> replies)

@@ -2,15 +2,11 @@ using System.Diagnostics;
 using System.Globalization;
 using System.Text;
 using System.Text.Json;
-using Grpc.Health.V1;
-using Grpc.Net.Client;
-using Rollout.Server.Commands;
-using Rollout.V1;
 
 namespace Rollout.Server.Tests;
 
 /// <summary>A real `rollout serve` in a process of its own, on a Unix socket in a folder of its own.</summary>
-public sealed class ServerProcess : IAsyncDisposable
+public sealed class ServerProcess : TestServer, IAsyncDisposable
 {
     private static readonly TimeSpan s_patience = TimeSpan.FromSeconds(30);
 
@@ -22,19 +18,12 @@ public sealed class ServerProcess : IAsyncDisposable
     private TaskCompletionSource<string> _ready = null!;
 
     private ServerProcess(string[] command, string folder, string address, (string Name, string Value)[] variables)
+        : base(address)
     {
         _command = command;
         _variables = variables;
         _folder = folder;
-        Address = address;
-        Channel = RemoteRollouts.Open(address);
-        Rollout = new RolloutService.RolloutServiceClient(Channel);
-        Weights = new WeightsService.WeightsServiceClient(Channel);
-        Control = new ControlService.ControlServiceClient(Channel);
-        Health = new Health.HealthClient(Channel);
     }
-
-    public string Address { get; }
 
     public string SocketPath => Path.Combine(_folder, "s");
 
@@ -50,16 +39,6 @@ public sealed class ServerProcess : IAsyncDisposable
             return 1024 * double.Parse(line.AsSpan(Field.Length, line.Length - Field.Length - "kB".Length), CultureInfo.InvariantCulture);
         }
     }
-
-    public GrpcChannel Channel { get; }
-
-    public RolloutService.RolloutServiceClient Rollout { get; }
-
-    public WeightsService.WeightsServiceClient Weights { get; }
-
-    public ControlService.ControlServiceClient Control { get; }
-
-    public Health.HealthClient Health { get; }
 
     /// <summary>The object after `ready` on standard output.</summary>
     public JsonElement Ready { get; private set; }

@@ -8,7 +8,7 @@ namespace Rollout.Server.Tests;
 internal static class Updates
 {
     /// <summary>Opens one and says Begin.</summary>
-    public static async Task<Update> BeginUpdateAsync(this ServerProcess server, UpdateRequest begin)
+    public static async Task<Update> BeginUpdateAsync(this TestServer server, UpdateRequest begin)
     {
         Update update = server.Weights.Update(deadline: Calls.Deadline());
         await update.RequestStream.WriteAsync(begin);
@@ -25,7 +25,7 @@ internal static class Updates
     }
 
     /// <summary>Sends all that the server will take, closes, and returns its replies.</summary>
-    public static async Task<List<UpdateReply>> UpdateAsync(this ServerProcess server, IEnumerable<UpdateRequest> requests)
+    public static async Task<List<UpdateReply>> UpdateAsync(this TestServer server, IEnumerable<UpdateRequest> requests)
     {
         using Update update = server.Weights.Update(deadline: Calls.Deadline());
         Task<List<UpdateReply>> replies = update.ResponseStream.ReadAllAsync().ToListAsync().AsTask();
@@ -44,7 +44,7 @@ internal static class Updates
 
     /// <summary>Pushes all of a payload in the stream; its commit.</summary>
     public static async Task<Committed> CommitAsync(
-        this ServerProcess server, Payload payload, ulong from, ulong to, Action<BeginUpdate>? change = null)
+        this TestServer server, Payload payload, ulong from, ulong to, Action<BeginUpdate>? change = null)
     {
         UpdateReply last = (await server.UpdateAsync([payload.Begin(from, to, change), .. payload.Chunks(1 << 20), payload.Commit()]))[^1];
         Assert.True(last.Committed?.Version == to, last.ToString());

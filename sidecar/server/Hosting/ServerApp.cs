@@ -42,7 +42,7 @@ internal static class ServerApp
     private static async Task ServeAsync(ServeOptions options)
     {
         EngineHost host = new();
-        await using WebApplication app = Build(options, host);
+        await using WebApplication app = Build(options, host, ToConsole);
         ILogger logger = app.Services.GetRequiredService<ILoggerFactory>().CreateLogger("Rollout.Server");
         if (options.Socket is not null && SocketFile.RemoveStale(options.Socket)) Log.StaleSocketRemoved(logger, options.Socket);
         await StartAsync(app);
@@ -71,21 +71,15 @@ internal static class ServerApp
         Log.Stopped(logger);
     }
 
-    private static WebApplication Build(ServeOptions options, EngineHost host)
+    /// <summary>The server, before it listens and whatever engine the host will have.</summary>
+    internal static WebApplication Build(ServeOptions options, EngineHost host, Action<ILoggingBuilder> log)
     {
         // The empty builder: no settings from files or the environment of whatever folder the server is started in.
         WebApplicationBuilder builder = WebApplication.CreateEmptyBuilder(new WebApplicationOptions { ApplicationName = "rollout" });
         builder.Logging.SetMinimumLevel(LogLevel.Information);
         builder.Logging.AddFilter("Microsoft", LogLevel.Warning);
         builder.Logging.AddFilter("Grpc", LogLevel.Warning);
-        builder.Logging.AddSimpleConsole(console =>
-        {
-            console.SingleLine = true;
-            console.TimestampFormat = "yyyy-MM-ddTHH:mm:ss.fffZ ";
-            console.UseUtcTimestamp = true;
-            console.ColorBehavior = LoggerColorBehavior.Disabled;
-        });
-        builder.Services.Configure<ConsoleLoggerOptions>(console => console.LogToStandardErrorThreshold = LogLevel.Trace);
+        log(builder.Logging);
         builder.Services.Configure<HostOptions>(hosting => hosting.ShutdownTimeout = s_drainWithin);
 
         builder.WebHost.UseKestrelCore();
@@ -133,6 +127,18 @@ internal static class ServerApp
         app.MapGrpcReflectionService();
         if (options.Metrics is not null) app.MapPrometheusScrapingEndpoint();
         return app;
+    }
+
+    private static void ToConsole(ILoggingBuilder log)
+    {
+        log.AddSimpleConsole(console =>
+        {
+            console.SingleLine = true;
+            console.TimestampFormat = "yyyy-MM-ddTHH:mm:ss.fffZ ";
+            console.UseUtcTimestamp = true;
+            console.ColorBehavior = LoggerColorBehavior.Disabled;
+        });
+        log.Services.Configure<ConsoleLoggerOptions>(console => console.LogToStandardErrorThreshold = LogLevel.Trace);
     }
 
     private static async Task StartAsync(WebApplication app)

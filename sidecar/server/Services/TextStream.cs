@@ -53,20 +53,22 @@ internal sealed class TextStream(Tokenizer tokenizer, IReadOnlyList<string> stop
     /// </summary>
     private int MatchIn(string text, string stop)
     {
-        int from = Math.Clamp(_lastToken - stop.Length + 1, 0, text.Length);
-        int match = text.IndexOf(stop, from, StringComparison.Ordinal);
+        int match = MatchInLastToken(text, stop);
         if (match < 0) match = text.LastIndexOf(stop, StringComparison.Ordinal);
         return match < 0 ? text.Length : match;
     }
 
-    /// <summary>Where text begins that may become, or already is, a stop string.</summary>
+    private int MatchInLastToken(string text, string stop)
+        => text.IndexOf(stop, Math.Clamp(_lastToken - stop.Length + 1, 0, text.Length), StringComparison.Ordinal);
+
+    /// <summary>Where text begins that may become a stop string, or is one that may have ended the sample: one before the last token has not.</summary>
     private int HoldFrom(string text)
     {
         int hold = text.Length;
         foreach (string stop in stops)
         {
             if (stop.Length == 0) continue;
-            int match = text.IndexOf(stop, StringComparison.Ordinal);
+            int match = MatchInLastToken(text, stop);
             if (match >= 0) hold = Math.Min(hold, match);
             for (int length = Math.Min(stop.Length - 1, text.Length); length > 0; length--)
             {
