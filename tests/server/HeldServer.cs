@@ -51,6 +51,18 @@ internal sealed class HeldServer : TestServer, IAsyncDisposable
         return new HeldServer(folder, app, host, engine, device, log);
     }
 
+    /// <summary>A group that has begun, each of its samples with a few tokens, and a pause that keeps it there.</summary>
+    public async Task<Task<List<V1.SampleChunk>>> BeginAndPauseAsync(V1.GenerateRequest request)
+    {
+        Device.HoldAfter(3);
+        Task<List<V1.SampleChunk>> begun = this.SamplesAsync(request);
+        await Task.Run(Device.WaitUntilHeld);
+        Task<PauseResult> paused = Engine.PauseAsync(PauseMode.Keep, "test", TimeSpan.FromMinutes(1)); // ordered before the loop goes on
+        Device.LetGo();
+        await paused;
+        return begun;
+    }
+
     public async ValueTask DisposeAsync()
     {
         Channel.Dispose();
