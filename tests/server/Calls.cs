@@ -64,6 +64,13 @@ internal static class Calls
         return [.. samples.Values];
     }
 
+    /// <summary>The same message, changed.</summary>
+    public static T With<T>(this T message, Action<T> change)
+    {
+        change(message);
+        return message;
+    }
+
     /// <summary>No test waits for ever.</summary>
     public static DateTime Deadline(double seconds = 30) => DateTime.UtcNow.AddSeconds(seconds);
 

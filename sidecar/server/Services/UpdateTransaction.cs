@@ -159,7 +159,7 @@ internal sealed class UpdateTransaction(
     private async Task ReceiveAsync(UpdateRequest request, CancellationToken cancellation)
     {
         bool chunk = request.StepCase == UpdateRequest.StepOneofCase.Chunk;
-        if (!chunk) RefuseUnknownFields(request);
+        if (!chunk || !ChunkBuffer.IsBehind(request.Chunk.Data)) RefuseUnknownFields(request);
         if (!_transports.TryGetValue(request.StepCase, out ITransport? transport))
             _transports.Add(request.StepCase, transport = Transport(request.StepCase));
         if (transport is not DeviceTransport) await _update!.OpenAsync(cancellation);

@@ -26,6 +26,9 @@ internal sealed class ChunkBuffer : MemoryManager<byte>
         if (MemoryMarshal.TryGetMemoryManager(data.Memory, out ChunkBuffer? buffer)) ((IDisposable)buffer).Dispose();
     }
 
+    /// <summary>Whether the data is of this kind: its message held nothing but an offset and data.</summary>
+    public static bool IsBehind(ByteString data) => MemoryMarshal.TryGetMemoryManager<byte, ChunkBuffer>(data.Memory, out _);
+
     public override Span<byte> GetSpan()
     {
         ObjectDisposedException.ThrowIf(_array is null, this);
