@@ -57,6 +57,9 @@ internal static class Calls
             sample.Logprobs.Add(chunk.Logprobs);
             sample.SamplingLogprobs.Add(chunk.SamplingLogprobs);
             sample.Versions.Add(chunk.Versions);
+            sample.Top?.Ids.Add(chunk.Top.Ids);
+            sample.Top?.Logprobs.Add(chunk.Top.Logprobs);
+            sample.OldestKvVersion = chunk.OldestKvVersion;
             sample.Text += chunk.Text;
             sample.FinishReason = chunk.FinishReason;
         }

@@ -32,7 +32,7 @@ internal sealed class GenerateCommand
 
     public static Command Create() => new GenerateCommand().ToCommand();
 
-    private Command ToCommand()
+    internal Command ToCommand()
     {
         Command command = new("generate", "Draw samples for one prompt.");
         _source.AddTo(command);
@@ -67,7 +67,7 @@ internal sealed class GenerateCommand
         return ExitCode.Ok;
     }
 
-    private GenerateRequest Request(ParseResult result)
+    internal GenerateRequest Request(ParseResult result)
     {
         GenerateRequest request = new()
         {

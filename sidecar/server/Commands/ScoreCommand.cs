@@ -20,7 +20,7 @@ internal sealed class ScoreCommand
 
     public static Command Create() => new ScoreCommand().ToCommand();
 
-    private Command ToCommand()
+    internal Command ToCommand()
     {
         Command command = new("score", "Log-probabilities of given tokens, and of the token after them.");
         _source.AddTo(command);
@@ -37,16 +37,20 @@ internal sealed class ScoreCommand
 
     private async Task<int> RunAsync(ParseResult result, CancellationToken cancellation)
     {
-        bool json = result.GetValue(_json);
-        ScoreRequest request = new() { Top = (uint)(result.GetValue(_top) ?? (json ? 0 : ReadableAlternatives)) };
-        if (result.GetValue(_text) is { } text) request.Text = text;
-        else request.Ids = new TokenIds { Ids = { result.GetValue(_ids)! } };
-
+        ScoreRequest request = Request(result);
         await using IRollouts rollouts = await _source.OpenAsync(result);
         ScoreReply reply = await rollouts.ScoreAsync(request, cancellation);
-        if (json) PrintJson(reply);
+        if (result.GetValue(_json)) PrintJson(reply);
         else PrintReadable(reply, rollouts.Tokenizer);
         return ExitCode.Ok;
+    }
+
+    internal ScoreRequest Request(ParseResult result)
+    {
+        ScoreRequest request = new() { Top = (uint)(result.GetValue(_top) ?? (result.GetValue(_json) ? 0 : ReadableAlternatives)) };
+        if (result.GetValue(_text) is { } text) request.Text = text;
+        else request.Ids = new TokenIds { Ids = { result.GetValue(_ids)! } };
+        return request;
     }
 
     // Row p is about the token after position p: rows 0.. speak of ids 1.., the last one of the token that would come next.
