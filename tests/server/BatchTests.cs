@@ -1,9 +1,6 @@
 using Google.Protobuf;
 using Grpc.Core;
-using Rollout.Engine;
 using Rollout.V1;
-using FinishReason = Rollout.V1.FinishReason;
-using SampleChunk = Rollout.V1.SampleChunk;
 using Batch = Grpc.Core.AsyncDuplexStreamingCall<Rollout.V1.GenerateRequest, Rollout.V1.GenerateReply>;
 
 namespace Rollout.Server.Tests;
@@ -33,8 +30,9 @@ public sealed class BatchTests
     [Fact]
     public async Task Groups_end_in_any_order_one_is_aborted_others_are_refused_and_each_has_what_it_has_alone()
     {
-        await using HeldServer server = await HeldServer.StartAsync(new EngineOptions { KvCacheBytes = 8 << 20, MaxSequences = 4, MaxWaiting = 4 });
-        GenerateRequest Request(string id, uint tokens, uint n) => Calls.Sampled(s_prompt, tokens, seed: 7, n, r => (r.RequestId, r.Stream) = (id, n == 2));
+        await using HeldServer server = await HeldServer.StartAsync(HeldServer.Small with { MaxWaiting = 4 });
+        GenerateRequest Request(string id, uint tokens, uint n)
+            => Calls.Sampled(s_prompt, tokens, seed: 7, n, r => (r.RequestId, r.Stream) = (id, n == 2));
         GenerateRequest[] requests = [Request("long", 80, 1), Request("short", 5, 2), Request("middle", 40, 3)];
         Dictionary<string, List<SampleChunk>> alone = [];
         foreach (GenerateRequest request in requests) alone[request.RequestId] = await server.SamplesAsync(request);
@@ -72,7 +70,8 @@ public sealed class BatchTests
             Assert.Equal(alone[request.RequestId].Select(s => s.Logprobs), batched.Select(s => s.Logprobs));
         }
 
-        string[] ends = [.. replies.Where(reply => reply.Samples.Any(sample => sample.FinishReason == FinishReason.Length)).Select(reply => reply.RequestId)];
+        string[] ends = [.. replies.Where(reply => reply.Samples.Any(sample => sample.FinishReason == FinishReason.Length))
+            .Select(reply => reply.RequestId)];
         Assert.True(Array.IndexOf(ends, "short") < Array.IndexOf(ends, "long"), string.Join(", ", ends));
         await held;
 
@@ -84,7 +83,7 @@ public sealed class BatchTests
     [Fact]
     public async Task Where_there_is_no_room_a_call_is_told_to_send_less_and_a_batch_that_is_cancelled_makes_room()
     {
-        await using HeldServer server = await HeldServer.StartAsync(new EngineOptions { KvCacheBytes = 8 << 20, MaxSequences = 2, MaxWaiting = 2 });
+        await using HeldServer server = await HeldServer.StartAsync(HeldServer.Small with { MaxSequences = 2, MaxWaiting = 2 });
         Task<List<SampleChunk>> held = await server.BeginAndPauseAsync(Calls.Sampled(s_prompt, 50, seed: 1));
         Batch batch = server.Rollout.GenerateBatch(deadline: Calls.Deadline());
         await batch.RequestStream.WriteAsync(Calls.Sampled(s_prompt, 50, seed: 1, n: 2));
@@ -105,7 +104,7 @@ public sealed class BatchTests
     public async Task A_score_that_is_aborted_is_an_error_and_one_that_nobody_waits_for_ends()
     {
         await using HeldServer server = await HeldServer.StartAsync();
-        await server.Control.PauseAsync(new PauseRequest { Mode = V1.PauseMode.Keep, LeaseMilliseconds = 60_000 });
+        await server.Control.PauseAsync(new PauseRequest { Mode = PauseMode.Keep, LeaseMilliseconds = 60_000 });
         ScoreRequest request = new() { RequestId = "score", Ids = new TokenIds { Ids = { s_prompt } } };
         Task score = server.Rollout.ScoreAsync(request, deadline: Calls.Deadline()).ResponseAsync;
         await server.StatusAsync(status => status.Waiting == 1);
@@ -130,7 +129,7 @@ public sealed class BatchTests
             () => server.SamplesAsync(Newer(Calls.Greedy(s_prompt, 1))),
             () => server.Rollout.ScoreAsync(Newer(new ScoreRequest { Ids = new TokenIds { Ids = { 1, 2 } } })).ResponseAsync,
             () => server.Rollout.AbortAsync(Newer(new AbortRequest { All = true })).ResponseAsync,
-            () => server.Control.PauseAsync(Newer(new PauseRequest { Mode = V1.PauseMode.Keep, LeaseMilliseconds = 1 })).ResponseAsync,
+            () => server.Control.PauseAsync(Newer(new PauseRequest { Mode = PauseMode.Keep, LeaseMilliseconds = 1 })).ResponseAsync,
             () => server.Control.ResumeAsync(Newer(new ResumeRequest())).ResponseAsync,
             () => server.Control.SleepAsync(Newer(new SleepRequest())).ResponseAsync,
             () => server.Control.WakeUpAsync(Newer(new WakeUpRequest())).ResponseAsync,
@@ -139,7 +138,7 @@ public sealed class BatchTests
         ];
         foreach (Func<Task> call in calls)
             Assert.Contains("99: ", (await Calls.FailsAsync(call, StatusCode.InvalidArgument)).Status.Detail, StringComparison.Ordinal);
-        Assert.Equal(V1.EngineState.Running, (await server.Control.StatusAsync(new StatusRequest())).State);
+        Assert.Equal(EngineState.Running, (await server.Control.StatusAsync(new StatusRequest())).State);
 
         Payload payload = Payload.Reversed("qwen3");
         byte[] unknown = [0x98, 0x06, 0x01];

@@ -19,7 +19,8 @@ public sealed class ConverterTests
     private static readonly Dictionary<string, (Action<GenerateRequest> Set, Func<GroupRequest, GroupRequest> Expected)> s_generate = new()
     {
         ["request_id"] = (r => r.RequestId = "mine", g => g with { Id = "mine" }),
-        ["prompt_ids.ids"] = (r => r.PromptIds = new TokenIds { Ids = { 0, int.MaxValue, 7 } }, g => g with { Prompt = [0, int.MaxValue, 7] }),
+        ["prompt_ids.ids"] = (r => r.PromptIds = new TokenIds { Ids = { 0, int.MaxValue, 7 } },
+            g => g with { Prompt = [0, int.MaxValue, 7] }),
         ["prompt_text"] = (r => r.PromptText = "aé", g => g with { Prompt = [0x61, 0xC3, 0xA9] }),
         ["n"] = (r => r.N = 0, g => g with { N = 0 }),
         ["seed"] = (r => r.Seed = ulong.MaxValue, g => g with { Seed = ulong.MaxValue }),
@@ -27,7 +28,8 @@ public sealed class ConverterTests
         ["sampling.top_k"] = (r => r.Sampling.TopK = 3, g => g with { TopK = 3 }),
         ["sampling.top_p"] = (r => r.Sampling.TopP = 0, g => g with { TopP = 0 }),
         ["sampling.min_p"] = (r => r.Sampling.MinP = 0.25f, g => g with { MinP = 0.25f }),
-        ["sampling.logit_bias"] = (r => r.Sampling.LogitBias.Add(new Dictionary<uint, float> { [0] = -1.5f, [int.MaxValue] = float.NegativeInfinity }),
+        ["sampling.logit_bias"] = (
+            r => r.Sampling.LogitBias.Add(new Dictionary<uint, float> { [0] = -1.5f, [int.MaxValue] = float.NegativeInfinity }),
             g => g with { LogitBias = new Dictionary<int, float> { [0] = -1.5f, [int.MaxValue] = float.NegativeInfinity } }),
         ["stopping.max_tokens"] = (r => r.Stopping.MaxTokens = 0, g => g with { MaxTokens = 0 }),
         ["stopping.min_tokens"] = (r => r.Stopping.MinTokens = 5, g => g with { MinTokens = 5 }),
@@ -53,7 +55,11 @@ public sealed class ConverterTests
 
     private static GenerateRequest Plain => new()
     {
-        RequestId = "r", PromptIds = new TokenIds { Ids = { 1 } }, Seed = 0, Sampling = new SamplingParams(), Stopping = new StoppingParams(),
+        RequestId = "r",
+        PromptIds = new TokenIds { Ids = { 1 } },
+        Seed = 0,
+        Sampling = new SamplingParams(),
+        Stopping = new StoppingParams(),
     };
 
     /// <summary>With the seed said, since one that is not is the server's to choose.</summary>
@@ -149,10 +155,12 @@ public sealed class ConverterTests
             ("manifest.dtype", b => b.Manifest[0].Dtype = TensorDType.Unspecified, m => With(m, t => t with { Type = (DType)(-1) })),
             ("manifest.dtype", b => b.Manifest[0].Dtype = (TensorDType)9, m => With(m, t => t with { Type = (DType)(-1) })),
             ("manifest.shape", b => b.Manifest[0] = Tensor(t => t.Shape.Add(4)), m => With(m, t => t with { Shape = [2, 3, 4] })),
-            ("manifest.shape", b => b.Manifest[0] = Tensor(t => t.Shape[1] = ulong.MaxValue), m => With(m, t => t with { Shape = [2, long.MaxValue] })),
+            ("manifest.shape", b => b.Manifest[0] = Tensor(t => t.Shape[1] = ulong.MaxValue),
+                m => With(m, t => t with { Shape = [2, long.MaxValue] })),
             ("manifest.offset", b => b.Manifest[0].Offset = long.MaxValue, m => With(m, t => t with { Offset = long.MaxValue })),
             ("manifest.sparse_count", b => b.Manifest[0].SparseCount = 0, m => With(m, t => t with { SparseCount = 0 })),
-            ("manifest.sparse_count", b => b.Manifest[0].SparseCount = ulong.MaxValue, m => With(m, t => t with { SparseCount = long.MaxValue })),
+            ("manifest.sparse_count", b => b.Manifest[0].SparseCount = ulong.MaxValue,
+                m => With(m, t => t with { SparseCount = long.MaxValue })),
             ("payload_bytes", b => b.PayloadBytes = long.MaxValue, m => m with { PayloadBytes = long.MaxValue }),
             ("base_version", b => b.BaseVersion = ulong.MaxValue, m => m with { BaseVersion = ulong.MaxValue }),
             ("new_version", b => b.NewVersion = ulong.MaxValue, m => m with { NewVersion = ulong.MaxValue }),
@@ -197,7 +205,7 @@ public sealed class ConverterTests
         }
     }
 
-    /// <summary>Every message a client may send, with a field that only its next version has, at the top and in every message inside.</summary>
+    /// <summary>Every message a client may send, with a field of its next version, at the top or in any message inside.</summary>
     [Fact]
     public void Fields_that_nobody_here_knows_are_found_at_any_depth()
     {
@@ -245,7 +253,9 @@ public sealed class ConverterTests
 
     /// <summary>Field paths of all that is not a message itself.</summary>
     private static IEnumerable<string> Leaves(MessageDescriptor type) => type.Fields.InFieldNumberOrder().SelectMany(
-        field => field.FieldType == FieldType.Message && !field.IsMap ? Leaves(field.MessageType).Select(inner => $"{field.Name}.{inner}") : [field.Name]);
+        field => field.FieldType == FieldType.Message && !field.IsMap
+            ? Leaves(field.MessageType).Select(inner => $"{field.Name}.{inner}")
+            : [field.Name]);
 
     private static void AssertSame<T>(T expected, T actual, string field)
     {

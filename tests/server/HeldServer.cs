@@ -17,9 +17,13 @@ internal sealed class HeldServer : TestServer, IAsyncDisposable
     private readonly TemporaryFolder _folder;
     private readonly WebApplication _app;
 
-    private HeldServer(TemporaryFolder folder, WebApplication app, EngineHost host, RolloutEngine engine, ScriptedBackend device, LogLines log)
+    private HeldServer(
+        TemporaryFolder folder, WebApplication app, EngineHost host, RolloutEngine engine, ScriptedBackend device, LogLines log)
         : base($"unix:{folder["s"]}")
         => (_folder, _app, Host, Engine, Device, Log) = (folder, app, host, engine, device, log);
+
+    /// <summary>Few seats, and as many blocks as they need.</summary>
+    public static EngineOptions Small { get; } = new() { KvCacheBytes = 8 << 20, MaxSequences = 4 };
 
     public EngineHost Host { get; }
 
@@ -40,7 +44,7 @@ internal sealed class HeldServer : TestServer, IAsyncDisposable
         ServeOptions serve = new()
         {
             Model = new ModelSource(Golden.Folder("qwen3"), "cpu", Threads: 1, WeightFormat.BFloat16, "bytes"),
-            Engine = options ?? new EngineOptions { KvCacheBytes = 8 << 20, MaxSequences = 4 },
+            Engine = options ?? Small,
             Socket = folder["s"],
         };
         WebApplication app = ServerApp.Build(serve, host, logging => logging.AddProvider(log));
@@ -86,7 +90,8 @@ internal sealed class HeldServer : TestServer, IAsyncDisposable
         public IDisposable? BeginScope<TState>(TState state)
             where TState : notnull => null;
 
-        public void Log<TState>(LogLevel logLevel, EventId eventId, TState state, Exception? exception, Func<TState, Exception?, string> formatter)
+        public void Log<TState>(
+            LogLevel logLevel, EventId eventId, TState state, Exception? exception, Func<TState, Exception?, string> formatter)
             => _lines.Enqueue((eventId.Id, formatter(state, exception)));
 
         public void Dispose()

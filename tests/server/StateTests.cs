@@ -10,10 +10,14 @@ using ServingStatus = Grpc.Health.V1.HealthCheckResponse.Types.ServingStatus;
 
 namespace Rollout.Server.Tests;
 
-/// <summary>What every call answers in every state, as control.proto has it: a client decides by it whether to wait, to mend something, or to go.</summary>
+/// <summary>
+/// What every call answers in every state, as control.proto has it: a client decides by it whether to wait, to mend something, or to go.
+/// </summary>
 public sealed class StateTests
 {
-    private const string Generation = "rollout.v1.RolloutService", Weights = "rollout.v1.WeightsService", Control = "rollout.v1.ControlService";
+    private const string Generation = "rollout.v1.RolloutService";
+    private const string Weights = "rollout.v1.WeightsService";
+    private const string Control = "rollout.v1.ControlService";
 
     private static readonly uint[] s_prompt = Golden.Cases("qwen3")[1].Prompt;
     private static readonly Payload s_payload = Payload.Reversed("qwen3");
@@ -77,7 +81,8 @@ public sealed class StateTests
         await using HeldServer server = await HeldServer.StartAsync();
         using AsyncServerStreamingCall<HealthCheckResponse> watch = server.Health.Watch(
             new HealthCheckRequest { Service = Generation }, deadline: Calls.Deadline());
-        using AsyncServerStreamingCall<HealthCheckResponse> whole = server.Health.Watch(new HealthCheckRequest(), deadline: Calls.Deadline());
+        using AsyncServerStreamingCall<HealthCheckResponse> whole = server.Health.Watch(
+            new HealthCheckRequest(), deadline: Calls.Deadline());
         async Task HearsAsync(AsyncServerStreamingCall<HealthCheckResponse> call, ServingStatus status)
         {
             Assert.True(await call.ResponseStream.MoveNext(default));
@@ -95,22 +100,25 @@ public sealed class StateTests
         await HearsAsync(watch, ServingStatus.NotServing);
         await HearsAsync(whole, ServingStatus.Serving); // all the time until now
         await HearsAsync(whole, ServingStatus.NotServing);
-        await Calls.FailsAsync(() => server.Health.CheckAsync(new HealthCheckRequest { Service = "no.such.Service" }).ResponseAsync, StatusCode.NotFound);
+        HealthCheckRequest nobody = new() { Service = "no.such.Service" };
+        await Calls.FailsAsync(() => server.Health.CheckAsync(nobody).ResponseAsync, StatusCode.NotFound);
     }
 
     /// <summary>A stream that ends with OK is a whole one.</summary>
     [Fact]
     public async Task When_the_device_is_lost_everything_in_flight_delivers_what_it_has_and_ends_with_an_error()
     {
-        await using HeldServer server = await HeldServer.StartAsync(new EngineOptions { KvCacheBytes = 8 << 20, MaxSequences = 16 });
+        await using HeldServer server = await HeldServer.StartAsync(HeldServer.Small with { MaxSequences = 16 });
         GenerateRequest Long(string id) => Calls.Sampled(s_prompt, 200, seed: 2, n: 2, change: r => (r.RequestId, r.Stream) = (id, true));
         using AsyncDuplexStreamingCall<GenerateRequest, GenerateReply> batch = server.Rollout.GenerateBatch(deadline: Calls.Deadline());
-        Task<List<SampleChunk>> begun = await server.BeginAndPauseAsync(Calls.Sampled(s_prompt, 200, seed: 1)); // not to end before all are there
+        // Paused, so that nothing ends before all are there.
+        Task<List<SampleChunk>> begun = await server.BeginAndPauseAsync(Calls.Sampled(s_prompt, 200, seed: 1));
         using AsyncServerStreamingCall<GenerateReply> call = server.Rollout.Generate(Long("alone"), deadline: Calls.Deadline());
         await batch.RequestStream.WriteAsync(Long("first"));
         await batch.RequestStream.WriteAsync(Long("second"));
         await batch.RequestStream.CompleteAsync();
-        Task<ScoreReply> score = server.Rollout.ScoreAsync(new ScoreRequest { Ids = new TokenIds { Ids = { s_prompt } } }, deadline: Calls.Deadline()).ResponseAsync;
+        Task<ScoreReply> score = server.Rollout.ScoreAsync(
+            new ScoreRequest { Ids = new TokenIds { Ids = { s_prompt } } }, deadline: Calls.Deadline()).ResponseAsync;
         using AsyncDuplexStreamingCall<UpdateRequest, UpdateReply> update = await server.BeginUpdateAsync(
             s_payload.Begin(0, 1, begin => begin.Policy = V1.UpdatePolicy.Drain));
         await server.StatusAsync(status => status is { Running: 1, Waiting: 7, Updating: true });
@@ -119,7 +127,8 @@ public sealed class StateTests
 
         await Calls.FailsAsync(() => begun, StatusCode.Unavailable);
         Assert.Equal(s_prompt.Length - 1, (await score).Logprobs.Count);
-        foreach (IAsyncStreamReader<GenerateReply> stream in (IAsyncStreamReader<GenerateReply>[])[call.ResponseStream, batch.ResponseStream])
+        IAsyncStreamReader<GenerateReply>[] streams = [call.ResponseStream, batch.ResponseStream];
+        foreach (IAsyncStreamReader<GenerateReply> stream in streams)
         {
             List<GenerateReply> replies = [];
             RpcException lost = await Calls.FailsAsync(async () =>
@@ -137,7 +146,8 @@ public sealed class StateTests
                     chunk => Assert.Contains("device lost", chunk.Error, StringComparison.Ordinal));
             }
 
-            Assert.Equal(stream == call.ResponseStream ? ["alone"] : ["first", "second"], replies.Select(reply => reply.RequestId).Distinct().Order());
+            Assert.Equal(stream == call.ResponseStream ? ["alone"] : ["first", "second"],
+                replies.Select(reply => reply.RequestId).Distinct().Order());
         }
 
         while (!server.Log.Lines.Any(line => line.Event == 5)) await Task.Delay(20, new CancellationTokenSource(30_000).Token);
@@ -156,13 +166,14 @@ public sealed class StateTests
         StatusReply status = await server.StatusAsync(status => status.Waiting > 0);
         EngineStatus said = server.Engine.Status;
         // Each has a number of its own, so that none can stand for another.
-        Assert.Equal(8, new HashSet<long> { said.Running, said.Waiting, said.KvBlocksTotal, said.KvBlocksUsed, said.KvBlocksCached, said.Steps,
-            said.GeneratedTokens, said.PrefixHitTokens }.Count);
+        long[] numbers = [said.Running, said.Waiting, said.KvBlocksTotal, said.KvBlocksUsed, said.KvBlocksCached, said.Steps,
+            said.GeneratedTokens, said.PrefixHitTokens];
+        Assert.Equal(numbers, numbers.Distinct());
         Assert.Equal((2u, 3u), (status.Running, status.Waiting));
         Assert.Equal(((ulong)said.KvBlocksTotal, (ulong)said.KvBlocksUsed, (ulong)said.KvBlocksCached),
             (status.KvBlocksTotal, status.KvBlocksUsed, status.KvBlocksCached));
-        Assert.Equal(((ulong)said.Steps, (ulong)said.GeneratedTokens, (ulong)said.PrefilledTokens, (ulong)said.PrefixHitTokens, (ulong)said.Preemptions),
-            (status.Steps, status.GeneratedTokens, status.PrefilledTokens, status.PrefixHitTokens, status.Preemptions));
+        Assert.Equal(((ulong)said.Steps, (ulong)said.GeneratedTokens, (ulong)said.PrefilledTokens, (ulong)said.PrefixHitTokens),
+            (status.Steps, status.GeneratedTokens, status.PrefilledTokens, status.PrefixHitTokens));
         Assert.Equal((EngineState.Paused, "test", "qwen3", "scripted"), (status.State, status.Reason, status.Model, status.Backend));
         await server.Control.ResumeAsync(new ResumeRequest());
         await Task.WhenAll(begun, waits);
@@ -227,7 +238,8 @@ public sealed class StateTests
         string heard = "";
         foreach (string service in (string[])["", Generation, Weights, Control])
         {
-            HealthCheckResponse health = await server.Health.CheckAsync(new HealthCheckRequest { Service = service }, deadline: Calls.Deadline());
+            HealthCheckResponse health = await server.Health.CheckAsync(
+                new HealthCheckRequest { Service = service }, deadline: Calls.Deadline());
             heard += health.Status == ServingStatus.Serving ? 'S' : '.';
         }
 

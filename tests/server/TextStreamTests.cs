@@ -5,13 +5,16 @@ using Rollout.Server.Services;
 
 namespace Rollout.Server.Tests;
 
-/// <summary>Text as it is streamed: whole characters, never a part of the stop string that will end it, and nothing held back for less.</summary>
+/// <summary>Text as it is streamed: whole characters, no part of the stop string that ends it, and nothing held back for less.</summary>
 public sealed class TextStreamTests
 {
     // Few letters, of one to four bytes, so that stop strings meet, overlap and begin each other.
-    private static readonly Gen<string> s_letter = Gen.OneOf(Gen.Const("a"), Gen.Const("b"), Gen.Const("é"), Gen.Const("漢"), Gen.Const("😀"), Gen.Const("😁"));
+    private static readonly string[] s_letters = ["a", "b", "é", "漢", "😀", "😁"];
+    private static readonly Gen<string> s_letter = Gen.Int[0, s_letters.Length - 1].Select(i => s_letters[i]);
 
-    private static readonly Gen<(string Text, string[] Stops, int MinTokens, int MostTokens, int[] Tokens, int[] Appends, bool EndsAlone)> s_case =
+    private sealed record Case(string Text, string[] Stops, int MinTokens, int MostTokens, int[] Tokens, int[] Appends, bool EndsAlone);
+
+    private static readonly Gen<Case> s_case =
         from text in s_letter.Array[0, 24]
         from stops in s_letter.Array[1, 4].Select(letters => string.Concat(letters)).Array[0, 3]
         from minTokens in Gen.Int[0, 6]
@@ -19,11 +22,11 @@ public sealed class TextStreamTests
         from tokens in Gen.Int[1, 6].Array[1, 20]
         from appends in Gen.Int[0, 4].Array[1, 20]
         from endsAlone in Gen.Bool
-        select (string.Concat(text), stops, minTokens, mostTokens, tokens, appends, endsAlone);
+        select new Case(string.Concat(text), stops, minTokens, mostTokens, tokens, appends, endsAlone);
 
     /// <summary>
-    /// A sample as the engine ends it: by a stop string that ends in its last token, of min_tokens or more, or at its most tokens. Its tokens come
-    /// in any number of appends; the end may come with the last of them or alone.
+    /// A sample as the engine ends it: by a stop string that ends in its last token, of min_tokens or more, or at its most tokens. Its
+    /// tokens come in any number of appends; the end may come with the last of them or alone.
     /// </summary>
     [Fact]
     public void What_is_given_out_is_the_text_before_the_match_and_all_of_it_that_begins_no_stop_string()
@@ -151,8 +154,8 @@ public sealed class TextStreamTests
         if (count == 0) return 0;
         string known = Known(tokens, count);
         int[] matches = [.. stops.Select(stop => MatchIn(tokens, count, stop)).Where(at => at >= 0)];
-        int begins = Enumerable.Range(0, known.Length).FirstOrDefault(
-            at => stops.Any(stop => stop.Length > known.Length - at && stop.StartsWith(known[at..], StringComparison.Ordinal)), known.Length);
+        bool Begins(int at, string stop) => stop.Length > known.Length - at && stop.StartsWith(known[at..], StringComparison.Ordinal);
+        int begins = Enumerable.Range(0, known.Length).FirstOrDefault(at => stops.Any(stop => Begins(at, stop)), known.Length);
         return matches.Append(begins).Min();
     }
 

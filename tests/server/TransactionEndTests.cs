@@ -7,8 +7,8 @@ using Update = Grpc.Core.AsyncDuplexStreamingCall<Rollout.V1.UpdateRequest, Roll
 namespace Rollout.Server.Tests;
 
 /// <summary>
-/// Every way in which an update can end without a commit, at every step of it, while samples are half-way: a pause holds them, so that under
-/// DRAIN the moment of the update cannot come.
+/// Every way in which an update can end without a commit, at every step of it, while samples are half-way: a pause holds them, so that
+/// under DRAIN the moment of the update cannot come.
 /// </summary>
 public sealed class TransactionEndTests : IDisposable
 {
@@ -111,7 +111,8 @@ public sealed class TransactionEndTests : IDisposable
             case "closed":
                 await update.RequestStream.CompleteAsync();
                 UpdateReply closed = await LastAsync(update);
-                Assert.Contains("closed its side", step == "opened" ? closed.Failed.Reason : closed.Aborted.Reason, StringComparison.Ordinal);
+                string reason = step == "opened" ? closed.Failed.Reason : closed.Aborted.Reason;
+                Assert.Contains("closed its side", reason, StringComparison.Ordinal);
                 Assert.Equal(touched, closed.Aborted?.Poisoned ?? closed.Failed.Poisoned);
                 break;
             default:

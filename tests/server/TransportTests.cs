@@ -32,7 +32,8 @@ public sealed class TransportTests
             [Updates.Window(shm["first"], 0, 0, 100), Updates.Window(shm["first"], 100, 100, half - 100),
                 Chunk(half, half), Chunk(half, end - 1), Chunk(end - 1, end), Chunk(end, end)],
             [Updates.FileOf(shm["head"], 0), Updates.Window(shm["first"], third, third, half - third), Chunk(half, end)],
-            [Chunk(0, third), Updates.Window(shm["first"], third, third, half - third), Updates.Window(shm["second"], half, half, end - half)],
+            [Chunk(0, third), Updates.Window(shm["first"], third, third, half - third),
+                Updates.Window(shm["second"], half, half, end - half)],
         ];
         for (int i = 0; i < ways.Length; i++)
         {

@@ -61,7 +61,7 @@ internal sealed class TextStream(Tokenizer tokenizer, IReadOnlyList<string> stop
     private int MatchInLastToken(string text, string stop)
         => text.IndexOf(stop, Math.Clamp(_lastToken - stop.Length + 1, 0, text.Length), StringComparison.Ordinal);
 
-    /// <summary>Where text begins that may become a stop string, or is one that may have ended the sample: one before the last token has not.</summary>
+    /// <summary>Where text begins that may become a stop string, or is one that may have ended the sample, in its last token.</summary>
     private int HoldFrom(string text)
     {
         int hold = text.Length;
