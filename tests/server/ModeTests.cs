@@ -115,40 +115,6 @@ public sealed class ModeTests : IAsyncLifetime
     }
 
     [Fact]
-    public async Task A_stream_that_breaks_and_a_deadline_in_place_poison_and_before_the_first_byte_nothing_does()
-    {
-        Bits original = await BitsAsync();
-        void InPlace(BeginUpdate begin) => (begin.Mode, begin.DeadlineMilliseconds) = (UpdateMode.InPlace, 1000);
-        using (Update late = await _server.BeginUpdateAsync(s_reversed.Begin(0, 1, InPlace)))
-        {
-            Assert.NotNull((await late.NextAsync()).Ready);
-            Assert.False((await late.NextAsync()).Aborted.Poisoned); // not a byte had come
-        }
-
-        Assert.Equal(EngineState.Running, (await StatusAsync()).State);
-        using (Update late = await _server.BeginUpdateAsync(s_reversed.Begin(0, 1, InPlace)))
-        {
-            await late.SendAsync(s_reversed.Chunks(1000).First());
-            Assert.NotNull((await late.NextAsync()).Ready);
-            Aborted aborted = (await late.NextAsync()).Aborted;
-            Assert.True(aborted.Poisoned);
-            Assert.Contains("1000 ms", aborted.Reason, StringComparison.Ordinal);
-        }
-
-        Assert.Equal(EngineState.Poisoned, (await StatusAsync()).State);
-        await _server.CommitAsync(s_original, 0, 1);
-        using (Update broken = await _server.BeginUpdateAsync(s_reversed.Begin(1, 2, begin => begin.Mode = UpdateMode.InPlace)))
-        {
-            await broken.SendAsync(s_reversed.Chunks(1000).First());
-            await StatusAsync(status => status.State == EngineState.Updating);
-        }
-
-        Assert.Contains("sender", (await StatusAsync(status => status.State == EngineState.Poisoned)).Reason, StringComparison.Ordinal);
-        await _server.CommitAsync(s_original, 1, 2);
-        Assert.Equal(original, await BitsAsync());
-    }
-
-    [Fact]
     public async Task Some_tensors_and_some_elements_by_every_transport_and_mode_make_what_a_fresh_server_loads()
     {
         // Every third tensor anew; of every third, some elements; the rest as it was. As a file it is all sent whole.

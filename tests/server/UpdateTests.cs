@@ -162,15 +162,6 @@ public sealed class UpdateTests : IAsyncLifetime
     }
 
     [Fact]
-    public async Task The_deadline_covers_waiting_for_the_client()
-    {
-        using Update update = await BeginAsync(s_payload.Begin(0, 1, begin => begin.DeadlineMilliseconds = 1000));
-        Assert.NotNull((await NextAsync(update)).Ready);
-        Assert.Contains("1000 ms", (await NextAsync(update)).Aborted.Reason, StringComparison.Ordinal);
-        await UnchangedAsync();
-    }
-
-    [Fact]
     public async Task A_second_updater_is_refused_until_the_first_has_gone_and_status_names_the_first()
     {
         Update first = await BeginAsync(s_payload.Begin(0, 1, begin => begin.Owner = "trainer-7"));
