@@ -76,6 +76,100 @@ public sealed class BatchTests : IAsyncLifetime
     }
 
     [Fact]
+    public async Task No_requests_are_no_samples() =>
+        Assert.Equal(0, await _client.GenerateBatchAsync(Array.Empty<RolloutRequest>(), cancellationToken: Token).CountAsync(Token));
+
+    /// <summary>Chunks of all groups interleave, and each group's seed and prompt come with its first reply, whoever was asked first.</summary>
+    [Fact]
+    public async Task Groups_that_interleave_keep_their_own_tokens_seeds_and_prompts()
+    {
+        string[] ids = ["a", "b", "c"];
+        _fake.Batch = async (requests, replies, context) =>
+        {
+            while (await requests.MoveNext()) { }
+            for (uint start = 0; start < 3; start++)
+            {
+                for (uint index = 2; index-- > 0;)
+                {
+                    foreach (string id in start % 2 == 0 ? ids : ids.Reverse())
+                    {
+                        uint token = (uint)(100 * Array.IndexOf(ids, id)) + (10 * index) + start + 1;
+                        V1.FinishReason reason = start == 2 ? V1.FinishReason.Length : V1.FinishReason.Unspecified;
+                        V1.GenerateReply reply = Reply(Chunk(index, start, [token], 7 + start, reason));
+                        reply.RequestId = id;
+                        if (start == 0 && index == 1)
+                        {
+                            reply.Seed = 40 + (ulong)Array.IndexOf(ids, id);
+                            reply.Prompt = new V1.PromptInfo { CachedTokens = 16u * (uint)Array.IndexOf(ids, id) };
+                        }
+
+                        await replies.WriteAsync(reply);
+                    }
+                }
+            }
+        };
+        List<Sample> samples = await _client.GenerateBatchAsync(ids.Select(id => Request(id)), cancellationToken: Token).ToListAsync(Token);
+        Assert.Equal(6, samples.Select(sample => (sample.RequestId, sample.Index)).Distinct().Count());
+        foreach (Sample sample in samples)
+        {
+            int group = Array.IndexOf(ids, sample.RequestId);
+            int first = (100 * group) + (10 * sample.Index) + 1;
+            Assert.Equal([first, first + 1, first + 2], sample.Ids);
+            Assert.Equal((40 + (ulong)group, 16 * group), (sample.Seed, sample.Prompt!.CachedTokens));
+            Assert.Equal([new VersionSpan(7, 0, 1), new VersionSpan(8, 1, 2), new VersionSpan(9, 2, 3)], sample.Versions);
+        }
+    }
+
+    [Fact]
+    public async Task A_batch_that_ends_before_its_samples_or_before_its_requests_is_an_error()
+    {
+        _fake.Batch = async (requests, replies, context) =>
+        {
+            while (await requests.MoveNext()) { }
+            V1.GenerateReply reply = Reply(Chunk(0, 0, [5], 7, V1.FinishReason.Stop));
+            reply.RequestId = "a";
+            await replies.WriteAsync(reply);
+        };
+        var error = await Assert.ThrowsAsync<RolloutException>(async () =>
+            await _client.GenerateBatchAsync([Request("a")], cancellationToken: Token).CountAsync(Token));
+        Assert.Contains("'a'", error.Message, StringComparison.Ordinal);
+        error = await Assert.ThrowsAsync<RolloutException>(async () =>
+            await _client.GenerateBatchAsync([Request("a", n: 1), Request("b")], cancellationToken: Token).CountAsync(Token));
+        Assert.Contains("'b'", error.Message, StringComparison.Ordinal);
+
+        _fake.Batch = (_, _, _) => Task.CompletedTask;
+        error = await Assert.ThrowsAsync<RolloutException>(async () =>
+            await _client.GenerateBatchAsync(NeverEnding(), cancellationToken: Token).CountAsync(Token));
+        Assert.Contains("before it had all requests", error.Message, StringComparison.Ordinal);
+    }
+
+    [Fact]
+    public async Task An_answer_for_a_group_that_was_not_asked_for_is_an_error()
+    {
+        _fake.Batch = async (requests, replies, context) =>
+        {
+            while (await requests.MoveNext()) { }
+            await replies.WriteAsync(Reply(Chunk(0, 0, [5], 7, V1.FinishReason.Stop)));
+        };
+        var error = await Assert.ThrowsAsync<RolloutException>(async () =>
+            await _client.GenerateBatchAsync([Request("a")], cancellationToken: Token).CountAsync(Token));
+        Assert.Contains("'id', which is not in flight", error.Message, StringComparison.Ordinal);
+    }
+
+    [Fact]
+    public async Task Many_batches_at_once_over_one_client_do_not_mix()
+    {
+        await Task.WhenAll(Enumerable.Range(0, 8).Select(async batch =>
+        {
+            RolloutRequest[] requests = [.. Enumerable.Range(0, 40).Select(i => Request($"{batch}-{i}", n: 1 + (i % 3)))];
+            List<Sample> samples = await _client.GenerateBatchAsync(requests, cancellationToken: Token).ToListAsync(Token);
+            Assert.Equal(
+                requests.SelectMany(request => Enumerable.Range(0, request.Options.N).Select(i => (request.RequestId, i))).Order(),
+                samples.Select(sample => (sample.RequestId, sample.Index)).Order());
+        }));
+    }
+
+    [Fact]
     public async Task Requests_may_depend_on_samples()
     {
         var next = Channel.CreateUnbounded<RolloutRequest>();

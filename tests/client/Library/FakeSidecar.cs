@@ -1,7 +1,9 @@
-using System.Net;
+using System.Collections.Concurrent;
 using Grpc.Core;
+using Grpc.Core.Interceptors;
 using Grpc.Health.V1;
 using Microsoft.AspNetCore.Builder;
+using Microsoft.AspNetCore.Connections.Features;
 using Microsoft.AspNetCore.Hosting;
 using Microsoft.AspNetCore.Server.Kestrel.Core;
 using Microsoft.Extensions.DependencyInjection;
@@ -28,6 +30,21 @@ internal sealed class FakeSidecar : IAsyncDisposable
 
     public Func<V1.PauseRequest, V1.PauseReply>? Pause { get; set; }
 
+    public Func<V1.ResumeRequest, V1.ResumeReply>? Resume { get; set; }
+
+    public Func<V1.SleepRequest, V1.SleepReply>? Sleep { get; set; }
+
+    public Func<V1.WakeUpRequest, V1.WakeUpReply>? WakeUp { get; set; }
+
+    /// <summary>How often each method was called, by its name.</summary>
+    public ConcurrentDictionary<string, int> Calls { get; } = new();
+
+    /// <summary>Runs when a call has arrived, before anything is done.</summary>
+    public Func<ServerCallContext, Task>? Arrived { get; set; }
+
+    /// <summary>Runs when the work of a call with one answer is done, before the answer leaves.</summary>
+    public Func<ServerCallContext, Task>? Done { get; set; }
+
     public HealthCheckResponse.Types.ServingStatus Health { get; set; } = HealthCheckResponse.Types.ServingStatus.Serving;
 
     public FakeWeights Weights { get; } = new();
@@ -44,7 +61,7 @@ internal sealed class FakeSidecar : IAsyncDisposable
         WebApplicationBuilder builder = WebApplication.CreateSlimBuilder();
         builder.Logging.ClearProviders();
         builder.WebHost.ConfigureKestrel(kestrel => kestrel.ListenUnixSocket(Socket, listen => listen.Protocols = HttpProtocols.Http2));
-        builder.Services.AddGrpc();
+        builder.Services.AddGrpc(options => options.Interceptors.Add<Watch>(this));
         builder.Services.AddSingleton(this);
         _app = builder.Build();
         _app.MapGrpcService<RolloutService>();
@@ -53,6 +70,13 @@ internal sealed class FakeSidecar : IAsyncDisposable
         _app.MapGrpcService<HealthService>();
         await _app.StartAsync();
     }
+
+    /// <summary>As if the machine were gone: the connection ends without a word, what was to be answered is lost.</summary>
+    public static void Cut(ServerCallContext context) =>
+        context.GetHttpContext().Features.Get<IConnectionLifetimeFeature>()!.Abort();
+
+    /// <summary>Never answers.</summary>
+    public static Task HangAsync(ServerCallContext context) => Task.Delay(Timeout.Infinite, context.CancellationToken);
 
     /// <summary>As if the process were killed: calls break, nothing answers.</summary>
     public async Task DieAsync()
@@ -77,6 +101,45 @@ internal sealed class FakeSidecar : IAsyncDisposable
     {
         await DieAsync();
         File.Delete(Socket);
+    }
+
+    private sealed class Watch(FakeSidecar fake) : Interceptor
+    {
+        public override async Task<TResponse> UnaryServerHandler<TRequest, TResponse>(
+            TRequest request, ServerCallContext context, UnaryServerMethod<TRequest, TResponse> continuation)
+        {
+            await ArriveAsync(context);
+            TResponse response = await continuation(request, context);
+            if (fake.Done is { } done)
+                await done(context);
+            return response;
+        }
+
+        public override async Task ServerStreamingServerHandler<TRequest, TResponse>(
+            TRequest request,
+            IServerStreamWriter<TResponse> responseStream,
+            ServerCallContext context,
+            ServerStreamingServerMethod<TRequest, TResponse> continuation)
+        {
+            await ArriveAsync(context);
+            await continuation(request, responseStream, context);
+        }
+
+        public override async Task DuplexStreamingServerHandler<TRequest, TResponse>(
+            IAsyncStreamReader<TRequest> requestStream,
+            IServerStreamWriter<TResponse> responseStream,
+            ServerCallContext context,
+            DuplexStreamingServerMethod<TRequest, TResponse> continuation)
+        {
+            await ArriveAsync(context);
+            await continuation(requestStream, responseStream, context);
+        }
+
+        private Task ArriveAsync(ServerCallContext context)
+        {
+            fake.Calls.AddOrUpdate(context.Method[(context.Method.LastIndexOf('/') + 1)..], 1, (_, count) => count + 1);
+            return fake.Arrived?.Invoke(context) ?? Task.CompletedTask;
+        }
     }
 
     private sealed class RolloutService(FakeSidecar fake) : V1.RolloutService.RolloutServiceBase
@@ -104,6 +167,15 @@ internal sealed class FakeSidecar : IAsyncDisposable
 
         public override Task<V1.PauseReply> Pause(V1.PauseRequest request, ServerCallContext context) =>
             Task.FromResult(fake.Pause!(request));
+
+        public override Task<V1.ResumeReply> Resume(V1.ResumeRequest request, ServerCallContext context) =>
+            Task.FromResult(fake.Resume!(request));
+
+        public override Task<V1.SleepReply> Sleep(V1.SleepRequest request, ServerCallContext context) =>
+            Task.FromResult(fake.Sleep!(request));
+
+        public override Task<V1.WakeUpReply> WakeUp(V1.WakeUpRequest request, ServerCallContext context) =>
+            Task.FromResult(fake.WakeUp!(request));
     }
 
     private sealed class WeightsService(FakeSidecar fake) : V1.WeightsService.WeightsServiceBase

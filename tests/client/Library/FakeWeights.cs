@@ -8,7 +8,10 @@ namespace Rollout.Client.Tests;
 internal sealed class FakeWeights
 {
     private byte[] _payload = [];
+    private readonly Queue<V1.SharedMemory> _unread = [];
     private volatile bool _updating;
+    private long _taken;
+    private int _asked;
 
     public ulong Version { get; set; }
 
@@ -42,7 +45,35 @@ internal sealed class FakeWeights
     /// <summary>Runs before Ready is sent.</summary>
     public Func<ServerCallContext, Task>? BeforeReady { get; set; }
 
-    public V1.StatusReply Status() => new() { State = V1.EngineState.Running, Version = Version, Updating = _updating };
+    /// <summary>Runs when a message of an update has arrived, before anything is done with it.</summary>
+    public Func<V1.UpdateRequest, ServerCallContext, Task>? Arrived { get; set; }
+
+    /// <summary>Runs when a message of an update has been dealt with, before it is answered.</summary>
+    public Func<V1.UpdateRequest, ServerCallContext, Task>? Done { get; set; }
+
+    /// <summary>What Ready says.</summary>
+    public V1.UpdateMode Mode { get; set; } = V1.UpdateMode.Staged;
+
+    /// <summary>Payload bytes taken so far: what the last progress said, or is about to say.</summary>
+    public long Taken => Interlocked.Read(ref _taken);
+
+    /// <summary>So many windows are left unread for as long as more of the payload is to come.</summary>
+    public int WindowsBehind { get; set; }
+
+    /// <summary>In place, after the first byte: until a full update commits.</summary>
+    public bool Poisoned { get; set; }
+
+    /// <summary>What is said instead, by how often it was asked: from 1 on.</summary>
+    public Func<int, V1.StatusReply>? Says { get; set; }
+
+    public V1.StatusReply Status()
+    {
+        int asked = Interlocked.Increment(ref _asked);
+        if (Says is { } says)
+            return says(asked);
+        V1.EngineState state = Poisoned ? V1.EngineState.Poisoned : V1.EngineState.Running;
+        return new() { State = state, Version = Version, Updating = _updating };
+    }
 
     public V1.DescribeReply Describe()
     {
@@ -65,11 +96,22 @@ internal sealed class FakeWeights
         IAsyncStreamReader<V1.UpdateRequest> requests, IServerStreamWriter<V1.UpdateReply> replies, ServerCallContext context)
     {
         _updating = true;
+        _taken = 0;
+        _unread.Clear();
+        bool inPlace = false; // bytes have landed in the weights in service
         try
         {
             while (await requests.MoveNext())
             {
-                V1.UpdateReply? reply = await StepAsync(requests.Current, context);
+                V1.UpdateRequest request = requests.Current;
+                if (Arrived is not null)
+                    await Arrived(request, context);
+                inPlace |= Mode == V1.UpdateMode.InPlace && request.StepCase != V1.UpdateRequest.StepOneofCase.Begin;
+                V1.UpdateReply? reply = await StepAsync(request, context);
+                inPlace &= reply?.StepCase != V1.UpdateReply.StepOneofCase.Committed;
+                Poisoned &= reply?.StepCase != V1.UpdateReply.StepOneofCase.Committed;
+                if (Done is not null)
+                    await Done(request, context);
                 if (reply is not null)
                     await replies.WriteAsync(reply);
                 if (reply?.StepCase is not (null or V1.UpdateReply.StepOneofCase.Ready or V1.UpdateReply.StepOneofCase.Progress))
@@ -78,6 +120,7 @@ internal sealed class FakeWeights
         }
         finally
         {
+            Poisoned |= inPlace;
             _updating = false;
         }
     }
@@ -96,25 +139,26 @@ internal sealed class FakeWeights
                 _payload = new byte[Begin.PayloadBytes];
                 if (BeforeReady is not null)
                     await BeforeReady(context);
-                return new V1.UpdateReply { Ready = new V1.Ready() };
+                return new V1.UpdateReply { Ready = new V1.Ready { Mode = Mode } };
 
             case V1.UpdateRequest.StepOneofCase.Chunk:
                 request.Chunk.Data.Span.CopyTo(_payload.AsSpan((int)request.Chunk.Offset));
-                int end = (int)request.Chunk.Offset + request.Chunk.Data.Length;
-                return ++Chunks >= FailAfterChunks ? Failed("out of luck") : Progress(end);
+                int received = (int)request.Chunk.Offset + request.Chunk.Data.Length;
+                return ++Chunks >= FailAfterChunks ? Failed("out of luck") : Progress(received);
 
             case V1.UpdateRequest.StepOneofCase.SharedMemory:
                 SharedMemoryPath = request.SharedMemory.Path;
-                int from = (int)request.SharedMemory.PayloadOffset;
-                int length = (int)request.SharedMemory.Bytes;
                 Windows++;
-                await using (FileStream file = File.OpenRead(SharedMemoryPath))
-                {
-                    file.Position = (long)request.SharedMemory.Offset;
-                    file.ReadExactly(_payload, from, length);
-                }
-
-                return Progress(from + length);
+                _unread.Enqueue(request.SharedMemory);
+                bool all = (int)(request.SharedMemory.PayloadOffset + request.SharedMemory.Bytes) == _payload.Length;
+                if (!all && _unread.Count <= WindowsBehind)
+                    return null;
+                if (!all && WindowsBehind > 0)
+                    await Task.Delay(10); // for a client that does not wait to go wrong
+                int end = 0;
+                while (_unread.Count > (all ? 0 : WindowsBehind))
+                    end = Read(_unread.Dequeue());
+                return Progress(end);
 
             case V1.UpdateRequest.StepOneofCase.File:
                 await using (FileStream file = File.OpenRead(request.File.Path))
@@ -173,5 +217,17 @@ internal sealed class FakeWeights
 
     private static V1.UpdateReply Failed(string reason) => new() { Failed = new V1.UpdateFailed { Reason = reason } };
 
-    private static V1.UpdateReply Progress(int bytes) => new() { Progress = new V1.Progress { PayloadBytes = (ulong)bytes } };
+    private int Read(V1.SharedMemory window)
+    {
+        using FileStream file = File.OpenRead(window.Path);
+        file.Position = (long)window.Offset;
+        file.ReadExactly(_payload, (int)window.PayloadOffset, (int)window.Bytes);
+        return (int)(window.PayloadOffset + window.Bytes);
+    }
+
+    private V1.UpdateReply Progress(int bytes)
+    {
+        Interlocked.Exchange(ref _taken, bytes);
+        return new() { Progress = new V1.Progress { PayloadBytes = (ulong)bytes } };
+    }
 }

@@ -18,6 +18,72 @@ public sealed class PayloadTests
         Assert.Equal(V1.TensorDType.F32, layout.Manifest[1].Dtype);
     }
 
+    /// <summary>Sizes to the byte around the alignment: no tensor stands on another, none further off than it must, none is cut at the end.</summary>
+    [Fact]
+    public void Tensors_never_overlap_and_gaps_are_smaller_than_the_alignment() =>
+        Gen.Select(Gen.OneOf(Gen.Int[0, 3], Gen.Int[125, 131], Gen.Int[253, 259], Gen.Int[0, 100_000]).Array[1, 8], Gen.Bool).Sample((counts, aligned) =>
+        {
+            int alignment = aligned ? PayloadLayout.Alignment : 1;
+            TensorSource[] tensors = [.. counts.Select((count, i) => Zeros($"t{i}", (TensorDType)(i % 3), count))];
+            var layout = PayloadLayout.Of(tensors, alignment);
+            long end = 0;
+            for (int i = 0; i < tensors.Length; i++)
+            {
+                long offset = (long)layout.Manifest[i].Offset;
+                if (offset % alignment != 0 || offset < end || offset - end >= alignment || layout.Sizes[i] != tensors[i].Bytes)
+                    return false;
+                end = offset + tensors[i].Bytes;
+            }
+
+            return layout.PayloadBytes == end && layout.Fits(tensors, alignment) && !layout.Fits(tensors, alignment + 1);
+        });
+
+    [Fact]
+    public void Offsets_go_on_past_what_32_bits_hold()
+    {
+        long rows = (1L << 31) + 1;
+        var layout = PayloadLayout.Of(
+            [Zeros("a", TensorDType.BF16, rows), Zeros("b", TensorDType.F32, rows, 3), Zeros("c", TensorDType.F16, 1)]);
+        Assert.Equal([0UL, (1UL << 32) + 256, (1UL << 32) + 256 + (12UL * (1UL << 31)) + 256], layout.Manifest.Select(entry => entry.Offset));
+        Assert.Equal((long)layout.Manifest[2].Offset + 2, layout.PayloadBytes);
+    }
+
+    /// <summary>The end of a tensor of 5 GB, written to a window at the start of a small file.</summary>
+    [Fact]
+    public async Task Bytes_past_what_32_bits_hold_are_asked_for_and_written_where_they_belong()
+    {
+        const long Start = 5L << 30;
+        List<long> asked = [];
+        var source = new TensorSource("a", TensorDType.BF16, [(Start + 2_000_000) / 2], (offset, destination) =>
+        {
+            asked.Add(offset);
+            for (int i = 0; i < destination.Length; i++)
+                destination[i] = (byte)((offset + i) % 251);
+        });
+        string folder = Directory.CreateTempSubdirectory("payload-").FullName;
+        using (PayloadFile file = PayloadFile.Create(2_000_100, folder))
+        {
+            var writer = new PayloadWriter(PayloadLayout.Of([source]), [source], hash: false);
+            await writer.WriteToAsync(file, Start, Start + 2_000_000, 100, 1, TestContext.Current.CancellationToken);
+            byte[] written = File.ReadAllBytes(file.Path);
+            Assert.Equal([Start, Start + PayloadWriter.Piece], asked);
+            Assert.Equal(new byte[100], written[..100]);
+            Assert.Equal(Enumerable.Range(0, 2_000_000).Select(i => (byte)((Start + i) % 251)), written[100..]);
+        }
+
+        Directory.Delete(folder);
+    }
+
+    /// <summary>Of the smallest and the largest models: a ring has at least two windows, and a window is never nothing.</summary>
+    [Fact]
+    public void A_window_is_part_of_the_memory_and_at_least_a_byte() =>
+        Gen.Select(Gen.Long[0, 1L << 41], Gen.Long[1, 1L << 41], Gen.Int[0, 40], Gen.Int[0, 40]).Sample((payload, capacity, shiftPayload, shiftCapacity) =>
+        {
+            (payload, capacity) = (payload >> shiftPayload, Math.Max(1, capacity >> shiftCapacity));
+            long window = SharedMemorySender.WindowBytes(payload, capacity);
+            return window is >= 1 and <= 1 << 30 && (capacity >= payload || 2 * window <= Math.Max(2, capacity));
+        });
+
     [Fact]
     public void A_layout_fits_the_same_names_types_and_shapes_only()
     {
@@ -27,6 +93,13 @@ public sealed class PayloadTests
         Assert.False(layout.Fits([Zeros("a", TensorDType.F16, 4, 2)], PayloadLayout.Alignment));
         Assert.False(layout.Fits([Zeros("a", TensorDType.BF16, 2, 4)], PayloadLayout.Alignment));
         Assert.False(layout.Fits([Zeros("a", TensorDType.BF16, 4, 2), Zeros("b", TensorDType.BF16, 1)], PayloadLayout.Alignment));
+        Assert.False(layout.Fits([Zeros("a", TensorDType.BF16, 8)], PayloadLayout.Alignment));
+        Assert.False(layout.Fits([Sparse("a", 4, 2)], PayloadLayout.Alignment));
+        Assert.False(layout.Fits([Zeros("a", TensorDType.BF16, 4, 2)], 1));
+        var sparse = PayloadLayout.Of([Sparse("a", 4, 2)]);
+        Assert.True(sparse.Fits([Sparse("a", 4, 2)], PayloadLayout.Alignment));
+        Assert.False(sparse.Fits([Sparse("a", 4, 3)], PayloadLayout.Alignment));
+        Assert.False(sparse.Fits([Zeros("a", TensorDType.BF16, 4)], PayloadLayout.Alignment));
     }
 
     [Fact]
@@ -117,6 +190,35 @@ public sealed class PayloadTests
         Assert.Equal(4, writer.Pieces().Sum(piece => piece.Bytes.Length));
         Assert.Empty(writer.Digest());
     }
+
+    /// <summary>Indices, then values, wherever a piece begins and ends.</summary>
+    [Fact]
+    public void Sparse_tensors_and_slices_of_memory_are_copied_right_from_any_offset() =>
+        Gen.Select(Gen.Int[0, 40], Gen.Int[0, 240], Gen.Int[0, 240], Gen.Enum<TensorDType>()).Sample((count, from, to, type) =>
+        {
+            uint[] indices = [.. Enumerable.Range(0, count).Select(i => (uint)(i * 3_000_000_000L / 40))];
+            byte[] values = Bytes(type.Size() * count, count);
+            // From the middle of larger arrays, as a trainer's own buffers are.
+            ReadOnlyMemory<uint> slice = new uint[] { 9, 9 }.Concat(indices).Append(9u).ToArray().AsMemory(2, count);
+            ReadOnlyMemory<byte> sliceOfValues = new byte[] { 7 }.Concat(values).Append((byte)7).ToArray().AsMemory(1, values.Length);
+            TensorSource sparse = TensorSource.Sparse("s", type, [1 << 16, 1 << 16], slice, sliceOfValues);
+            TensorSource memory = TensorSource.FromMemory("m", type, [count], sliceOfValues);
+            byte[] expected = [.. System.Runtime.InteropServices.MemoryMarshal.AsBytes<uint>(indices), .. values];
+            return sparse.Bytes == expected.Length && sparse.SparseCount == count && memory.SparseCount is null
+                && Part(sparse, expected) && Part(memory, values);
+
+            bool Part(TensorSource source, byte[] whole)
+            {
+                int first = Math.Min(Math.Min(from, to), whole.Length);
+                int last = Math.Min(Math.Max(from, to), whole.Length);
+                byte[] part = new byte[last - first];
+                source.CopyTo(first, part);
+                return part.AsSpan().SequenceEqual(whole.AsSpan(first, part.Length));
+            }
+        });
+
+    private static TensorSource Sparse(string name, long elements, int count) =>
+        TensorSource.Sparse(name, TensorDType.BF16, [elements, 2], new uint[count], new byte[2 * count]);
 
     private static byte[] Bytes(int count, int seed)
     {

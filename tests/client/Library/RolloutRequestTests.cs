@@ -24,11 +24,14 @@ public sealed class RolloutRequestTests
             TopLogProbs = 6,
             PromptLogProbs = true,
             ReturnText = true,
+            MaxStaleness = 3,
             CacheSalt = "tenant",
         })
         {
             RequestId = "id",
         };
+        Assert.All(typeof(GenerateOptions).GetProperties(), option =>
+            Assert.NotEqual(option.GetValue(new GenerateOptions()), option.GetValue(request.Options)));
 
         var expected = new V1.GenerateRequest
         {
@@ -56,6 +59,7 @@ public sealed class RolloutRequestTests
             PromptLogprobs = true,
             Stream = true,
             ReturnText = true,
+            MaxStaleness = 3,
             CacheSalt = "tenant",
         };
         Assert.Equal(expected, request.ToProto(stream: true));
@@ -67,6 +71,8 @@ public sealed class RolloutRequestTests
         V1.GenerateRequest request = new RolloutRequest("text").ToProto(stream: false);
         Assert.False(request.HasSeed);
         Assert.False(request.Stopping.HasMaxTokens);
+        Assert.False(request.HasMaxStaleness);
+        Assert.Equal((1u, 1f, 0u, 0f), (request.N, request.Sampling.TopP, request.Sampling.TopK, request.Sampling.MinP));
         Assert.Equal("text", request.PromptText);
         Assert.Equal(1f, request.Sampling.Temperature);
         Assert.NotEqual("", request.RequestId);
@@ -75,9 +81,41 @@ public sealed class RolloutRequestTests
     [Fact]
     public void All_negative_numbers_are_named_at_once()
     {
-        var request = new RolloutRequest("text", new GenerateOptions { N = -1, MaxTokens = -2, TopK = -3, StopTokenIds = [-4] });
+        var request = new RolloutRequest("text", new GenerateOptions
+        {
+            N = -1,
+            MaxTokens = -2,
+            TopK = -3,
+            StopTokenIds = [-4],
+            MinTokens = -5,
+            TopLogProbs = -6,
+            MaxStaleness = -7,
+            LogitBias = new Dictionary<int, float> { [-8] = 1 },
+        });
         var error = Assert.Throws<ArgumentException>(() => request.ToProto(stream: false));
-        Assert.All(["N: -1", "MaxTokens: -2", "TopK: -3", "StopTokenIds: -4"], text => Assert.Contains(text, error.Message));
+        Assert.All(
+            [
+                "N: -1", "MaxTokens: -2", "TopK: -3", "StopTokenIds: -4", "MinTokens: -5", "TopLogProbs: -6", "MaxStaleness: -7",
+                "LogitBias: -8",
+            ],
+            text => Assert.Contains(text, error.Message));
+    }
+
+    [Fact]
+    public void A_number_that_is_given_as_zero_is_sent_as_zero()
+    {
+        var options = new GenerateOptions { Seed = 0, MaxTokens = 0, MaxStaleness = 0, Temperature = 0, TopP = 0 };
+        V1.GenerateRequest request = new RolloutRequest("text", options).ToProto(stream: false);
+        Assert.True(request.HasSeed && request.Stopping.HasMaxTokens && request.HasMaxStaleness);
+        Assert.True(request.Sampling.HasTemperature && request.Sampling.HasTopP);
+    }
+
+    [Fact]
+    public void Requests_have_ids_of_their_own()
+    {
+        var request = new RolloutRequest("text");
+        Assert.NotEqual(request.RequestId, new RolloutRequest("text").RequestId);
+        Assert.Equal(request.RequestId, request.ToProto(stream: false).RequestId);
     }
 
     [Fact]

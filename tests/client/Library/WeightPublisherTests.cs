@@ -82,6 +82,34 @@ public sealed class WeightPublisherTests : IAsyncLifetime
             Assert.True(contents[i].AsSpan().SequenceEqual(_fake.Weights.Tensors[$"t{i}"]));
     }
 
+    /// <summary>
+    /// The sidecar reads a window as late as the ring lets it: when the client can write no other before it has. Whatever the sizes, no window
+    /// is written over one that has not been read.
+    /// </summary>
+    [Fact]
+    public async Task A_ring_never_overtakes_a_slow_reader()
+    {
+        foreach ((int payload, int capacity, int parallelism) in (IEnumerable<(int, int, int)>)
+            [(1_000_000, 200_000, 1), (1_000_000, 333_333, 3), (999_999, 499_999, 2), (30, 7, 1), (30, 29, 2), (3, 1, 1), (12, 2, 1)])
+        {
+            long window = SharedMemorySender.WindowBytes(2 * payload, capacity);
+            long places = Math.Max(1, capacity / window);
+            byte[] content = Bytes(2 * payload, payload);
+            int behind = 0;
+            TensorSource[] tensors = [new TensorSource("t0", TensorDType.BF16, [payload], (offset, destination) =>
+            {
+                if ((offset / window - places + 1) * window > _fake.Weights.Taken)
+                    Interlocked.Increment(ref behind);
+                content.AsSpan((int)offset, destination.Length).CopyTo(destination);
+            })];
+            _fake.Weights.WindowsBehind = (int)places - 1;
+            await using var publisher = new WeightPublisher(_client) { MaxSharedMemoryBytes = capacity };
+            await publisher.PushAsync(tensors, options: new PushOptions { Parallelism = parallelism }, cancellationToken: Token);
+            Assert.Equal((payload, capacity, 0), (payload, capacity, behind));
+            Assert.True(content.AsSpan().SequenceEqual(_fake.Weights.Tensors["t0"]), $"{payload} elements through {capacity} bytes");
+        }
+    }
+
     [Fact]
     public async Task A_file_goes_through_a_folder_and_is_gone_afterwards()
     {

@@ -1,0 +1,208 @@
+using CsCheck;
+using Grpc.Core;
+using Xunit;
+
+namespace Rollout.Client.Tests;
+
+/// <summary>Which version a push says it replaces, whatever became of the pushes before it.</summary>
+public sealed class PublisherVersionTests : IAsyncLifetime
+{
+    private FakeSidecar _fake = null!;
+    private RolloutClient _client = null!;
+
+    private static CancellationToken Token => TestContext.Current.CancellationToken;
+
+    private enum Push
+    {
+        Good,
+        GoodWithVersion,
+        SomebodyElses,
+        Rejected,
+        FailsAtCommit,
+        LostAfterCommit,
+        LostBeforeCommit,
+        NeverDecided,
+        SourceThrows,
+        Cancelled,
+        DigestDiffers,
+    }
+
+    public async ValueTask InitializeAsync()
+    {
+        _fake = await FakeSidecar.StartAsync();
+        _client = RolloutClient.Connect(_fake.Address);
+    }
+
+    public async ValueTask DisposeAsync()
+    {
+        await _client.DisposeAsync();
+        await _fake.DisposeAsync();
+    }
+
+    /// <summary>
+    /// After a push that ended well the next one builds on it, unasked, and so finds out whoever pushed between; after any that did not,
+    /// what the sidecar serves is asked for.
+    /// </summary>
+    [Fact]
+    public async Task Pushes_build_on_what_is_served() => await Gen.Enum<Push>().Array[1, 10].SampleAsync(
+        async pushes =>
+        {
+            FakeWeights weights = _fake.Weights;
+            weights.Version = 5;
+            await using var publisher = new WeightPublisher(_client) { ResolveWithin = TimeSpan.FromMilliseconds(150) };
+            ulong? known = null;
+            foreach (Push push in pushes)
+            {
+                if (push == Push.SomebodyElses)
+                {
+                    weights.Version += 2;
+                    continue;
+                }
+
+                ulong served = weights.Version;
+                int asked = _fake.Calls.GetValueOrDefault("Status");
+                bool overtaken = known is { } last && last != served;
+                ulong expected = served;
+                using var cancel = CancellationTokenSource.CreateLinkedTokenSource(Token);
+                Prepare(push, weights);
+                TensorSource[] tensors = [new TensorSource("t", TensorDType.BF16, [8], (_, bytes) =>
+                {
+                    if (push == Push.SourceThrows)
+                        throw new NotSupportedException("mine");
+                    if (push == Push.Cancelled)
+                        cancel.Cancel();
+                    bytes.Fill(1);
+                })];
+                var options = new PushOptions { Transport = PushTransport.Inline };
+                Exception? error = null;
+                PushResult? result = null;
+                try
+                {
+                    result = await publisher.PushAsync(tensors, push == Push.GoodWithVersion ? served + 10 : null, options, cancel.Token);
+                }
+                catch (Exception e) when (e is RolloutException or NotSupportedException or OperationCanceledException)
+                {
+                    error = e;
+                }
+
+                if (known is not null && push is not (Push.LostAfterCommit or Push.LostBeforeCommit or Push.NeverDecided))
+                    Assert.Equal(asked, _fake.Calls["Status"]);
+                if (known is null)
+                    Assert.True(_fake.Calls["Status"] > asked, "the sidecar was not asked what it serves");
+                Assert.Equal(known ?? served, weights.Begin!.BaseVersion);
+                if (overtaken)
+                {
+                    Assert.IsType<WeightUpdateRejectedException>(error);
+                }
+                else if (push is Push.Good or Push.GoodWithVersion or Push.LostAfterCommit)
+                {
+                    expected = push == Push.GoodWithVersion ? served + 10 : served + 1;
+                    Assert.Equal((expected, push == Push.LostAfterCommit), (result!.Version, result.ConfirmedByStatus));
+                }
+                else
+                {
+                    Assert.Equal(Ends(push), (error!.GetType(), (error as WeightUpdateFailedException)?.Outcome));
+                    expected = push == Push.DigestDiffers ? served + 1 : served;
+                }
+
+                Assert.Equal(expected, weights.Version);
+                known = result?.Version;
+                Prepare(Push.Good, weights);
+            }
+        },
+        iter: 25,
+        threads: 1);
+
+    private static (Type, UpdateOutcome?) Ends(Push push) => push switch
+    {
+        Push.Rejected => (typeof(WeightUpdateRejectedException), null),
+        Push.FailsAtCommit or Push.LostBeforeCommit => (typeof(WeightUpdateFailedException), UpdateOutcome.NotCommitted),
+        Push.NeverDecided => (typeof(WeightUpdateFailedException), UpdateOutcome.Unknown),
+        Push.SourceThrows => (typeof(NotSupportedException), null),
+        Push.Cancelled => (typeof(OperationCanceledException), null),
+        _ => (typeof(WeightDigestException), UpdateOutcome.Committed),
+    };
+
+    private static void Prepare(Push push, FakeWeights weights)
+    {
+        weights.Reject = push == Push.Rejected ? [new V1.Problem { Field = "manifest", Message = "no" }] : [];
+        weights.FailAtCommit = push == Push.FailsAtCommit ? "no" : null;
+        weights.LieAboutDigest = push == Push.DigestDiffers;
+        weights.CommitBeforeBreaking = push == Push.LostAfterCommit;
+        weights.Says = null;
+        weights.BreakAtCommit = push is not (Push.LostAfterCommit or Push.LostBeforeCommit or Push.NeverDecided) ? null : _ =>
+        {
+            ulong served = weights.Version;
+            if (push == Push.NeverDecided)
+                weights.Says = _ => new V1.StatusReply { State = V1.EngineState.Running, Version = served, Updating = true };
+            throw new RpcException(new Status(StatusCode.Unavailable, "gone"));
+        };
+    }
+
+    [Fact]
+    public async Task Pushes_at_once_go_one_after_the_other()
+    {
+        await using var publisher = new WeightPublisher(_client);
+        int inside = 0;
+        PushResult[] results = await Task.WhenAll(Enumerable.Range(0, 6).Select(i => Task.Run(() => publisher.PushAsync(
+            [new TensorSource("t", TensorDType.BF16, [8], (_, bytes) =>
+            {
+                Assert.Equal(1, Interlocked.Increment(ref inside));
+                Thread.Sleep(2);
+                bytes.Fill((byte)i);
+                Interlocked.Decrement(ref inside);
+            })],
+            cancellationToken: Token))));
+        Assert.Equal(Enumerable.Range(1, 6).Select(version => (ulong)version), results.Select(result => result.Version).Order());
+        Assert.Equal(6UL, _fake.Weights.Version);
+    }
+
+    [Fact]
+    public async Task Closing_waits_for_a_push_under_way_and_refuses_the_next_one()
+    {
+        var publisher = new WeightPublisher(_client);
+        Task? closing = null;
+        PushResult result = await publisher.PushAsync(
+            [new TensorSource("t", TensorDType.BF16, [8], (_, bytes) =>
+            {
+                closing = publisher.DisposeAsync().AsTask();
+                Assert.False(closing.IsCompleted);
+            })],
+            cancellationToken: Token);
+        Assert.Equal(1UL, result.Version);
+        await closing!;
+        await publisher.DisposeAsync();
+        await Assert.ThrowsAsync<ObjectDisposedException>(() =>
+            publisher.PushAsync([TensorSource.FromMemory("t", TensorDType.BF16, [1], new byte[2])], cancellationToken: Token));
+        Assert.Equal(1, _fake.Calls["Update"]);
+    }
+
+    [Fact]
+    public async Task A_push_that_waits_for_another_can_be_cancelled()
+    {
+        await using var publisher = new WeightPublisher(_client);
+        using var cancel = new CancellationTokenSource();
+        Task? second = null;
+        await publisher.PushAsync(
+            [new TensorSource("t", TensorDType.BF16, [8], (_, bytes) =>
+            {
+                second = publisher.PushAsync([TensorSource.FromMemory("t", TensorDType.BF16, [1], new byte[2])], cancellationToken: cancel.Token);
+                cancel.Cancel();
+            })],
+            cancellationToken: Token);
+        await Assert.ThrowsAnyAsync<OperationCanceledException>(() => second!);
+        Assert.Equal(1, _fake.Calls["Update"]);
+        Assert.Equal(2UL, (await publisher.PushAsync(
+            [TensorSource.FromMemory("t", TensorDType.BF16, [1], new byte[2])], cancellationToken: Token)).Version);
+    }
+
+    [Fact]
+    public async Task The_largest_version_is_not_followed_by_nought()
+    {
+        _fake.Weights.Version = ulong.MaxValue;
+        await using var publisher = new WeightPublisher(_client);
+        await Assert.ThrowsAsync<OverflowException>(() =>
+            publisher.PushAsync([TensorSource.FromMemory("t", TensorDType.BF16, [1], new byte[2])], cancellationToken: Token));
+        Assert.False(_fake.Calls.ContainsKey("Update"));
+    }
+}
