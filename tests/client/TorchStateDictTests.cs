@@ -51,14 +51,74 @@ public sealed class TorchStateDictTests
         Assert.Equal([7f, 7f], MemoryMarshal.Cast<byte, float>(Bytes(tensors[0])).ToArray());
     }
 
+    /// <summary>Views of one storage, of every type, with a gradient to come or not: a push reads what a plain copy would hold, in any parts.</summary>
     [Fact]
-    public void Strides_do_not_show()
+    public void Strides_views_and_gradients_do_not_show()
     {
         using var scope = NewDisposeScope();
-        var tensor = arange(12, float32).view(3, 4).t();
-        Assert.False(tensor.is_contiguous());
-        var copied = MemoryMarshal.Cast<byte, float>(Bytes(new TorchTensor("t", tensor, PublishedType.AsIs))).ToArray();
-        Assert.Equal([0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11], copied);
+        var storage = arange(7 * 6 * 5, float32).view(7, 6, 5) - 100.3f;
+        (string, Func<Tensor, Tensor>)[] views =
+        [
+            ("whole", t => t),
+            ("transposed", t => t.transpose(0, 2)),
+            ("permuted", t => t.permute(1, 2, 0)),
+            ("rows behind the start", t => t.narrow(0, 3, 2)),
+            ("columns from the middle", t => t.narrow(2, 1, 3)),
+            ("every second", t => t.slice(0, 1, 7, 2).slice(1, 0, 6, 3)),
+            ("flipped", t => t.flip(0)),
+            ("broadcast", t => t.narrow(1, 2, 1).expand(7, 4, 5)),
+            ("diagonal", t => t.narrow(0, 0, 6).diagonal(0, 0, 1)),
+            ("a scalar", t => t[4, 3, 2]),
+            ("nothing", t => t.narrow(1, 6, 0)),
+        ];
+        foreach (var type in (ScalarType[])[ScalarType.Float32, ScalarType.BFloat16, ScalarType.Float16])
+        {
+            foreach (var (name, view) in views)
+            {
+                foreach (var gradient in (bool[])[false, true])
+                {
+                    var source = storage.to(type, copy: true);
+                    source.requires_grad = gradient;
+                    var tensor = view(source);
+                    foreach (var published in Enum.GetValues<PublishedType>())
+                    {
+                        var sent = published == PublishedType.BFloat16 ? ScalarType.BFloat16 : type;
+                        var plain = tensor.numel() == 0 ? [] : tensor.detach().to(float32).reshape(-1).clone().data<float>().ToArray();
+                        var expected = plain.SelectMany(value => sent switch
+                        {
+                            ScalarType.Float32 => BitConverter.GetBytes(value),
+                            ScalarType.Float16 => BitConverter.GetBytes((Half)value),
+                            _ => BitConverter.GetBytes(BFloat16(value)),
+                        }).ToArray();
+                        var torchTensor = new TorchTensor("t", tensor, published);
+                        Assert.Equal((name, tensor.shape.Aggregate(1L, (a, b) => a * b) * sent.ElementSize()), (name, torchTensor.ByteLength));
+                        Assert.Equal(expected, Bytes(torchTensor));
+                        var parts = new byte[expected.Length];
+                        for (int at = 0, size = 3 * sent.ElementSize(); at < parts.Length; at += size)
+                            torchTensor.CopyTo(parts.AsSpan(at, Math.Min(size, parts.Length - at)), at);
+                        Assert.Equal(expected, parts);
+                    }
+                }
+            }
+        }
+    }
+
+    [Fact]
+    public void Parameters_that_share_a_storage_are_each_read_from_their_own_place()
+    {
+        using var module = new Sharing();
+        var tensors = TorchStateDict.Of(module).ToDictionary(t => t.Name, t => MemoryMarshal.Cast<byte, float>(Bytes(t)).ToArray());
+        Assert.Equal(["gate", "up"], tensors.Keys.Order());
+        Assert.Equal([0, 1, 2, 3, 4, 5], tensors["gate"]);
+        Assert.Equal([6, 7, 8, 9, 10, 11], tensors["up"]);
+    }
+
+    [Fact]
+    public void A_frozen_parameter_is_part_of_the_model_all_the_same()
+    {
+        using var module = new Tied();
+        module.Scale.requires_grad = false;
+        Assert.Contains("scale", TorchStateDict.Of(module).Select(t => t.Name));
     }
 
     [Fact]
@@ -68,9 +128,7 @@ public sealed class TorchStateDictTests
         var copied = MemoryMarshal.Cast<byte, ushort>(Bytes(new TorchTensor("t", tensor(values), PublishedType.BFloat16))).ToArray();
         for (var i = 0; i < values.Length; i++)
         {
-            var bits = BitConverter.SingleToUInt32Bits(values[i]);
-            var expected = (ushort)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-            if (float.IsNaN(values[i]) ? (copied[i] & 0x7fff) <= 0x7f80 : copied[i] != expected)
+            if (float.IsNaN(values[i]) ? (copied[i] & 0x7fff) <= 0x7f80 : copied[i] != BFloat16(values[i]))
                 return false;
         }
 
@@ -103,11 +161,27 @@ public sealed class TorchStateDictTests
         Assert.Contains(reason, error.Message);
     }
 
+    private static ushort BFloat16(float value)
+    {
+        var bits = BitConverter.SingleToUInt32Bits(value);
+        return (ushort)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+    }
+
     private static byte[] Bytes(TorchTensor tensor)
     {
         var bytes = new byte[tensor.ByteLength];
         tensor.CopyTo(bytes);
         return bytes;
+    }
+
+    private sealed class Sharing : nn.Module
+    {
+        public Sharing() : base(nameof(Sharing))
+        {
+            var fused = arange(12, float32).view(4, 3);
+            register_parameter("gate", new Parameter(fused.narrow(0, 0, 2)));
+            register_parameter("up", new Parameter(fused.narrow(0, 2, 2)));
+        }
     }
 
     private sealed class Tied : nn.Module<Tensor, Tensor>

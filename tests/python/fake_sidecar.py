@@ -2,26 +2,48 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
+import socket
+import threading
 from collections.abc import Callable, Iterator
 from concurrent import futures
+from pathlib import Path
 from typing import Any
 
 import grpc
 import support  # noqa: F401  puts the package on the path
 from rollout import _wire as wire
+from rollout.weights.digest import combine, xxhash
 
-Update = Callable[[Iterator[Any]], Iterator[Any]]
+Stream = Callable[[Iterator[Any]], Iterator[Any]]
+Hook = Callable[..., None]
+
+_UNARY = {
+    "Status": wire.StatusRequest, "Pause": wire.PauseRequest, "Resume": wire.ResumeRequest, "Sleep": wire.SleepRequest,
+    "WakeUp": wire.WakeUpRequest, "Score": wire.ScoreRequest, "Abort": wire.AbortRequest, "Describe": wire.DescribeRequest,
+}
 
 
 class FakeSidecar:
-    """Listens on a Unix socket. Calls it was not told about are UNIMPLEMENTED."""
+    """Listens on a Unix socket. Calls it was not told about are UNIMPLEMENTED.
 
-    def __init__(self, socket: str, update: Update | None = None, **replies: Any) -> None:
+    Args:
+        update, batch: The streams of weight updates and of generated samples.
+        replies: By method: status, pause, resume, sleep, wake_up, score, abort, describe. A message, or what makes one.
+    """
+
+    def __init__(self, socket: str, update: Stream | None = None, batch: Stream | None = None, **replies: Any) -> None:
         self.address = f"unix:{socket}"
         self.requests: list[Any] = []
-        self.replies = replies  # by method: status, describe, sleep, wake_up
-        self._update = update
-        self._server = grpc.server(futures.ThreadPoolExecutor(4), handlers=[self])
+        self.replies = replies
+        self.calls: collections.Counter[str] = collections.Counter()
+        self.arrived: Hook | None = None  # runs with the method's name and its context when a call has arrived
+        self.done: Hook | None = None  # ... and when it has been dealt with, before it is answered
+        self._streams = {
+            "Update": (update, wire.UpdateRequest, wire.UpdateReply), "GenerateBatch": (batch, wire.GenerateRequest, wire.GenerateReply),
+        }
+        self._server = grpc.server(futures.ThreadPoolExecutor(24), handlers=[self])
         self._server.add_insecure_port(self.address)
         self._server.start()
 
@@ -29,21 +51,146 @@ class FakeSidecar:
         self._server.stop(0).wait()
 
     def service(self, call: Any) -> Any:
-        methods = {
-            "/rollout.v1.ControlService/Status": ("status", wire.StatusRequest),
-            "/rollout.v1.ControlService/Sleep": ("sleep", wire.SleepRequest),
-            "/rollout.v1.ControlService/WakeUp": ("wake_up", wire.WakeUpRequest),
-            "/rollout.v1.WeightsService/Describe": ("describe", wire.DescribeRequest),
-        }
-        if call.method == "/rollout.v1.WeightsService/Update" and self._update is not None:
-            return grpc.stream_stream_rpc_method_handler(
-                lambda requests, _: self._update(requests), wire.UpdateRequest.FromString, wire.UpdateReply.SerializeToString)
-        name, request = methods.get(call.method, ("", None))
+        method = call.method.rpartition("/")[2]
+        if method in self._streams:
+            stream, request, reply = self._streams[method]
+            if stream is None:
+                return None
+
+            def answers(messages: Any, context: Any) -> Any:
+                self._arrive(method, context)
+                yield from stream(messages)
+
+            return grpc.stream_stream_rpc_method_handler(answers, request.FromString, reply.SerializeToString)
+
+        name = "wake_up" if method == "WakeUp" else method.lower()
         if name not in self.replies:
             return None
 
-        def answer(message: Any, _: Any) -> Any:
+        def answer(message: Any, context: Any) -> Any:
+            self._arrive(method, context)
             self.requests.append(message)
-            return self.replies[name]
+            reply = self.replies[name]
+            made = reply() if callable(reply) else reply
+            if self.done is not None:
+                self.done(method, context)
+            return made
 
-        return grpc.unary_unary_rpc_method_handler(answer, request.FromString, lambda reply: reply.SerializeToString())
+        return grpc.unary_unary_rpc_method_handler(answer, _UNARY[method].FromString, lambda reply: reply.SerializeToString())
+
+    def _arrive(self, method: str, context: Any) -> None:
+        self.calls[method] += 1
+        if self.arrived is not None:
+            self.arrived(method, context)
+
+
+class FakeWeights:
+    """The sidecar's side of the weight transaction in its plainest form: what is served changes at the commit, and in place with the first byte."""
+
+    def __init__(self, version: int = 7) -> None:
+        self.version = version
+        self.mode = 1
+        self.poisoned = self.updating = False
+        self.tensors: dict[str, bytes] = {}
+        self.begun: list[Any] = []
+        self.arrived: Hook | None = None  # runs with the step's name and the request when a message has arrived
+        self.done: Hook | None = None  # ... and when it has been dealt with, before it is answered
+        self.says: Callable[[], Any] | None = None  # instead of the truth
+
+    def status(self) -> Any:
+        return self.says() if self.says else wire.StatusReply(state=7 if self.poisoned else 2, version=self.version, updating=self.updating)
+
+    def describe(self) -> Any:
+        digests = {name: xxhash.xxh3_128_digest(content) if xxhash else b"" for name, content in self.tensors.items()}
+        return wire.DescribeReply(version=self.version, tensors=[{"name": name, "dtype": 1, "digest": d} for name, d in digests.items()])
+
+    def update(self, requests: Iterator[Any]) -> Iterator[Any]:
+        self.updating, in_place, begin, payload = True, False, None, bytearray()
+        try:
+            for request in requests:
+                step = request.WhichOneof("step")
+                if self.arrived is not None:
+                    self.arrived(step, request)
+                in_place |= self.mode == 2 and step != "begin"
+                if step == "begin":
+                    begin, payload = request.begin, bytearray(request.begin.payload_bytes)
+                    self.begun.append(begin)
+                    problems = [] if begin.base_version == self.version else [{"field": "base_version", "message": f"{self.version} is served"}]
+                    reply = {"rejected": {"problems": problems}} if problems else {"ready": {"mode": self.mode}}
+                elif step == "chunk":
+                    payload[request.chunk.offset : request.chunk.offset + len(request.chunk.data)] = request.chunk.data
+                    reply = {"progress": {"payload_bytes": request.chunk.offset + len(request.chunk.data)}}
+                elif step == "shared_memory":
+                    payload[:] = Path(request.shared_memory.path).read_bytes()[: len(payload)]
+                    reply = {"progress": {"payload_bytes": len(payload)}}
+                elif step == "commit":
+                    for tensor in begin.manifest:
+                        size = {1: 2, 2: 2, 3: 4}[tensor.dtype]
+                        for dimension in tensor.shape:
+                            size *= dimension
+                        self.tensors[tensor.name] = bytes(payload[tensor.offset : tensor.offset + size])
+                    self.version, self.poisoned, in_place = begin.new_version, False, False
+                    digest = combine(xxhash.xxh3_128_digest(self.tensors[tensor.name]) for tensor in begin.manifest) if xxhash else b""
+                    reply = {"committed": {"version": self.version, "digest": digest}}
+                else:
+                    reply = {"aborted": {"reason": request.abort.reason, "poisoned": in_place}}
+                if self.done is not None:
+                    self.done(step, request)
+                yield wire.UpdateReply(**reply)
+                if not reply.keys() & {"ready", "progress"}:
+                    return
+        finally:
+            self.poisoned |= in_place
+            self.updating = False
+
+
+class Proxy:
+    """Stands between a client and a Unix socket, and cuts the connection when it is told to: what is on its way then is lost."""
+
+    def __init__(self, path: str, upstream: str) -> None:
+        self.address = f"unix:{path}"
+        self.deaf = False  # takes the first bytes of a connection and closes it
+        self._upstream = upstream
+        self._open: list[socket.socket] = []
+        self._lock = threading.Lock()
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(path)
+        self._listener.listen()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut(self) -> None:
+        with self._lock:
+            for connection in self._open:
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+            self._open.clear()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self.cut()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            if self.deaf:
+                client.recv(100)
+                client.close()
+                continue
+            server = socket.socket(socket.AF_UNIX)
+            server.connect(self._upstream)
+            with self._lock:
+                self._open += [client, server]
+            for source, destination in ((client, server), (server, client)):
+                threading.Thread(target=self._pump, args=[source, destination], daemon=True).start()
+
+    @staticmethod
+    def _pump(source: socket.socket, destination: socket.socket) -> None:
+        with contextlib.suppress(OSError), source:
+            while content := source.recv(1 << 16):
+                destination.sendall(content)
+            destination.shutdown(socket.SHUT_RDWR)

@@ -110,6 +110,46 @@ public sealed class RealSidecarTests : IAsyncLifetime
         Assert.Equal(original, await TokensAsync());
     }
 
+    /// <summary>The sidecar's own memory: found by its name only, and no more of it used than the push asked for.</summary>
+    [Fact]
+    public async Task The_sidecars_memory_is_opened_only_where_the_path_leads_to_it()
+    {
+        List<(TensorSource Source, byte[] Bytes)> tensors = Tensors();
+        var layout = PayloadLayout.Of([.. tensors.Select(tensor => tensor.Source)]);
+        var call = new UpdateCall(_client.Weights, new Grpc.Core.CallOptions(deadline: DateTime.UtcNow.AddMinutes(1)));
+        await using (call)
+        {
+            var begin = new V1.BeginUpdate
+            {
+                Manifest = { layout.Manifest },
+                PayloadBytes = (ulong)layout.PayloadBytes,
+                NewVersion = 1,
+                SegmentBytes = (ulong)layout.PayloadBytes,
+            };
+            await call.SendAsync(new V1.UpdateRequest { Begin = begin }, Token);
+            V1.Segment segment = (await call.NextAsync(Token)).Ready.Segment;
+            foreach (long most in (long[])[1, 4096, (long)segment.Bytes - 1, (long)segment.Bytes, (long)segment.Bytes + 1, long.MaxValue])
+            {
+                using PayloadFile? file = PayloadFile.TryOpen(segment, most);
+                Assert.Equal(Math.Min(most, (long)segment.Bytes), file!.Capacity);
+                Assert.Equal(segment.Path, file.Path);
+            }
+
+            foreach (V1.Segment other in (V1.Segment[])
+                [
+                    new V1.Segment(segment) { Name = segment.Name + "1" },
+                    new V1.Segment(segment) { Path = "/proc/self/exe" },
+                    new V1.Segment(segment) { Path = "/proc/self/fd/999999" },
+                    new V1.Segment(segment) { Path = Path.Combine(_folder, "no such") },
+                ])
+            {
+                Assert.Null(PayloadFile.TryOpen(other, 4096));
+            }
+        }
+
+        Assert.Empty(Directory.GetFiles(PayloadFile.DefaultFolder, $"rollout-{Environment.ProcessId}-*"));
+    }
+
     private async Task<int[]> TokensAsync()
     {
         await foreach (Sample sample in _client.GenerateAsync(s_prompt, s_greedy, cancellationToken: Token))

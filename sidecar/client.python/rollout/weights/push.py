@@ -104,8 +104,8 @@ class WeightPush:
             # Only the sidecar knows what has become of a commit, or of weights that were being overwritten.
             undecided = self._commit_sent or self._payload_sent and self._mode == "in_place"
             outcome = self._resolve() if undecided else UpdateOutcome.NOT_COMMITTED
-            if outcome is UpdateOutcome.COMMITTED:
-                return self._confirmed()
+            if isinstance(outcome, WeightsDescription):
+                return self._confirmed(outcome)
             raise self._broken(end, outcome) from end.cause
         except (WeightUpdateRejected, WeightUpdateFailed):
             raise
@@ -192,8 +192,8 @@ class WeightPush:
             tensor.copy_to(lambda start, size: scratch[:size], done)
             self._digests.append(digest.digest())
 
-    def _resolve(self) -> UpdateOutcome:
-        """The connection broke and only the sidecar knows what came of it."""
+    def _resolve(self) -> UpdateOutcome | WeightsDescription:
+        """The connection broke and only the sidecar knows what came of it: what it serves where that is the new version."""
         until = time.monotonic() + self.resolve_within
         while (left := until - time.monotonic()) > 0:
             try:
@@ -201,7 +201,10 @@ class WeightPush:
                 if status.state == "poisoned":
                     return UpdateOutcome.POISONED
                 if status.version == self.begin.new_version and self._commit_sent:
-                    return UpdateOutcome.COMMITTED
+                    described = self.calls.describe(wire.DescribeRequest(), timeout=max(0.001, until - time.monotonic()))
+                    if described.version == self.begin.new_version:
+                        return WeightsDescription.from_wire(described)
+                    return UpdateOutcome.UNKNOWN  # replaced meanwhile: whether it was ours cannot be told any more
                 if status.version != self.begin.base_version:
                     return UpdateOutcome.UNKNOWN  # somebody else has pushed since, over ours or over the old one
                 if not status.updating:
@@ -210,19 +213,16 @@ class WeightPush:
                 if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
                     raise from_rpc(error) from error
                 # It may be restarting, or only the connection broke.
+            except ValueError:
+                return UpdateOutcome.UNKNOWN  # the client was closed meanwhile, as gRPC says it
             time.sleep(_RESOLVE_POLL)
         return UpdateOutcome.UNKNOWN
 
-    def _confirmed(self) -> PushResult:
+    def _confirmed(self, served: WeightsDescription) -> PushResult:
         # The same number may be another trainer's update; the digests tell.
-        try:
-            described = self.calls.describe(wire.DescribeRequest(), timeout=self.resolve_within)
-        except grpc.RpcError as error:
-            raise from_rpc(error) from error
-        served = WeightsDescription.from_wire(described)
         known = [served.tensors[tensor.name].digest if tensor.name in served.tensors else "" for tensor in self.tensors]
         received = combine(bytes.fromhex(digest) for digest in known)
-        if received and served.version == self.begin.new_version:
+        if received:
             self._check_digest(served.version, received)
         return self._result(received, confirmed_by_status=True)
 

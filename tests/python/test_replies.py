@@ -1,0 +1,221 @@
+"""What the sidecar's answers become: samples, scores, states and errors, each field in its place and of its type."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+import unittest
+from pathlib import Path
+
+import grpc
+import numpy as np
+from fake_sidecar import FakeSidecar
+
+import rollout
+from rollout import BatchError, BusyError, RequestError, Rollout, RolloutError, RolloutTimeoutError, StateError, UnavailableError
+from rollout import _wire as wire
+from rollout.address import target
+from rollout.errors import from_status
+from rollout.generation import Batch
+
+
+def chunk(index=0, ids=(5,), **more):
+    fields = {"logprobs": [-float(i) for i in ids], "sampling_logprobs": [-2.0 * i for i in ids], "finish_reason": 1}
+    return {"index": index, "ids": ids, **fields, **more}
+
+
+class SampleTests(unittest.TestCase):
+    """A batch of three groups of two."""
+
+    def setUp(self) -> None:
+        self.batch = Batch([[1], [2, 3], "text"], 2, [40, None, 2**64 - 1], {"cache_salt": "mine"})
+        self.requests = list(self.batch.requests())
+        self.ids = [request.request_id for request in self.requests]
+
+    def add(self, group: int, *chunks, **more) -> None:
+        self.batch.add(wire.GenerateReply(request_id=self.ids[group], samples=chunks, **more))
+
+    def test_requests_are_made_for_each_prompt(self) -> None:
+        self.assertEqual(len(set(self.ids)), 3)
+        self.assertEqual([list(request.prompt_ids.ids) for request in self.requests], [[1], [2, 3], []])
+        self.assertEqual([request.prompt_text for request in self.requests], ["", "", "text"])
+        self.assertEqual([request.HasField("seed") for request in self.requests], [True, False, True])
+        self.assertEqual([request.seed for request in self.requests], [40, 0, 2**64 - 1])
+        self.assertEqual({(request.n, request.cache_salt, request.stream) for request in self.requests}, {(2, "mine", False)})
+
+    def test_groups_that_interleave_keep_their_own_tokens_seeds_and_prompts(self) -> None:
+        order = [(group, index) for group in range(3) for index in range(2)]
+        for seed in range(20):
+            self.setUp()
+            random.Random(seed).shuffle(order)
+            heads = set()
+            for group, index in order:
+                first = 100 * group + 10 * index + 1
+                head = {} if group in heads else {
+                    "seed": 2**63 + group, "prompt": {"ids": [group], "logprobs": [-0.5 * group], "cached_tokens": 16 * group}}
+                heads.add(group)
+                ids = list(range(first, first + index + 2))
+                versions = [{"version": 2**40, "start": 0, "end": 1}, {"version": 2**40 + 1, "start": 1, "end": len(ids)}]
+                top = {"k": 3, "ids": range(3 * len(ids)), "logprobs": [-i / 2 for i in range(3 * len(ids))]}
+                reason = {"finish_reason": 5, "error": "why"} if (group, index) == (2, 1) else {"finish_reason": index + 1}
+                self.add(group, chunk(index, ids, versions=versions, oldest_kv_version=2**40 - 1, top=top, text=f"{ids}", **reason), **head)
+            groups = self.batch.groups()
+            self.assertEqual([[sample.index for sample in group] for group in groups], [[0, 1]] * 3)
+            for group, index in order:
+                sample, first = groups[group][index], 100 * group + 10 * index + 1
+                ids = list(range(first, first + index + 2))
+                self.assertEqual((sample.request_id, sample.seed), (self.ids[group], 2**63 + group))
+                self.assertEqual((sample.ids.tolist(), sample.text), (ids, f"{ids}"))
+                self.assertEqual((sample.logprobs.tolist(), sample.sampling_logprobs.tolist()), ([-i for i in ids], [-2 * i for i in ids]))
+                self.assertEqual(
+                    sample.versions, (rollout.VersionSpan(2**40, 0, 1), rollout.VersionSpan(2**40 + 1, 1, len(ids))))
+                self.assertEqual(sample.oldest_kv_version, 2**40 - 1)
+                self.assertEqual((sample.finish_reason, sample.error), ("error", "why") if (group, index) == (2, 1) else (("stop", "length")[index], ""))
+                self.assertEqual((sample.prompt.ids.tolist(), sample.prompt.logprobs.tolist()), ([group], [-0.5 * group]))
+                self.assertEqual(sample.prompt.cached_tokens, 16 * group)
+                self.assertEqual(sample.top.ids.tolist(), np.arange(3 * len(ids)).reshape(-1, 3).tolist())
+                self.assertEqual(sample.top.logprobs.tolist(), (-np.arange(3 * len(ids)).reshape(-1, 3) / 2).tolist())
+                for array, dtype in (
+                    (sample.ids, np.int32), (sample.logprobs, np.float32), (sample.sampling_logprobs, np.float32), (sample.prompt.ids, np.int32),
+                    (sample.prompt.logprobs, np.float32), (sample.top.ids, np.int32), (sample.top.logprobs, np.float32)):
+                    self.assertEqual(array.dtype, dtype)
+
+    def test_an_aborted_sample_without_a_token_is_a_sample(self) -> None:
+        for group in range(3):
+            self.add(group, chunk(0, [], finish_reason=3), chunk(1, [7]), seed=1, prompt={})
+        first, second = self.batch.groups()[0]
+        self.assertEqual((first.finish_reason, first.ids.tolist(), first.ids.dtype, first.versions, first.top), ("abort", [], np.int32, (), None))
+        self.assertEqual(second.ids.tolist(), [7])
+
+    def test_chunks_that_do_not_fit_are_an_error(self) -> None:
+        wrong = (
+            [chunk(2)], [chunk(0), chunk(0)], [chunk(0, start=1)], [chunk(0, finish_reason=0)], [chunk(0, logprobs=[])],
+            [chunk(0, sampling_logprobs=[1, 2])])
+        for chunks in wrong:
+            self.setUp()
+            with self.subTest(chunks), self.assertRaisesRegex(RolloutError, "does not fit"):
+                self.add(0, *chunks, seed=1, prompt={})
+        with self.assertRaisesRegex(RolloutError, "does not fit"):  # a group's seed comes with its first reply
+            self.add(1, chunk(0))
+        with self.assertRaisesRegex(RolloutError, "not in flight"):
+            self.batch.add(wire.GenerateReply(request_id="other"))
+
+    def test_a_call_that_ends_before_its_samples_is_an_error_that_names_the_group(self) -> None:
+        for group in range(3):
+            self.add(group, chunk(0), *([chunk(1)] if group != 1 else []), seed=1, prompt={})
+        with self.assertRaisesRegex(RolloutError, "1 of 2 samples") as failed:
+            self.batch.groups()
+        self.assertEqual(failed.exception.request_id, self.ids[1])
+
+    def test_a_refused_group_costs_no_sample_of_the_others(self) -> None:
+        self.add(0, chunk(0), seed=1, prompt={})
+        self.add(1, refused={"code": 8, "message": "no room"})
+        self.add(2, chunk(0), chunk(1), seed=1, prompt={})
+        self.add(0, chunk(1))
+        groups = self.batch.groups()
+        self.assertEqual([group and len(group) for group in groups], [2, None, 2])
+        [refused] = self.batch.refused.values()
+        self.assertIsInstance(refused, BusyError)
+        self.assertEqual((refused.request_id, refused.code), (self.ids[1], grpc.StatusCode.RESOURCE_EXHAUSTED))
+
+
+class StatusTests(unittest.TestCase):
+    def connect(self, **replies):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        fake = FakeSidecar(str(Path(folder.name, "s")), **replies)
+        self.addCleanup(fake.stop)
+        client = Rollout(fake.address)
+        self.addCleanup(client.close)
+        return fake, client
+
+    def test_every_field_of_the_status_is_reported_under_its_name(self) -> None:
+        """Each has another value, so none can stand for another."""
+        reply = wire.StatusReply(state=4, asleep=[2])
+        plain = [field for field in reply.DESCRIPTOR.fields if field.name not in ("state", "asleep")]
+        for number, field in enumerate(plain):
+            kind = type(field.default_value)
+            large = field.cpp_type == field.CPPTYPE_UINT64
+            setattr(reply, field.name, f"text {number}" if kind is str else True if kind is bool else number + (1 << 40 if large else 1))
+        _, client = self.connect(status=reply)
+        status = client.status()
+        self.assertEqual((status.state, status.asleep), ("paused", ("kv_cache",)))
+        self.assertEqual({field.name: getattr(status, field.name) for field in plain}, {field.name: getattr(reply, field.name) for field in plain})
+        self.assertEqual(len(plain) + 2, len(status.__dataclass_fields__))
+
+    def test_states_keep_their_names_and_one_from_the_future_is_not_taken_for_another(self) -> None:
+        names = ["loading", "running", "pausing", "paused", "updating", "sleeping", "poisoned", "faulted"]
+        numbers = iter([*range(1, 9), 99])
+        _, client = self.connect(status=lambda: wire.StatusReply(state=next(numbers)))
+        self.assertEqual([client.status().state for _ in range(9)], [*names, "unknown_99"])
+
+    def test_what_is_asked_for_arrives_as_it_was_meant(self) -> None:
+        fake, client = self.connect(
+            pause=wire.PauseReply(aborted_samples=3), abort=wire.AbortReply(groups=1, samples=2, unknown=["b"]), sleep=wire.SleepReply(state=6),
+            wake_up=wire.WakeUpReply(state=7), score=wire.ScoreReply(ids=[4, 5], logprobs=[-1], version=2**40))
+        for mode in ("abort", "wait", "keep"):
+            self.assertEqual(client.pause(mode, owner="me", lease=1.5), 3)
+        self.assertEqual([(r.mode, r.owner, r.lease_milliseconds) for r in fake.requests], [(i, "me", 1500) for i in (1, 2, 3)])
+        fake.requests.clear()
+        self.assertEqual(client.abort(["a", "b"]), rollout.Aborted(1, 2, ("b",)))
+        client.abort([])  # nothing named is not everything
+        client.abort()
+        self.assertEqual([(r.WhichOneof("which"), list(r.ids.ids), r.all) for r in fake.requests], [("ids", ["a", "b"], False), ("ids", [], False), ("all", [], True)])
+        fake.requests.clear()
+        for call in (client.sleep, client.wake_up):
+            call(["kv_cache"])
+            call(["weights", "kv_cache"])
+            call()
+            with self.assertRaises(ValueError):
+                call([])  # on the wire, none means all
+            with self.assertRaises(ValueError):
+                call(["everything"])
+            with self.assertRaises(TypeError):
+                call("weights")
+        self.assertEqual([list(request.tags) for request in fake.requests], [[2], [1, 2], []] * 2)
+        fake.requests.clear()
+        score = client.score("text", top=3, cache_salt="mine")
+        client.score(np.array([7, 8]))
+        self.assertEqual((score.ids.tolist(), score.logprobs.tolist(), score.top, score.version), ([4, 5], [-1], None, 2**40))
+        self.assertEqual([(r.text, list(r.ids.ids), r.top, r.cache_salt) for r in fake.requests], [("text", [], 3, "mine"), ("", [7, 8], 0, "")])
+
+
+class ErrorTests(unittest.TestCase):
+    def test_each_status_has_its_class_and_keeps_what_the_sidecar_said(self) -> None:
+        classes = {
+            grpc.StatusCode.INVALID_ARGUMENT: RequestError, grpc.StatusCode.ALREADY_EXISTS: RequestError,
+            grpc.StatusCode.RESOURCE_EXHAUSTED: BusyError, grpc.StatusCode.FAILED_PRECONDITION: StateError,
+            grpc.StatusCode.UNAVAILABLE: UnavailableError, grpc.StatusCode.DEADLINE_EXCEEDED: RolloutTimeoutError,
+        }
+        for code in grpc.StatusCode:
+            error = from_status(code, "n: is 0; top_p: is 7", "mine")
+            self.assertIs(type(error), classes.get(code, RolloutError), code)
+            self.assertEqual((error.code, error.request_id), (code, "mine"))
+            if code is not grpc.StatusCode.DEADLINE_EXCEEDED:
+                self.assertIn("request 'mine': n: is 0; top_p: is 7", str(error))
+        self.assertEqual(from_status(grpc.StatusCode.INVALID_ARGUMENT, "n: is 0").problems, "n: is 0")
+        self.assertIsInstance(from_status(grpc.StatusCode.UNAVAILABLE, ""), ConnectionError)
+        self.assertIsInstance(from_status(grpc.StatusCode.DEADLINE_EXCEEDED, ""), TimeoutError)
+
+    def test_a_batch_error_shows_five_refusals_and_counts_the_others(self) -> None:
+        refused = [from_status(grpc.StatusCode.RESOURCE_EXHAUSTED, f"no room {i}") for i in range(8)]
+        self.assertIn("and 3 more", str(BatchError(refused, [])))
+        self.assertNotIn("no room 5", str(BatchError(refused, [])))
+        self.assertNotIn("more", str(BatchError(refused[:5], [])))
+
+
+class AddressTests(unittest.TestCase):
+    def test_what_grpc_is_told(self) -> None:
+        for address, told in {
+            "unix:/run/r.sock": "unix:/run/r.sock", "unix:///run/r.sock": "unix:/run/r.sock", "localhost:50051": "localhost:50051",
+            "http://trainer-3:50051/": "trainer-3:50051", "http://[::1]:50051": "[::1]:50051", "unix:/" + "x" * 106: "unix:/" + "x" * 106,
+            "unix:/" + "ä" * 53: "unix:/" + "ä" * 53,
+        }.items():
+            self.assertEqual(target(address), told)
+        for wrong in ("unix:/" + "x" * 107, "unix:/" + "ä" * 54, "unix://relative", "https://localhost:50051", "http://localhost:1/path", ":50051", "a:١"):
+            with self.assertRaises(ValueError, msg=wrong):
+                target(wrong)
+
+
+if __name__ == "__main__":
+    unittest.main()
