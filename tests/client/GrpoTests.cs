@@ -72,6 +72,78 @@ public sealed class GrpoTests
         Assert.All(policy.parameters(), p => Assert.True(p.equal(p.to(bfloat16).to(float32)).all().item<bool>()));
     }
 
+    /// <summary>How far the policy has come from the one that sampled: the logarithm of its ratio for each token of the two samples.</summary>
+    [Theory]
+    [InlineData(0, 0, true)]
+    [InlineData(0.24, -0.24, true)] // 1.27: the better one may still become likelier
+    [InlineData(0.26, -0.22, true)] // 0.80: the worse one may still become unlikelier
+    [InlineData(0.26, -0.24, false)] // both have gone far enough
+    [InlineData(2, -2, false)]
+    [InlineData(-2, -2, true)] // the better one has become unlikelier, whatever the distance
+    [InlineData(2, 2, true)] // the worse one has become likelier
+    public void A_sample_that_has_moved_far_enough_its_way_moves_no_further(double better, double worse, bool moves)
+    {
+        manual_seed(1);
+        using var policy = new Policy(new PolicyConfig { VocabSize = ArithmeticTask.VocabSize, NumHiddenLayers = 1, HiddenSize = 32 });
+        using var weights = new MasterWeights(policy);
+        using var reference = policy.Freeze();
+        var prompt = ArithmeticTask.Encode("12+34=");
+        RolloutSample Sample(string text, double moved)
+        {
+            var tokens = ArithmeticTask.Encode(text);
+            return new(tokens, [.. LogProbs(policy, prompt, tokens).Select(logProb => logProb - (float)moved)], 0);
+        }
+
+        var stats = new Grpo(policy, reference, weights).Step([new(prompt, [Sample("64", better), Sample("46", worse)])], [[1, 0]]);
+        Assert.Equal(moves, stats.GradientNorm > 1e-6);
+        Assert.Equal(Math.Max(Math.Abs(better), Math.Abs(worse)), stats.LogProbDifference, 1e-4);
+        var clipped = (better is > 0.247 or < -0.223 ? 0.5 : 0) + (worse is > 0.247 or < -0.223 ? 0.5 : 0);
+        Assert.Equal(clipped, stats.Clipped, 1e-6);
+    }
+
+    [Fact]
+    public void Samples_that_are_alike_count_as_often_as_they_were_drawn()
+    {
+        (double Loss, double GradientNorm) Step(float apart)
+        {
+            manual_seed(1);
+            using var policy = new Policy(new PolicyConfig { VocabSize = ArithmeticTask.VocabSize, NumHiddenLayers = 1, HiddenSize = 32 });
+            using var weights = new MasterWeights(policy);
+            using var reference = policy.Freeze();
+            var prompt = ArithmeticTask.Encode("12+34=");
+            RolloutSample Sample(string text, float apart)
+            {
+                var tokens = ArithmeticTask.Encode(text);
+                return new(tokens, [.. LogProbs(policy, prompt, tokens).Select(logProb => logProb + 0.1f + apart)], 0);
+            }
+
+            // Where one is a hair apart, none are alike and each is computed.
+            RolloutGroup[] groups = [new(prompt, [Sample("64", 0), Sample("4631", 0), Sample("4631", apart), Sample("4631", -apart)])];
+            var stats = new Grpo(policy, reference, weights).Step(groups, [[1, 0, 0, 0]]);
+            return (stats.Loss, stats.GradientNorm);
+        }
+
+        var (loss, norm) = Step(0);
+        var (expectedLoss, expectedNorm) = Step(1e-5f);
+        Assert.Equal(expectedLoss, loss, 1e-4 * Math.Abs(expectedLoss));
+        Assert.Equal(expectedNorm, norm, 1e-3 * expectedNorm);
+    }
+
+    [Fact]
+    public void A_step_starts_from_no_gradient()
+    {
+        manual_seed(1);
+        using var policy = new Policy(new PolicyConfig { VocabSize = ArithmeticTask.VocabSize, NumHiddenLayers = 1, HiddenSize = 32 });
+        using var weights = new MasterWeights(policy);
+        using var reference = policy.Freeze();
+        var prompt = ArithmeticTask.Encode("12+34=");
+        var grpo = new Grpo(policy, reference, weights);
+        RolloutSample Sample(string text) => new(ArithmeticTask.Encode(text), LogProbs(policy, prompt, ArithmeticTask.Encode(text)), 0);
+        Assert.True(grpo.Step([new(prompt, [Sample("64"), Sample("46")])], [[1, 0]]).GradientNorm > 1e-3);
+        // Where all samples are worth the same there is nothing to learn.
+        Assert.Equal(0, grpo.Step([new(prompt, [Sample("64"), Sample("46")])], [[1, 1]]).GradientNorm, 1e-9);
+    }
+
     [Fact]
     public void Padding_changes_no_log_probability()
     {

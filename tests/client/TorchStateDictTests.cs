@@ -41,14 +41,56 @@ public sealed class TorchStateDictTests
         Assert.Equal(Bytes(tensors[2]), Bytes(tensors[3]));
     }
 
-    [Fact]
-    public void A_list_made_once_copies_what_the_module_holds_now()
+    [Theory]
+    [InlineData(PublishedType.AsIs)]
+    [InlineData(PublishedType.BFloat16)]
+    public void A_list_made_once_copies_what_the_module_holds_now(PublishedType type)
     {
-        using var module = new Tied();
-        var tensors = TorchStateDict.Of(module);
-        using (no_grad())
-            module.Scale.fill_(7);
-        Assert.Equal([7f, 7f], MemoryMarshal.Cast<byte, float>(Bytes(tensors[0])).ToArray());
+        using var module = new Turned();
+        var tensors = TorchStateDict.Of(module, type);
+        for (var value = 7; value < 10; value++)
+        {
+            using (no_grad())
+            {
+                module.Scale.fill_(value);
+                module.Transposed.fill_(value);
+            }
+
+            foreach (var tensor in tensors)
+            {
+                var bytes = Bytes(tensor);
+                var held = type == PublishedType.AsIs
+                    ? MemoryMarshal.Cast<byte, float>(bytes).ToArray()
+                    : [.. MemoryMarshal.Cast<byte, ushort>(bytes).ToArray().Select(bits => BitConverter.UInt32BitsToSingle((uint)bits << 16))];
+                Assert.All(held, element => Assert.Equal(value, element));
+            }
+        }
+    }
+
+    [Fact]
+    public async Task A_module_is_pushed_as_it_is_now_again_and_again()
+    {
+        await using FakeSidecar fake = await FakeSidecar.StartAsync();
+        await using RolloutClient client = RolloutClient.Connect(fake.Address);
+        await using var publisher = new WeightPublisher(client);
+        using var module = new Sharing();
+        for (ulong version = 1; version <= 3; version++)
+        {
+            using (no_grad())
+                module.Up.fill_(version);
+            PushResult result = await publisher.PushAsync(module, cancellationToken: TestContext.Current.CancellationToken);
+            Assert.Equal(version, result.Version);
+            Assert.Equal(["gate", "up"], fake.Weights.Begin!.Manifest.Select(tensor => tensor.Name));
+            Assert.All(fake.Weights.Begin.Manifest, tensor => Assert.Equal(V1.TensorDType.Bf16, tensor.Dtype));
+            Assert.Equal(Enumerable.Repeat(BFloat16(version), 6), MemoryMarshal.Cast<byte, ushort>(fake.Weights.Tensors["up"]).ToArray());
+            Assert.Equal([0, 1, 2, 3, 4, 5], MemoryMarshal.Cast<byte, ushort>(fake.Weights.Tensors["gate"]).ToArray()
+                .Select(bits => BitConverter.UInt32BitsToSingle((uint)bits << 16)));
+        }
+
+        using var counting = new Tied();
+        var error = await Assert.ThrowsAsync<NotSupportedException>(() =>
+            publisher.PushAsync(counting, cancellationToken: TestContext.Current.CancellationToken));
+        Assert.Contains("'counts' holds I64", error.Message, StringComparison.Ordinal);
     }
 
     /// <summary>Views of one storage, of every type, with a gradient to come or not: a push reads what a plain copy would hold, in any parts.</summary>
@@ -174,14 +216,29 @@ public sealed class TorchStateDictTests
         return bytes;
     }
 
+    private sealed class Turned : nn.Module
+    {
+        public Turned() : base(nameof(Turned))
+        {
+            register_parameter("scale", Scale);
+            register_parameter("transposed", Transposed);
+        }
+
+        public Parameter Scale { get; } = new(ones(2));
+
+        public Parameter Transposed { get; } = new(ones(2, 3).t());
+    }
+
     private sealed class Sharing : nn.Module
     {
         public Sharing() : base(nameof(Sharing))
         {
             var fused = arange(12, float32).view(4, 3);
             register_parameter("gate", new Parameter(fused.narrow(0, 0, 2)));
-            register_parameter("up", new Parameter(fused.narrow(0, 2, 2)));
+            register_parameter("up", Up = new Parameter(fused.narrow(0, 2, 2)));
         }
+
+        public Parameter Up { get; }
     }
 
     private sealed class Tied : nn.Module<Tensor, Tensor>

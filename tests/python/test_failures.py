@@ -6,13 +6,14 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import unittest
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
-from fake_sidecar import FakeSidecar
-from support import SHM, SidecarTests, eventually, golden_weights, in_another_container, other_weights, own_files
+from fake_sidecar import FakeSidecar, FakeWeights
+from support import PROGRAM, SHM, SidecarTests, eventually, golden, golden_weights, in_another_container, other_weights, own_files
 
 import rollout
 from rollout import (
@@ -57,6 +58,24 @@ class RealSidecarTests(SidecarTests):
             with self.assertRaisesRegex(WeightUpdateFailed, "version 1 is served") as failed:
                 self.rollout.push_weights(other_weights("qwen3"))
         self.assertIs(failed.exception.outcome, UpdateOutcome.UNKNOWN)
+
+    def test_a_restarted_sidecar_gets_its_own_memory_and_a_larger_push_a_larger_one(self) -> None:
+        """The sidecar's memory is kept mapped from push to push: not that of one which is gone, nor one that has become too small."""
+        weights = other_weights("qwen3")
+        some = {name: weights[name] for name in list(weights)[3:5]}
+        self.rollout.push_weights(some, partial=True)
+        self.rollout.push_weights(weights)
+        self.rollout.push_weights(some, partial=True)
+        socket = self.sidecar.address.removeprefix("unix:")
+        for version in (1, 2):
+            self.sidecar.kill()
+            self.sidecar.stop()
+            self.assertFalse(Path(socket).exists())  # what a killed one leaves
+            self.sidecar = rollout.Sidecar.start(golden("qwen3"), program=PROGRAM, threads=1, socket=socket)
+            self.addCleanup(self.sidecar.stop)
+            self.rollout.wait_until_ready(60)
+            self.assertEqual(self.rollout.push_weights(weights, base_version=0, version=version).version, version)
+        self.assertEqual(own_files(), [])
 
     def test_a_commit_whose_answer_is_lost_is_found_out(self) -> None:
         def lost(call, step):
@@ -120,18 +139,7 @@ class RealSidecarTests(SidecarTests):
         self.assertEqual(result.version, 1)
         self.assertEqual(len(result.digest), 32)  # the sidecar's own
 
-    def test_a_timeout_and_an_interrupt_leave_the_old_weights(self) -> None:
-        def late(call, **request):
-            if "commit" in request:
-                call.until("committed")
-            SEND(call, **request)
-
-        with mock.patch.object(UpdateCall, "send", late):
-            with self.assertRaises(WeightUpdateFailed) as failed:
-                self.rollout.push_weights(other_weights("qwen3"), timeout=1.0)
-        self.assertIn(failed.exception.outcome, (UpdateOutcome.NOT_COMMITTED, UpdateOutcome.UNKNOWN))
-        self.assert_serves_the_old_weights()
-
+    def test_an_interrupt_leaves_the_old_weights(self) -> None:
         def interrupted(call, **request):
             if "shared_memory" in request:
                 raise KeyboardInterrupt
@@ -187,7 +195,7 @@ class FakeSidecarTests(SidecarTests):
         self.status = wire.StatusReply(state=2, version=4)
 
     def connect(self, update=None, **replies):
-        fake = FakeSidecar(str(self.temporary_folder() / "s"), update, status=self.status, **replies)
+        fake = FakeSidecar(str(self.temporary_folder() / "s"), update, status=lambda: self.status() if callable(self.status) else self.status, **replies)
         self.addCleanup(fake.stop)
         client = rollout.Rollout(fake.address)
         self.addCleanup(client.close)
@@ -209,6 +217,134 @@ class FakeSidecarTests(SidecarTests):
         self.assertEqual((begin.mode, begin.partial, begin.policy, begin.owner), (2, True, 4, "me"))
         self.assertEqual((begin.base_version, begin.new_version, begin.payload_bytes), (4, 5, 16))
         self.assertTrue(6000 < begin.deadline_milliseconds <= 7000)
+
+    def test_what_is_left_when_the_sidecar_gives_up_is_what_it_says(self) -> None:
+        for step in ("failed", "aborted"):
+            for poisoned, outcome in ((False, UpdateOutcome.NOT_COMMITTED), (True, UpdateOutcome.POISONED)):
+                with self.subTest(step, poisoned=poisoned):
+
+                    def update(requests, step=step, poisoned=poisoned):
+                        next(requests)
+                        yield wire.UpdateReply(**{step: {"reason": "the server stops", "poisoned": poisoned}})
+
+                    _, client = self.connect(update)
+                    with self.assertRaisesRegex(WeightUpdateFailed, "the server stops") as failed:
+                        client.push_weights(WEIGHTS)
+                    self.assertIs(failed.exception.outcome, outcome)
+
+    def test_every_policy_and_mode_arrives_as_the_one_that_was_meant(self) -> None:
+        weights = FakeWeights(version=4)
+        _, client = self.connect(weights.update)
+        self.status = weights.status
+        for policy in ("recompute", "keep", "drain", "abort"):
+            client.push_weights(WEIGHTS, policy=policy, base_version=weights.version)
+            self.assertEqual(wire.UPDATE_POLICY.name(weights.begun[-1].policy), policy)
+            self.assertEqual((weights.begun[-1].partial, weights.begun[-1].segment_bytes), (False, 16))
+        for mode, sent, given in (("auto", 0, "staged"), ("staged", 1, "staged"), ("in_place", 2, "in_place"), ("auto", 0, "in_place")):
+            weights.mode = wire.UPDATE_MODE.number(given, "mode")
+            result = client.push_weights(WEIGHTS, mode=mode, base_version=weights.version, transport="inline", partial=True)
+            begin = weights.begun[-1]
+            self.assertEqual((begin.mode, begin.partial, begin.segment_bytes, result.mode), (sent, True, 0, given))
+
+    def test_a_sidecar_that_gives_up_ends_the_sending(self) -> None:
+        copied = 0
+
+        def update(requests):
+            next(requests)
+            yield wire.UpdateReply(ready={"mode": 1})
+            yield wire.UpdateReply(failed={"reason": "out of luck"})
+
+        class Slow(np.ndarray):
+            """Rows are counted, and the first one waits until the sidecar has given up."""
+
+            def __getitem__(self, rows):
+                nonlocal copied
+                copied += 1
+                if copied == 3:
+                    eventually(lambda: any(call._ended.is_set() for call in calls), "it has given up")
+                return np.ndarray.__getitem__(self, rows).view(np.ndarray)
+
+        calls = []
+        init = UpdateCall.__init__
+
+        def seen(call, *arguments):
+            calls.append(call)
+            init(call, *arguments)
+
+        for transport in ("shared_memory", "inline"):
+            with self.subTest(transport), mock.patch.object(UpdateCall, "__init__", seen):
+                copied = 0
+                calls.clear()
+                _, client = self.connect(update)
+                weights = {"a": rollout.BFloat16(np.zeros((40, 1 << 19), np.uint16).view(Slow))}  # a piece a row
+                with self.assertRaisesRegex(WeightUpdateFailed, "out of luck"):
+                    client.push_weights(weights, transport=transport)
+                self.assertLess(copied, 20)
+
+    def test_a_sidecar_that_stops_reading_and_gives_up_ends_a_push_that_waits_to_send(self) -> None:
+        def update(requests):
+            next(requests)
+            yield wire.UpdateReply(ready={"mode": 1})
+            stuck.wait(60)
+            yield wire.UpdateReply(failed={"reason": "out of luck"})
+
+        def push():
+            try:
+                client.push_weights({"a": rollout.BFloat16(np.zeros((64, 1 << 19), np.uint16))}, transport="inline")
+            except WeightUpdateFailed as error:
+                errors.append(error)
+
+        stuck, errors, sent = threading.Event(), [], []
+        fake, _ = self.connect(update)
+        client = rollout.Rollout(fake.address)  # closing it would wait for the push
+        pushing = threading.Thread(target=push, daemon=True)
+
+        def counted(call, **step):
+            sent.append(step)
+            SEND(call, **step)
+
+        def nothing_moves() -> bool:
+            before = len(sent)
+            pushing.join(0.3)
+            return 1 < before == len(sent)
+
+        with mock.patch.object(UpdateCall, "send", counted):
+            pushing.start()
+            eventually(nothing_moves, "nothing more can be sent")
+        stuck.set()
+        pushing.join(20)
+        self.assertFalse(pushing.is_alive())
+        self.assertIn("out of luck", str(errors[0]))
+        client.close()
+
+    def test_a_file_that_was_removed_is_made_anew(self) -> None:
+        weights = FakeWeights(version=4)
+        _, client = self.connect(weights.update)
+        self.status = weights.status
+        client.push_weights(WEIGHTS)
+        [first] = own_files()
+        (SHM / first).unlink()  # as somebody cleans up
+        client.push_weights({"a": WEIGHTS["a"] + 1})
+        [second] = own_files()
+        self.assertNotEqual(first, second)
+        self.assertEqual(weights.tensors["a"], (np.arange(1, 9, dtype=np.float32).view(np.uint32) >> 16).astype("<u2").tobytes())
+        client.push_weights({"a": np.zeros(9, np.float32)})  # larger
+        self.assertEqual((len(own_files()), weights.tensors["a"]), (1, bytes(18)))
+
+    def test_another_trainers_version_is_not_taken_for_one_that_was_never_committed(self) -> None:
+        """In place, broken before the commit: the same number is served, but it cannot be ours."""
+
+        def update(requests):
+            next(requests)
+            yield wire.UpdateReply(ready={"mode": 2})
+            next(requests)
+            self.status.version = 5
+            raise OSError("broken")
+
+        _, client = self.connect(update, describe=wire.DescribeReply(version=5))
+        with self.assertRaises(WeightUpdateFailed) as failed:
+            client.push_weights(WEIGHTS)
+        self.assertIs(failed.exception.outcome, UpdateOutcome.UNKNOWN)
 
     def test_a_stream_that_breaks_in_place_asks_what_is_left(self) -> None:
         def update(requests):

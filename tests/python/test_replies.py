@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import tempfile
+import threading
 import unittest
 from pathlib import Path
 
@@ -119,7 +120,7 @@ class SampleTests(unittest.TestCase):
         self.assertEqual((refused.request_id, refused.code), (self.ids[1], grpc.StatusCode.RESOURCE_EXHAUSTED))
 
 
-class StatusTests(unittest.TestCase):
+class Connected(unittest.TestCase):
     def connect(self, **replies):
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
@@ -129,6 +130,8 @@ class StatusTests(unittest.TestCase):
         self.addCleanup(client.close)
         return fake, client
 
+
+class StatusTests(Connected):
     def test_every_field_of_the_status_is_reported_under_its_name(self) -> None:
         """Each has another value, so none can stand for another."""
         reply = wire.StatusReply(state=4, asleep=[2])
@@ -178,6 +181,70 @@ class StatusTests(unittest.TestCase):
         client.score(np.array([7, 8]))
         self.assertEqual((score.ids.tolist(), score.logprobs.tolist(), score.top, score.version), ([4, 5], [-1], None, 2**40))
         self.assertEqual([(r.text, list(r.ids.ids), r.top, r.cache_salt) for r in fake.requests], [("text", [], 3, "mine"), ("", [7, 8], 0, "")])
+
+
+class CallTests(Connected):
+    def answered(self, requests):
+        for request in requests:
+            self.asked.append(request)
+            yield wire.GenerateReply(request_id=request.request_id, seed=request.seed, prompt={}, samples=[chunk(i) for i in range(request.n)])
+
+    def setUp(self) -> None:
+        self.asked: list = []
+
+    def test_seeds_count_up_over_the_groups_and_round_the_end(self) -> None:
+        _, client = self.connect(batch=self.answered)
+        for seed, sent in (
+            (7, [7, 8, 9]), (0, [0, 1, 2]), (2**64 - 2, [2**64 - 2, 2**64 - 1, 0]), (np.int64(5), [5, 6, 7]), ([9, 0, 2**64 - 1], [9, 0, 2**64 - 1]),
+            (np.array([3, 1, 2]), [3, 1, 2]), (None, [None] * 3),
+        ):
+            self.asked.clear()
+            groups = client.generate([[1]] * 3, n=2, seed=seed)
+            self.assertEqual([request.seed if request.HasField("seed") else None for request in self.asked], sent)
+            self.assertEqual([[sample.seed for sample in group] for group in groups], [[seed or 0] * 2 for seed in sent])
+
+    def test_every_option_reaches_its_field_and_what_is_left_out_is_absent(self) -> None:
+        _, client = self.connect(batch=self.answered)
+        client.generate(
+            [np.array([1, 2], np.int64)], n=2, max_tokens=5, min_tokens=2, temperature=0.5, top_k=7, top_p=0.25, min_p=0.125, logit_bias={3: -np.inf},
+            seed=1, stop_token_ids=[8, 9], stop=["end"], ignore_eos=True, top_logprobs=6, prompt_logprobs=True, return_text=True, max_staleness=0,
+            cache_salt="mine")
+        client.generate([[1]])
+        given, plain = self.asked
+        expected = wire.GenerateRequest(
+            request_id=given.request_id, prompt_ids={"ids": [1, 2]}, n=2, seed=1,
+            sampling={"temperature": 0.5, "top_k": 7, "top_p": 0.25, "min_p": 0.125, "logit_bias": {3: -np.inf}},
+            stopping={"max_tokens": 5, "min_tokens": 2, "stop_token_ids": [8, 9], "stop_strings": ["end"], "ignore_eos": True},
+            top_logprobs=6, prompt_logprobs=True, return_text=True, max_staleness=0, cache_salt="mine")
+        self.assertEqual(given, expected)
+        self.assertEqual(plain, wire.GenerateRequest(
+            request_id=plain.request_id, prompt_ids={"ids": [1]}, n=1, sampling={"temperature": 1, "top_p": 1}, stopping={}))
+
+    def test_a_call_that_is_given_up_is_ended_at_the_sidecar_too(self) -> None:
+        told = threading.Event()
+
+        def foreign(requests):
+            next(requests)
+            yield wire.GenerateReply(request_id="somebody else's")
+            told.wait(60)
+
+        fake, client = self.connect(batch=foreign)
+        fake.arrived = lambda _, context: context.add_callback(told.set)
+        try:
+            client.generate([[1]], timeout=None)
+        except RolloutError as error:  # kept, with the frames it came through, as a notebook keeps it
+            self.assertIn("not in flight", str(error))
+            self.assertTrue(told.wait(20), "its samples would go on")
+        self.assertTrue(told.is_set())
+
+    def test_a_pause_waits_as_long_as_its_lease(self) -> None:
+        left = []
+        fake, client = self.connect(pause=wire.PauseReply())
+        fake.arrived = lambda _, context: left.append(context.time_remaining())
+        for lease, timeout in ((7200, None), (1, None), (7200, 40.0)):
+            client.pause("wait", owner="me", lease=lease, timeout=timeout)
+        for seconds, limit in zip(left, (7200, 30, 40), strict=True):
+            self.assertTrue(0.8 * limit < seconds < 1.2 * limit, (seconds, limit))  # gRPC rounds what it sends
 
 
 class ErrorTests(unittest.TestCase):

@@ -121,10 +121,10 @@ class ArrayTests(unittest.TestCase):
 
     def test_arrays_of_ml_dtypes(self) -> None:
         try:
-            import ml_dtypes
+            from ml_dtypes import bfloat16 as ml_bfloat16
         except ImportError:
             self.skipTest("ml_dtypes is not installed")
-        values = np.arange(210).reshape(7, 6, 5).astype(ml_dtypes.bfloat16)
+        values = np.arange(210).reshape(7, 6, 5).astype(ml_bfloat16)
         for what, view in VIEWS.items():
             array = view(values)
             self.assert_sends(what, array, array.shape, "BF16", b"".join(bfloat16(float(x)) for x in plain(array)))

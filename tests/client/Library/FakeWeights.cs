@@ -34,6 +34,9 @@ internal sealed class FakeWeights
     /// <summary>After this many chunks the update ends with Failed.</summary>
     public int FailAfterChunks { get; set; } = int.MaxValue;
 
+    /// <summary>Is answered to the commit, and nothing is done.</summary>
+    public V1.UpdateReply? GivesUp { get; set; }
+
     /// <summary>Answers with another digest than that of what was received.</summary>
     public bool LieAboutDigest { get; set; }
 
@@ -180,6 +183,8 @@ internal sealed class FakeWeights
 
     private async Task<V1.UpdateReply> CommitAsync(V1.Commit commit, ServerCallContext context)
     {
+        if (GivesUp is not null)
+            return GivesUp;
         if (FailAtCommit is not null)
             return Failed(FailAtCommit);
         if (BreakAtCommit is null || CommitBeforeBreaking)

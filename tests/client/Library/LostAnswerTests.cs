@@ -147,6 +147,23 @@ public sealed class LostAnswerTests : IAsyncLifetime
         await ended.WaitAsync(Patience, Token);
     }
 
+    /// <summary>Both sides watch the deadline. A sidecar that is the first to see it pass breaks the call: that is a timeout all the same.</summary>
+    [Theory]
+    [InlineData(StatusCode.Cancelled)]
+    [InlineData(StatusCode.Unavailable)]
+    public async Task A_call_that_is_broken_at_its_deadline_is_a_timeout(StatusCode code)
+    {
+        _fake.Arrived = async context =>
+        {
+            // Where this comes later than it should, the client has seen the deadline itself.
+            while (context.Deadline - DateTime.UtcNow > TimeSpan.FromMilliseconds(12))
+                await Task.Delay(1);
+            throw new RpcException(new Status(code, "the stream was broken"));
+        };
+        for (int i = 0; i < 4; i++)
+            await Assert.ThrowsAsync<RolloutTimeoutException>(() => _client.StatusAsync(TimeSpan.FromSeconds(0.2), Token));
+    }
+
     [Fact]
     public async Task A_cancelled_wait_says_it_was_cancelled_and_the_sidecar_is_told()
     {

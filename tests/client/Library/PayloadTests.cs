@@ -7,6 +7,11 @@ namespace Rollout.Client.Tests;
 
 public sealed class PayloadTests
 {
+    private const int PieceElements = PayloadWriter.Piece / 2;
+
+    // Nothing, one, an alignment's end and a piece's end in elements of two bytes.
+    private static readonly int[] s_borders = [0, 1, 127, 128, 129, PieceElements - 1, PieceElements, PieceElements + 1];
+
     [Fact]
     public void Tensors_stand_in_order_at_aligned_offsets()
     {
@@ -135,8 +140,11 @@ public sealed class PayloadTests
     public void Stream_and_shared_memory_carry_the_same_payload()
     {
         string folder = Directory.CreateTempSubdirectory("payload-").FullName;
-        const int PieceElements = PayloadWriter.Piece / 2;
-        Gen<int> size = Gen.OneOf(Gen.Int[0, 300], Gen.Int[PieceElements - 200, PieceElements + 200], Gen.Int[0, 1_500_000]);
+        Gen<int> size = Gen.OneOf(
+            Gen.Int[0, 7].Select(border => s_borders[border]),
+            Gen.Int[0, 300],
+            Gen.Int[PieceElements - 200, PieceElements + 200],
+            Gen.Int[0, 1_500_000]);
         size.Array[1, 6].Sample(
             sizes =>
             {
@@ -180,6 +188,23 @@ public sealed class PayloadTests
             print: sizes => string.Join(", ", sizes));
         Assert.Empty(Directory.GetFiles(folder));
         Directory.Delete(folder);
+    }
+
+    /// <summary>One is sent while the next is filled.</summary>
+    [Fact]
+    public void A_piece_is_not_written_over_while_the_next_one_is_made()
+    {
+        byte[] content = Bytes((3 * PayloadWriter.Piece) + 1000, 1);
+        TensorSource[] tensors = [TensorSource.FromMemory("a", TensorDType.BF16, [content.Length / 2], content)];
+        (long Offset, Memory<byte> Bytes)? before = null;
+        foreach ((long Offset, Memory<byte> Bytes) piece in new PayloadWriter(PayloadLayout.Of(tensors), tensors, hash: false).Pieces())
+        {
+            if (before is { } last)
+                Assert.True(last.Bytes.Span.SequenceEqual(content.AsSpan((int)last.Offset, last.Bytes.Length)));
+            before = piece;
+        }
+
+        Assert.Equal(3L * PayloadWriter.Piece, before!.Value.Offset);
     }
 
     [Fact]

@@ -46,5 +46,8 @@ public sealed class RolloutAddressTests
         var error = Assert.Throws<ArgumentException>(() => RolloutAddress.Parse("unix:/" + new string('x', 107)));
         Assert.Contains("107", error.Message);
         RolloutAddress.Parse("unix:/" + new string('x', 106));
+        RolloutAddress.Parse("unix:///" + new string('x', 106));
+        RolloutAddress.Parse("unix:/" + new string('ä', 53));
+        Assert.Throws<ArgumentException>(() => RolloutAddress.Parse("unix:/" + new string('ä', 54)));
     }
 }

@@ -115,12 +115,26 @@ public sealed class SidecarProcessTests : IDisposable
     }
 
     [Fact]
+    public async Task A_socket_that_a_killed_one_left_is_removed()
+    {
+        string socket = Path.Combine(_folder, "s.sock");
+        string program = Script($"touch {socket}; echo $$; kill -9 $$");
+        await Assert.ThrowsAsync<SidecarException>(() =>
+            SidecarProcess.StartAsync(new SidecarOptions { Program = program, ModelFolder = "x", SocketPath = socket }, Token));
+        Assert.False(File.Exists(socket));
+    }
+
+    [Fact]
     public void A_dll_is_run_by_the_dotnet_host()
     {
         (string program, List<string> arguments) = SidecarProcess.CommandLine(
             new SidecarOptions { Program = "/opt/rollout.dll", ModelFolder = "/m" }, "/s");
         Assert.Equal("dotnet", Path.GetFileNameWithoutExtension(program));
         Assert.Equal(["/opt/rollout.dll", "serve", "--model", "/m", "--socket", "/s"], arguments);
+        (program, arguments) = SidecarProcess.CommandLine(
+            new SidecarOptions { Program = "/opt/rollout", ModelFolder = "/m", Threads = 3, Device = "cuda:1", ExtraArguments = ["--x"] }, "/s");
+        Assert.Equal("/opt/rollout", program);
+        Assert.Equal(["serve", "--model", "/m", "--socket", "/s", "--threads", "3", "--device", "cuda:1", "--x"], arguments);
     }
 
     private string Script(string body)

@@ -188,6 +188,41 @@ public sealed class WeightPublisherTests : IAsyncLifetime
         Assert.Contains("the digests differ", error.Message);
     }
 
+    [Theory]
+    [InlineData(false, false, UpdateOutcome.NotCommitted)]
+    [InlineData(false, true, UpdateOutcome.Poisoned)]
+    [InlineData(true, false, UpdateOutcome.NotCommitted)]
+    [InlineData(true, true, UpdateOutcome.Poisoned)]
+    public async Task What_is_left_when_the_sidecar_gives_up_is_what_it_says(bool aborted, bool poisoned, UpdateOutcome outcome)
+    {
+        _fake.Weights.GivesUp = aborted
+            ? new V1.UpdateReply { Aborted = new V1.Aborted { Reason = "the server stops", Poisoned = poisoned } }
+            : new V1.UpdateReply { Failed = new V1.UpdateFailed { Reason = "the server stops", Poisoned = poisoned } };
+        var error = await FailsAsync(Tensors(Bytes(10, 1)));
+        Assert.Equal(outcome, error.Outcome);
+        Assert.Contains("the server stops", error.Message, StringComparison.Ordinal);
+    }
+
+    [Fact]
+    public async Task Every_policy_and_mode_arrives_as_the_one_that_was_meant()
+    {
+        foreach (UpdatePolicy policy in Enum.GetValues<UpdatePolicy>())
+        {
+            await PushAsync(Tensors(Bytes(10, 1)), options: s_inline with { Policy = policy });
+            Assert.Equal($"{policy}", $"{_fake.Weights.Begin!.Policy}");
+            Assert.Equal((false, 0UL), (_fake.Weights.Begin.Partial, _fake.Weights.Begin.SegmentBytes));
+        }
+
+        foreach (UpdateMode mode in (UpdateMode[])[UpdateMode.Auto, UpdateMode.Staged, UpdateMode.InPlace])
+        {
+            _fake.Weights.Mode = mode == UpdateMode.InPlace ? V1.UpdateMode.InPlace : V1.UpdateMode.Staged;
+            PushResult result = await PushAsync(Tensors(Bytes(10, 1)), options: new PushOptions { Mode = mode });
+            Assert.Equal(mode == UpdateMode.Auto ? "Unspecified" : $"{mode}", $"{_fake.Weights.Begin!.Mode}");
+            Assert.Equal(mode == UpdateMode.Auto ? UpdateMode.Staged : mode, result.Mode);
+            Assert.Equal(10UL, _fake.Weights.Begin.SegmentBytes);
+        }
+    }
+
     [Fact]
     public async Task A_sidecar_that_gives_up_ends_the_sending()
     {
@@ -231,6 +266,22 @@ public sealed class WeightPublisherTests : IAsyncLifetime
         Assert.NotNull(_fake.Weights.Begin);
         Assert.Equal(0UL, _fake.Weights.Version);
         Assert.Equal(1UL, (await PushAsync(Tensors(Bytes(10, 1)))).Version);
+    }
+
+    /// <summary>What has been sent cannot be called back: the caller is told what came of it.</summary>
+    [Fact]
+    public async Task Cancelling_after_the_commit_was_sent_changes_nothing()
+    {
+        using var cancel = new CancellationTokenSource();
+        _fake.Weights.Arrived = async (request, _) =>
+        {
+            if (request.Commit is not null)
+                await cancel.CancelAsync();
+        };
+        PushResult result = await _publisher.PushAsync(Tensors(Bytes(10, 1)), cancellationToken: cancel.Token);
+        Assert.Equal((1UL, 1UL, true), (result.Version, _fake.Weights.Version, cancel.IsCancellationRequested));
+        _fake.Weights.Arrived = null;
+        Assert.Equal(2UL, (await PushAsync(Tensors(Bytes(10, 1)))).Version);
     }
 
     [Fact]
