@@ -72,7 +72,7 @@ public sealed class GrpoTests
         Assert.All(policy.parameters(), p => Assert.True(p.equal(p.to(bfloat16).to(float32)).all().item<bool>()));
     }
 
-    /// <summary>How far the policy has come from the one that sampled: the logarithm of its ratio for each token of the two samples.</summary>
+    /// <summary>How far the policy has come from the one that sampled, as the logarithm of the ratio of each token of two samples.</summary>
     [Theory]
     [InlineData(0, 0, true)]
     [InlineData(0.24, -0.24, true)] // 1.27: the better one may still become likelier

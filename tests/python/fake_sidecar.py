@@ -85,7 +85,7 @@ class FakeSidecar:
 
 
 class FakeWeights:
-    """The sidecar's side of the weight transaction in its plainest form: what is served changes at the commit, and in place with the first byte."""
+    """The sidecar's side of the weight transaction in its plainest form: what is served changes at the commit, or in place."""
 
     def __init__(self, version: int = 7) -> None:
         self.version = version
@@ -115,8 +115,9 @@ class FakeWeights:
                 if step == "begin":
                     begin, payload = request.begin, bytearray(request.begin.payload_bytes)
                     self.begun.append(begin)
-                    problems = [] if begin.base_version == self.version else [{"field": "base_version", "message": f"{self.version} is served"}]
-                    reply = {"rejected": {"problems": problems}} if problems else {"ready": {"mode": self.mode}}
+                    problem = {"field": "base_version", "message": f"{self.version} is served"}
+                    fits = begin.base_version == self.version
+                    reply = {"ready": {"mode": self.mode}} if fits else {"rejected": {"problems": [problem]}}
                 elif step == "chunk":
                     payload[request.chunk.offset : request.chunk.offset + len(request.chunk.data)] = request.chunk.data
                     reply = {"progress": {"payload_bytes": request.chunk.offset + len(request.chunk.data)}}

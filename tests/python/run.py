@@ -1,7 +1,7 @@
 """Runs all tests here; prints one JSON line a test, {"test", "outcome", "message", "seconds"}, for PythonTests.cs to report as its own.
 
-The files, their classes and the tests of a class come in an order that a seed shuffles, another one at each run: none may depend on another.
-A failure names the seed; `run.py --seed N` repeats its order, and `run.py --seed N test_push test_failures.SharedMemoryTests` that of some.
+Classes, and the tests of a class, come in an order that a seed shuffles, another one at each run: no test may depend on another. A failure
+names the seed; `run.py --seed N` repeats its order, and `run.py test_push test_failures.SharedMemoryTests` runs some.
 
 For people: python3 -m unittest discover tests/python
 """

@@ -195,7 +195,8 @@ class FakeSidecarTests(SidecarTests):
         self.status = wire.StatusReply(state=2, version=4)
 
     def connect(self, update=None, **replies):
-        fake = FakeSidecar(str(self.temporary_folder() / "s"), update, status=lambda: self.status() if callable(self.status) else self.status, **replies)
+        fake = FakeSidecar(
+            str(self.temporary_folder() / "s"), update, status=lambda: self.status() if callable(self.status) else self.status, **replies)
         self.addCleanup(fake.stop)
         client = rollout.Rollout(fake.address)
         self.addCleanup(client.close)

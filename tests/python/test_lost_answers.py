@@ -177,7 +177,8 @@ class LostPushTests(LostTests):
 
         def breaks(step, request):
             last = step != "chunk" or request.chunk.offset + len(request.chunk.data) == weights.begun[-1].payload_bytes
-            here = {"begin": step == "begin", "commit": step == "commit"}.get(at, step in ("chunk", "shared_memory") and (at == "first" or last))
+            payload = step in ("chunk", "shared_memory") and (at == "first" or last)
+            here = {"begin": step == "begin", "commit": step == "commit"}.get(at, payload)
             if not here:
                 return
             if how == "hang":

@@ -46,7 +46,7 @@ class PackageTests(unittest.TestCase):
             self.assertTrue(Path(folder, "site/rollout/py.typed").exists())
 
     def test_it_imports_neither_torch_nor_anything_else_it_does_not_need(self) -> None:
-        # What grpc and numpy bring is theirs to choose: grpc takes its own grpc_tools, grpc_health and grpc_status where they are installed.
+        # What grpc and numpy bring is theirs to choose: grpc takes grpc_tools, grpc_health and grpc_status where they are installed.
         code = (
             "import sys, grpc, numpy; before = set(sys.modules); import rollout\n"
             "new = {name.partition('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)\n"
@@ -56,9 +56,8 @@ class PackageTests(unittest.TestCase):
             # Also where torch and the like are not installed: these are found first, and say so when they are imported.
             for name in ("torch", "ml_dtypes", "transformers", "safetensors", "jax", "pandas"):
                 Path(folder, f"{name}.py").write_text("import sys; print(__name__, 'is imported'); __version__ = '0'\n")
-            ran = subprocess.run(
-                [sys.executable, "-c", code], capture_output=True, text=True,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join([folder, str(PACKAGE), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])})
+            path = os.pathsep.join([folder, str(PACKAGE), *filter(None, [os.environ.get("PYTHONPATH")])])
+            ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
         self.assertEqual(ran.returncode, 0, ran.stderr)
         self.assertEqual(ran.stdout, "['rollout']\n")
 

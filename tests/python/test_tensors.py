@@ -86,8 +86,7 @@ def sent(values, dtype="bfloat16") -> tuple[TensorSource, bytes]:
 
 
 class LooksLikeMlDtypes(np.ndarray):
-    """An array as ml_dtypes makes them: of a type called bfloat16 that views as uint16. Stands in for it, since NumPy takes new types from C
-    alone."""
+    """An array as ml_dtypes makes them: of a type called bfloat16 that views as uint16. NumPy takes new types from C alone."""
 
     class DType:
         name, kind = "bfloat16", "V"
@@ -220,7 +219,9 @@ class LayoutTests(unittest.TestCase):
 
         layout = PayloadLayout(tensors(("b", "F32", (3,))))
         self.assertTrue(layout.fits(tensors(("b", "F32", (3,)))))
-        for other in ([("c", "F32", (3,))], [("b", "BF16", (3,))], [("b", "F32", (3, 1))], [("b", "F32", (4,))], [], [("b", "F32", (3,))] * 2):
+        for other in (
+            [("c", "F32", (3,))], [("b", "BF16", (3,))], [("b", "F32", (3, 1))], [("b", "F32", (4,))], [], [("b", "F32", (3,))] * 2,
+        ):
             self.assertFalse(layout.fits(tensors(*other)), other)
         self.assertFalse(layout.fits(tensors(("b", "F32", (3,)))[::-1]))
 

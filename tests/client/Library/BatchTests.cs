@@ -79,7 +79,7 @@ public sealed class BatchTests : IAsyncLifetime
     public async Task No_requests_are_no_samples() =>
         Assert.Equal(0, await _client.GenerateBatchAsync(Array.Empty<RolloutRequest>(), cancellationToken: Token).CountAsync(Token));
 
-    /// <summary>Chunks of all groups interleave, and each group's seed and prompt come with its first reply, whoever was asked first.</summary>
+    /// <summary>Chunks of all groups interleave, and each group's seed and prompt come with its first reply.</summary>
     [Fact]
     public async Task Groups_that_interleave_keep_their_own_tokens_seeds_and_prompts()
     {

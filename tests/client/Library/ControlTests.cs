@@ -83,7 +83,10 @@ public sealed class ControlTests : IAsyncLifetime
             {
                 State = V1.EngineState.Sleeping,
                 Asleep = { V1.MemoryTag.KvCache, V1.MemoryTag.Weights },
-                Freed = { request.Tags.Select(tag => new V1.FreedMemory { Tag = tag, AllocatedBytes = 5UL << 32, FreedBytes = 3UL << 32 }) },
+                Freed =
+                {
+                    request.Tags.Select(tag => new V1.FreedMemory { Tag = tag, AllocatedBytes = 5UL << 32, FreedBytes = 3UL << 32 }),
+                },
             };
         };
         SleepResult slept = await _client.SleepAsync(tags, cancellationToken: Token);
@@ -136,7 +139,8 @@ public sealed class ControlTests : IAsyncLifetime
         await _client.PauseAsync(PauseMode.Wait, "me", TimeSpan.FromMilliseconds(1), cancellationToken: Token);
         Assert.Equal(1u, requests[^1].LeaseMilliseconds);
         Assert.InRange(left, TimeSpan.FromSeconds(1), RolloutClient.DefaultControlTimeout);
-        await Assert.ThrowsAsync<ArgumentOutOfRangeException>(() => _client.PauseAsync(PauseMode.Wait, "me", TimeSpan.Zero, cancellationToken: Token));
+        await Assert.ThrowsAsync<ArgumentOutOfRangeException>(
+            () => _client.PauseAsync(PauseMode.Wait, "me", TimeSpan.Zero, cancellationToken: Token));
         await Assert.ThrowsAsync<ArgumentOutOfRangeException>(
             () => _client.PauseAsync(PauseMode.Wait, "me", TimeSpan.FromMilliseconds(1L << 32), cancellationToken: Token));
         Assert.Equal(4, requests.Count);

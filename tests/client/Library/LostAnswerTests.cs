@@ -66,7 +66,8 @@ public sealed class LostAnswerTests : IAsyncLifetime
         Task deaf = CloseAllAsync();
         await using (RolloutClient client = RolloutClient.Connect($"unix:{path}"))
         {
-            var error = await Assert.ThrowsAsync<RolloutUnavailableException>(() => s_calls[call](client, null, Token).WaitAsync(Patience, Token));
+            var error = await Assert.ThrowsAsync<RolloutUnavailableException>(
+                () => s_calls[call](client, null, Token).WaitAsync(Patience, Token));
             Assert.Equal(StatusCode.Unavailable, error.StatusCode);
         }
 
@@ -147,7 +148,7 @@ public sealed class LostAnswerTests : IAsyncLifetime
         await ended.WaitAsync(Patience, Token);
     }
 
-    /// <summary>Both sides watch the deadline. A sidecar that is the first to see it pass breaks the call: that is a timeout all the same.</summary>
+    /// <summary>Both sides watch the deadline. A sidecar that sees it pass first breaks the call: a timeout all the same.</summary>
     [Theory]
     [InlineData(StatusCode.Cancelled)]
     [InlineData(StatusCode.Unavailable)]
@@ -210,12 +211,13 @@ public sealed class LostAnswerTests : IAsyncLifetime
 
     private async Task<RolloutUnavailableException> UnavailableAsync(string call, int called)
     {
-        var error = await Assert.ThrowsAsync<RolloutUnavailableException>(() => s_calls[call](_client, null, Token).WaitAsync(Patience, Token));
+        var error = await Assert.ThrowsAsync<RolloutUnavailableException>(
+            () => s_calls[call](_client, null, Token).WaitAsync(Patience, Token));
         Assert.Equal(called, Assert.Single(_fake.Calls).Value);
         return error;
     }
 
-    /// <summary>Nothing is answered. Done when every call has arrived, and when the sidecar was told that none is waited for any more.</summary>
+    /// <summary>Nothing is answered. Ends when every call has arrived, and when the sidecar was told that none is waited for.</summary>
     private (Task Arrived, Task Ended) HangAll()
     {
         (TaskCompletionSource arrived, TaskCompletionSource ended) = (new(), new());

@@ -158,7 +158,7 @@ public sealed class LostUpdateTests : IAsyncLifetime
         Assert.False(weights.Poisoned);
     }
 
-    /// <summary>What the sidecar says when it is asked, from the first time on; the last is said for ever. Updating at base means undecided.</summary>
+    /// <summary>What the sidecar says each time it is asked; the last is said for ever. Updating at the base is undecided.</summary>
     public static TheoryData<string, string> Decisions => new()
     {
         { "updating updating updating committed", "committed" },

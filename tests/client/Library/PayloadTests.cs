@@ -9,6 +9,8 @@ public sealed class PayloadTests
 {
     private const int PieceElements = PayloadWriter.Piece / 2;
 
+    private static readonly Gen<int> s_counts = Gen.OneOf(Gen.Int[0, 3], Gen.Int[125, 131], Gen.Int[253, 259], Gen.Int[0, 100_000]);
+
     // Nothing, one, an alignment's end and a piece's end in elements of two bytes.
     private static readonly int[] s_borders = [0, 1, 127, 128, 129, PieceElements - 1, PieceElements, PieceElements + 1];
 
@@ -23,10 +25,10 @@ public sealed class PayloadTests
         Assert.Equal(V1.TensorDType.F32, layout.Manifest[1].Dtype);
     }
 
-    /// <summary>Sizes to the byte around the alignment: no tensor stands on another, none further off than it must, none is cut at the end.</summary>
+    /// <summary>Sizes to the byte around the alignment: no tensor stands on another or further off than it must.</summary>
     [Fact]
     public void Tensors_never_overlap_and_gaps_are_smaller_than_the_alignment() =>
-        Gen.Select(Gen.OneOf(Gen.Int[0, 3], Gen.Int[125, 131], Gen.Int[253, 259], Gen.Int[0, 100_000]).Array[1, 8], Gen.Bool).Sample((counts, aligned) =>
+        Gen.Select(s_counts.Array[1, 8], Gen.Bool).Sample((counts, aligned) =>
         {
             int alignment = aligned ? PayloadLayout.Alignment : 1;
             TensorSource[] tensors = [.. counts.Select((count, i) => Zeros($"t{i}", (TensorDType)(i % 3), count))];
@@ -49,7 +51,8 @@ public sealed class PayloadTests
         long rows = (1L << 31) + 1;
         var layout = PayloadLayout.Of(
             [Zeros("a", TensorDType.BF16, rows), Zeros("b", TensorDType.F32, rows, 3), Zeros("c", TensorDType.F16, 1)]);
-        Assert.Equal([0UL, (1UL << 32) + 256, (1UL << 32) + 256 + (12UL * (1UL << 31)) + 256], layout.Manifest.Select(entry => entry.Offset));
+        ulong second = (1UL << 32) + 256;
+        Assert.Equal([0UL, second, second + (12UL << 31) + 256], layout.Manifest.Select(entry => entry.Offset));
         Assert.Equal((long)layout.Manifest[2].Offset + 2, layout.PayloadBytes);
     }
 
@@ -82,9 +85,9 @@ public sealed class PayloadTests
     /// <summary>Of the smallest and the largest models: a ring has at least two windows, and a window is never nothing.</summary>
     [Fact]
     public void A_window_is_part_of_the_memory_and_at_least_a_byte() =>
-        Gen.Select(Gen.Long[0, 1L << 41], Gen.Long[1, 1L << 41], Gen.Int[0, 40], Gen.Int[0, 40]).Sample((payload, capacity, shiftPayload, shiftCapacity) =>
+        Gen.Select(Gen.Long[0, 1L << 41], Gen.Long[1, 1L << 41], Gen.Int[0, 40], Gen.Int[0, 40]).Sample((payload, capacity, shift, other) =>
         {
-            (payload, capacity) = (payload >> shiftPayload, Math.Max(1, capacity >> shiftCapacity));
+            (payload, capacity) = (payload >> shift, Math.Max(1, capacity >> other));
             long window = SharedMemorySender.WindowBytes(payload, capacity);
             return window is >= 1 and <= 1 << 30 && (capacity >= payload || 2 * window <= Math.Max(2, capacity));
         });

@@ -186,7 +186,8 @@ public sealed class PublisherVersionTests : IAsyncLifetime
         await publisher.PushAsync(
             [new TensorSource("t", TensorDType.BF16, [8], (_, bytes) =>
             {
-                second = publisher.PushAsync([TensorSource.FromMemory("t", TensorDType.BF16, [1], new byte[2])], cancellationToken: cancel.Token);
+                second = publisher.PushAsync(
+                    [TensorSource.FromMemory("t", TensorDType.BF16, [1], new byte[2])], cancellationToken: cancel.Token);
                 cancel.Cancel();
             })],
             cancellationToken: Token);

@@ -132,7 +132,8 @@ public sealed class SidecarProcessTests : IDisposable
         Assert.Equal("dotnet", Path.GetFileNameWithoutExtension(program));
         Assert.Equal(["/opt/rollout.dll", "serve", "--model", "/m", "--socket", "/s"], arguments);
         (program, arguments) = SidecarProcess.CommandLine(
-            new SidecarOptions { Program = "/opt/rollout", ModelFolder = "/m", Threads = 3, Device = "cuda:1", ExtraArguments = ["--x"] }, "/s");
+            new SidecarOptions { Program = "/opt/rollout", ModelFolder = "/m", Threads = 3, Device = "cuda:1", ExtraArguments = ["--x"] },
+            "/s");
         Assert.Equal("/opt/rollout", program);
         Assert.Equal(["serve", "--model", "/m", "--socket", "/s", "--threads", "3", "--device", "cuda:1", "--x"], arguments);
     }

@@ -83,8 +83,8 @@ public sealed class WeightPublisherTests : IAsyncLifetime
     }
 
     /// <summary>
-    /// The sidecar reads a window as late as the ring lets it: when the client can write no other before it has. Whatever the sizes, no window
-    /// is written over one that has not been read.
+    /// The sidecar reads a window as late as the ring lets it: when the client can write no other before it has. Whatever the sizes, no
+    /// window is written over one that has not been read.
     /// </summary>
     [Fact]
     public async Task A_ring_never_overtakes_a_slow_reader()
