@@ -37,6 +37,8 @@ public sealed class InPlaceUpdateTests
             backend.LetGo();
             await opened;
             Assert.Equal((EngineState.Updating, 0L), (engine.Status.State, update.StagingBytes));
+            // Whoever waits for what was aborted does not wait for the bytes as well.
+            if (policy == UpdatePolicy.Abort) await begun.Completed.WaitAsync(TimeSpan.FromSeconds(30), Cancelled);
             Group waits = engine.Submit(s_request with { Id = "waits" });
             long steps = engine.Status.Steps;
             update.Write(0, payload.Bytes.AsSpan(0, 1000));

@@ -90,7 +90,8 @@ public sealed class UpdateOrderTests
         {
             TheoryData<string, UpdateMode> data = [];
             foreach (string how in (string[])[
-                "sender", "out of order", "too long", "digest", "index", "tied", "short file", "cancelled", "early commit"])
+                "sender", "out of order", "too long", "longer than a number", "backwards", "digest", "half a digest", "index", "tied",
+                "short file", "unreadable file", "cancelled", "early commit"])
             {
                 data.Add(how, UpdateMode.Staged);
                 data.Add(how, UpdateMode.InPlace);
@@ -182,6 +183,19 @@ public sealed class UpdateOrderTests
             case "tied":
                 update.Write(0, bytes);
                 await update.CommitAsync(default, Cancelled);
+                break;
+            case "half a digest":
+                update.Write(0, bytes);
+                await update.CommitAsync(payload.Digest.AsMemory(0, 8), Cancelled);
+                break;
+            case "longer than a number" or "backwards":
+                update.Write(0, bytes.AsSpan(0, 1));
+                using (SafeFileHandle handle = File.OpenHandle(Path.Combine(payload.Folder, "config.json")))
+                    update.ReadFrom(handle, 0, 1, how == "backwards" ? -1 : long.MaxValue, Cancelled);
+                break;
+            case "unreadable file":
+                // What a failing disk answers; the first page of a process is never mapped.
+                using (SafeFileHandle handle = File.OpenHandle("/proc/self/mem")) update.ReadFrom(handle, 0, 0, bytes.Length, Cancelled);
                 break;
             case "index":
                 update.Write(0, bytes);

@@ -39,6 +39,36 @@ public sealed class TransformerTests
         }
     }
 
+    /// <summary>Logits are computed for some rows at a time; which ones come together changes nothing.</summary>
+    [Fact]
+    public async Task More_rows_than_logits_are_computed_of_at_once_have_the_bits_they_have_alone()
+    {
+        GroupRequest request = new()
+        {
+            Id = "score",
+            Prompt = [.. Enumerable.Range(0, 200).Select(i => i * 7 % 320)],
+            MaxTokens = 0,
+            PromptLogProbs = true,
+            PromptTop = 3,
+        };
+        List<(float[] LogProbs, int[] Ids, float[] Top)> results = [];
+        foreach (int tokens in (int[])[512, 200, 65, 64, 7])
+        {
+            await using RolloutEngine engine = TestModels.Load("qwen3", new EngineOptions { MaxBatchTokens = tokens, MaxSequences = 4 });
+            Group group = engine.Submit(request);
+            await group.Completed.WaitAsync(TestContext.Current.CancellationToken);
+            results.Add(([.. group.PromptLogProbs], [.. group.PromptTopIds], [.. group.PromptTopLogProbs]));
+        }
+
+        Assert.Equal(199, results[0].LogProbs.Length);
+        foreach ((float[] logProbs, int[] ids, float[] top) in results)
+        {
+            Assert.Equal(results[0].LogProbs, logProbs);
+            Assert.Equal(results[0].Ids, ids);
+            Assert.Equal(results[0].Top, top);
+        }
+    }
+
     private static double[] LogProbs(ModelSpec spec, Dictionary<string, PlainTensor> tensors, int token)
     {
         double[] hidden = [.. Row("model.embed_tokens", token, spec.HiddenSize)];

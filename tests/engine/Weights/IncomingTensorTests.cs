@@ -53,6 +53,37 @@ public sealed class IncomingTensorTests
         }
     }
 
+    /// <summary>Also of tensors that share a weight with others, whose elements come next; and wherever a message ends.</summary>
+    [Fact]
+    public void Indices_ascend_and_stay_in_their_own_tensor()
+    {
+        PlainModel model = PlainModel.Of("qwen2", 1, heads: 2, kvHeads: 1, headDim: 4, hidden: 6, intermediate: 5, vocabulary: 7);
+        using CpuBackend backend = new(1);
+        using WeightSet weights = WeightSet.Allocate(backend, model.Plan, 1);
+        foreach ((string name, IReadOnlyList<long> shape) in model.Shapes)
+        {
+            uint elements = (uint)model.Elements(name);
+            foreach (uint[] good in (uint[][])[[0], [elements - 1], [0, elements - 1], [elements - 2, elements - 1]]) Take(good);
+            foreach (uint[] bad in (uint[][])[[elements], [0, elements], [1, 1], [0, 2, 1], [0, 0, 1], [elements - 1, 0], [uint.MaxValue]])
+            {
+                for (int cut = 1; cut <= bad.Length * 4; cut++)
+                {
+                    int at = cut;
+                    Assert.Equal(UpdateFailure.Protocol, Assert.Throws<UpdateFailedException>(() => Take(bad, at)).Failure);
+                }
+            }
+
+            void Take(uint[] indices, int cut = 1)
+            {
+                ManifestTensor tensor = new(name, DType.BFloat16, shape, 0, indices.Length);
+                IncomingTensor incoming = new(tensor, model.Plan[name], backend, weights);
+                byte[] bytes = [.. indices.SelectMany(BitConverter.GetBytes), .. new byte[indices.Length * 2]];
+                incoming.Take(bytes.AsSpan(0, cut));
+                if (cut < indices.Length * 4) incoming.Take(bytes.AsSpan(cut)); // else no value has come, and the indices are wrong already
+            }
+        }
+    }
+
     [Fact]
     public void A_tensor_may_have_more_than_2_to_the_32_bytes()
     {
