@@ -50,8 +50,8 @@ public abstract partial class BackendTests
     }
 
     /// <summary>
-    /// Sequences of one prompt, of which each shares as many blocks as it likes, at any lengths: tokens are those of the reference, and of a step that
-    /// holds the row alone.
+    /// Sequences of one prompt, of which each shares as many blocks as it likes, at any lengths: tokens are those of the reference, and of
+    /// a step that holds the row alone.
     /// </summary>
     [Fact]
     public void Rows_of_sequences_that_share_blocks_have_the_bits_they_have_alone()
@@ -141,14 +141,15 @@ public abstract partial class BackendTests
             RopeTable rope = bench.Rope(HeadDim, Tokens);
             bench.Backend.BeginStep(Bench.Step(10, [[.. Enumerable.Range(0, Tokens)]], [table]));
             bench.Backend.RopeStoreKv(bench.Tensor(Tokens, 8 * HeadDim), Heads, null, null, 0f, rope, cache, 0);
-            bench.Backend.BeginStep(Bench.Step(10, [.. positions.Select(position => new[] { position })], [.. positions.Select(_ => table)]));
-            Tensor queries = bench.Tensor(positions.Length, Heads * HeadDim), output = bench.Backend.AllocateTensor(positions.Length, Heads * HeadDim);
+            int[][] rows = [.. positions.Select(position => new[] { position })];
+            bench.Backend.BeginStep(Bench.Step(10, rows, [.. rows.Select(_ => table)]));
+            Tensor queries = bench.Tensor(rows.Length, Heads * HeadDim), output = bench.Backend.AllocateTensor(rows.Length, Heads * HeadDim);
             bench.Backend.Attend(queries, Heads, 0.3f, cache, 0, output);
             return Bench.Read(output, positions.Length);
         });
     }
 
-    /// <summary>Sixteen keys from each of some far positions on, looked at by queries at near ones: the angles are products rounded to fp32.</summary>
+    /// <summary>Sixteen keys from each of some far positions on, looked at by queries at near ones: angles are products rounded to fp32.</summary>
     [Fact]
     public void Keys_at_far_positions_are_rotated_as_the_reference_does()
     {
@@ -240,7 +241,8 @@ public abstract partial class BackendTests
             foreach ((int heads, int kvHeads) in IsSlow ? new[] { (8, 8), (8, 1) } : [(8, 8), (8, 1), (80, 1), (2, 2), (20, 1)])
             {
                 KvCache cache = bench.Backend.AllocateKvCache(1, 5, kvHeads, HeadDim);
-                Tensor qkv = bench.Tensor(Tokens, (heads + (2 * kvHeads)) * HeadDim), output = bench.Backend.AllocateTensor(Tokens, heads * HeadDim);
+                Tensor qkv = bench.Tensor(Tokens, (heads + (2 * kvHeads)) * HeadDim);
+                Tensor output = bench.Backend.AllocateTensor(Tokens, heads * HeadDim);
                 bench.Backend.RopeStoreKv(qkv, heads, null, null, 0f, rope, cache, 0);
                 bench.Backend.Attend(qkv, heads, 0.3f, cache, 0, output);
                 results.AddRange(Bench.Read(output, Tokens));

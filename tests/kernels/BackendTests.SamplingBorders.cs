@@ -98,7 +98,7 @@ public abstract partial class BackendTests
             SampleQuery query = queries[q];
             float[] row = Bench.Row(logits, Vocabulary, query.OutputIndex);
             CheckAnswer(row, query, step, results[q]);
-            int[] expected = [.. Enumerable.Range(0, Vocabulary).OrderByDescending(v => row[v]).ThenBy(v => v).Take(query.AlternativesCount)];
+            IEnumerable<int> expected = Enumerable.Range(0, Vocabulary).OrderByDescending(v => row[v]).ThenBy(v => v).Take(query.AlternativesCount);
             Assert.Equal(expected, step.AlternativeIds.AsSpan(query.AlternativesStart, query.AlternativesCount).ToArray());
         }
 
@@ -118,8 +118,11 @@ public abstract partial class BackendTests
         float[] logits = bench.Values(Vocabulary);
         (logits[forbidden], logits[20]) = (30f, 20f);
         SampleQuery query = Bench.Query(temperature: 0f) with { BiasCount = 1 };
-        SampleQuery[] queries = [query, query with { Temperature = 1f }, query with { Temperature = 0.5f }, query with { Temperature = 1f, TopK = 1 },
-            query with { Temperature = 1f, TopP = 0.5f }, query with { Temperature = 1f, MinP = 0.5f }, query with { Temperature = 1e-39f }];
+        SampleQuery[] queries =
+        [
+            query, query with { Temperature = 1f }, query with { Temperature = 0.5f }, query with { Temperature = 1e-39f },
+            query with { Temperature = 1f, TopK = 1 }, query with { Temperature = 1f, TopP = 0.5f }, query with { Temperature = 1f, MinP = 0.5f },
+        ];
         StepLayout step = Bench.Queries(queries, [(forbidden, float.NegativeInfinity)]);
         Assert.All(Ask(bench.Backend, logits, Vocabulary, step), result =>
         {
@@ -129,7 +132,7 @@ public abstract partial class BackendTests
         });
     }
 
-    /// <summary>Where many logits are equal, exactly the tokens that the rules name are left: the mass of those kept says how many.</summary>
+    /// <summary>Where many logits are equal, exactly the tokens that the rules name are left: the mass of these says how many.</summary>
     [Fact]
     public void Truncation_among_equals_equals_the_reference()
     {
@@ -192,7 +195,8 @@ public abstract partial class BackendTests
         {
             float[] logits = [.. bench.Values(37, 3f).Select(v => v + shift)];
             logits[35] = shift + 500f;
-            SampleResult[] results = Ask(bench.Backend, logits, 37, Bench.Queries(Bench.Query(temperature: temperature), Bench.Query(temperature: 0f)));
+            StepLayout step = Bench.Queries(Bench.Query(temperature: temperature), Bench.Query(temperature: 0f));
+            SampleResult[] results = Ask(bench.Backend, logits, 37, step);
             Assert.Equal(35, results[0].Token);
             Assert.Equal(0f, results[0].SamplingLogProb);
             Assert.Equal(results[1], results[0]);

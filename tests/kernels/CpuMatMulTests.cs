@@ -64,7 +64,8 @@ public sealed unsafe class CpuMatMulTests
                     long packedBytes = matrices.PackedBytes(rows, inputs), matrixBytes = matrices.Bytes(Outputs, inputs);
                     int inputStride = PanelLayout.RoundUp(inputs);
                     using NativeBuffer packed = new(packedBytes + Guard), matrix = new(matrixBytes + Guard);
-                    using NativeBuffer x = new((long)rows * inputStride * sizeof(float)), y = new(((long)rows * Stride * sizeof(float)) + Guard);
+                    using NativeBuffer x = new((long)rows * inputStride * sizeof(float));
+                    using NativeBuffer y = new(((long)rows * Stride * sizeof(float)) + Guard);
                     using NativeBuffer source = new(Outputs * inputs * sizeof(float));
                     Fill(packed, packedBytes);
                     Fill(matrix, matrixBytes);
@@ -185,7 +186,8 @@ public sealed unsafe class CpuMatMulTests
             backend.WriteWeight(unit, 0, MemoryMarshal.AsBytes<float>(ones), DType.Float32);
             foreach (uint low in new[] { 0x7FFFu, 0x8000u, 0x8001u })
             {
-                float[] x = [.. Enumerable.Range(0, Inputs).Select(i => BitConverter.UInt32BitsToSingle((uint)(0x3F00 + i + (i % 3 << 15)) << 16 | low))];
+                IEnumerable<uint> high = Enumerable.Range(0, Inputs).Select(i => (uint)(0x3F00 + i + (i % 3 << 15)));
+                float[] x = [.. high.Select(bits => BitConverter.UInt32BitsToSingle(bits << 16 | low))];
                 Tensor y = backend.AllocateTensor(1, Inputs);
                 backend.MatMul(bench.Tensor(Inputs, x), unit, null, y, 1);
                 Bench.SameBits([.. x.Select(ReferenceBackend.Round)], Bench.Read(y, 1), $"{low:X}");

@@ -7,7 +7,9 @@ public sealed unsafe class CpuMemoryTests
 {
     // Sizes about which the way that memory is taken changes: 64 KiB from the system, 2 MiB in huge pages.
     public static readonly TheoryData<long> Sizes =
-        [1, 63, 64, 65, (64 << 10) - 129, (64 << 10) - 128, (64 << 10) - 64, (64 << 10) - 63, 64 << 10, (2 << 20) - 1, 2 << 20, (2 << 20) + 1];
+    [
+        1, 63, 64, 65, (64 << 10) - 129, (64 << 10) - 128, (64 << 10) - 64, (64 << 10) - 63, 64 << 10, (2 << 20) - 1, 2 << 20, (2 << 20) + 1,
+    ];
 
     [Theory]
     [MemberData(nameof(Sizes))]
@@ -125,7 +127,8 @@ public sealed unsafe class CpuMemoryTests
         using var backend = new CpuBackend(2);
         var bench = new Bench(backend);
         const int HeadDim = 128, KvHeads = 8, Heads = 8, Blocks = 40000, Tokens = 40;
-        using KvCache huge = Huge(() => backend.AllocateKvCache(2, Blocks, KvHeads, HeadDim)), small = backend.AllocateKvCache(2, 4, KvHeads, HeadDim);
+        using KvCache huge = Huge(() => backend.AllocateKvCache(2, Blocks, KvHeads, HeadDim));
+        using KvCache small = backend.AllocateKvCache(2, 4, KvHeads, HeadDim);
         using RopeTable rope = bench.Rope(HeadDim, Tokens);
         float[] values = bench.Values(Tokens * 3 * Heads * HeadDim);
         Assert.Equal(2L * Blocks * KvHeads * 2 * HeadDim * 16 * sizeof(float), huge.Bytes);
@@ -194,7 +197,8 @@ public sealed unsafe class CpuMemoryTests
         foreach (long place in places)
         {
             long element = Math.Max(0, place - uint.MaxValue);
-            backend.WriteWeightElements(huge, element, [(uint)(place - element)], MemoryMarshal.AsBytes<float>([place % 251]), DType.Float32);
+            ReadOnlySpan<byte> value = MemoryMarshal.AsBytes<float>([place % 251]);
+            backend.WriteWeightElements(huge, element, [(uint)(place - element)], value, DType.Float32);
         }
 
         foreach (long place in places)

@@ -1,6 +1,6 @@
 namespace Rollout.Kernels.Tests;
 
-/// <summary>A step that does not fit together is refused before it touches memory, at every border, and again when it is asked for again.</summary>
+/// <summary>A step that does not fit together is refused before it touches memory, at every border, and again when asked for again.</summary>
 public sealed class CpuRefusalTests : IDisposable
 {
     private const int Vocabulary = 40, HeadDim = 16, Blocks = 4;
@@ -124,7 +124,8 @@ public sealed class CpuRefusalTests : IDisposable
             Store(_cache, _rope);
 
             // Another cache in the same step, with fewer blocks.
-            using KvCache fewer = _backend.AllocateKvCache(2, Blocks - 1, 1, HeadDim), other = _backend.AllocateKvCache(2, Blocks, 1, HeadDim);
+            using KvCache fewer = _backend.AllocateKvCache(2, Blocks - 1, 1, HeadDim);
+            using KvCache other = _backend.AllocateKvCache(2, Blocks, 1, HeadDim);
             Store(other, _rope);
             Refused("cache", "Sequence 1 has block 3 of 3", () => Store(fewer, _rope));
             Refused("cache", "Sequence 1 has block 3 of 3", () => Attend(fewer));
@@ -199,7 +200,7 @@ public sealed class CpuRefusalTests : IDisposable
         Problem("bias for token 40 of 40", (ref SampleQuery query) => (query.BiasStart, query.BiasCount) = (1, 2));
         Problem("-1 alternatives", (ref SampleQuery query) => query.AlternativesCount = -1);
         Problem("41 alternatives", (ref SampleQuery query) => query.AlternativesCount = Vocabulary + 1);
-        Problem("alternatives out of range", (ref SampleQuery query) => (query.AlternativesStart, query.AlternativesCount) = (6, Vocabulary));
+        Problem("alternatives out of range", (ref SampleQuery query) => (query.AlternativesStart, query.AlternativesCount) = (6, 40));
         Problem("alternatives out of range", (ref SampleQuery query) => (query.AlternativesStart, query.AlternativesCount) = (-1, 1));
         Answered((ref SampleQuery query) => (query.AlternativesStart, query.AlternativesCount) = (5, Vocabulary));
         Problem("output indices do not ascend", (ref SampleQuery query) => query.OutputIndex = -1);
@@ -234,7 +235,8 @@ public sealed class CpuRefusalTests : IDisposable
     public void Weights_of_another_shape_backend_or_type_are_refused()
     {
         using CpuBackend another = new(1);
-        Weight weight = _bench.Weight(6, 4), turned = _bench.Weight(4, 6), vector = _bench.Weight(1, 24), foreign = new Bench(another).Weight(6, 4);
+        Weight weight = _bench.Weight(6, 4), turned = _bench.Weight(4, 6), vector = _bench.Weight(1, 24);
+        Weight foreign = new Bench(another).Weight(6, 4);
         Refused("destination", "[4, 6], needed [6, 4]", () => _backend.CopyWeight(weight, turned));
         Refused("destination", "[1, 24], needed [6, 4]", () => _backend.CopyWeight(weight, vector));
         Refused("destination", "another backend", () => _backend.CopyWeight(weight, foreign));

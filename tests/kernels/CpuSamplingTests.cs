@@ -18,7 +18,8 @@ public sealed class CpuSamplingTests
             {
                 // As it comes, ascending and descending: the best is met anywhere, late and early. And so large that most scores are equal.
                 float[] values = bench.Values(vocabulary, spread);
-                foreach (float[] logits in new[] { values, [.. values.Order()], [.. values.OrderDescending()], [.. values.Select(v => v + 3e7f)] })
+                float[][] rows = [values, [.. values.Order()], [.. values.OrderDescending()], [.. values.Select(v => v + 3e7f)]];
+                foreach (float[] logits in rows)
                 {
                     SampleQuery[] queries = [.. Enumerable.Range(0, 40).Select(p => Bench.Query() with { Position = p })];
                     SampleResult[] results = BackendTests.Ask(backend, logits, vocabulary, Bench.Queries(queries));
@@ -103,6 +104,9 @@ public sealed class CpuSamplingTests
         return token;
     }
 
-    private static uint Word(int token, SampleQuery query) =>
-        Sampling.Philox([(uint)token / 4, (uint)query.Position, query.SampleIndex, 0], [(uint)query.Seed, (uint)(query.Seed >> 32)])[token % 4];
+    private static uint Word(int token, SampleQuery query)
+    {
+        uint[] key = [(uint)query.Seed, (uint)(query.Seed >> 32)];
+        return Sampling.Philox([(uint)token / 4, (uint)query.Position, query.SampleIndex, 0], key)[token % 4];
+    }
 }

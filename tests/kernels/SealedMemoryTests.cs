@@ -54,10 +54,11 @@ public sealed class SealedMemoryTests
         using SealedMemory memory = Create((6L << 30) + 3);
         using (FileStream file = File.Open(memory.Path, FileMode.Open, FileAccess.ReadWrite))
         {
-            foreach ((long offset, byte value) in new[] { (5L, (byte)1), ((2L << 30) + 5, (byte)2), ((4L << 30) + 5, (byte)3), ((6L << 30) + 2, (byte)4) })
+            long[] offsets = [5, (2L << 30) + 5, (4L << 30) + 5, (6L << 30) + 2];
+            for (int i = 0; i < offsets.Length; i++)
             {
-                file.Position = offset;
-                file.WriteByte(value);
+                file.Position = offsets[i];
+                file.WriteByte((byte)(i + 1));
             }
         }
 

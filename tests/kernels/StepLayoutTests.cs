@@ -12,7 +12,8 @@ public sealed class StepLayoutTests
             sizes =>
             {
                 step.Clear();
-                Assert.Equal((0, 0, 0, 0, 0), (step.SequenceCount, step.OutputCount, step.QueryCount, step.AlternativesCount, step.BiasCount));
+                Assert.Equal((0, 0, 0), (step.SequenceCount, step.OutputCount, step.QueryCount));
+                Assert.Equal((0, 0), (step.AlternativesCount, step.BiasCount));
                 int[] ids = [.. Enumerable.Range(100, sizes.Sum())];
                 float[] values = [.. ids.Select(id => id * 0.5f)];
                 int at = 0;
