@@ -45,7 +45,7 @@ public sealed class CpuSamplingTests
             // Token 1 or the last has a score just below or just above what the noise makes of the other.
             float[] logits = Enumerable.Repeat(-1000f, 200).ToArray();
             int rival = first == 0 ? 1 : 199;
-            foreach ((float gap, bool lifted) in new[] { (0.01f, true), (0.3f, true), (1f, true), (-0.01f, false) })
+            foreach ((float gap, bool lifted) in new[] { (0.0005f, true), (0.01f, true), (0.3f, true), (1f, true), (-0.0005f, false) })
             {
                 logits[Token] = 0f;
                 logits[rival] = largest - gap - VectorMath.Gumbel(Word(rival, query));
