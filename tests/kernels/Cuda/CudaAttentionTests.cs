@@ -140,7 +140,7 @@ public sealed class CudaAttentionTests
             KvCache cache = on.AllocateKvCache(1, 10, kvHeads, headDim);
             RopeTable rope = bench.Rope(headDim, tokens);
             float[] values = bench.Values(tokens * columns);
-            return [.. Run(0, tokens - 3, attends: false), .. Run(tokens - 3, tokens - 1), .. Run(tokens - 1, tokens)];
+            return [.. Run(0, tokens - 1, attends: false), .. Run(tokens - 1, tokens), .. Run(tokens - 3, tokens - 1)];
 
             float[] Run(int from, int to, bool attends = true)
             {
@@ -151,6 +151,29 @@ public sealed class CudaAttentionTests
                     on.Attend(x, heads, 0.1f, cache, 0, output);
                 return attends ? Bench.Read(output, to - from) : [];
             }
+        }
+    }
+
+    /// <summary>As many rows as sequences, and yet no step that decodes.</summary>
+    [Fact]
+    public void Two_rows_beside_a_sequence_without_any_equal_the_reference()
+    {
+        SimulatedDevice.Require();
+        const int HeadDim = 16;
+        using CudaBackend backend = new(0, WeightFormat.Float32);
+        using ReferenceBackend reference = new(WeightFormat.Float32);
+        Bench.Close(Results(reference), Results(backend), 2e-5);
+
+        static float[] Results(IBackend on)
+        {
+            Bench bench = new(on, 2);
+            KvCache cache = on.AllocateKvCache(1, 2, 1, HeadDim);
+            RopeTable rope = bench.Rope(HeadDim, 4);
+            on.BeginStep(Bench.Step(2, 1, s => (0, 2 * s), (s, _) => s));
+            Tensor x = bench.Tensor(2, 3 * HeadDim), output = on.AllocateTensor(2, HeadDim);
+            on.RopeStoreKv(x, 1, null, null, 0f, rope, cache, 0);
+            on.Attend(x, 1, 1f, cache, 0, output);
+            return Bench.Read(output, 2);
         }
     }
 
