@@ -136,7 +136,8 @@ public sealed class TransactionEndTests : IDisposable
         // The seat is free while the samples still stand half-way: nothing of the update waits for them.
         StatusReply ended = await server.StatusAsync(status => !status.Updating);
         Assert.Equal((touched ? EngineState.Poisoned : EngineState.Paused, 0ul), (ended.State, ended.Version));
-        if (touched) Assert.Contains(way == "deadline" ? "half-way (deadline)" : "half-way (sender)", ended.Reason, StringComparison.Ordinal);
+        string why = way == "deadline" ? "half-way (deadline)" : "half-way (sender)";
+        if (touched) Assert.Contains(why, ended.Reason, StringComparison.Ordinal);
         await server.Control.ResumeAsync(new ResumeRequest(), deadline: Calls.Deadline());
         List<SampleChunk> samples = await begun;
         Assert.All(samples.SelectMany(sample => sample.Versions), span => Assert.Equal(0ul, span.Version));
