@@ -19,7 +19,7 @@ internal sealed unsafe class CudaStep : IDisposable
     private readonly long _alternativeIds, _alternativeLogProbs;
     private DeviceBuffer _biases; // ids, then values; grows with what requests bring
     private int _side;
-    private long _tokens, _positions, _sequences, _outputRows, _rowSlots, _queries, _items, _tables, _end; // of the step begun last
+    private long _tokens, _positions, _sequences, _outputRows, _rowSlots, _queries, _items, _tables, _otherItems, _end; // of the step begun last
 
     public CudaStep(CudaDevice device, StepLayout step)
     {
@@ -133,7 +133,8 @@ internal sealed unsafe class CudaStep : IDisposable
     public void Upload(StepLayout step, CudaAttentionPlan plan)
     {
         _device.Stream.Synchronize(); // what is being sent may not change
-        (_items, _end) = (_end, After(_end, plan.ItemCount, CudaAttentionPlan.ItemNumbers * sizeof(int))); // behind all else: there may be more items than before
+        // Behind all else, in the place of the plan that was made for other heads before: there may be more items than the step began with.
+        (_items, _end) = (_otherItems, After(_otherItems, plan.ItemCount, CudaAttentionPlan.ItemNumbers * sizeof(int)));
         Copy([HeaderOf(plan, step.QueryCount, TableStride(step))], 0, 1);
         Copy(plan.RowSlots.AsSpan(0, step.RowCount), _rowSlots, step.RowCount);
         Copy(plan.Items.AsSpan(0, CudaAttentionPlan.ItemNumbers * plan.ItemCount), _items, CudaAttentionPlan.ItemNumbers * plan.ItemCount);
@@ -222,7 +223,7 @@ internal sealed unsafe class CudaStep : IDisposable
         _queries = After(_rowSlots, rows, sizeof(int));
         _items = After(_queries, queries, sizeof(SampleQuery));
         _tables = After(_items, items, CudaAttentionPlan.ItemNumbers * sizeof(int));
-        _end = After(_tables, tables, sizeof(int));
+        _end = _otherItems = After(_tables, tables, sizeof(int));
     }
 
     private static long After(long start, long count, int bytes) => (start + (count * bytes) + 127) / 128 * 128;
