@@ -91,6 +91,22 @@ public sealed class PauseTests
     }
 
     [Fact]
+    public async Task A_pause_that_waits_lets_samples_without_a_seat_end_too()
+    {
+        ScriptedBackend backend = new();
+        await using RolloutEngine engine = RolloutEngine.Load(TestModels.Folder("qwen3"), backend, new() { MaxSequences = 1 });
+        backend.HoldAfter(5);
+        Group group = engine.Submit(s_request with { N = 3 });
+        backend.WaitUntilHeld();
+        Group next = engine.Submit(s_request with { Id = "next" });
+        Task<PauseResult> waits = engine.PauseAsync(PauseMode.Wait, "trainer", s_long, Cancelled);
+        backend.LetGo();
+        await waits.WaitAsync(TimeSpan.FromSeconds(30), Cancelled);
+        Assert.All(group.Samples, sample => Assert.Equal((FinishReason.Length, 60), (sample.FinishReason, sample.Published)));
+        Assert.All(next.Samples, sample => Assert.Equal((FinishReason.None, 0), (sample.FinishReason, sample.Published)));
+    }
+
+    [Fact]
     public async Task A_pause_that_aborts_says_how_many_samples_it_ended_in_all_groups()
     {
         (RolloutEngine engine, ScriptedBackend backend, Group group) = Begin();

@@ -83,6 +83,43 @@ public sealed class PrefixTests
     }
 
     [Fact]
+    public async Task After_an_update_under_recompute_one_sample_computes_the_prompt_for_all()
+    {
+        using UpdatePayload payload = UpdatePayload.Of("qwen3");
+        ScriptedBackend backend = new();
+        await using RolloutEngine engine = RolloutEngine.Load(TestModels.Folder("qwen3"), backend, new() { MaxBatchTokens = 16 });
+        GroupRequest request = new() { Id = "a", Prompt = [.. Enumerable.Range(3, 40)], N = 4, MaxTokens = 20, IgnoreEos = true };
+        await engine.UpdateWhileAsync(backend, payload, UpdatePolicy.Recompute, request, heldAfter: 5);
+        Assert.Equal((40 + 40 + 3 * 8, 3 * 32), (engine.Status.PrefilledTokens, engine.Status.PrefixHitTokens));
+    }
+
+    /// <summary>What a sample computes anew, under one version, others may find again.</summary>
+    [Fact]
+    public async Task Keys_and_values_computed_anew_after_keep_are_found()
+    {
+        using UpdatePayload payload = UpdatePayload.Of("qwen3");
+        ScriptedBackend backend = new();
+        await using RolloutEngine engine = TestModels.Load("qwen3", backend);
+        int[] prompt = [.. Enumerable.Range(3, 40)];
+        GroupRequest request = new() { Id = "a", Prompt = prompt, MaxTokens = 100, IgnoreEos = true, StreamTokens = true };
+        using WeightUpdate update = await engine.OpenUpdateAsync(payload.Manifest(0, 1) with { Policy = UpdatePolicy.Keep });
+        update.Write(0, payload.Bytes);
+        Group group = engine.SubmitAndHold(backend, request, tokens: 5);
+        Task paused = engine.PauseAsync(PauseMode.Keep, "the test", TimeSpan.FromMinutes(10), Cancelled);
+        backend.LetGo();
+        await paused;
+        await update.CommitAsync(payload.Digest, Cancelled);
+        await engine.SleepAsync(MemoryTags.KvCache);
+        await engine.WakeUpAsync(MemoryTags.KvCache);
+        await engine.ResumeAsync();
+        await group.Completed.WaitAsync(TimeSpan.FromSeconds(30), Cancelled);
+        Assert.Equal(1ul, group.Samples[0].OldestKvVersion);
+        Group later = engine.Submit(request with { Id = "later" });
+        await later.Completed.WaitAsync(TimeSpan.FromSeconds(30), Cancelled);
+        Assert.Equal(32, later.CachedPromptTokens);
+    }
+
+    [Fact]
     public async Task Samples_that_wait_for_a_seat_find_the_prompt_their_first_sample_left_and_it_is_counted()
     {
         await using RolloutEngine engine = TestModels.Load("qwen3", new EngineOptions { MaxSequences = 1 });

@@ -112,8 +112,10 @@ public sealed class ScoringTests
         Assert.Equal((FinishReason.Length, 1ul), (group.Samples[0].FinishReason, group.PromptVersion));
     }
 
-    [Fact]
-    public async Task A_prompt_that_cannot_be_scored_ends_every_sample_with_the_reason()
+    [Theory]
+    [InlineData(1, 0)]
+    [InlineData(3, 5)]
+    public async Task A_prompt_that_cannot_be_scored_ends_every_sample_with_the_reason(int n, int maxTokens)
     {
         using UpdatePayload payload = UpdatePayload.Of("qwen3");
         await using RolloutEngine engine = TestModels.Load("qwen3", new EngineOptions { MaxBatchTokens = 16 });
@@ -123,7 +125,7 @@ public sealed class ScoringTests
         update.Write(0, payload.Bytes);
         await update.CommitAsync(default, Cancelled);
         IReadOnlyList<Sequence> samples = await engine.RunAsync(
-            new() { Id = "a", Prompt = [.. Enumerable.Range(3, 60)], N = 3, MaxTokens = 5, PromptLogProbs = true });
+            new() { Id = "a", Prompt = [.. Enumerable.Range(3, 60)], N = n, MaxTokens = maxTokens, PromptLogProbs = true });
         Assert.All(samples, sample => Assert.Equal((FinishReason.Error, 0), (sample.FinishReason, sample.Published)));
         Assert.All(samples, sample => Assert.Contains("version 1", sample.Error, StringComparison.Ordinal));
     }

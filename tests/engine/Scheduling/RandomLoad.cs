@@ -149,7 +149,7 @@ internal sealed class RandomLoad
             Seed = (ulong)random.Next(),
             MaxTokens = maxTokens,
             MinTokens = random.Next(2) == 0 ? 0 : random.Next(0, maxTokens + 1),
-            CacheSalt = random.Next(4) == 0 ? "salt" : "",
+            CacheSalt = random.Next(6) switch { 0 => "salt", 1 => "sale", _ => "" },
             PromptLogProbs = scores,
             PromptTop = scores ? random.Next(3) : 0,
             TopLogProbs = random.Next(4),
@@ -261,6 +261,7 @@ internal sealed class RandomLoad
         for (int p = 0; p < prompt.Length; p++)
         {
             past = RememberingDevice.Past(past, prompt[p], group.PromptVersion);
+            Assert.True(RememberingDevice.IsFinite(past), "a score of logits that are no numbers");
             if (p + 1 < prompt.Length)
             {
                 SampleQuery query = new() { Target = prompt[p + 1] };

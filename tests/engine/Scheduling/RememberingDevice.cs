@@ -82,7 +82,7 @@ internal sealed class RememberingDevice(int blocks)
     /// <summary>The past of the last of these tokens, all computed under one version.</summary>
     public static ulong Past(IEnumerable<int> tokens, ulong version) => tokens.Aggregate(0ul, (past, token) => Past(past, token, version));
 
-    public static bool IsFinite(ulong past) => Mix(past, 1) % 2000 != 0;
+    public static bool IsFinite(ulong past) => Mix(past, 1) % 1000 != 0;
 
     public static SampleResult Answer(ulong past, in SampleQuery query, IReadOnlySet<int> forbidden)
     {
