@@ -36,9 +36,10 @@ public sealed class LimitsTests
         Sequence whole = (await engine.RunAsync(request)).First(sample => !sample.Tokens(0, 6).Contains(sample.Tokens(6, 7)[0]));
         int[] tokens = whole.Tokens(0, 20).ToArray();
         int stop = tokens[6];
+        string text = $"<{tokens[5]}><{stop}>"; // of two tokens, so that samples must not mix
 
-        Sequence byText = (await engine.RunAsync(request with { MinTokens = minTokens, StopStrings = ["<>", $"<{stop}>"] }))[whole.Index];
-        int end = Array.IndexOf(tokens, stop, Math.Max(0, minTokens - 1));
+        Sequence byText = (await engine.RunAsync(request with { MinTokens = minTokens, StopStrings = ["<>", text] }))[whole.Index];
+        int end = Enumerable.Range(1, 19).FirstOrDefault(i => i >= minTokens - 1 && tokens[i - 1] == tokens[5] && tokens[i] == stop, -1);
         Assert.True(minTokens > 7 || end == 6);
         Assert.Equal(end >= 0 ? (FinishReason.Stop, end + 1) : (FinishReason.Length, 20), (byText.FinishReason, byText.Published));
         Assert.Equal(tokens[..byText.Published], byText.Tokens(0, byText.Published).ToArray());

@@ -87,7 +87,7 @@ public sealed class PrefixTests
     {
         using UpdatePayload payload = UpdatePayload.Of("qwen3");
         ScriptedBackend backend = new();
-        await using RolloutEngine engine = RolloutEngine.Load(TestModels.Folder("qwen3"), backend, new() { MaxBatchTokens = 16 });
+        await using RolloutEngine engine = RolloutEngine.Load(TestModels.Folder("qwen3"), backend, new() { MaxBatchTokens = 64 });
         GroupRequest request = new() { Id = "a", Prompt = [.. Enumerable.Range(3, 40)], N = 4, MaxTokens = 20, IgnoreEos = true };
         await engine.UpdateWhileAsync(backend, payload, UpdatePolicy.Recompute, request, heldAfter: 5);
         Assert.Equal((40 + 40 + 3 * 8, 3 * 32), (engine.Status.PrefilledTokens, engine.Status.PrefixHitTokens));
