@@ -290,6 +290,7 @@ public sealed partial class RolloutEngine : IAsyncDisposable
 
         Post(() =>
         {
+            if (group.Completed.IsCompleted) return; // on its way: it could be aborted as soon as its id was known
             if (_fault is not null || _stopping) _scheduler.End(group, FinishReason.Error, _fault ?? Stopped);
             else if (Refusal() is not null) _scheduler.End(group, FinishReason.Abort); // it fell asleep or ill in between
             else _scheduler.Submit(group);

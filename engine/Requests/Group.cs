@@ -76,8 +76,11 @@ public sealed class Group
     /// <summary>Whether <see cref="StreamWakes"/> has the group among those to raise.</summary>
     internal bool WakeHeld { get; set; }
 
-    /// <summary>True once the samples of the group have been sampled from the leader's prompt (or gone their own way).</summary>
-    internal bool Forked { get; set; }
+    /// <summary>
+    /// False while siblings wait for the leader to complete the prompt; afterwards they have been sampled from it, or gone their own way.
+    /// True at first: a group may end before the scheduler has it and counts its siblings.
+    /// </summary>
+    internal bool Forked { get; set; } = true;
 
     /// <summary>
     /// What is new since the last call, until every sample has ended: with StreamTokens as tokens come, otherwise as samples end.

@@ -141,20 +141,6 @@ public sealed class PauseTests
         await engine.SleepAsync(MemoryTags.KvCache);
     }
 
-    [Fact]
-    public async Task A_request_that_comes_while_the_engine_falls_asleep_is_ended_not_left_waiting()
-    {
-        (RolloutEngine engine, ScriptedBackend backend, Group group) = Begin();
-        await using RolloutEngine _ = engine;
-        Task<PauseResult> paused = engine.PauseAsync(PauseMode.Abort, "trainer", s_long, Cancelled);
-        Task<IReadOnlyList<FreedMemory>> asleep = engine.SleepAsync(MemoryTags.KvCache);
-        Group late = engine.Submit(s_request with { Id = "late" }); // the engine does not sleep yet
-        backend.LetGo();
-        await Task.WhenAll(paused, asleep);
-        await late.Completed.WaitAsync(TimeSpan.FromSeconds(30), Cancelled);
-        Assert.All(late.Samples.Concat(group.Samples), sample => Assert.Equal(FinishReason.Abort, sample.FinishReason));
-    }
-
     /// <summary>A group with five tokens a sample, and the loop held before the sixth.</summary>
     private static (RolloutEngine Engine, ScriptedBackend Backend, Group Group) Begin()
     {

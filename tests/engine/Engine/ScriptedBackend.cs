@@ -100,7 +100,6 @@ internal sealed class ScriptedBackend(IBackend? device = null) : IBackend
             return;
         }
 
-        if (StepsLeft-- == 0) throw new InvalidOperationException("device lost");
         if (_stepsUntilHeld-- == 0)
         {
             _held.Set();
@@ -108,6 +107,7 @@ internal sealed class ScriptedBackend(IBackend? device = null) : IBackend
             _letGo.Reset();
         }
 
+        if (StepsLeft-- == 0) throw new InvalidOperationException("device lost");
         _order.Append('B');
         _inner.BeginStep(step);
     }

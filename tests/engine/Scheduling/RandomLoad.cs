@@ -80,7 +80,15 @@ internal sealed class RandomLoad
                 Group group = NewGroup(_submitted.Count, random);
                 _submitted.Add(group);
                 _readers.Add(Task.Run(() => ReadAsync(group)));
-                _scheduler.Submit(group);
+                if (random.Next(10) > 0)
+                {
+                    _scheduler.Submit(group);
+                    break;
+                }
+
+                // The engine refuses it on its way.
+                _aborted.UnionWith(group.Samples);
+                Assert.Equal(group.Samples.Count, _scheduler.End(group, FinishReason.Abort));
                 break;
             case 6 when _submitted.Count > 0:
                 Land();
