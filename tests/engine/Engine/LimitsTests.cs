@@ -105,11 +105,28 @@ public sealed class LimitsTests
     }
 
     [Fact]
-    public async Task A_part_of_the_free_memory_goes_to_keys_and_values()
+    public async Task A_sample_that_lost_its_blocks_goes_on_before_one_that_has_not_begun()
     {
-        ScriptedBackend backend = new() { AvailableBytes = 40 * BlockBytes + 100 };
-        await using RolloutEngine engine = RolloutEngine.Load(TestModels.Folder("qwen3"), backend, new() { KvCacheFraction = 0.25 });
-        Assert.Equal(10, engine.Status.KvBlocksTotal);
+        await using RolloutEngine roomy = TestModels.Load("qwen3");
+        ScriptedBackend backend = new();
+        EngineOptions options = new() { MaxSequences = 2, KvCacheBytes = 4 * BlockBytes };
+        await using RolloutEngine engine = RolloutEngine.Load(TestModels.Folder("qwen3"), backend, options);
+        await engine.PauseAsync(PauseMode.Keep, "the test", TimeSpan.FromMinutes(10), Cancelled);
+        Group first = engine.Submit(s_request with { MaxTokens = 28 });
+        Group second = engine.Submit(s_request with { Id = "b", Prompt = [.. Enumerable.Range(40, 20)], MaxTokens = 28 });
+        Group third = engine.Submit(s_request with { Id = "c", Prompt = [.. Enumerable.Range(80, 10)], MaxTokens = 28 });
+        backend.HoldAfter(20);
+        await engine.ResumeAsync();
+        backend.WaitUntilHeld();
+        Assert.Equal((1, 1, 2), (engine.Status.Preemptions, engine.Status.Running, engine.Status.Waiting));
+        // The first took the second's blocks for its third. One is left, which would do for the last: but it is not its turn.
+        Assert.Equal([20, 13, 0], new[] { first, second, third }.Select(group => group.Samples[0].Published));
+        backend.LetGo();
+        foreach (Group group in (Group[])[first, second, third])
+        {
+            await group.Completed.WaitAsync(TimeSpan.FromSeconds(30), Cancelled);
+            Assert.Equal((await roomy.RunAsync(group.Request))[0].Bits(), group.Samples[0].Bits());
+        }
     }
 
     [Fact]

@@ -1,11 +1,12 @@
 using System.Collections;
+using Rollout.Kernels;
 using Xunit;
 
 namespace Rollout.Engine.Tests;
 
 /// <summary>
-/// A request that was taken but has not come to the loop yet, when something else ends it or makes the engine refuse it: it ends once, leaves
-/// nothing behind, and the next one is served. The loop is held while things are ordered.
+/// A request that was taken but has not come to the loop yet, when something else ends it or makes the engine refuse it: it ends once,
+/// leaves nothing behind, and the next one is served. The loop is held while things are ordered.
 /// </summary>
 public sealed class OnTheWayTests
 {
@@ -124,7 +125,7 @@ public sealed class OnTheWayTests
     private static async Task AssertServesAsync(RolloutEngine engine, string? weights = null)
     {
         Assert.Equal((0, 0), (engine.Status.Running, engine.Status.Waiting));
-        await using RolloutEngine fresh = RolloutEngine.Load(weights ?? TestModels.Folder("qwen3"), new Kernels.CpuBackend(1), new EngineOptions());
+        await using RolloutEngine fresh = RolloutEngine.Load(weights ?? TestModels.Folder("qwen3"), new CpuBackend(1), new EngineOptions());
         string[] expected = [.. (await fresh.RunAsync(s_late)).Select(sample => sample.Bits())];
         Assert.Equal(expected, (await engine.RunAsync(s_late)).Select(sample => sample.Bits()));
         Assert.Equal((0, 0, 0), (engine.Status.Running, engine.Status.Waiting, engine.Status.KvBlocksUsed));

@@ -33,7 +33,8 @@ internal sealed class ScriptedBackend(IBackend? device = null) : IBackend
 
     public int KvElementBytes => _inner.KvElementBytes;
 
-    public long KvCacheBudget => _inner.KvCacheBudget;
+    /// <summary>The device's own, unless a test says.</summary>
+    public long KvCacheBudget { get => field >= 0 ? field : _inner.KvCacheBudget; set; } = -1;
 
     public int LogitRows => _inner.LogitRows;
 

@@ -50,6 +50,52 @@ public sealed class StreamWakesTests
         foreach (Reader reader in readers) Assert.Equal(1, await reader.ReadAsync());
     }
 
+    [Fact]
+    public void The_time_between_rounds_grows_with_the_groups_and_with_the_samples_of_one_step()
+    {
+        long one = TicksBetween(groups: 1, samples: 1, heldBack: 0);
+        long sample = TicksBetween(1, 2, 0) - one;
+        Assert.InRange(sample, 1, one);
+        Assert.Equal(one + (99 * sample), TicksBetween(1, 100, 0));
+        Assert.Equal(10 * one, TicksBetween(10, 1, 0));
+        foreach (int heldBack in (int[])[1, 2, 5]) Assert.Equal(TicksBetween(3, 4, 0), TicksBetween(3, 4, heldBack));
+    }
+
+    /// <summary>From the second round, before which so many steps woke nobody, to the third.</summary>
+    private static long TicksBetween(int groups, int samples, int heldBack)
+    {
+        const long Start = 1_000_000_000_000;
+        long soon = 0;
+        long late = Stopwatch.Frequency;
+        while (soon + 1 < late)
+        {
+            long middle = (soon + late) / 2;
+            if (Wakes(middle)) late = middle;
+            else soon = middle;
+        }
+
+        return late;
+
+        bool Wakes(long ticks)
+        {
+            StreamWakes wakes = new(groups);
+            Group[] all = [.. Enumerable.Range(0, groups).Select(i => new Group(new() { Id = $"{i}", Prompt = [1] }, [], endTokens: []))];
+            Step(Start);
+            for (int i = 0; i < heldBack; i++) Assert.False(Step(Start + i + 1));
+            long second = Start + Stopwatch.Frequency;
+            Assert.True(Step(second));
+            return Step(second + ticks);
+
+            bool Step(long now)
+            {
+                foreach (Group group in all)
+                    for (int i = 0; i < samples; i++) wakes.Add(group);
+                wakes.EndStep(now);
+                return !all[0].WakeHeld;
+            }
+        }
+    }
+
     private sealed class Reader
     {
         private readonly Group _group;

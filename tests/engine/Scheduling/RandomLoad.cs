@@ -31,6 +31,7 @@ internal sealed class RandomLoad
     private readonly List<Task> _readers = [];
     private readonly Dictionary<Group, int> _begun = []; // and at which position its first row was
     private readonly HashSet<Group> _mixed = [];         // may have keys and values of several versions
+    private readonly HashSet<Sequence> _seated = [];
     private readonly HashSet<Sequence> _aborted = [];
     private readonly HashSet<Sequence> _counted = [];
     private readonly long[] _staleness = new long[9];
@@ -199,8 +200,12 @@ internal sealed class RandomLoad
             Assert.True(admitNew, "a group began that may not");
             Assert.DoesNotContain(_submitted.TakeWhile(earlier => earlier != group),
                 earlier => !_begun.ContainsKey(earlier) && !earlier.Completed.IsCompleted);
+            // Whoever had a seat and lost it comes first, unless it waits for its group's prompt or its last token.
+            Assert.DoesNotContain(_seated, sample => sample.FinishReason == FinishReason.None && !_scheduler.RunningSequences.Contains(sample)
+                && !sample.Group.Samples.Any(_scheduler.RunningSequences.Contains) && _underWay?.Sequences.Contains(sample) != true);
         }
 
+        _seated.UnionWith(_scheduler.RunningSequences);
         RememberingDevice.Answers answers = _device.Run(step, _scheduler.Version, sequence => _mixed.Contains(sequence.Group));
         Land();
         (_underWay, _answers) = (step, answers);

@@ -1,0 +1,85 @@
+using System.Diagnostics.Metrics;
+using Microsoft.Win32.SafeHandles;
+using Rollout.Kernels;
+using Xunit;
+
+namespace Rollout.Engine.Tests;
+
+/// <summary>What an operator sees of updates: each is counted once, under what became of it.</summary>
+public sealed class EngineMetricsTests
+{
+    private static CancellationToken Cancelled => TestContext.Current.CancellationToken;
+
+    [Fact]
+    public async Task Every_update_is_counted_once_by_what_became_of_it_and_a_commits_seconds_by_phase()
+    {
+        using UpdatePayload payload = UpdatePayload.Of("qwen3");
+        // Its name tells its metrics from those of other tests.
+        await using RolloutEngine engine = RolloutEngine.Load(payload.Folder, new CpuBackend(1), new EngineOptions());
+        Dictionary<string, long> counts = [];
+        Dictionary<string, List<double>> seconds = [];
+        using MeterListener listener = new();
+        listener.InstrumentPublished = (instrument, self) =>
+        {
+            if (instrument.Meter.Name == EngineMetrics.MeterName && instrument.Meter.Tags!.Any(tag => Equals(tag.Value, engine.ModelName)))
+                self.EnableMeasurementEvents(instrument);
+        };
+        listener.SetMeasurementEventCallback<long>((instrument, value, tags, _) =>
+        {
+            string key = tags.Length == 0 ? instrument.Name : $"{instrument.Name} {tags[0].Value}";
+            counts[key] = instrument.IsObservable ? value : counts.GetValueOrDefault(key) + value;
+        });
+        listener.SetMeasurementEventCallback<double>((instrument, value, tags, _) =>
+        {
+            Assert.Equal(("rollout.updates.seconds", "phase"), (instrument.Name, tags[0].Key));
+            string phase = (string)tags[0].Value!;
+            if (!seconds.TryGetValue(phase, out List<double>? all)) seconds[phase] = all = [];
+            all.Add(value);
+        });
+        listener.Start();
+
+        List<CommitResult> results = [];
+        foreach ((ulong from, ulong to) in ((ulong, ulong)[])[(0, 1), (1, 5)])
+        {
+            using WeightUpdate update = await engine.OpenUpdateAsync(payload.Manifest(from, to));
+            update.Write(0, payload.Bytes);
+            results.Add(await update.CommitAsync(payload.Digest, Cancelled));
+        }
+
+        UpdateManifest manifest = payload.Manifest(5, 6);
+        Assert.Throws<UpdateRejectedException>(() => engine.BeginUpdate(payload.Manifest(4, 6)));
+        using (engine.BeginUpdate(manifest)) Assert.Throws<EngineStateException>(() => engine.BeginUpdate(manifest)); // and the sender ends the other
+        using (WeightUpdate update = await engine.OpenUpdateAsync(manifest))
+        {
+            update.Write(0, payload.Bytes);
+            await Assert.ThrowsAsync<UpdateFailedException>(() => update.CommitAsync(new byte[16], Cancelled));
+            await Assert.ThrowsAsync<UpdateFailedException>(() => update.CommitAsync(payload.Digest, Cancelled)); // still one update
+        }
+
+        using (WeightUpdate update = await engine.OpenUpdateAsync(manifest))
+            await Assert.ThrowsAsync<UpdateFailedException>(() => update.CommitAsync(default, Cancelled));
+        using (WeightUpdate update = await engine.OpenUpdateAsync(manifest))
+        using (SafeFileHandle empty = File.OpenHandle(Path.Combine(payload.Folder, "empty"), FileMode.Create, FileAccess.ReadWrite))
+            Assert.Throws<UpdateFailedException>(() => update.ReadFrom(empty, 0, 0, payload.Bytes.Length, Cancelled));
+        using (WeightUpdate update = await engine.OpenUpdateAsync(manifest)) update.End(UpdateFailure.Deadline);
+        listener.RecordObservableInstruments();
+
+        string[] failed = ["rejected", "refused", "sender", "digest", "protocol", "source", "deadline"];
+        Dictionary<string, long> expected = failed.ToDictionary(reason => $"rollout.updates.failed {reason}", _ => 1L);
+        expected["rollout.updates.started"] = 2 + failed.Length;
+        expected["rollout.updates.committed"] = 2;
+        expected["rollout.updates.bytes"] = 2 * payload.Bytes.Length;
+        expected["rollout.weights.version"] = 5;
+        Assert.Equal(expected.OrderBy(count => count.Key, StringComparer.Ordinal),
+            counts.Where(count => !count.Key.StartsWith("rollout.tokens", StringComparison.Ordinal)).OrderBy(count => count.Key, StringComparer.Ordinal));
+        Assert.Equal(new Dictionary<string, IEnumerable<double>>
+        {
+            ["apply"] = results.Select(result => result.ApplySeconds),
+            ["preflight"] = results.Select(result => result.PreflightSeconds),
+            ["stall"] = results.Select(result => result.StallSeconds),
+            ["swap"] = results.Select(result => result.SwapSeconds),
+            ["transfer"] = results.Select(result => result.TransferSeconds),
+        }, seconds.OrderBy(phase => phase.Key, StringComparer.Ordinal).ToDictionary(phase => phase.Key, phase => (IEnumerable<double>)phase.Value));
+        Assert.All(results, result => Assert.True(result.StallSeconds <= result.SwapSeconds)); // a part of it, where the update is staged
+    }
+}

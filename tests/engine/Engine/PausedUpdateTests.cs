@@ -1,0 +1,183 @@
+using Rollout.Kernels;
+using Xunit;
+
+namespace Rollout.Engine.Tests;
+
+/// <summary>Updates that meet pauses: each keeps its promise, in whatever order they come.</summary>
+public sealed class PausedUpdateTests
+{
+    private static readonly TimeSpan s_patience = TimeSpan.FromSeconds(30);
+
+    private static readonly GroupRequest s_request = new()
+    {
+        Id = "begun",
+        Prompt = [.. Enumerable.Range(3, 40)],
+        N = 2,
+        MaxTokens = 60,
+        Seed = 9,
+        IgnoreEos = true,
+        StreamTokens = true,
+    };
+
+    private static CancellationToken Cancelled => TestContext.Current.CancellationToken;
+
+    /// <summary>The samples have five tokens, and a sixth when the pause is in force.</summary>
+    [Theory, MemberData(nameof(PoliciesAndModes))]
+    public async Task An_update_meets_a_pause(UpdatePolicy policy, PauseMode mode)
+    {
+        using UpdatePayload payload = UpdatePayload.Of("qwen3");
+        await using RolloutEngine fresh = RolloutEngine.Load(payload.Folder, new CpuBackend(1), new EngineOptions());
+        ScriptedBackend backend = new();
+        await using RolloutEngine engine = TestModels.Load("qwen3", backend);
+        using WeightUpdate update = await engine.OpenUpdateAsync(payload.Manifest(0, 1) with { Policy = policy });
+        update.Write(0, payload.Bytes);
+        Group begun = engine.SubmitAndHold(backend, s_request, tokens: 5);
+        Task paused = engine.PauseAsync(mode, "pauser", TimeSpan.FromMinutes(10), Cancelled);
+        Task committed;
+        if (mode == PauseMode.Wait)
+        {
+            committed = update.CommitAsync(payload.Digest, Cancelled);
+            backend.LetGo();
+        }
+        else
+        {
+            backend.LetGo();
+            await paused.WaitAsync(s_patience, Cancelled);
+            committed = update.CommitAsync(payload.Digest, Cancelled);
+        }
+
+        Group later = engine.Submit(s_request with { Id = "later" });
+        if (policy == UpdatePolicy.Drain && mode == PauseMode.Keep)
+        {
+            for (int turn = 0; turn < 2; turn++) await engine.AbortAsync(["nobody"]);
+            Assert.Equal((false, 0ul), (committed.IsCompleted, engine.Version)); // what began is frozen, so the moment does not come
+            await engine.ResumeAsync();
+            paused = engine.PauseAsync(PauseMode.Wait, "pauser", TimeSpan.FromMinutes(10), Cancelled);
+        }
+
+        await committed.WaitAsync(s_patience, Cancelled);
+        await paused.WaitAsync(s_patience, Cancelled);
+        Assert.Equal((EngineState.Paused, "pauser", 1ul), (engine.Status.State, engine.Status.Reason, engine.Version));
+        if (mode == PauseMode.Keep && policy is UpdatePolicy.Keep or UpdatePolicy.Recompute)
+            Assert.All(begun.Samples, sample => Assert.Equal((FinishReason.None, 6), (sample.FinishReason, sample.Published)));
+        else
+            Assert.True(begun.Completed.IsCompleted);
+        await engine.ResumeAsync();
+        await Task.WhenAll(begun.Completed, later.Completed).WaitAsync(s_patience, Cancelled);
+
+        bool aborted = policy == UpdatePolicy.Abort || mode == PauseMode.Abort;
+        int old = aborted || policy != UpdatePolicy.Drain ? 6 : 60;
+        Assert.All(begun.Samples, sample =>
+        {
+            Assert.Equal(aborted ? (FinishReason.Abort, 6) : (FinishReason.Length, 60), (sample.FinishReason, sample.Published));
+            ulong[] versions = sample.Versions(0, sample.Published).ToArray();
+            Assert.Equal(versions.Select((_, i) => i < old ? 0ul : 1ul), versions);
+        });
+        Assert.Equal((await fresh.RunAsync(later.Request)).Select(sample => sample.Bits()), later.Samples.Select(sample => sample.Bits()));
+        Assert.Equal((EngineState.Running, 0, 0), (engine.Status.State, engine.Status.Running, engine.Status.Waiting));
+    }
+
+    /// <summary>Weights are half written: that the pause is over changes nothing before the commit.</summary>
+    [Fact]
+    public async Task A_lease_that_ends_while_an_update_lands_in_place_lets_no_step_run()
+    {
+        using UpdatePayload payload = UpdatePayload.Of("qwen3");
+        await using RolloutEngine fresh = RolloutEngine.Load(payload.Folder, new CpuBackend(1), new EngineOptions());
+        ScriptedBackend backend = new();
+        await using RolloutEngine engine = TestModels.Load("qwen3", backend);
+        Group begun = engine.SubmitAndHold(backend, s_request, tokens: 5);
+        Task paused = engine.PauseAsync(PauseMode.Keep, "pauser", TimeSpan.FromMinutes(10), Cancelled);
+        backend.LetGo();
+        await paused.WaitAsync(s_patience, Cancelled);
+        using (WeightUpdate update = await engine.OpenUpdateAsync(payload.Manifest(0, 1) with { Mode = UpdateMode.InPlace, Owner = "trainer" }))
+        {
+            update.Write(0, payload.Bytes.AsSpan(0, 1000));
+            await engine.PauseAsync(PauseMode.Keep, "pauser", TimeSpan.FromMilliseconds(1), Cancelled);
+            long over = Environment.TickCount64 + 20;
+            while (Environment.TickCount64 < over || engine.Status.Reason != "trainer") await Task.Delay(1, Cancelled);
+            for (int turn = 0; turn < 2; turn++) await engine.AbortAsync(["nobody"]);
+            Assert.Equal((EngineState.Updating, "trainer"), (engine.Status.State, engine.Status.Reason));
+            Assert.All(begun.Samples, sample => Assert.Equal(6, sample.Published));
+            update.Write(1000, payload.Bytes.AsSpan(1000));
+            await update.CommitAsync(payload.Digest, Cancelled);
+        }
+
+        await begun.Completed.WaitAsync(s_patience, Cancelled); // nobody resumed
+        Assert.Equal((EngineState.Running, ""), (engine.Status.State, engine.Status.Reason));
+        foreach (Sequence sample in begun.Samples)
+        {
+            GroupRequest rest = s_request with { Prompt = [.. s_request.Prompt, .. sample.Tokens(0, 6)], MaxTokens = 54 };
+            Assert.Equal((await fresh.RunAsync(rest))[sample.Index].Tokens(0, 54).ToArray(), sample.Tokens(6, 60).ToArray());
+        }
+    }
+
+    [Fact]
+    public async Task While_an_update_lands_in_place_groups_can_be_aborted_and_a_pause_takes_force()
+    {
+        using UpdatePayload payload = UpdatePayload.Of("qwen3");
+        ScriptedBackend backend = new();
+        await using RolloutEngine engine = TestModels.Load("qwen3", backend);
+        Group begun = engine.SubmitAndHold(backend, s_request, tokens: 5);
+        WeightUpdate update = engine.BeginUpdate(payload.Manifest(0, 1) with { Mode = UpdateMode.InPlace, Owner = "trainer" });
+        Task opened = update.OpenAsync(Cancelled);
+        backend.LetGo();
+        await opened.WaitAsync(s_patience, Cancelled);
+        Group later = engine.Submit(s_request with { Id = "later" });
+        AbortCounts counts = await engine.AbortAsync(["begun"]);
+        Assert.Equal((1, 2), (counts.Groups, counts.Samples));
+        await begun.Completed.WaitAsync(s_patience, Cancelled);
+        Task<PauseResult> waits = engine.PauseAsync(PauseMode.Wait, "pauser", TimeSpan.FromMinutes(10), Cancelled);
+        Assert.Equal(new PauseResult(EngineState.Updating, 0), await waits.WaitAsync(s_patience, Cancelled));
+        Assert.Equal("trainer", engine.Status.Reason);
+        update.Write(0, payload.Bytes);
+        await update.CommitAsync(payload.Digest, Cancelled);
+        update.Dispose();
+        Assert.Equal((EngineState.Paused, "pauser"), (engine.Status.State, engine.Status.Reason));
+        Assert.All(later.Samples, sample => Assert.Equal((FinishReason.None, 0), (sample.FinishReason, sample.Published)));
+        await engine.ResumeAsync();
+        await later.Completed.WaitAsync(s_patience, Cancelled);
+        Assert.All(later.Samples, sample => Assert.Equal(FinishReason.Length, sample.FinishReason));
+    }
+
+    /// <summary>The round of a trainer that shares the device: the pause outlives the sleep and the update.</summary>
+    [Fact]
+    public async Task A_pause_outlives_sleep_waking_and_the_update_that_heals()
+    {
+        using UpdatePayload payload = UpdatePayload.Of("qwen3");
+        await using RolloutEngine fresh = RolloutEngine.Load(payload.Folder, new CpuBackend(1), new EngineOptions());
+        ScriptedBackend backend = new();
+        await using RolloutEngine engine = TestModels.Load("qwen3", backend);
+        Group begun = engine.SubmitAndHold(backend, s_request, tokens: 5);
+        Task paused = engine.PauseAsync(PauseMode.Abort, "trainer", TimeSpan.FromMinutes(10), Cancelled);
+        backend.LetGo();
+        await paused.WaitAsync(s_patience, Cancelled);
+        Assert.Equal(2, (await engine.SleepAsync(MemoryTags.All)).Count);
+        await engine.WakeUpAsync(MemoryTags.All);
+        Assert.Equal(EngineState.Poisoned, engine.Status.State);
+        using (WeightUpdate update = await engine.OpenUpdateAsync(payload.Manifest(0, 1)))
+        {
+            update.Write(0, payload.Bytes);
+            await update.CommitAsync(payload.Digest, Cancelled);
+        }
+
+        Assert.Equal((EngineState.Paused, "trainer"), (engine.Status.State, engine.Status.Reason));
+        Group later = engine.Submit(s_request);
+        for (int turn = 0; turn < 2; turn++) await engine.AbortAsync(["nobody"]);
+        Assert.Equal((0, 2), (engine.Status.Running, engine.Status.Waiting));
+        await engine.ResumeAsync();
+        await later.Completed.WaitAsync(s_patience, Cancelled);
+        Assert.True(begun.Completed.IsCompleted);
+        Assert.Equal((await fresh.RunAsync(s_request)).Select(sample => sample.Bits()), later.Samples.Select(sample => sample.Bits()));
+    }
+
+    public static TheoryData<UpdatePolicy, PauseMode> PoliciesAndModes
+    {
+        get
+        {
+            TheoryData<UpdatePolicy, PauseMode> data = [];
+            foreach (UpdatePolicy policy in Enum.GetValues<UpdatePolicy>())
+                foreach (PauseMode mode in Enum.GetValues<PauseMode>()) data.Add(policy, mode);
+            return data;
+        }
+    }
+}
