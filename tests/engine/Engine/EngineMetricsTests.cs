@@ -48,7 +48,8 @@ public sealed class EngineMetricsTests
 
         UpdateManifest manifest = payload.Manifest(5, 6);
         Assert.Throws<UpdateRejectedException>(() => engine.BeginUpdate(payload.Manifest(4, 6)));
-        using (engine.BeginUpdate(manifest)) Assert.Throws<EngineStateException>(() => engine.BeginUpdate(manifest)); // and the sender ends the other
+        using (engine.BeginUpdate(manifest)) // which its sender ends
+            Assert.Throws<EngineStateException>(() => engine.BeginUpdate(manifest));
         using (WeightUpdate update = await engine.OpenUpdateAsync(manifest))
         {
             update.Write(0, payload.Bytes);
@@ -70,16 +71,14 @@ public sealed class EngineMetricsTests
         expected["rollout.updates.committed"] = 2;
         expected["rollout.updates.bytes"] = 2 * payload.Bytes.Length;
         expected["rollout.weights.version"] = 5;
-        Assert.Equal(expected.OrderBy(count => count.Key, StringComparer.Ordinal),
-            counts.Where(count => !count.Key.StartsWith("rollout.tokens", StringComparison.Ordinal)).OrderBy(count => count.Key, StringComparer.Ordinal));
-        Assert.Equal(new Dictionary<string, IEnumerable<double>>
-        {
-            ["apply"] = results.Select(result => result.ApplySeconds),
-            ["preflight"] = results.Select(result => result.PreflightSeconds),
-            ["stall"] = results.Select(result => result.StallSeconds),
-            ["swap"] = results.Select(result => result.SwapSeconds),
-            ["transfer"] = results.Select(result => result.TransferSeconds),
-        }, seconds.OrderBy(phase => phase.Key, StringComparer.Ordinal).ToDictionary(phase => phase.Key, phase => (IEnumerable<double>)phase.Value));
+        Assert.Equal(expected.Select(count => $"{count.Key}: {count.Value}").Order(), counts
+            .Where(count => !count.Key.StartsWith("rollout.tokens", StringComparison.Ordinal)).Select(count => $"{count.Key}: {count.Value}").Order());
+        Assert.Equal(["apply", "preflight", "stall", "swap", "transfer"], seconds.Keys.Order());
+        Assert.Equal(results.Select(result => result.PreflightSeconds), seconds["preflight"]);
+        Assert.Equal(results.Select(result => result.TransferSeconds), seconds["transfer"]);
+        Assert.Equal(results.Select(result => result.ApplySeconds), seconds["apply"]);
+        Assert.Equal(results.Select(result => result.SwapSeconds), seconds["swap"]);
+        Assert.Equal(results.Select(result => result.StallSeconds), seconds["stall"]);
         Assert.All(results, result => Assert.True(result.StallSeconds <= result.SwapSeconds)); // a part of it, where the update is staged
     }
 }

@@ -16,7 +16,8 @@ public sealed class EngineOptionsTests
     [InlineData(33, 2, 33, 6)]
     [InlineData(32, 2, 32, 4)]
     [InlineData(1, 1, 1, 1)]
-    public async Task Without_a_word_on_memory_there_are_blocks_for_every_seat_of_full_length(int context, int seats, int maxContext, int blocks)
+    public async Task Without_a_word_on_memory_there_are_blocks_for_every_seat_of_full_length(
+        int context, int seats, int maxContext, int blocks)
     {
         await using RolloutEngine engine = TestModels.Load("qwen3", new EngineOptions { MaxContext = context, MaxSequences = seats });
         Assert.Equal((maxContext, blocks), (engine.MaxContext, engine.Status.KvBlocksTotal));
@@ -33,7 +34,8 @@ public sealed class EngineOptionsTests
     [InlineData(10L * BlockBytes, 100L * BlockBytes, 0.0, 100, Positions)] // also where it is more than all seats need
     [InlineData(10L * BlockBytes, 0L, 1.0, 80, Positions)]
     [InlineData(10L * BlockBytes, 0L, 0.5, 40, Positions)]
-    public async Task Memory_for_keys_and_values_is_as_stated_or_the_devices_budget(long budget, long bytes, double part, int blocks, int maxContext)
+    public async Task Memory_for_keys_and_values_is_as_stated_or_the_devices_budget(
+        long budget, long bytes, double part, int blocks, int maxContext)
     {
         ScriptedBackend backend = new() { KvCacheBudget = budget, AvailableBytes = 80 * BlockBytes };
         EngineOptions options = new() { MaxSequences = 2, KvCacheBytes = bytes, KvCacheFraction = part };

@@ -89,7 +89,8 @@ public sealed class PausedUpdateTests
         Task paused = engine.PauseAsync(PauseMode.Keep, "pauser", TimeSpan.FromMinutes(10), Cancelled);
         backend.LetGo();
         await paused.WaitAsync(s_patience, Cancelled);
-        using (WeightUpdate update = await engine.OpenUpdateAsync(payload.Manifest(0, 1) with { Mode = UpdateMode.InPlace, Owner = "trainer" }))
+        UpdateManifest manifest = payload.Manifest(0, 1) with { Mode = UpdateMode.InPlace, Owner = "trainer" };
+        using (WeightUpdate update = await engine.OpenUpdateAsync(manifest))
         {
             update.Write(0, payload.Bytes.AsSpan(0, 1000));
             await engine.PauseAsync(PauseMode.Keep, "pauser", TimeSpan.FromMilliseconds(1), Cancelled);

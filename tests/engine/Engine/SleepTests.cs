@@ -48,6 +48,29 @@ public sealed class SleepTests
     }
 
     [Fact]
+    public async Task Each_kind_of_memory_sleeps_and_wakes_by_itself()
+    {
+        await using RolloutEngine engine = TestModels.Load("qwen3");
+        MemoryTags asleep = MemoryTags.None;
+        MemoryTags[] kinds = [MemoryTags.None, MemoryTags.KvCache, MemoryTags.Weights, MemoryTags.All];
+        foreach (MemoryTags first in kinds)
+        {
+            foreach (MemoryTags second in kinds)
+            {
+                IReadOnlyList<FreedMemory> freed = await engine.SleepAsync(first);
+                Assert.Equal(first & ~asleep, freed.Aggregate(MemoryTags.None, (all, one) => all | one.Tag)); // what slept is not given again
+                Assert.All(freed, one => Assert.InRange(one.AllocatedBytes, 1, long.MaxValue));
+                asleep |= first;
+                Assert.Equal(asleep, engine.Status.Asleep);
+                asleep &= ~second;
+                Assert.Equal(asleep, await engine.WakeUpAsync(second));
+                Assert.Equal(asleep, engine.Status.Asleep);
+                Assert.Equal(asleep == MemoryTags.None, engine.Status.State != EngineState.Sleeping);
+            }
+        }
+    }
+
+    [Fact]
     public async Task Weights_that_slept_are_no_weights()
     {
         await using RolloutEngine engine = TestModels.Load("qwen3");

@@ -192,6 +192,40 @@ public sealed class WeightUpdateTests
         Assert.All(loose.Samples, sample => Assert.Equal(FinishReason.Length, sample.FinishReason));
     }
 
+    /// <summary>Two updates while its prompt is half computed, and not a token drawn.</summary>
+    [Theory]
+    [InlineData(UpdatePolicy.Keep, 1, false, true)]
+    [InlineData(UpdatePolicy.Keep, 2, false, false)]
+    [InlineData(UpdatePolicy.Keep, 0, true, true)] // the first update ends it already
+    [InlineData(UpdatePolicy.Keep, 1, true, false)] // nothing of version 0 is left
+    [InlineData(UpdatePolicy.Recompute, 0, false, false)]
+    public async Task A_sample_without_a_token_is_as_old_as_the_keys_and_values_it_keeps(UpdatePolicy policy, int most, bool sleeps, bool ends)
+    {
+        using UpdatePayload payload = UpdatePayload.Of("qwen3");
+        ScriptedBackend backend = new();
+        await using RolloutEngine engine = RolloutEngine.Load(TestModels.Folder("qwen3"), backend, new() { MaxBatchTokens = 16 });
+        backend.HoldAfter(1);
+        Group group = engine.Submit(s_request with { N = 1, MaxStaleness = most, MaxTokens = 5 });
+        backend.WaitUntilHeld();
+        Task paused = engine.PauseAsync(PauseMode.Keep, "the test", TimeSpan.FromMinutes(10), Cancelled);
+        backend.LetGo();
+        await paused;
+        for (ulong version = 1; version <= 2; version++)
+        {
+            using WeightUpdate update = await engine.OpenUpdateAsync(payload.Manifest(version - 1, version) with { Policy = policy });
+            update.Write(0, payload.Bytes);
+            await update.CommitAsync(payload.Digest, Cancelled);
+            if (!sleeps) continue;
+            await engine.SleepAsync(MemoryTags.KvCache);
+            await engine.WakeUpAsync(MemoryTags.KvCache);
+        }
+
+        await engine.ResumeAsync();
+        await group.Completed.WaitAsync(TimeSpan.FromSeconds(30), Cancelled);
+        Sequence sample = group.Samples[0];
+        Assert.Equal(ends ? (FinishReason.Abort, 0) : (FinishReason.Length, 5), (sample.FinishReason, sample.Published));
+    }
+
     [Fact]
     public async Task Every_difference_from_the_model_is_listed_before_a_byte_moves()
     {

@@ -88,6 +88,15 @@ public sealed class RequestValidatorTests
         foreach ((GroupRequest bad, string fields) in cases)
             Assert.Equal(fields, string.Join(' ', s_validator.Validate(bad).Select(problem => problem.Field).Distinct()));
 
+        // More biases than a step may hold, in a vocabulary that has as many tokens.
+        RequestValidator large = new(5000, Context, hasTokenizer: true);
+        GroupRequest Biased(int count) => s_good with { LogitBias = Enumerable.Range(0, count).ToDictionary(id => id, _ => 1f) };
+        Assert.Empty(large.Validate(Biased(4096)));
+        Assert.Equal("sampling.logit_bias", Assert.Single(large.Validate(Biased(4097))).Field);
+
+        // A prompt of another tokenizer: the first token that is wrong, not all of them.
+        Assert.Equal("prompt_ids[1]", Assert.Single(s_validator.Validate(s_good with { Prompt = [1, 9999, -1, 9999] })).Field);
+
         IReadOnlyList<Problem> few = new RequestValidator(50, Context, hasTokenizer: true).Validate(
             s_good with { PromptLogProbs = true, TopLogProbs = 51, PromptTop = 51 });
         Assert.Equal(["top_logprobs", "top"], few.Select(problem => problem.Field)); // no more alternatives than tokens

@@ -201,8 +201,9 @@ internal sealed class RandomLoad
             Assert.DoesNotContain(_submitted.TakeWhile(earlier => earlier != group),
                 earlier => !_begun.ContainsKey(earlier) && !earlier.Completed.IsCompleted);
             // Whoever had a seat and lost it comes first, unless it waits for its group's prompt or its last token.
-            Assert.DoesNotContain(_seated, sample => sample.FinishReason == FinishReason.None && !_scheduler.RunningSequences.Contains(sample)
-                && !sample.Group.Samples.Any(_scheduler.RunningSequences.Contains) && _underWay?.Sequences.Contains(sample) != true);
+            IReadOnlyList<Sequence> running = _scheduler.RunningSequences;
+            Assert.DoesNotContain(_seated, sample => sample.FinishReason == FinishReason.None && !running.Contains(sample)
+                && !sample.Group.Samples.Any(running.Contains) && _underWay?.Sequences.Contains(sample) != true);
         }
 
         _seated.UnionWith(_scheduler.RunningSequences);
