@@ -58,7 +58,8 @@ public sealed class SleepTests
             foreach (MemoryTags second in kinds)
             {
                 IReadOnlyList<FreedMemory> freed = await engine.SleepAsync(first);
-                Assert.Equal(first & ~asleep, freed.Aggregate(MemoryTags.None, (all, one) => all | one.Tag)); // what slept is not given again
+                // What slept is not given back again.
+                Assert.Equal(first & ~asleep, freed.Aggregate(MemoryTags.None, (all, one) => all | one.Tag));
                 Assert.All(freed, one => Assert.InRange(one.AllocatedBytes, 1, long.MaxValue));
                 asleep |= first;
                 Assert.Equal(asleep, engine.Status.Asleep);

@@ -199,7 +199,8 @@ public sealed class WeightUpdateTests
     [InlineData(UpdatePolicy.Keep, 0, true, true)] // the first update ends it already
     [InlineData(UpdatePolicy.Keep, 1, true, false)] // nothing of version 0 is left
     [InlineData(UpdatePolicy.Recompute, 0, false, false)]
-    public async Task A_sample_without_a_token_is_as_old_as_the_keys_and_values_it_keeps(UpdatePolicy policy, int most, bool sleeps, bool ends)
+    public async Task A_sample_without_a_token_is_as_old_as_the_keys_and_values_it_keeps(
+        UpdatePolicy policy, int most, bool sleeps, bool ends)
     {
         using UpdatePayload payload = UpdatePayload.Of("qwen3");
         ScriptedBackend backend = new();
