@@ -58,6 +58,23 @@ public sealed class EngineOptionsTests
         Assert.Equal((steps, 100), (engine.Status.Steps, engine.Status.PrefilledTokens));
     }
 
+    [Theory]
+    [InlineData(0, 2)] // the device's own 512
+    [InlineData(599, 2)]
+    [InlineData(600, 1)]
+    public async Task Several_prompts_share_a_step_as_far_as_its_tokens_go(int batchTokens, int steps)
+    {
+        CancellationToken cancelled = TestContext.Current.CancellationToken;
+        await using RolloutEngine engine = TestModels.Load("qwen3", new EngineOptions { MaxBatchTokens = batchTokens });
+        await engine.PauseAsync(PauseMode.Keep, "the test", TimeSpan.FromMinutes(10), cancelled);
+        GroupRequest request = new() { Id = "a", Prompt = [.. Enumerable.Range(3, 300)], MaxTokens = 1, IgnoreEos = true };
+        Group[] groups = [engine.Submit(request), engine.Submit(request with { Id = "b", Prompt = [.. Enumerable.Range(4, 300)] })];
+        await engine.ResumeAsync();
+        await Task.WhenAll(groups.Select(group => group.Completed)).WaitAsync(TimeSpan.FromSeconds(30), cancelled);
+        await engine.AbortAsync(["nobody"]); // the last step is counted after its answers are taken in
+        Assert.Equal((steps, 600), (engine.Status.Steps, engine.Status.PrefilledTokens));
+    }
+
     [Fact]
     public void What_makes_no_sense_is_refused()
     {

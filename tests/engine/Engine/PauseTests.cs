@@ -127,6 +127,34 @@ public sealed class PauseTests
         Assert.Equal((0, 0, 0), (engine.Status.Running, engine.Status.Waiting, engine.Status.KvBlocksUsed));
     }
 
+    [Theory]
+    [InlineData("a group")]
+    [InlineData("by id")]
+    [InlineData("by a pause")]
+    public async Task An_abort_counts_the_samples_that_it_ended_and_not_those_that_had_ended(string how)
+    {
+        ScriptedBackend backend = new();
+        await using RolloutEngine engine = RolloutEngine.Load(TestModels.Folder("qwen3"), backend, new() { MaxSequences = 1 });
+        backend.HoldAfter(7);
+        Group group = engine.Submit(s_request with { N = 3, MaxTokens = 5 }); // one after the other
+        backend.WaitUntilHeld();
+        Assert.Equal([5, 2, 0], group.Samples.Select(sample => sample.Published));
+        Task<int> aborts = how switch
+        {
+            "a group" => engine.AbortAsync(group),
+            "by id" => ById(),
+            _ => ByPause(),
+        };
+        backend.LetGo();
+        Assert.Equal(2, await aborts);
+        await group.Completed.WaitAsync(TimeSpan.FromSeconds(30), Cancelled);
+        Assert.Equal([FinishReason.Length, FinishReason.Abort, FinishReason.Abort], group.Samples.Select(sample => sample.FinishReason));
+
+        async Task<int> ById() => (await engine.AbortAsync(["a"])).Samples;
+
+        async Task<int> ByPause() => (await engine.PauseAsync(PauseMode.Abort, "trainer", s_long, Cancelled)).AbortedSamples;
+    }
+
     [Fact]
     public async Task Keys_and_values_do_not_sleep_while_a_pause_still_waits()
     {

@@ -140,6 +140,32 @@ public sealed class PausedUpdateTests
         Assert.All(later.Samples, sample => Assert.Equal(FinishReason.Length, sample.FinishReason));
     }
 
+    [Fact]
+    public async Task A_pause_that_waits_waits_for_an_update_in_place_too_and_lets_no_step_run_meanwhile()
+    {
+        using UpdatePayload payload = UpdatePayload.Of("qwen3");
+        ScriptedBackend backend = new();
+        await using RolloutEngine engine = TestModels.Load("qwen3", backend);
+        Group begun = engine.SubmitAndHold(backend, s_request, tokens: 5);
+        Task<PauseResult> waits = engine.PauseAsync(PauseMode.Wait, "pauser", TimeSpan.FromMinutes(10), Cancelled);
+        using WeightUpdate update = engine.BeginUpdate(payload.Manifest(0, 1) with { Mode = UpdateMode.InPlace });
+        Task opened = update.OpenAsync(Cancelled);
+        backend.LetGo();
+        await opened.WaitAsync(s_patience, Cancelled);
+        update.Write(0, payload.Bytes.AsSpan(0, 1000));
+        for (int turn = 0; turn < 3; turn++) await engine.AbortAsync(["nobody"]);
+        Assert.All(begun.Samples, sample => Assert.Equal((FinishReason.None, 6), (sample.FinishReason, sample.Published)));
+        Assert.Equal((EngineState.Updating, false), (engine.Status.State, waits.IsCompleted));
+        update.Write(1000, payload.Bytes.AsSpan(1000));
+        await update.CommitAsync(payload.Digest, Cancelled);
+        Assert.Equal(EngineState.Paused, (await waits.WaitAsync(s_patience, Cancelled)).State);
+        Assert.All(begun.Samples, sample =>
+        {
+            Assert.Equal((FinishReason.Length, 60), (sample.FinishReason, sample.Published));
+            Assert.Equal([.. Enumerable.Repeat(0ul, 6), .. Enumerable.Repeat(1ul, 54)], sample.Versions(0, 60).ToArray());
+        });
+    }
+
     /// <summary>The round of a trainer that shares the device: the pause outlives the sleep and the update.</summary>
     [Fact]
     public async Task A_pause_outlives_sleep_waking_and_the_update_that_heals()
