@@ -77,6 +77,19 @@ public sealed class PausedUpdateTests
         Assert.Equal((EngineState.Running, 0, 0), (engine.Status.State, engine.Status.Running, engine.Status.Waiting));
     }
 
+    /// <summary>Samples of a group that take the only seat in turn: none is left on it for a moment, but the group has begun.</summary>
+    [Fact]
+    public async Task Under_drain_the_samples_that_wait_for_a_seat_end_on_the_old_weights_too()
+    {
+        using UpdatePayload payload = UpdatePayload.Of("qwen3");
+        ScriptedBackend backend = new();
+        await using RolloutEngine engine = RolloutEngine.Load(TestModels.Folder("qwen3"), backend, new() { MaxSequences = 1 });
+        GroupRequest request = s_request with { N = 3, MaxTokens = 8 };
+        Group begun = await engine.UpdateWhileAsync(backend, payload, UpdatePolicy.Drain, request, heldAfter: 5);
+        Assert.Equal(1ul, engine.Version);
+        Assert.All(begun.Samples, sample => Assert.Equal(new ulong[8], sample.Versions(0, 8).ToArray()));
+    }
+
     /// <summary>Weights are half written: that the pause is over changes nothing before the commit.</summary>
     [Fact]
     public async Task A_lease_that_ends_while_an_update_lands_in_place_lets_no_step_run()

@@ -196,7 +196,7 @@ internal sealed class RandomLoad
         for (int s = 0; s < layout.SequenceCount; s++)
         {
             Group group = step.Sequences[s].Group;
-            int last = group.Request.Prompt.Length + Math.Max(1, group.Request.MaxTokens!.Value) - 2; // from its row the last token is drawn
+            int last = group.Request.Prompt.Length + Math.Max(1, group.Request.MaxTokens!.Value) - 2; // the last token is drawn from it
             Assert.InRange(layout.Positions[layout.RowStart[s + 1] - 1], 0, last);
             if (!_begun.TryAdd(group, layout.Positions[layout.RowStart[s]])) continue;
             Assert.True(admitNew, "a group began that may not");
