@@ -39,4 +39,22 @@ public sealed class CudaDigestTests
             iter: 12,
             threads: 1);
     }
+
+    /// <summary>Pieces as large as an update's: more blocks than are added up at a time, and a tensor that ends with one, begins the next, or is far smaller.</summary>
+    [Fact]
+    public void Digests_of_tensors_of_megabytes_are_those_of_the_host()
+    {
+        SimulatedDevice.Require();
+        const int AtATime = 256 * 8 * 1024;
+        using CudaBackend backend = new(0);
+        using CudaDigest digest = backend.CreateDigest(XxHash128.Hash, pieceBytes: 2 * AtATime);
+        int[] lengths = [AtATime, AtATime + 1025, 300, (2 * AtATime) + 1, (2 * AtATime) + 1025, 5];
+        byte[] bytes = new byte[(2 * AtATime) + 1025];
+        new Random(4).NextBytes(bytes);
+        using DeviceBuffer memory = backend.Device.Allocate(bytes.Length);
+        backend.Device.Upload(memory.Pointer, bytes);
+        Assert.Equal(
+            lengths.Select(length => XxHash128.Hash(bytes.AsSpan(bytes.Length - length))),
+            digest.Of([.. lengths.Select(length => (memory.Pointer + (nuint)(bytes.Length - length), (long)length))]));
+    }
 }

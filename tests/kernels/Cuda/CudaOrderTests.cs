@@ -90,6 +90,85 @@ public sealed class CudaOrderTests : IDisposable
         Bench.SameBits(results[0], results[1], reader);
     }
 
+    [Theory, MemberData(nameof(Writes))]
+    public void Whatever_writes_a_weight_waits_for_the_step_that_nobody_waited_for(string how)
+    {
+        Weight table = _bench.Weight(Tokens, Hidden), same = _backend.AllocateWeight(Tokens, Hidden);
+        _backend.CopyWeight(table, same);
+        Tensor output = _backend.AllocateTensor(1, Hidden);
+        Write(same, how); // takes memory, which waits
+        float[] expected = new float[Hidden];
+        _backend.ReadWeight(table, 0, expected);
+        for (int i = 0; i < 2; i++)
+        {
+            StepLayout step = Begin(withAnswer: false);
+            _backend.Embed(table, output);
+            _backend.FinishStep(step);
+        }
+
+        Write(table, how);
+        Assert.Equal(expected, Bench.Read(output, 1));
+    }
+
+    /// <summary>Which tokens of the step before may be asked for: as many as it was asked, and none where it had no answers.</summary>
+    [Fact]
+    public void A_token_that_the_step_before_did_not_answer_is_refused()
+    {
+        Weight table = _bench.Weight(Tokens, Hidden);
+        Tensor output = _backend.AllocateTensor(3, Hidden), logits = _bench.Tensor(3, Tokens);
+        Ask(2);
+        Refused(~2, 2);
+        Ask(2);
+        Ask(1);
+        Refused(~1, 1);
+        Ask(2);
+        StepLayout without = Begin(withAnswer: false);
+        _backend.Embed(table, output);
+        _backend.FinishStep(without);
+        Refused(~0, 0);
+
+        void Ask(int queries)
+        {
+            StepLayout step = Bench.Queries(Bench.Query(0), Bench.Query(1), Bench.Query(2)); // has room for more
+            (step.SequenceCount, step.OutputCount, step.QueryCount) = (queries, queries, queries);
+            _backend.BeginStep(step);
+            _backend.Sample(logits, 0, queries);
+            _backend.FinishStep(step);
+        }
+
+        void Refused(int token, int answers)
+        {
+            StepLayout step = Fill(new StepLayout(1, 1, 1, 1, 0, 0), withAnswer: true, 0);
+            step.TokenIds[0] = token;
+            _backend.BeginStep(step);
+            ArgumentException error = Assert.Throws<ArgumentException>(() => _backend.Embed(table, output));
+            Assert.StartsWith($"Row 0 waits for answer {~token} of {answers}.", error.Message, StringComparison.Ordinal);
+        }
+    }
+
+    /// <summary>Rows of a step planned ahead are in another order than the queries whose answers they take, and some of these end.</summary>
+    [Fact]
+    public void Each_row_that_is_planned_ahead_takes_the_answer_of_its_own_query()
+    {
+        Weight table = _backend.AllocateWeight(Tokens, Hidden);
+        _backend.WriteWeight(table, 0, MemoryMarshal.AsBytes<float>(Enumerable.Range(0, Tokens * Hidden).Select(i => (float)(i / Hidden)).ToArray()), DType.Float32);
+        int[] answers = [5, 2, 7, 0, 3], asked = [3, 0, 4, 2];
+        float[] logits = [.. answers.SelectMany(answer => Enumerable.Range(0, Tokens).Select(v => v == answer ? 4f : 0f))];
+        StepLayout first = Bench.Queries([.. answers.Select((_, q) => Bench.Query(q, 0f))]), second = Bench.Queries([.. asked.Select((_, q) => Bench.Query(q, 0f))]);
+        _backend.BeginStep(first);
+        _backend.Sample(_bench.Tensor(Tokens, logits), 0, answers.Length);
+        Tensor output = _backend.AllocateTensor(asked.Length, Hidden), other = _bench.Tensor(asked.Length, Tokens);
+        for (int row = 0; row < asked.Length; row++)
+            second.TokenIds[row] = ~asked[row];
+        _backend.BeginStep(second);
+        _backend.Embed(table, output);
+        _backend.Sample(other, 0, asked.Length);
+        _backend.FinishStep(first);
+        _backend.FinishStep(second);
+        float[] rows = Bench.Read(output, asked.Length);
+        Assert.Equal(asked.Select(query => (float)answers[query]), Enumerable.Range(0, asked.Length).Select(row => rows[row * Hidden]));
+    }
+
     [Fact]
     public void Answers_belong_to_the_step_that_is_finished_though_the_next_is_queued()
     {
@@ -277,8 +356,12 @@ public sealed class CudaOrderTests : IDisposable
                 _backend.CopyWeight(from, table);
                 break;
             default:
-                _source = _backend.Device.Allocate(fp32.Length); // stays: giving it back would wait for all that is queued
-                _backend.Device.Upload(_source.Pointer, fp32);
+                if (_source is null) // stays: giving it back would wait for all that is queued, as filling it does
+                {
+                    _source = _backend.Device.Allocate(fp32.Length);
+                    _backend.Device.Upload(_source.Pointer, fp32);
+                }
+
                 _backend.WriteWeight(table, 0, _source.Pointer, Elements, DType.Float32);
                 break;
         }

@@ -85,6 +85,7 @@ public sealed class MatMulTests : IDisposable
     [InlineData("down above=300 when=beta; up")]
     [InlineData("down above=1000; up")] // never so many rows at once
     [InlineData("up most=64; up above=300 least=64; up least=64; down")]
+    [InlineData("up most=8; up least=9 most=64; up least=65 most=512; up least=513; up most=512; up least=1")] // exactly as far as each one serves
     public void A_rows_bits_do_not_depend_on_the_number_of_rows(string candidates)
     {
         SimulatedDevice.RequireSimulated();
@@ -98,7 +99,7 @@ public sealed class MatMulTests : IDisposable
         {
             byte[] all = setup.Multiply(Most, kind, bias), again = setup.Multiply(Most, kind, bias);
             Assert.Equal(all, again);
-            foreach (int rows in new[] { 1, 2, 7, 8, 9, 255, 256, 257, 300, 301, 512, 513, 1025 })
+            foreach (int rows in new[] { 1, 2, 7, 8, 9, 64, 65, 255, 256, 257, 300, 301, 512, 513, 1025 })
             {
                 Assert.True(
                     all.AsSpan(0, all.Length / Most * rows).SequenceEqual(setup.Multiply(rows, kind, bias)),
@@ -230,6 +231,23 @@ public sealed class MatMulTests : IDisposable
             System.Text.Encoding.ASCII.GetBytes(replaced)))[..32]}");
         Assert.Equal(expected, Bits("up; down", _folder));
         Assert.Equal(text, File.ReadAllText(file));
+    }
+
+    /// <summary>The file of another device, library or type of output, or of a shape with as many elements, is somebody else's.</summary>
+    [Fact]
+    public void A_choice_is_found_by_its_own_device_and_shape_alone()
+    {
+        MatMulFile file = new(_folder, "one device"), other = new(_folder, "another device");
+        cublasLtMatmulAlgo[] algorithms = new cublasLtMatmulAlgo[MatMulTuner.Buckets.Length + 1];
+        for (int i = 0; i < algorithms.Length; i++)
+            MemoryMarshal.AsBytes(algorithms.AsSpan(i, 1)).Fill((byte)(i + 1));
+        MatMulChoice choice = new([1, 2, 3], algorithms);
+        file.Write(24, 72, choice);
+        Assert.All((MatMulChoice?[])[other.Read(24, 72), file.Read(72, 24), file.Read(24, 73), file.Read(25, 72), file.Read(2, 472)], Assert.Null);
+        MatMulChoice read = file.Read(24, 72)!;
+        Assert.Equal(choice.Digest, read.Digest);
+        Assert.Equal(choice.Algorithms.Select(MatMulTuner.Text), read.Algorithms.Select(MatMulTuner.Text));
+        Assert.Equal([0, 0, 1, 1, 2, 2, 3], ((int[])[1, 8, 9, 64, 65, 512, 513]).Select(MatMulTuner.BucketOf));
     }
 
     [Fact]

@@ -73,11 +73,15 @@ public sealed class PeersTests
 
         byte[] bytes = Pattern(7)[..(Rows * Columns * type.Size())];
         using Weight fused = backend.AllocateWeight(48, Columns), expected = backend.AllocateWeight(48, Columns);
+        nuint place;
         using (PeerBuffer peer = backend.Device.Open(Of<CUipcMemHandle>(Convert.ToHexString(handle))))
         {
+            place = peer.Pointer;
             Assert.Equal(System.IO.Hashing.XxHash128.Hash(bytes), digest.Of([(peer.Pointer, bytes.Length)])[0]);
             backend.WriteWeight(fused, FirstRow * Columns, peer.Pointer, Rows * Columns, type);
         }
+
+        Assert.Throws<CudaException>(() => backend.Device.Download(place, new byte[1])); // given back: the other process's memory is its own again
 
         backend.WriteWeight(expected, FirstRow * Columns, bytes, type);
         float[] written = new float[48 * Columns], wanted = new float[48 * Columns];
@@ -144,9 +148,12 @@ public sealed class PeersTests
     public void A_rank_that_does_nothing_ends_at_the_deadline_and_the_device_goes_on()
     {
         SimulatedDevice.RequireSimulated(); // NCCL wants a GPU a rank
+        int before = SimulatedDevice.Communicators;
         using Pair pair = new("sleep");
         TimeoutException error = Assert.Throws<TimeoutException>(() => pair.Receive(TimeSpan.FromSeconds(0.2)));
         Assert.Equal("NCCL: a broadcast was not done within 0.2 s.", error.Message);
+        Assert.True(pair.Communicator.IsClosed);
+        Assert.Equal(before, SimulatedDevice.Communicators); // or the other rank's work on this device would go on for good
         pair.GoesOn();
     }
 
@@ -155,8 +162,10 @@ public sealed class PeersTests
     {
         SimulatedDevice.RequireSimulated(); // NCCL wants a GPU a rank
         using CudaDevice device = new(0);
+        int before = SimulatedDevice.Communicators;
         TimeoutException error = Assert.Throws<TimeoutException>(() => device.Connect(NcclCommunicator.NewId(), 2, 0, TimeSpan.FromSeconds(0.1)));
         Assert.Equal("NCCL: not all of 2 ranks came within 0.1 s.", error.Message);
+        Assert.Equal(before, SimulatedDevice.Communicators);
     }
 
     /// <summary>More ranks than the simulated library takes: it refuses them when the communicator is made already.</summary>
