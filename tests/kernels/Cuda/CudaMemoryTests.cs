@@ -2,9 +2,21 @@ using Rollout.Kernels.Cuda;
 
 namespace Rollout.Kernels.Tests.Cuda;
 
+/// <summary>Tests that look at what the device has free run alone: others take of it.</summary>
+[CollectionDefinition(nameof(AloneOnTheDevice), DisableParallelization = true)]
+public sealed class AloneOnTheDevice;
+
 /// <summary>Memory of the device apart from its addresses: given back and taken again, it is where it was.</summary>
+[Collection(nameof(AloneOnTheDevice))]
 public sealed class CudaMemoryTests
 {
+    /// <summary>What tests before have left to finalizers is given back now, not between two looks at what is free.</summary>
+    public CudaMemoryTests()
+    {
+        GC.Collect();
+        GC.WaitForPendingFinalizers();
+    }
+
     [Theory]
     [InlineData(WeightFormat.BFloat16)]
     [InlineData(WeightFormat.Float32)]
