@@ -172,7 +172,7 @@ internal sealed class ServedWeights(IBackend backend, LoadPlan plan, int layers,
         Dictionary<string, DescribedWeight> byName = changed.ToDictionary(weight => weight.Name);
         return [.. old.Select(weight => byName.GetValueOrDefault(weight.Name) ?? Follow(weight))];
 
-        // A tied head that came once and was not sent again is what its original has become.
+        // A tied head that is not sent this time has the bytes, and so the digest, of its original.
         DescribedWeight Follow(DescribedWeight weight)
             => plan[weight.Name] is { Tied: true } tied && byName.TryGetValue(plan.OriginalOf(tied).Source, out DescribedWeight? original)
                 ? original with { Name = weight.Name }

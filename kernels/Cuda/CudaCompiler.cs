@@ -38,14 +38,17 @@ internal static unsafe class CudaCompiler
         return cubin;
     }
 
-    /// <summary>The code that a file has before its digest; null where there is none that is whole: what is damaged is compiled again.</summary>
+    /// <summary>The cubin of a cache file, which its SHA-256 follows; null where the file is missing, unreadable or damaged.</summary>
     private static byte[]? Kept(string file)
     {
         try
         {
             byte[] bytes = File.Exists(file) ? File.ReadAllBytes(file) : [];
             int length = bytes.Length - SHA256.HashSizeInBytes;
-            return length > 0 && SHA256.HashData(bytes.AsSpan(0, length)).AsSpan().SequenceEqual(bytes.AsSpan(length)) ? bytes[..length] : null;
+            if (length <= 0)
+                return null;
+            bool whole = SHA256.HashData(bytes.AsSpan(0, length)).AsSpan().SequenceEqual(bytes.AsSpan(length));
+            return whole ? bytes[..length] : null;
         }
         catch (Exception e) when (e is IOException or UnauthorizedAccessException)
         {

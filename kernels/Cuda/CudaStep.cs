@@ -133,7 +133,7 @@ internal sealed unsafe class CudaStep : IDisposable
     public void Upload(StepLayout step, CudaAttentionPlan plan)
     {
         _device.Stream.Synchronize(); // what is being sent may not change
-        // Behind all else, in the place of the plan that was made for other heads before: there may be more items than the step began with.
+        // Written behind everything else, over an earlier plan for other heads: it may have more items than the first one.
         (_items, _end) = (_otherItems, After(_otherItems, plan.ItemCount, CudaAttentionPlan.ItemNumbers * sizeof(int)));
         Copy([HeaderOf(plan, step.QueryCount, TableStride(step))], 0, 1);
         Copy(plan.RowSlots.AsSpan(0, step.RowCount), _rowSlots, step.RowCount);

@@ -61,7 +61,10 @@ internal sealed class TextStream(Tokenizer tokenizer, IReadOnlyList<string> stop
     private int MatchInLastToken(string text, string stop)
         => text.IndexOf(stop, Math.Clamp(_lastToken - stop.Length + 1, 0, text.Length), StringComparison.Ordinal);
 
-    /// <summary>Where text begins that may become a stop string, or is one that may have ended the sample, in its last token.</summary>
+    /// <summary>
+    /// Where the text to hold back begins: at the start of a stop string, or at a whole one that ends in the last token. A whole one
+    /// before that token did not end the sample.
+    /// </summary>
     private int HoldFrom(string text)
     {
         int hold = text.Length;

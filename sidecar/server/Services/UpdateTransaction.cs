@@ -80,7 +80,7 @@ internal sealed class UpdateTransaction(
                 rejected.Problems.Add(new V1.Problem { Field = problem.Field, Message = problem.Message });
             await EndAsync(new UpdateReply { Rejected = rejected });
         }
-        catch (UpdateFailedException e) when (e.Failure != UpdateFailure.Deadline) // that is a moment taken back, for a reason known below
+        catch (UpdateFailedException e) when (e.Failure != UpdateFailure.Deadline) // a commit was taken back; why is told below
         {
             bool poisoned = End(e.Failure);
             Log.UpdateFailed(logger, _owner, Outcome(poisoned), e.Message);

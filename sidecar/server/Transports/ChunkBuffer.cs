@@ -26,7 +26,7 @@ internal sealed class ChunkBuffer : MemoryManager<byte>
         if (MemoryMarshal.TryGetMemoryManager(data.Memory, out ChunkBuffer? buffer)) ((IDisposable)buffer).Dispose();
     }
 
-    /// <summary>Whether the data is of this kind: its message held nothing but an offset and data.</summary>
+    /// <summary>Whether the data is in such a buffer, as it is where the message had no fields but offset and data.</summary>
     public static bool IsBehind(ByteString data) => MemoryMarshal.TryGetMemoryManager<byte, ChunkBuffer>(data.Memory, out _);
 
     public override Span<byte> GetSpan()

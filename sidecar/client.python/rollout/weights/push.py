@@ -193,7 +193,7 @@ class WeightPush:
             self._digests.append(digest.digest())
 
     def _resolve(self) -> UpdateOutcome | WeightsDescription:
-        """The connection broke and only the sidecar knows what came of it: what it serves where that is the new version."""
+        """Asks the sidecar what became of the push. Returns the weights it serves if they are the new version, else the outcome."""
         until = time.monotonic() + self.resolve_within
         while (left := until - time.monotonic()) > 0:
             try:
