@@ -3,7 +3,8 @@ using CsCheck;
 using Google.Protobuf;
 using Grpc.Core;
 using Rollout.Server.Hosting;
-using Rollout.Server.Transports;
+using Rollout.Server.Grpc;
+using Rollout.Server.Weights;
 using Rollout.V1;
 
 namespace Rollout.Server.Tests;

@@ -3,7 +3,7 @@ using Google.Protobuf.Reflection;
 using Grpc.Core;
 using Rollout.Engine;
 using Rollout.Kernels;
-using Rollout.Server.Services;
+using Rollout.Server.Grpc;
 using Rollout.V1;
 
 namespace Rollout.Server.Tests;

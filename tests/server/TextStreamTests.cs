@@ -1,7 +1,7 @@
 using System.Text;
 using CsCheck;
 using Rollout.Engine;
-using Rollout.Server.Services;
+using Rollout.Server.Generation;
 
 namespace Rollout.Server.Tests;
 

@@ -1,8 +1,8 @@
 using System.Net.Sockets;
 using Grpc.Core;
 using Grpc.Net.Client;
-using Rollout.Server.Services;
-using Rollout.Server.Transports;
+using Rollout.Server.Grpc;
+using Rollout.Server.Weights;
 using Rollout.V1;
 using Update = Grpc.Core.AsyncDuplexStreamingCall<Rollout.V1.UpdateRequest, Rollout.V1.UpdateReply>;
 

@@ -1,7 +1,7 @@
 using System.Text;
 using Google.Protobuf;
 using Rollout.Kernels;
-using Rollout.Server.Transports;
+using Rollout.Server.Weights;
 using Rollout.V1;
 
 namespace Rollout.Server.Tests;

@@ -1,6 +1,6 @@
 using System.Runtime.CompilerServices;
 using Rollout.Engine;
-using Rollout.Server.Services;
+using Rollout.Server.Grpc;
 using Rollout.V1;
 
 namespace Rollout.Server.Commands;

@@ -9,8 +9,8 @@ using Microsoft.Extensions.Logging.Console;
 using OpenTelemetry.Metrics;
 using Rollout.Engine;
 using Rollout.Server.Commands;
-using Rollout.Server.Services;
-using Rollout.Server.Transports;
+using Rollout.Server.Grpc;
+using Rollout.Server.Weights;
 
 namespace Rollout.Server.Hosting;
 

@@ -2,7 +2,7 @@ using Grpc.Core;
 using Rollout.Engine;
 using Rollout.Server.Hosting;
 
-namespace Rollout.Server.Services;
+namespace Rollout.Server.Grpc;
 
 /// <summary>The engine's kinds of error as gRPC's.</summary>
 internal static class Errors

@@ -1,7 +1,7 @@
 using Rollout.Engine;
 using Rollout.V1;
 
-namespace Rollout.Server.Transports;
+namespace Rollout.Server.Weights;
 
 /// <summary>One way for a payload to come. Lives as long as its update; told one message at a time.</summary>
 internal interface ITransport : IDisposable

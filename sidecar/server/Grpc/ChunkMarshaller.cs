@@ -1,9 +1,10 @@
 using System.Buffers;
 using Google.Protobuf;
 using Grpc.Core;
+using Rollout.Server.Weights;
 using Rollout.V1;
 
-namespace Rollout.Server.Transports;
+namespace Rollout.Server.Grpc;
 
 /// <summary>
 /// Reads the messages of an update. The generated parser gives every chunk a new array, megabytes that are cleared, faulted in and

@@ -2,7 +2,7 @@ using System.Buffers;
 using System.Runtime.InteropServices;
 using Google.Protobuf;
 
-namespace Rollout.Server.Transports;
+namespace Rollout.Server.Weights;
 
 /// <summary>
 /// The bytes of one chunk in memory that is used over and over, never cleared. Behind a <see cref="ByteString"/> it is told from memory

@@ -3,7 +3,7 @@ using Google.Protobuf;
 using Google.Protobuf.Collections;
 using Rollout.V1;
 
-namespace Rollout.Server.Services;
+namespace Rollout.Server.Grpc;
 
 /// <summary>The engine's arrays as packed fields: one copy an array, no object a token.</summary>
 internal static class Replies

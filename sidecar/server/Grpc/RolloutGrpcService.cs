@@ -4,7 +4,7 @@ using Rollout.Server.Hosting;
 using Rollout.V1;
 using Problem = Rollout.Engine.Problem;
 
-namespace Rollout.Server.Services;
+namespace Rollout.Server.Grpc;
 
 /// <summary>rollout.v1.RolloutService: generation, scores and aborts.</summary>
 internal sealed class RolloutGrpcService(EngineHost host, ILogger<RolloutGrpcService> logger) : RolloutService.RolloutServiceBase

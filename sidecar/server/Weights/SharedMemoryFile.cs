@@ -1,7 +1,7 @@
 using Microsoft.Win32.SafeHandles;
 using Rollout.Engine;
 
-namespace Rollout.Server.Transports;
+namespace Rollout.Server.Weights;
 
 /// <summary>
 /// Opens a payload a client left in shared memory. The path comes from outside, so it may name nothing but a regular file under

@@ -2,10 +2,10 @@ using Google.Protobuf;
 using Grpc.Core;
 using Rollout.Engine;
 using Rollout.Kernels;
-using Rollout.Server.Transports;
+using Rollout.Server.Grpc;
 using Rollout.V1;
 
-namespace Rollout.Server.Services;
+namespace Rollout.Server.Weights;
 
 /// <summary>
 /// One Weights.Update call, step by step as weights.proto has it:

@@ -2,7 +2,7 @@ using Google.Protobuf;
 using Grpc.Core;
 using Grpc.Core.Interceptors;
 
-namespace Rollout.Server.Services;
+namespace Rollout.Server.Grpc;
 
 /// <summary>Answers every call that throws with the right status, so that the services themselves only throw; refuses fields nobody here knows.</summary>
 internal sealed class ErrorInterceptor(ILogger<ErrorInterceptor> logger) : Interceptor

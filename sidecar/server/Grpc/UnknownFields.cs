@@ -3,7 +3,7 @@ using Google.Protobuf;
 using Google.Protobuf.Reflection;
 using Rollout.Engine;
 
-namespace Rollout.Server.Services;
+namespace Rollout.Server.Grpc;
 
 /// <summary>
 /// protobuf keeps fields it does not know without a word. A client that asks for something this server has never heard of must learn that,

@@ -1,7 +1,7 @@
 using Rollout.Engine;
 using Rollout.V1;
 
-namespace Rollout.Server.Transports;
+namespace Rollout.Server.Weights;
 
 /// <summary>Chunks in the stream itself: stored straight from the message they came in, whose memory is then the next one's.</summary>
 internal sealed class InlineTransport : ITransport

@@ -1,7 +1,7 @@
 using System.Text;
 using Rollout.Engine;
 
-namespace Rollout.Server.Services;
+namespace Rollout.Server.Generation;
 
 /// <summary>
 /// Turns the tokens of one sample into text as they come. A token may end in the middle of a character, and a text may turn out to begin

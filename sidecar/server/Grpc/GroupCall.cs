@@ -2,9 +2,10 @@ using System.Runtime.CompilerServices;
 using Google.Protobuf;
 using Grpc.Core;
 using Rollout.Engine;
+using Rollout.Server.Generation;
 using Rollout.V1;
 
-namespace Rollout.Server.Services;
+namespace Rollout.Server.Grpc;
 
 /// <summary>One group between the engine and whoever asked for it. Disposing it ends the group if it still runs.</summary>
 internal sealed class GroupCall : IAsyncDisposable

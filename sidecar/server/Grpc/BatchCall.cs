@@ -2,7 +2,7 @@ using System.Threading.Channels;
 using Grpc.Core;
 using Rollout.V1;
 
-namespace Rollout.Server.Services;
+namespace Rollout.Server.Grpc;
 
 /// <summary>
 /// Many groups on one call: each has its own reader of the engine, and all share one writer to the client.

@@ -5,7 +5,7 @@ using Rollout.Engine;
 using Rollout.V1;
 using Problem = Rollout.Engine.Problem;
 
-namespace Rollout.Server.Services;
+namespace Rollout.Server.Grpc;
 
 /// <summary>
 /// rollout.v1 requests as the engine's. Only what the wire can say and the engine's types cannot is checked here (numbers beyond int,

@@ -2,7 +2,7 @@ using Rollout.Engine;
 using Rollout.Kernels;
 using Rollout.V1;
 
-namespace Rollout.Server.Services;
+namespace Rollout.Server.Grpc;
 
 /// <summary>A manifest as the wire has it, to the engine's; what the engine's types cannot hold is a problem of its own.</summary>
 internal static class ManifestConverter

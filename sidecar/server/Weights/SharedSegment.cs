@@ -1,6 +1,6 @@
 using Rollout.Kernels;
 
-namespace Rollout.Server.Transports;
+namespace Rollout.Server.Weights;
 
 /// <summary>
 /// The one segment of shared memory that updates come through, kept from update to update and mapped all the time: reading it costs no

@@ -4,7 +4,7 @@ using Rollout.Server.Hosting;
 using Rollout.V1;
 using ServingStatus = Grpc.Health.V1.HealthCheckResponse.Types.ServingStatus;
 
-namespace Rollout.Server.Services;
+namespace Rollout.Server.Grpc;
 
 /// <summary>
 /// grpc.health.v1, asked of the engine itself at every call. The server as a whole and its weights follow the engine, generation also

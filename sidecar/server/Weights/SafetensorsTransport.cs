@@ -2,7 +2,7 @@ using Rollout.Engine;
 using Rollout.Kernels;
 using Rollout.V1;
 
-namespace Rollout.Server.Transports;
+namespace Rollout.Server.Weights;
 
 /// <summary>A safetensors file of this machine: its data section is a part of the payload, and its header must say the same as the manifest.</summary>
 internal sealed class SafetensorsTransport : ITransport

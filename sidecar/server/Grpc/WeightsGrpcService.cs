@@ -2,10 +2,10 @@ using Google.Protobuf;
 using Grpc.Core;
 using Rollout.Engine;
 using Rollout.Server.Hosting;
-using Rollout.Server.Transports;
+using Rollout.Server.Weights;
 using Rollout.V1;
 
-namespace Rollout.Server.Services;
+namespace Rollout.Server.Grpc;
 
 /// <summary>rollout.v1.WeightsService: what is being served, and the transaction that replaces it.</summary>
 [BindServiceMethod(typeof(WeightsBinder), nameof(WeightsBinder.Bind))]

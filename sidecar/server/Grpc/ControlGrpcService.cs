@@ -1,13 +1,13 @@
 using Grpc.Core;
 using Rollout.Engine;
 using Rollout.Server.Hosting;
-using Rollout.Server.Transports;
+using Rollout.Server.Weights;
 using Rollout.V1;
 using EngineState = Rollout.V1.EngineState;
 using PauseMode = Rollout.V1.PauseMode;
 using Problem = Rollout.Engine.Problem;
 
-namespace Rollout.Server.Services;
+namespace Rollout.Server.Grpc;
 
 /// <summary>rollout.v1.ControlService: the life of the engine.</summary>
 internal sealed class ControlGrpcService(EngineHost host, SharedSegment segment, ILogger<ControlGrpcService> logger) : ControlService.ControlServiceBase

@@ -2,7 +2,7 @@ using Rollout.Engine;
 using Rollout.Kernels;
 using Rollout.V1;
 
-namespace Rollout.Server.Transports;
+namespace Rollout.Server.Weights;
 
 /// <summary>
 /// Windows of the segment that was lent, read where they stand; or of a file in /dev/shm, which the client could cut short at any moment and

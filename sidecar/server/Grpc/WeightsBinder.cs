@@ -1,8 +1,7 @@
 using Grpc.Core;
-using Rollout.Server.Transports;
 using Rollout.V1;
 
-namespace Rollout.Server.Services;
+namespace Rollout.Server.Grpc;
 
 /// <summary>Binds the weights service as generated, but for how the messages of an update are read.</summary>
 internal sealed class WeightsBinder(ServiceBinderBase binder) : ServiceBinderBase

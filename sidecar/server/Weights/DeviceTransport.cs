@@ -3,7 +3,7 @@ using Grpc.Core;
 using Rollout.Engine;
 using Rollout.V1;
 
-namespace Rollout.Server.Transports;
+namespace Rollout.Server.Weights;
 
 /// <summary>CUDA IPC and NCCL where there is no CUDA device: what is malformed is said to be, the rest is not implemented.</summary>
 internal sealed class DeviceTransport(string backend) : ITransport
