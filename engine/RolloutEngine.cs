@@ -261,7 +261,7 @@ public sealed partial class RolloutEngine : IAsyncDisposable
         ThrowIfDown();
         if (Refusal() is { } refusal) throw refusal;
         List<Problem> problems = [.. _validator.Validate(request)];
-        if (_groups.ContainsKey(request.Id)) problems.Add(new("request_id", $"'{request.Id}' is in flight already"));
+        if (_groups.ContainsKey(request.Id)) problems.Add(new(nameof(request.Id), $"'{request.Id}' is in flight already"));
         if (problems.Count > 0) throw new InvalidRequestException(problems);
 
         int limit = _options.MaxSequences + _options.MaxWaiting;
@@ -285,7 +285,7 @@ public sealed partial class RolloutEngine : IAsyncDisposable
         if (!_groups.TryAdd(request.Id, group))
         {
             Interlocked.Add(ref _unfinishedSamples, -request.N);
-            throw new InvalidRequestException([new("request_id", $"'{request.Id}' is in flight already")]);
+            throw new InvalidRequestException([new(nameof(request.Id), $"'{request.Id}' is in flight already")]);
         }
 
         Post(() =>

@@ -12,13 +12,13 @@ public sealed class RequestValidator(int vocabSize, int maxContext, bool hasToke
     private const int MaxStops = 64;
     private const int MaxBiases = 4096;
 
-    /// <summary>All problems, each naming its field; empty when the request may run.</summary>
+    /// <summary>All problems, each naming its field as <see cref="GroupRequest"/> does; empty when the request may run.</summary>
     public IReadOnlyList<Problem> Validate(GroupRequest request)
     {
         List<Problem> problems = [];
-        void Check(bool good, string field, string message)
+        void Check(bool good, string field, string message, string other = "")
         {
-            if (!good) problems.Add(new Problem(field, message));
+            if (!good) problems.Add(new Problem(field, message, other));
         }
 
         void CheckIds(IEnumerable<int> ids, string field)
@@ -38,51 +38,58 @@ public sealed class RequestValidator(int vocabSize, int maxContext, bool hasToke
         }
 
         int prompt = request.Prompt.Length;
-        Check(prompt > 0, "prompt_ids", "must hold at least one token");
-        Check(prompt <= maxContext, "prompt_ids", $"{prompt} tokens do not fit the context of {maxContext}");
-        CheckIds(request.Prompt, "prompt_ids");
+        Check(prompt > 0, nameof(request.Prompt), "must hold at least one token");
+        Check(prompt <= maxContext, nameof(request.Prompt), $"{prompt} tokens do not fit the context of {maxContext}");
+        CheckIds(request.Prompt, nameof(request.Prompt));
 
-        Check(request.N is >= 1 and <= MaxN, "n", $"must be between 1 and {MaxN}, is {request.N}");
-        Check(float.IsFinite(request.Temperature) && request.Temperature >= 0, "sampling.temperature",
+        Check(request.N is >= 1 and <= MaxN, nameof(request.N), $"must be between 1 and {MaxN}, is {request.N}");
+        Check(float.IsFinite(request.Temperature) && request.Temperature >= 0, nameof(request.Temperature),
             $"must be 0 or a positive number, is {request.Temperature}");
-        Check(request.TopK >= 0, "sampling.top_k", $"must not be negative, is {request.TopK}");
-        Check(request.TopP is > 0 and <= 1, "sampling.top_p", $"must be above 0 and at most 1, is {request.TopP}");
-        Check(request.MinP is >= 0 and <= 1, "sampling.min_p", $"must be between 0 and 1, is {request.MinP}");
-        Check(request.LogitBias.Count <= MaxBiases, "sampling.logit_bias", $"at most {MaxBiases} entries, has {request.LogitBias.Count}");
-        CheckIds(request.LogitBias.Keys, "sampling.logit_bias");
+        Check(request.TopK >= 0, nameof(request.TopK), $"must not be negative, is {request.TopK}");
+        Check(request.TopP is > 0 and <= 1, nameof(request.TopP), $"must be above 0 and at most 1, is {request.TopP}");
+        Check(request.MinP is >= 0 and <= 1, nameof(request.MinP), $"must be between 0 and 1, is {request.MinP}");
+        Check(request.LogitBias.Count <= MaxBiases, nameof(request.LogitBias),
+            $"at most {MaxBiases} entries, has {request.LogitBias.Count}");
+        CheckIds(request.LogitBias.Keys, nameof(request.LogitBias));
         foreach ((int id, float bias) in request.LogitBias)
         {
-            Check(float.IsFinite(bias) || float.IsNegativeInfinity(bias), $"sampling.logit_bias[{id}]",
+            Check(float.IsFinite(bias) || float.IsNegativeInfinity(bias), $"{nameof(request.LogitBias)}[{id}]",
                 $"must be finite, or negative infinity to forbid, is {bias}");
         }
 
         if (request.MaxTokens is { } maxTokens)
         {
-            Check(maxTokens >= 0, "stopping.max_tokens", $"must not be negative, is {maxTokens}");
-            Check(maxTokens > 0 || request.PromptLogProbs, "stopping.max_tokens", "0 makes sense only with prompt_logprobs");
-            Check(maxTokens > 0 || request.N == 1, "n", "must be 1 when max_tokens is 0");
-            Check((long)prompt + maxTokens <= maxContext || prompt > maxContext, "stopping.max_tokens",
+            Check(maxTokens >= 0, nameof(request.MaxTokens), $"must not be negative, is {maxTokens}");
+            Check(maxTokens > 0 || request.PromptLogProbs, nameof(request.MaxTokens),
+                $"0 makes sense only with {Problem.OtherField}", nameof(request.PromptLogProbs));
+            Check(maxTokens > 0 || request.N == 1, nameof(request.N),
+                $"must be 1 when {Problem.OtherField} is 0", nameof(request.MaxTokens));
+            Check((long)prompt + maxTokens <= maxContext || prompt > maxContext, nameof(request.MaxTokens),
                 $"{prompt} prompt tokens and {maxTokens} more do not fit the context of {maxContext}");
-            Check(request.MinTokens <= maxTokens, "stopping.min_tokens", $"{request.MinTokens} is more than max_tokens {maxTokens}");
+            Check(request.MinTokens <= maxTokens, nameof(request.MinTokens),
+                $"{request.MinTokens} is more than {Problem.OtherField} {maxTokens}", nameof(request.MaxTokens));
         }
         else
         {
-            Check(prompt < maxContext, "prompt_ids", $"{prompt} tokens leave no room in the context of {maxContext}");
+            Check(prompt < maxContext, nameof(request.Prompt), $"{prompt} tokens leave no room in the context of {maxContext}");
         }
 
-        Check(request.MinTokens >= 0, "stopping.min_tokens", $"must not be negative, is {request.MinTokens}");
-        Check(request.StopTokenIds.Count <= MaxStops, "stopping.stop_token_ids", $"at most {MaxStops}, has {request.StopTokenIds.Count}");
-        CheckIds(request.StopTokenIds, "stopping.stop_token_ids");
-        Check(request.StopStrings.Count <= MaxStops, "stopping.stop_strings", $"at most {MaxStops}, has {request.StopStrings.Count}");
-        Check(request.StopStrings.All(stop => stop.Length is > 0 and <= 1024), "stopping.stop_strings", "each must have 1 to 1024 characters");
-        Check(request.StopStrings.Count == 0 || hasTokenizer, "stopping.stop_strings", "the model has no tokenizer to find them with");
-        Check(request.TopLogProbs is >= 0 and <= MaxTop && request.TopLogProbs <= vocabSize, "top_logprobs",
+        Check(request.MinTokens >= 0, nameof(request.MinTokens), $"must not be negative, is {request.MinTokens}");
+        Check(request.StopTokenIds.Count <= MaxStops, nameof(request.StopTokenIds),
+            $"at most {MaxStops}, has {request.StopTokenIds.Count}");
+        CheckIds(request.StopTokenIds, nameof(request.StopTokenIds));
+        Check(request.StopStrings.Count <= MaxStops, nameof(request.StopStrings), $"at most {MaxStops}, has {request.StopStrings.Count}");
+        Check(request.StopStrings.All(stop => stop.Length is > 0 and <= 1024), nameof(request.StopStrings),
+            "each must have 1 to 1024 characters");
+        Check(request.StopStrings.Count == 0 || hasTokenizer, nameof(request.StopStrings), "the model has no tokenizer to find them with");
+        Check(request.TopLogProbs is >= 0 and <= MaxTop && request.TopLogProbs <= vocabSize, nameof(request.TopLogProbs),
             $"must be between 0 and {Math.Min(MaxTop, vocabSize)}, is {request.TopLogProbs}");
-        Check(request.PromptTop is >= 0 and <= MaxTop && request.PromptTop <= vocabSize, "top",
+        Check(request.PromptTop is >= 0 and <= MaxTop && request.PromptTop <= vocabSize, nameof(request.PromptTop),
             $"must be between 0 and {Math.Min(MaxTop, vocabSize)}, is {request.PromptTop}");
-        Check(request.PromptTop == 0 || request.PromptLogProbs, "top", "needs prompt_logprobs");
-        Check(request.MaxStaleness is null or >= 0, "max_staleness", $"must not be negative, is {request.MaxStaleness}");
-        Check(request.Id.Length is > 0 and <= 256, "request_id", "must have 1 to 256 characters");
+        Check(request.PromptTop == 0 || request.PromptLogProbs, nameof(request.PromptTop),
+            $"needs {Problem.OtherField}", nameof(request.PromptLogProbs));
+        Check(request.MaxStaleness is null or >= 0, nameof(request.MaxStaleness), $"must not be negative, is {request.MaxStaleness}");
+        Check(request.Id.Length is > 0 and <= 256, nameof(request.Id), "must have 1 to 256 characters");
         return problems;
     }
 }

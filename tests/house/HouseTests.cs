@@ -95,6 +95,17 @@ public sealed partial class HouseTests
             Assert.DoesNotContain("AllowUnsafeBlocks", File.ReadAllText(ProjectFile(project)), StringComparison.Ordinal);
     }
 
+    /// <summary>A second surface beside gRPC finds there all that is not a matter of form.</summary>
+    [Theory]
+    [InlineData("sidecar/server/Generation")]
+    [InlineData("sidecar/server/Control")]
+    public void What_all_surfaces_share_knows_none_of_them(string folder)
+    {
+        string[] files = Directory.GetFiles(Path.Combine(s_root, folder), "*.cs");
+        Assert.NotEmpty(files);
+        Assert.DoesNotContain(files, file => SurfaceType().IsMatch(File.ReadAllText(file)));
+    }
+
     /// <summary>Its documentation says exp(x) / sum exp(x): no maximum is subtracted, so it overflows on ordinary logits.</summary>
     [Fact]
     public void Nobody_uses_TensorPrimitives_SoftMax()
@@ -110,6 +121,9 @@ public sealed partial class HouseTests
 
     [GeneratedRegex(@"\bunsafe\b\s*(class|struct|static|void|\{|partial|sealed)|\bstackalloc\s+\w+\*|\[(DllImport|LibraryImport)\b")]
     private static partial Regex UnsafeOrNative();
+
+    [GeneratedRegex(@"\b(Grpc\.|Google\.Protobuf|V1\b|Microsoft\.AspNetCore)")]
+    private static partial Regex SurfaceType();
 
     private static IEnumerable<string> Sources()
         => Directory.EnumerateFiles(s_root, "*.cs", SearchOption.AllDirectories)

@@ -3,6 +3,7 @@ using Google.Protobuf.Reflection;
 using Grpc.Core;
 using Rollout.Engine;
 using Rollout.Kernels;
+using Rollout.Server.Generation;
 using Rollout.Server.Grpc;
 using Rollout.V1;
 
@@ -132,6 +133,23 @@ public sealed class ConverterTests
         Assert.Equal(["prompt_text", "return_text", "stopping.stop_strings"], without.Problems.Select(problem => problem.Field).Order());
     }
 
+    /// <summary>A field that is new in the engine needs its name here before a client can be told what is wrong with it.</summary>
+    [Fact]
+    public void Every_field_of_the_engines_request_has_its_name_on_the_wire()
+    {
+        InvalidRequestException all = new([.. typeof(GroupRequest).GetProperties().Select(field => new Engine.Problem(field.Name, "is bad"))]);
+        string[] generate = [.. FieldNames.Generate.Rename(all).Problems.Select(problem => problem.Field)];
+        string[] score = [.. FieldNames.Score.Rename(all).Problems.Select(problem => problem.Field)];
+        string[] known = [.. Leaves(GenerateRequest.Descriptor), "prompt_ids", "top"]; // top is a score's
+        Assert.Equal(generate.Distinct(), generate.Intersect(known));
+        Assert.Equal(["ids"], score.Except(generate));
+        Assert.Equal(["prompt_ids"], generate.Except(score));
+
+        InvalidRequestException ofOne = new([new("Prompt[3]", "is bad"), new("stopping.stop_strings", "is bad"), new("N", "{other}", "MaxTokens")]);
+        Assert.Equal("prompt_ids[3]: is bad; stopping.stop_strings: is bad; n: max_tokens", FieldNames.Generate.Rename(ofOne).Message);
+        Assert.Equal("ids[3]: is bad; stopping.stop_strings: is bad; n: max_tokens", FieldNames.Score.Rename(ofOne).Message);
+    }
+
     [Fact]
     public void Every_field_of_a_begin_reaches_the_engine_and_changes_nothing_else()
     {
@@ -241,6 +259,8 @@ public sealed class ConverterTests
             (new NoRoomException("full"), StatusCode.ResourceExhausted),
             (new EngineStateException(Engine.EngineState.Sleeping, "asleep"), StatusCode.FailedPrecondition),
             (new UpdateFailedException(UpdateFailure.Digest, "differs"), StatusCode.Aborted),
+            (new ScoreFailedException(Engine.FinishReason.Abort, "aborted"), StatusCode.Aborted),
+            (new ScoreFailedException(Engine.FinishReason.Error, "no token"), StatusCode.Internal),
             (new EngineFaultedException("lost"), StatusCode.Unavailable),
             (new Hosting.NotServingException("loading"), StatusCode.Unavailable),
             (new TaskCanceledException(), StatusCode.Cancelled),

@@ -4,6 +4,8 @@ using System.CommandLine.Invocation;
 using Grpc.Core;
 using Rollout.Engine;
 using Rollout.Kernels.Cuda;
+using Rollout.Server.Generation;
+using Rollout.Server.Grpc;
 
 namespace Rollout.Server.Commands;
 
@@ -54,6 +56,7 @@ internal static class CommandLine
         RpcException { StatusCode: StatusCode.Unavailable } e =>
             (ExitCode.Failure, [$"the server cannot be reached or is not ready: {e.Status.Detail}"]),
         RpcException e => (ExitCode.Failure, [$"{e.StatusCode}: {e.Status.Detail}"]),
+        ScoreFailedException => (ExitCode.Failure, [$"{Errors.ToStatus(exception)?.StatusCode}: {exception.Message}"]),
         FailureException or NoRoomException or EngineFaultedException or EngineStateException => (ExitCode.Failure, [exception.Message]),
         CudaException => (ExitCode.Failure, [exception.Message]),
         OutOfMemoryException => (ExitCode.Failure, [$"there is not the memory for it: {exception.Message}"]),

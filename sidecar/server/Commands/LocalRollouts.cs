@@ -1,5 +1,6 @@
 using System.Runtime.CompilerServices;
 using Rollout.Engine;
+using Rollout.Server.Generation;
 using Rollout.Server.Grpc;
 using Rollout.V1;
 
@@ -13,13 +14,12 @@ internal sealed class LocalRollouts(RolloutEngine engine) : IRollouts
     public async IAsyncEnumerable<GenerateReply> GenerateAsync(
         GenerateRequest request, [EnumeratorCancellation] CancellationToken cancellation)
     {
-        await using GroupCall call = GroupCall.Start(engine, request);
-        await foreach (GenerateReply reply in call.ReadAsync(cancellation)) yield return reply;
-        call.ThrowIfFaulted();
+        await using GroupStream group = EngineCalls.Start(engine, request);
+        await foreach (GroupReply reply in group.ReadAsync(cancellation)) yield return Replies.Reply(group.Request.Id, reply);
     }
 
     public Task<ScoreReply> ScoreAsync(ScoreRequest request, CancellationToken cancellation)
-        => GroupCall.ScoreAsync(engine, request, cancellation);
+        => EngineCalls.ScoreAsync(engine, request, cancellation);
 
     public ValueTask DisposeAsync() => engine.DisposeAsync();
 }

@@ -1,7 +1,7 @@
 using Grpc.Core;
 using Rollout.Engine;
+using Rollout.Server.Control;
 using Rollout.Server.Hosting;
-using Rollout.Server.Weights;
 using Rollout.V1;
 using EngineState = Rollout.V1.EngineState;
 using PauseMode = Rollout.V1.PauseMode;
@@ -10,7 +10,7 @@ using Problem = Rollout.Engine.Problem;
 namespace Rollout.Server.Grpc;
 
 /// <summary>rollout.v1.ControlService: the life of the engine.</summary>
-internal sealed class ControlGrpcService(EngineHost host, SharedSegment segment, ILogger<ControlGrpcService> logger) : ControlService.ControlServiceBase
+internal sealed class ControlGrpcService(EngineHost host, EngineControl control) : ControlService.ControlServiceBase
 {
     public override Task<StatusReply> Status(StatusRequest request, ServerCallContext context)
         => Task.FromResult(host.Loaded is { } engine ? Describe(engine) : new StatusReply { State = EngineState.Loading });
@@ -28,34 +28,29 @@ internal sealed class ControlGrpcService(EngineHost host, SharedSegment segment,
             default: problems.Add(new Problem("mode", $"this server knows no pause mode {(int)request.Mode}")); break;
         }
 
-        if (request.LeaseMilliseconds == 0)
-            problems.Add(new Problem("lease_milliseconds", "must be given: the pause ends by itself after it"));
-        if (request.Owner.Length > MaxOwner)
-            problems.Add(new Problem("owner", $"at most {MaxOwner} characters, has {request.Owner.Length}"));
-        if (problems.Count > 0) throw new InvalidRequestException(problems);
-
         TimeSpan lease = TimeSpan.FromMilliseconds(request.LeaseMilliseconds);
-        PauseResult result = await host.Engine.PauseAsync(mode, request.Owner, lease, context.CancellationToken);
-        Log.Paused(logger, mode.ToString(), request.Owner, request.LeaseMilliseconds, result.AbortedSamples);
+        PauseResult result;
+        try
+        {
+            result = await control.PauseAsync(mode, request.Owner, lease, problems, context.CancellationToken);
+        }
+        catch (InvalidRequestException e)
+        {
+            throw FieldNames.Pause.Rename(e);
+        }
+
         return new PauseReply { State = ToWire(result.State), AbortedSamples = (uint)result.AbortedSamples };
     }
 
     public override async Task<ResumeReply> Resume(ResumeRequest request, ServerCallContext context)
-    {
-        Engine.EngineState state = await host.Engine.ResumeAsync();
-        Log.Resumed(logger);
-        return new ResumeReply { State = ToWire(state) };
-    }
+        => new() { State = ToWire(await control.ResumeAsync()) };
 
     public override async Task<SleepReply> Sleep(SleepRequest request, ServerCallContext context)
     {
-        IReadOnlyList<Engine.FreedMemory> freed = await host.Engine.SleepAsync(Tags(request.Tags));
-        EngineStatus status = host.Engine.Status;
-        if (status.Asleep.HasFlag(MemoryTags.Weights)) segment.Discard();
+        (IReadOnlyList<Engine.FreedMemory> freed, EngineStatus status) = await control.SleepAsync(Tags(request.Tags));
         SleepReply reply = new() { State = ToWire(status.State), Asleep = { ToWire(status.Asleep) } };
         foreach (Engine.FreedMemory memory in freed)
         {
-            Log.Slept(logger, memory.Tag.ToString(), memory.FreedBytes, memory.AllocatedBytes);
             reply.Freed.Add(new V1.FreedMemory
             {
                 Tag = ToWire(memory.Tag).Single(),
@@ -69,12 +64,9 @@ internal sealed class ControlGrpcService(EngineHost host, SharedSegment segment,
 
     public override async Task<WakeUpReply> WakeUp(WakeUpRequest request, ServerCallContext context)
     {
-        MemoryTags asleep = await host.Engine.WakeUpAsync(Tags(request.Tags));
-        Log.WokenUp(logger, asleep.ToString());
+        MemoryTags asleep = await control.WakeUpAsync(Tags(request.Tags));
         return new WakeUpReply { State = ToWire(host.Engine.Status.State), Asleep = { ToWire(asleep) } };
     }
-
-    private const int MaxOwner = 256;
 
     /// <summary>None means all.</summary>
     private static MemoryTags Tags(IReadOnlyCollection<MemoryTag> tags)

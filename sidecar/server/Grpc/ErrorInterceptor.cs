@@ -4,7 +4,9 @@ using Grpc.Core.Interceptors;
 
 namespace Rollout.Server.Grpc;
 
-/// <summary>Answers every call that throws with the right status, so that the services themselves only throw; refuses fields nobody here knows.</summary>
+/// <summary>
+/// Answers every call that throws with the right status, so that the services themselves only throw; refuses fields nobody here knows.
+/// </summary>
 internal sealed class ErrorInterceptor(ILogger<ErrorInterceptor> logger) : Interceptor
 {
     public override async Task<TResponse> UnaryServerHandler<TRequest, TResponse>(

@@ -1,6 +1,7 @@
 using System.Runtime.InteropServices;
 using Google.Protobuf;
 using Google.Protobuf.Collections;
+using Rollout.Server.Generation;
 using Rollout.V1;
 
 namespace Rollout.Server.Grpc;
@@ -8,7 +9,32 @@ namespace Rollout.Server.Grpc;
 /// <summary>The engine's arrays as packed fields: one copy an array, no object a token.</summary>
 internal static class Replies
 {
-    public static SampleChunk Chunk(in Engine.SampleChunk chunk, string text)
+    public static GenerateReply Reply(string requestId, in GroupReply group)
+    {
+        GenerateReply reply = new() { RequestId = requestId };
+        if (group.Head is { } head)
+        {
+            reply.Seed = head.Seed;
+            reply.Prompt = new PromptInfo { CachedTokens = (uint)head.CachedPromptTokens };
+            AddIds(reply.Prompt.Ids, head.PromptIds);
+            reply.Prompt.Logprobs.AddRange((ReadOnlySpan<float>)head.PromptLogProbs);
+        }
+
+        foreach (TextChunk chunk in group.Chunks) reply.Samples.Add(Chunk(chunk.Chunk, chunk.Text));
+        return reply;
+    }
+
+    public static ScoreReply Score(Engine.Group group)
+    {
+        Engine.GroupRequest request = group.Request;
+        ScoreReply reply = new() { RequestId = request.Id, Version = group.PromptVersion };
+        AddIds(reply.Ids, request.Prompt);
+        reply.Logprobs.AddRange((ReadOnlySpan<float>)group.PromptLogProbs);
+        if (request.PromptTop > 0) reply.Top = Top(request.PromptTop, group.PromptTopIds, group.PromptTopLogProbs);
+        return reply;
+    }
+
+    private static SampleChunk Chunk(in Engine.SampleChunk chunk, string text)
     {
         (Engine.Sequence sample, int start, int end, Engine.FinishReason reason) = chunk;
         SampleChunk reply = new()
@@ -29,7 +55,7 @@ internal static class Replies
     }
 
     /// <summary>Alternatives that lie [row][k].</summary>
-    public static TopLogprobs Top(int k, ReadOnlySpan<int> ids, ReadOnlySpan<float> logProbs)
+    private static TopLogprobs Top(int k, ReadOnlySpan<int> ids, ReadOnlySpan<float> logProbs)
     {
         TopLogprobs top = new() { K = (uint)k };
         AddIds(top.Ids, ids);
@@ -37,9 +63,9 @@ internal static class Replies
         return top;
     }
 
-    public static void AddIds(RepeatedField<uint> field, ReadOnlySpan<int> ids) => field.AddRange(MemoryMarshal.Cast<int, uint>(ids));
+    private static void AddIds(RepeatedField<uint> field, ReadOnlySpan<int> ids) => field.AddRange(MemoryMarshal.Cast<int, uint>(ids));
 
-    public static FinishReason ToWire(Engine.FinishReason reason) => reason switch
+    private static FinishReason ToWire(Engine.FinishReason reason) => reason switch
     {
         Engine.FinishReason.None => FinishReason.Unspecified,
         Engine.FinishReason.Stop => FinishReason.Stop,

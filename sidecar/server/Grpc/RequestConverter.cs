@@ -1,9 +1,8 @@
-using System.Buffers.Binary;
 using System.Runtime.InteropServices;
 using Google.Protobuf.Collections;
 using Rollout.Engine;
+using Rollout.Server.Generation;
 using Rollout.V1;
-using Problem = Rollout.Engine.Problem;
 
 namespace Rollout.Server.Grpc;
 
@@ -11,12 +10,8 @@ namespace Rollout.Server.Grpc;
 /// rollout.v1 requests as the engine's. Only what the wire can say and the engine's types cannot is checked here (numbers beyond int,
 /// a prompt that is missing, text without a tokenizer); everything else is the engine's to judge. Problems are collected, not thrown.
 /// </summary>
-internal sealed class RequestConverter(Tokenizer? tokenizer)
+internal sealed class RequestConverter(Tokenizer? tokenizer) : RequestReader(tokenizer)
 {
-    private readonly List<Problem> _problems = [];
-
-    public IReadOnlyList<Problem> Problems => _problems;
-
     public GroupRequest Convert(GenerateRequest request)
     {
         SamplingParams sampling = request.Sampling ?? s_sampling;
@@ -70,15 +65,6 @@ internal sealed class RequestConverter(Tokenizer? tokenizer)
     private static readonly SamplingParams s_sampling = new();
     private static readonly StoppingParams s_stopping = new();
 
-    private static string IdOrNew(string id) => id.Length > 0 ? id : $"server-{Guid.CreateVersion7():N}";
-
-    private static ulong RandomSeed()
-    {
-        Span<byte> bytes = stackalloc byte[8];
-        Random.Shared.NextBytes(bytes);
-        return BinaryPrimitives.ReadUInt64LittleEndian(bytes);
-    }
-
     private int[] Ids(RepeatedField<uint> ids, string field)
     {
         if (ids.Count == 0) return [];
@@ -87,7 +73,7 @@ internal sealed class RequestConverter(Tokenizer? tokenizer)
         for (int i = 0; i < wire.Length; i++)
         {
             if (wire[i] <= int.MaxValue) continue;
-            _problems.Add(new Problem($"{field}[{i}]", $"{wire[i]} is not a token id"));
+            Report($"{field}[{i}]", $"{wire[i]} is not a token id");
             wire[i] = 0;
         }
 
@@ -100,34 +86,16 @@ internal sealed class RequestConverter(Tokenizer? tokenizer)
         foreach ((uint id, float value) in wire)
         {
             if (id <= int.MaxValue) bias[(int)id] = value;
-            else _problems.Add(new Problem($"sampling.logit_bias[{id}]", $"{id} is not a token id"));
+            else Report($"sampling.logit_bias[{id}]", $"{id} is not a token id");
         }
 
         return bias;
     }
 
-    private int[] Encode(string text, string field) => NeedTokenizer(field) ? tokenizer!.Encode(text, addSpecialTokens: true) : s_anyPrompt;
-
-    // Stands in for a prompt that is reported as a problem, so that the engine does not report it again.
-    private static readonly int[] s_anyPrompt = [0, 0];
-
-    private int[] Missing(string field, string message)
-    {
-        _problems.Add(new Problem(field, message));
-        return s_anyPrompt;
-    }
-
-    private bool NeedTokenizer(string field)
-    {
-        if (tokenizer is not null) return true;
-        _problems.Add(new Problem(field, "the model has no tokenizer; send token ids"));
-        return false;
-    }
-
     private int Int(uint value, string field)
     {
         if (value <= int.MaxValue) return (int)value;
-        _problems.Add(new Problem(field, $"{value} is more than the largest value allowed, {int.MaxValue}"));
+        Report(field, $"{value} is more than the largest value allowed, {int.MaxValue}");
         return 1;
     }
 }

@@ -1,5 +1,6 @@
 using Grpc.Core;
 using Rollout.Engine;
+using Rollout.Server.Generation;
 using Rollout.Server.Hosting;
 using Rollout.V1;
 using Problem = Rollout.Engine.Problem;
@@ -13,17 +14,17 @@ internal sealed class RolloutGrpcService(EngineHost host, ILogger<RolloutGrpcSer
         GenerateRequest request, IServerStreamWriter<GenerateReply> responseStream, ServerCallContext context)
     {
         CancellationToken cancellation = context.CancellationToken;
-        await using GroupCall call = Start(request);
-        await foreach (GenerateReply reply in call.ReadAsync(cancellation)) await responseStream.WriteAsync(reply, cancellation);
-        call.ThrowIfFaulted();
+        await using GroupStream group = Start(request);
+        await foreach (GroupReply reply in group.ReadAsync(cancellation))
+            await responseStream.WriteAsync(Replies.Reply(group.Request.Id, reply), cancellation);
     }
 
     public override Task GenerateBatch(
         IAsyncStreamReader<GenerateRequest> requestStream, IServerStreamWriter<GenerateReply> responseStream, ServerCallContext context)
-        => new BatchCall(Start, responseStream, logger).RunAsync(requestStream, host.Stopping, context.CancellationToken);
+        => new BatchCall(Start, responseStream, logger).RunAsync(requestStream.ReadAllAsync(), host.Stopping, context.CancellationToken);
 
     public override Task<ScoreReply> Score(ScoreRequest request, ServerCallContext context)
-        => GroupCall.ScoreAsync(host.Admitting, request, context.CancellationToken);
+        => EngineCalls.ScoreAsync(host.Admitting, request, context.CancellationToken);
 
     public override async Task<AbortReply> Abort(AbortRequest request, ServerCallContext context)
     {
@@ -39,15 +40,12 @@ internal sealed class RolloutGrpcService(EngineHost host, ILogger<RolloutGrpcSer
         return new AbortReply { Groups = (uint)counts.Groups, Samples = (uint)counts.Samples, Unknown = { counts.Unknown } };
     }
 
-    private GroupCall Start(GenerateRequest request)
+    private GroupStream Start(GenerateRequest request)
     {
         UnknownFields.Refuse(request);
-        GroupCall call = GroupCall.Start(host.Admitting, request);
-        Log.GroupStarted(logger, call.Request.Id, call.Request.Prompt.Length, call.Request.N);
-
-        // Stop() closes admissions before it aborts what is in flight; a group that slipped in between the two is ended here.
-        if (host.Stopping.IsCancellationRequested) _ = call.AbortAsync();
-        return call;
+        GroupStream group = host.Start(engine => EngineCalls.Start(engine, request));
+        Log.GroupStarted(logger, group.Request.Id, group.Request.Prompt.Length, group.Request.N);
+        return group;
     }
 
     private static InvalidRequestException Invalid(string field, string message) => new([new Problem(field, message)]);

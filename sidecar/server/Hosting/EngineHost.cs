@@ -1,4 +1,5 @@
 using Rollout.Engine;
+using Rollout.Server.Generation;
 
 namespace Rollout.Server.Hosting;
 
@@ -25,6 +26,17 @@ internal sealed class EngineHost
     /// <exception cref="NotServingException">The server is loading or stopping.</exception>
     public RolloutEngine Admitting
         => _stopping.IsCancellationRequested ? throw new NotServingException("the server is stopping") : Engine;
+
+    /// <summary>Starts a group, unless the server is loading or stopping.</summary>
+    /// <exception cref="NotServingException">It is.</exception>
+    public GroupStream Start(Func<RolloutEngine, GroupStream> start)
+    {
+        GroupStream group = start(Admitting);
+
+        // Stop() closes admissions before it aborts what is in flight; a group that slipped in between the two is ended here.
+        if (_stopping.IsCancellationRequested) _ = group.AbortAsync();
+        return group;
+    }
 
     /// <summary>Whether health answers SERVING.</summary>
     public bool Serving => !_stopping.IsCancellationRequested && _engine is { } engine && engine.Status.State != EngineState.Faulted;

@@ -9,6 +9,7 @@ using Microsoft.Extensions.Logging.Console;
 using OpenTelemetry.Metrics;
 using Rollout.Engine;
 using Rollout.Server.Commands;
+using Rollout.Server.Control;
 using Rollout.Server.Grpc;
 using Rollout.Server.Weights;
 
@@ -103,6 +104,7 @@ internal static class ServerApp
         builder.Services.AddSingleton<IMemoryPoolFactory<byte>, BlockPool>();
         builder.Services.AddSingleton(host);
         builder.Services.AddSingleton<SharedSegment>();
+        builder.Services.AddSingleton<EngineControl>();
         builder.Services.AddHostedService<FaultMonitor>();
         builder.Services.AddGrpc(grpc =>
         {

@@ -15,7 +15,7 @@ public sealed class EngineTests
         await using RolloutEngine engine = TestModels.Load("qwen3");
         Group group = engine.Submit(s_request with { MaxTokens = 500 });
         InvalidRequestException e = Assert.Throws<InvalidRequestException>(() => engine.Submit(s_request));
-        Assert.Equal("request_id", Assert.Single(e.Problems).Field);
+        Assert.Equal("Id", Assert.Single(e.Problems).Field);
         await engine.AbortAsync(group);
     }
 
@@ -108,9 +108,9 @@ public sealed class EngineTests
         }));
         string[] fields =
         [
-            "request_id", "prompt_ids[1]", "n", "sampling.temperature", "sampling.top_k", "sampling.top_p", "sampling.min_p",
-            "sampling.logit_bias[0]", "sampling.logit_bias[999]", "stopping.max_tokens", "stopping.min_tokens",
-            "stopping.stop_token_ids[0]", "stopping.stop_strings", "top_logprobs", "top",
+            "Id", "Prompt[1]", "N", "Temperature", "TopK", "TopP", "MinP",
+            "LogitBias[0]", "LogitBias[999]", "MaxTokens", "MinTokens",
+            "StopTokenIds[0]", "StopStrings", "TopLogProbs", "PromptTop",
         ];
         Assert.Equal(fields.Order(), e.Problems.Select(problem => problem.Field).Order());
         await running.Completed.WaitAsync(Cancelled);

@@ -1,0 +1,57 @@
+using Rollout.Engine;
+using Rollout.Server.Hosting;
+using Rollout.Server.Weights;
+
+namespace Rollout.Server.Control;
+
+/// <summary>The life of the engine as callers steer it, in the engine's terms: what is checked, done besides, and logged.</summary>
+internal sealed class EngineControl(EngineHost host, SharedSegment segment, ILogger<EngineControl> logger)
+{
+    private const int MaxOwner = 256;
+
+    /// <summary>Returns once the pause is in force.</summary>
+    /// <param name="mode">What becomes of groups in flight.</param>
+    /// <param name="owner">Named to whoever asks why nothing moves.</param>
+    /// <param name="lease">The pause ends by itself after it.</param>
+    /// <param name="alsoWrong">Problems that the request's reader found already, to be listed with the others.</param>
+    /// <param name="cancellation">Whoever asked has gone.</param>
+    /// <exception cref="InvalidRequestException">Lists everything wrong with the request, by the names of these parameters.</exception>
+    public async Task<PauseResult> PauseAsync(
+        PauseMode mode, string owner, TimeSpan lease, IReadOnlyList<Problem> alsoWrong, CancellationToken cancellation)
+    {
+        List<Problem> problems = [.. alsoWrong];
+        if (lease == TimeSpan.Zero) problems.Add(new Problem(nameof(lease), "must be given: the pause ends by itself after it"));
+        if (owner.Length > MaxOwner) problems.Add(new Problem(nameof(owner), $"at most {MaxOwner} characters, has {owner.Length}"));
+        if (problems.Count > 0) throw new InvalidRequestException(problems);
+
+        PauseResult result = await host.Engine.PauseAsync(mode, owner, lease, cancellation);
+        Log.Paused(logger, mode.ToString(), owner, (uint)lease.TotalMilliseconds, result.AbortedSamples);
+        return result;
+    }
+
+    /// <summary>Ends a pause, if there is one.</summary>
+    public async Task<EngineState> ResumeAsync()
+    {
+        EngineState state = await host.Engine.ResumeAsync();
+        Log.Resumed(logger);
+        return state;
+    }
+
+    /// <summary>Gives back the memory of these tags: what each that was awake has freed, and the engine's state then.</summary>
+    public async Task<(IReadOnlyList<FreedMemory> Freed, EngineStatus Status)> SleepAsync(MemoryTags tags)
+    {
+        IReadOnlyList<FreedMemory> freed = await host.Engine.SleepAsync(tags);
+        EngineStatus status = host.Engine.Status;
+        if (status.Asleep.HasFlag(MemoryTags.Weights)) segment.Discard();
+        foreach (FreedMemory memory in freed) Log.Slept(logger, memory.Tag.ToString(), memory.FreedBytes, memory.AllocatedBytes);
+        return (freed, status);
+    }
+
+    /// <summary>Takes the memory of these tags again: what still sleeps.</summary>
+    public async Task<MemoryTags> WakeUpAsync(MemoryTags tags)
+    {
+        MemoryTags asleep = await host.Engine.WakeUpAsync(tags);
+        Log.WokenUp(logger, asleep.ToString());
+        return asleep;
+    }
+}
