@@ -230,20 +230,7 @@ internal sealed class WeightUpdates : IDisposable
         SocketsHttpHandler handler = new()
         {
             UseProxy = false,
-            ConnectCallback = async (_, cancellation) =>
-            {
-                Socket socket = new(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified);
-                try
-                {
-                    await socket.ConnectAsync(endPoint, cancellation);
-                    return new NetworkStream(socket, ownsSocket: true);
-                }
-                catch
-                {
-                    socket.Dispose();
-                    throw;
-                }
-            },
+            ConnectCallback = async (_, cancellation) => await SidecarSocket.ConnectAsync(endPoint, cancellation),
         };
         return GrpcChannel.ForAddress("http://localhost",
             new GrpcChannelOptions { HttpHandler = handler, DisposeHttpClient = true, MaxReceiveMessageSize = null });

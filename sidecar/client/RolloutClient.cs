@@ -1,5 +1,4 @@
 using System.Diagnostics;
-using System.Net.Sockets;
 using Grpc.Core;
 using Grpc.Health.V1;
 using Grpc.Net.Client;
@@ -143,22 +142,7 @@ public sealed partial class RolloutClient : IAsyncDisposable
 
     private static SocketsHttpHandler Handler(RolloutAddress address) => new()
     {
-        ConnectCallback = async (_, cancellationToken) =>
-        {
-            var socket = address.EndPoint is UnixDomainSocketEndPoint
-                ? new Socket(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified)
-                : new Socket(SocketType.Stream, ProtocolType.Tcp) { NoDelay = true };
-            try
-            {
-                await socket.ConnectAsync(address.EndPoint, cancellationToken);
-                return new NetworkStream(socket, ownsSocket: true);
-            }
-            catch
-            {
-                socket.Dispose();
-                throw;
-            }
-        },
+        ConnectCallback = async (_, cancellationToken) => await V1.SidecarSocket.ConnectAsync(address.EndPoint, cancellationToken),
         UseProxy = false,
         // More calls at once than one HTTP/2 connection carries (100 on Kestrel) open another instead of waiting.
         EnableMultipleHttp2Connections = true,

@@ -2,8 +2,8 @@ using System.Buffers;
 using CsCheck;
 using Google.Protobuf;
 using Grpc.Core;
-using Rollout.Server.Hosting;
 using Rollout.Server.Grpc;
+using Rollout.Server.Hosting;
 using Rollout.Server.Weights;
 using Rollout.V1;
 

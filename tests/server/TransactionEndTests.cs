@@ -293,10 +293,9 @@ public sealed class TransactionEndTests : IDisposable
             {
                 ConnectCallback = async (_, cancellation) =>
                 {
-                    Socket socket = new(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified);
-                    await socket.ConnectAsync(endPoint, cancellation);
-                    opened(socket);
-                    return new NetworkStream(socket, ownsSocket: true);
+                    NetworkStream connection = await SidecarSocket.ConnectAsync(endPoint, cancellation);
+                    opened(connection.Socket);
+                    return connection;
                 },
             },
         });

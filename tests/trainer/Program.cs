@@ -147,11 +147,6 @@ GrpcChannel Open() => GrpcChannel.ForAddress("http://localhost", new GrpcChannel
 {
     HttpHandler = new SocketsHttpHandler
     {
-        ConnectCallback = async (_, cancellation) =>
-        {
-            var connection = new Socket(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified);
-            await connection.ConnectAsync(new UnixDomainSocketEndPoint(socket), cancellation);
-            return new NetworkStream(connection, ownsSocket: true);
-        },
+        ConnectCallback = async (_, cancellation) => await V1.SidecarSocket.ConnectAsync(new UnixDomainSocketEndPoint(socket), cancellation),
     },
 });

@@ -45,20 +45,7 @@ internal sealed class RemoteRollouts : IRollouts
         options.HttpHandler = new SocketsHttpHandler
         {
             UseProxy = false,
-            ConnectCallback = async (_, cancellation) =>
-            {
-                Socket socket = new(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified);
-                try
-                {
-                    await socket.ConnectAsync(endPoint, cancellation);
-                    return new NetworkStream(socket, ownsSocket: true);
-                }
-                catch
-                {
-                    socket.Dispose();
-                    throw;
-                }
-            },
+            ConnectCallback = async (_, cancellation) => await SidecarSocket.ConnectAsync(endPoint, cancellation),
         };
         return GrpcChannel.ForAddress("http://localhost", options);
     }
