@@ -45,17 +45,15 @@ public sealed class Rollouts : IAsyncDisposable
     {
         GenerateOptions options = new() { N = n, MaxTokens = maxTokens, Temperature = temperature };
         RolloutRequest[] requests = [.. prompts.Select((prompt, i) => new RolloutRequest(prompt, options with { Seed = seed + (ulong)i }))];
-        Dictionary<string, int> promptOf = requests.Select((request, i) => (request.RequestId, i)).ToDictionary();
-        RolloutSample[][] samples = [.. prompts.Select(_ => new RolloutSample[n])];
-        await foreach (Sample sample in _client.GenerateBatchAsync(requests))
-        {
-            if (sample.FinishReason is FinishReason.Error or FinishReason.Abort)
-                throw new InvalidOperationException($"a sample ended with {sample.FinishReason}: {sample.Error}");
-            samples[promptOf[sample.RequestId]][sample.Index] = new(sample.Ids, sample.LogProbs, sample.Versions[^1].Version);
-        }
-
-        return [.. prompts.Zip(samples, (prompt, group) => new RolloutGroup(prompt, group))];
+        Dictionary<RolloutRequest, IReadOnlyList<Sample>> samples = [];
+        await foreach (SampleGroup group in _client.GenerateGroupsAsync(requests))
+            samples.Add(group.Request, group.Samples);
+        return [.. prompts.Zip(requests, (prompt, request) => new RolloutGroup(prompt, [.. samples[request].Select(Finished)]))];
     }
+
+    private static RolloutSample Finished(Sample sample) => sample.FinishReason is FinishReason.Error or FinishReason.Abort
+        ? throw new InvalidOperationException($"a sample ended with {sample.FinishReason}: {sample.Error}")
+        : new RolloutSample(sample.Ids, sample.LogProbs, sample.Versions[^1].Version);
 
     /// <summary>Puts the policy's present weights into the running sidecar, as bf16, through shared memory, all or nothing.</summary>
     public async Task PushAsync(Policy policy, ulong version) => await _publisher.PushAsync(policy, version);

@@ -32,6 +32,57 @@ public sealed partial class RolloutClient
         TimeSpan? timeout = null,
         [EnumeratorCancellation] CancellationToken cancellationToken = default)
     {
+        await foreach (EndedSample ended in EndedSamplesAsync(requests, onRefused, timeout, cancellationToken))
+            yield return ended.Sample;
+    }
+
+    /// <inheritdoc cref="GenerateGroupsAsync(IAsyncEnumerable{RolloutRequest}, Action{RolloutException}?, TimeSpan?, CancellationToken)"/>
+    public IAsyncEnumerable<SampleGroup> GenerateGroupsAsync(
+        IEnumerable<RolloutRequest> requests,
+        Action<RolloutException>? onRefused = null,
+        TimeSpan? timeout = null,
+        CancellationToken cancellationToken = default) =>
+        GenerateGroupsAsync(requests.ToAsyncEnumerable(), onRefused, timeout, cancellationToken);
+
+    /// <summary>Many groups on one call. Yields each group when its last sample has ended, in order of ending.</summary>
+    /// <param name="requests">Read and sent while groups come back, so it may go on as long as wanted and depend on them.</param>
+    /// <param name="onRefused">
+    /// Called for each group that is refused, as it happens; then nothing is thrown for it. It may be called on another thread than the
+    /// one that reads the groups, but never by two at once.
+    /// </param>
+    /// <param name="timeout">Of the whole batch; <see cref="DefaultWorkTimeout"/> when null.</param>
+    /// <remarks>
+    /// A refused group disturbs no other: without <paramref name="onRefused"/> all refusals are thrown together at the end, after the last
+    /// group. A sample that fails or is aborted is part of its group like any other: <see cref="Sample.FinishReason"/> says so. Leaving the
+    /// loop early or cancelling ends all samples that are still running.
+    /// </remarks>
+    /// <exception cref="RolloutBatchException">Groups were refused and there is no <paramref name="onRefused"/>.</exception>
+    public async IAsyncEnumerable<SampleGroup> GenerateGroupsAsync(
+        IAsyncEnumerable<RolloutRequest> requests,
+        Action<RolloutException>? onRefused = null,
+        TimeSpan? timeout = null,
+        [EnumeratorCancellation] CancellationToken cancellationToken = default)
+    {
+        Dictionary<string, Sample[]> open = [];
+        await foreach ((Sample sample, RolloutRequest request, bool last) in
+            EndedSamplesAsync(requests, onRefused, timeout, cancellationToken))
+        {
+            if (!open.TryGetValue(request.RequestId, out Sample[]? samples))
+                open.Add(request.RequestId, samples = new Sample[request.Options.N]);
+            samples[sample.Index] = sample;
+            if (!last)
+                continue;
+            open.Remove(request.RequestId);
+            yield return new SampleGroup(request, samples);
+        }
+    }
+
+    private async IAsyncEnumerable<EndedSample> EndedSamplesAsync(
+        IAsyncEnumerable<RolloutRequest> requests,
+        Action<RolloutException>? onRefused,
+        TimeSpan? timeout,
+        [EnumeratorCancellation] CancellationToken cancellationToken)
+    {
         using var ended = CancellationTokenSource.CreateLinkedTokenSource(cancellationToken);
         CancellationToken token = ended.Token;
         CallOptions options = Options(timeout ?? DefaultWorkTimeout, token);
@@ -45,7 +96,7 @@ public sealed partial class RolloutClient
         {
             while (await MoveNextAsync())
             {
-                foreach (Sample sample in batch.Add(call.ResponseStream.Current))
+                foreach (EndedSample sample in batch.Add(call.ResponseStream.Current))
                     yield return sample;
             }
 
@@ -110,11 +161,14 @@ public sealed partial class RolloutClient
         }
     }
 
+    /// <summary>A sample that has ended, what it was asked for with, and whether it is the last of its group.</summary>
+    private readonly record struct EndedSample(Sample Sample, RolloutRequest Request, bool LastOfGroup);
+
     /// <summary>The groups of one batch that have been sent and have not ended. Sender and reader both use it.</summary>
     private sealed class Batch(Action<RolloutException>? onRefused)
     {
         private readonly Lock _lock = new();
-        private readonly Dictionary<string, GroupAssembly> _groups = [];
+        private readonly Dictionary<string, (RolloutRequest Request, GroupAssembly Assembly)> _groups = [];
         // Not _lock: the caller's callback runs under it.
         private readonly Lock _refusing = new();
         private readonly List<RolloutException> _refused = [];
@@ -135,7 +189,7 @@ public sealed partial class RolloutClient
 
             bool added;
             lock (_lock)
-                added = _groups.TryAdd(request.RequestId, new GroupAssembly(request.RequestId, request.Options.N));
+                added = _groups.TryAdd(request.RequestId, (request, new GroupAssembly(request.RequestId, request.Options.N)));
             if (added)
                 return message;
             // The sidecar would refuse it too, but its answer could not be told from one about the first group.
@@ -143,12 +197,13 @@ public sealed partial class RolloutClient
             return null;
         }
 
-        public IEnumerable<Sample> Add(V1.GenerateReply reply)
+        public IEnumerable<EndedSample> Add(V1.GenerateReply reply)
         {
-            GroupAssembly? group;
+            (RolloutRequest Request, GroupAssembly Assembly) group;
+            bool inFlight;
             lock (_lock)
-                _groups.TryGetValue(reply.RequestId, out group);
-            if (group is null)
+                inFlight = _groups.TryGetValue(reply.RequestId, out group);
+            if (!inFlight)
                 throw new RolloutException($"the sidecar answered for request '{reply.RequestId}', which is not in flight");
 
             if (reply.Refused is { } refused)
@@ -158,11 +213,12 @@ public sealed partial class RolloutClient
                 yield break;
             }
 
-            foreach (Sample sample in group.Add(reply))
+            foreach (Sample sample in group.Assembly.Add(reply))
             {
-                if (group.Complete)
+                bool last = group.Assembly.Complete;
+                if (last)
                     Remove(reply.RequestId);
-                yield return sample;
+                yield return new EndedSample(sample, group.Request, last);
             }
         }
 
@@ -170,8 +226,8 @@ public sealed partial class RolloutClient
         {
             lock (_lock)
             {
-                foreach (GroupAssembly group in _groups.Values)
-                    ThrowIfIncomplete(group);
+                foreach ((_, GroupAssembly assembly) in _groups.Values)
+                    ThrowIfIncomplete(assembly);
             }
 
             lock (_refusing)

@@ -25,6 +25,8 @@ public sealed class LostAnswerTests : IAsyncLifetime
         ["Stream"] = (client, timeout, token) => client.StreamAsync(s_prompt, s_two, timeout, token).CountAsync(token).AsTask(),
         ["GenerateBatch"] = (client, timeout, token) =>
             client.GenerateBatchAsync([new RolloutRequest(s_prompt, s_two)], null, timeout, token).CountAsync(token).AsTask(),
+        ["GenerateGroups"] = (client, timeout, token) =>
+            client.GenerateGroupsAsync([new RolloutRequest(s_prompt, s_two)], null, timeout, token).CountAsync(token).AsTask(),
     };
 
     private FakeSidecar _fake = null!;

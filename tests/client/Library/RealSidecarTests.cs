@@ -69,6 +69,21 @@ public sealed class RealSidecarTests : IAsyncLifetime
     }
 
     [Fact]
+    public async Task Groups_of_a_batch_have_the_samples_that_each_has_alone()
+    {
+        int[][] prompts = [[5, 6, 7, 8], [9, 10, 11], [12]];
+        RolloutRequest[] requests = [.. prompts.Select((prompt, i) =>
+            new RolloutRequest(prompt, s_greedy with { N = 4, Temperature = 1, Seed = (ulong)i, MaxTokens = 10 * (3 - i) }))];
+        List<SampleGroup> groups = await _client.GenerateGroupsAsync(requests, cancellationToken: Token).ToListAsync(Token);
+        Assert.Equal(requests.Select(request => request.RequestId).Order(), groups.Select(group => group.Request.RequestId).Order());
+        foreach (SampleGroup group in groups)
+        {
+            List<Sample> alone = await _client.GenerateAsync(group.Request, cancellationToken: Token).ToListAsync(Token);
+            Assert.Equal(alone.OrderBy(sample => sample.Index).Select(sample => sample.Ids), group.Samples.Select(sample => sample.Ids));
+        }
+    }
+
+    [Fact]
     public async Task A_trainer_that_shares_the_machine_puts_the_sidecar_to_sleep_while_it_learns()
     {
         await using var publisher = new WeightPublisher(_client);
