@@ -47,7 +47,7 @@ public sealed class GrpoTests
     }
 
     [Fact]
-    public void A_step_makes_the_rewarded_answer_likelier_and_leaves_weights_that_bfloat16_holds()
+    public void A_step_makes_the_rewarded_answer_likelier_in_weights_that_bfloat16_holds()
     {
         manual_seed(1);
         using var policy = new Policy(new PolicyConfig { VocabSize = ArithmeticTask.VocabSize, NumHiddenLayers = 1, HiddenSize = 32 });
@@ -72,7 +72,7 @@ public sealed class GrpoTests
         Assert.All(policy.parameters(), p => Assert.True(p.equal(p.to(bfloat16).to(float32)).all().item<bool>()));
     }
 
-    /// <summary>How far the policy has come from the one that sampled, as the logarithm of the ratio of each token of two samples.</summary>
+    /// <summary>How far the policy has come from the one that sampled: the logarithm of the ratio of each token of two samples.</summary>
     [Theory]
     [InlineData(0, 0, true)]
     [InlineData(0.24, -0.24, true)] // 1.27: the better one may still become likelier

@@ -81,7 +81,8 @@ public sealed class ServerProcess : TestServer, IAsyncDisposable
     {
         string own = Directory.CreateTempSubdirectory("rs-").FullName;
         string socket = Path.Combine(own, "s");
-        ServerProcess server = new(["serve", "--model", folder, "--socket", socket, "--threads", "1", .. arguments], own, $"unix:{socket}", variables);
+        ServerProcess server = new(
+            ["serve", "--model", folder, "--socket", socket, "--threads", "1", .. arguments], own, $"unix:{socket}", variables);
         server.Start();
         return server;
     }

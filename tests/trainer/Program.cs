@@ -147,6 +147,7 @@ GrpcChannel Open() => GrpcChannel.ForAddress("http://localhost", new GrpcChannel
 {
     HttpHandler = new SocketsHttpHandler
     {
-        ConnectCallback = async (_, cancellation) => await V1.SidecarSocket.ConnectAsync(new UnixDomainSocketEndPoint(socket), cancellation),
+        ConnectCallback = async (_, cancellation) =>
+            await V1.SidecarSocket.ConnectAsync(new UnixDomainSocketEndPoint(socket), cancellation),
     },
 });

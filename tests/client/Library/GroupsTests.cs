@@ -95,13 +95,14 @@ public sealed class GroupsTests : IAsyncLifetime
     }
 
     [Fact]
-    public async Task A_call_that_ends_before_a_groups_last_sample_is_an_error_and_hands_out_no_part_of_it()
+    public async Task A_call_that_ends_before_a_groups_last_sample_is_an_error()
     {
         Answer(("a", 0), ("b", 0), ("b", 1));
         List<string> ids = [];
         var error = await Assert.ThrowsAsync<RolloutException>(async () =>
         {
-            await foreach (SampleGroup group in _client.GenerateGroupsAsync([Request("a", n: 2), Request("b", n: 2)], cancellationToken: Token))
+            RolloutRequest[] requests = [Request("a", n: 2), Request("b", n: 2)];
+            await foreach (SampleGroup group in _client.GenerateGroupsAsync(requests, cancellationToken: Token))
                 ids.Add(group.Request.RequestId);
         });
         Assert.Equal(["b"], ids);
@@ -161,7 +162,7 @@ public sealed class GroupsTests : IAsyncLifetime
             if (index >= 0)
                 await WriteAsync(replies, id, (uint)index, V1.FinishReason.Stop);
             else
-                await replies.WriteAsync(new V1.GenerateReply { RequestId = id, Refused = new V1.Refusal { Code = 8, Message = "no room" } });
+                await replies.WriteAsync(new V1.GenerateReply { RequestId = id, Refused = new() { Code = 8, Message = "no room" } });
         }
     };
 

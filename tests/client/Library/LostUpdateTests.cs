@@ -64,7 +64,7 @@ public sealed class LostUpdateTests : IAsyncLifetime
     }
 
     [Theory, MemberData(nameof(Everywhere))]
-    public Task Wherever_a_push_breaks_its_outcome_is_true_and_the_next_one_goes_on_from_what_is_served(
+    public Task Wherever_a_push_breaks_its_outcome_is_true_and_the_next_one_succeeds(
         PushTransport transport, UpdateMode mode, At at, Break how) => BreakAsync(_fake, _publisher, transport, mode, at, how);
 
     [Fact]

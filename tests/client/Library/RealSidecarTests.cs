@@ -45,7 +45,8 @@ public sealed class RealSidecarTests : IAsyncLifetime
         List<(TensorSource Source, byte[] Bytes)> tensors = Tensors();
         int[] original = await TokensAsync();
 
-        PushResult full = await publisher.PushAsync([.. tensors.Select(tensor => tensor.Source)], options: options, cancellationToken: Token);
+        PushResult full = await publisher.PushAsync(
+            [.. tensors.Select(tensor => tensor.Source)], options: options, cancellationToken: Token);
         Assert.Equal((1ul, mode), (full.Version, full.Mode));
         Assert.Equal(original, await TokensAsync()); // the same weights
 
@@ -101,7 +102,7 @@ public sealed class RealSidecarTests : IAsyncLifetime
     }
 
     [Fact]
-    public async Task A_push_in_place_that_breaks_half_way_is_reported_as_poison_and_the_next_full_one_heals()
+    public async Task A_push_in_place_that_breaks_half_way_poisons_and_the_next_full_one_heals()
     {
         await using var publisher = new WeightPublisher(_client);
         int[] original = await TokensAsync();

@@ -122,7 +122,8 @@ public sealed class WeightPublisherTests : IAsyncLifetime
         Assert.Empty(Directory.GetFiles(folder));
         Directory.Delete(folder);
 
-        await Assert.ThrowsAsync<ArgumentException>(() => PushAsync(Tensors(contents), options: new PushOptions { Transport = PushTransport.File }));
+        var fileInNoFolder = new PushOptions { Transport = PushTransport.File };
+        await Assert.ThrowsAsync<ArgumentException>(() => PushAsync(Tensors(contents), options: fileInNoFolder));
     }
 
     [Fact]
@@ -134,7 +135,8 @@ public sealed class WeightPublisherTests : IAsyncLifetime
         await PushAsync([sparse], options: s_inline with { Partial = true });
         V1.ManifestTensor tensor = Assert.Single(_fake.Weights.Begin!.Manifest);
         Assert.Equal((700_000ul, true), (tensor.SparseCount, _fake.Weights.Begin.Partial));
-        Assert.True(_fake.Weights.Tensors["s"].AsSpan().SequenceEqual([.. System.Runtime.InteropServices.MemoryMarshal.AsBytes<uint>(indices), .. values]));
+        byte[] sent = [.. System.Runtime.InteropServices.MemoryMarshal.AsBytes<uint>(indices), .. values];
+        Assert.True(sent.AsSpan().SequenceEqual(_fake.Weights.Tensors["s"]));
         Assert.Throws<ArgumentException>(() => TensorSource.Sparse("s", TensorDType.F32, [9], indices, values));
     }
 

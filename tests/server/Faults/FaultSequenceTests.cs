@@ -18,7 +18,7 @@ public sealed partial class FaultSequenceTests
     private const double MostGrowthMegabytes = 40;
 
     [Fact]
-    public async Task After_any_sequence_of_faults_the_old_weights_are_served_or_the_new_ones_or_none_and_nothing_is_left()
+    public async Task Any_sequence_of_faults_leaves_old_weights_or_new_or_none_and_nothing_else()
     {
         int sequences = Setting("ROLLOUT_FAULT_SEQUENCES") ?? 200;
         int seed = Setting("ROLLOUT_FAULT_SEED") ?? Random.Shared.Next(1 << 20);

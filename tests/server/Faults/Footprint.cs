@@ -29,7 +29,7 @@ internal sealed record Footprint(double ResidentMegabytes, IReadOnlyList<string>
         return new Footprint(megabytes, [.. threads.Order(StringComparer.Ordinal)], [.. files.Order(StringComparer.Ordinal)]);
     }
 
-    /// <summary>Without what is another one's each time: the number of a socket, the name of the segment that updates come through.</summary>
+    /// <summary>Without what differs each time: the number of a socket, the name of the segment that updates come through.</summary>
     private static string Kind(string target)
     {
         if (!target.Contains(':', StringComparison.Ordinal)) return target;

@@ -64,8 +64,8 @@ public sealed class GroupStreamTests
         GroupRequest bad = s_request with { MaxTokens = 0, MinTokens = 2, TopP = 2 };
         InvalidRequestException e = Assert.Throws<InvalidRequestException>(
             () => GroupStream.Start(server.Engine, bad, promptWasText: false, returnText: false, [new("prompt.text", "is not UTF-8")]));
-        Assert.Equal("prompt.text: is not UTF-8; TopP: must be above 0 and at most 1, is 2; MaxTokens: 0 makes sense only with PromptLogProbs; "
-            + "N: must be 1 when MaxTokens is 0; MinTokens: 2 is more than MaxTokens 0", e.Message);
+        Assert.Equal("prompt.text: is not UTF-8; TopP: must be above 0 and at most 1, is 2; "
+            + "MaxTokens: 0 makes sense only with PromptLogProbs; N: must be 1 when MaxTokens is 0; MinTokens: 2 is more than MaxTokens 0", e.Message);
     }
 
     [Fact]
@@ -112,7 +112,8 @@ public sealed class GroupStreamTests
         {
             (Engine.SampleChunk chunk, _) = Assert.Single(reply.Chunks);
             Assert.NotEqual(FinishReason.None, chunk.FinishReason);
-            return string.Create(CultureInfo.InvariantCulture, $"{group.Request.Id} {chunk.Sample.Index}: {chunk.FinishReason} {chunk.End}");
+            return string.Create(
+                CultureInfo.InvariantCulture, $"{group.Request.Id} {chunk.Sample.Index}: {chunk.FinishReason} {chunk.End}");
         }
 
         protected override string? Refusal(GroupRequest request, Exception exception)

@@ -106,7 +106,7 @@ public sealed class StateTests
 
     /// <summary>A stream that ends with OK is a whole one.</summary>
     [Fact]
-    public async Task When_the_device_is_lost_everything_in_flight_delivers_what_it_has_and_ends_with_an_error()
+    public async Task A_lost_device_ends_all_in_flight_with_what_it_has_and_an_error()
     {
         await using HeldServer server = await HeldServer.StartAsync(HeldServer.Small with { MaxSequences = 16 });
         GenerateRequest Long(string id) => Calls.Sampled(s_prompt, 200, seed: 2, n: 2, change: r => (r.RequestId, r.Stream) = (id, true));

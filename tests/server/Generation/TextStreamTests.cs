@@ -29,7 +29,7 @@ public sealed class TextStreamTests
     /// tokens come in any number of appends; the end may come with the last of them or alone.
     /// </summary>
     [Fact]
-    public void What_is_given_out_is_the_text_before_the_match_and_all_of_it_that_begins_no_stop_string()
+    public void All_text_before_the_match_is_given_out_that_begins_no_stop_string()
     {
         int stopped = 0;
         s_case.Sample(sample =>

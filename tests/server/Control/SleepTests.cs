@@ -60,8 +60,8 @@ public sealed class SleepTests
             Assert.Empty(woken.Asleep);
         }
 
-        // Before the first push there were no buffers for one. A cycle that kept a weight set would show three of them here; .NET's own heap
-        // moves by less than half of one.
+        // Before the first push there were no buffers for one. A cycle that kept a weight set would show three of them here; .NET's own
+        // heap moves by less than half of one.
         Assert.InRange(asleep[4], 0, asleep[1] + payload.Bytes.Length);
     }
 
@@ -115,7 +115,7 @@ public sealed class SleepTests
     }
 
     [Fact]
-    public async Task Samples_in_flight_and_updates_keep_memory_awake_and_a_pause_lets_keys_and_values_sleep()
+    public async Task Work_keeps_memory_awake_and_a_pause_lets_keys_and_values_sleep()
     {
         Payload payload = Payload.Reversed("qwen3");
         await using ServerProcess server = await ServerProcess.StartAsync("qwen3", "--max-sequences", "4");

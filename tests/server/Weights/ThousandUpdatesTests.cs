@@ -66,7 +66,7 @@ public sealed class ThousandUpdatesTests
     /// machine's bad moment passes, and a heap is collected; what leaks more than a kilobyte an update, or jams, does so every time.
     /// </summary>
     [Fact]
-    public async Task A_thousand_updates_under_generation_draw_the_right_tokens_in_even_time_and_no_more_memory()
+    public async Task A_thousand_updates_draw_the_right_tokens_in_even_time_and_no_more_memory()
     {
         using TemporaryFolder folder = new();
         Become(0);

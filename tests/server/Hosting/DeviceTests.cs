@@ -33,17 +33,23 @@ public sealed class DeviceTests
     public async Task A_device_that_has_too_little_memory_is_told_in_one_sentence(string bytes)
     {
         string folder = Path.GetFullPath(Path.Combine(Golden.Folder("qwen3"), "..", "..", "cuda-sim"));
-        ProcessStartInfo script = new("sh", [Path.Combine(folder, "build.sh")]) { RedirectStandardError = true, RedirectStandardOutput = true };
+        ProcessStartInfo script = new("sh", [Path.Combine(folder, "build.sh")])
+        {
+            RedirectStandardError = true,
+            RedirectStandardOutput = true,
+        };
         using Process build = Process.Start(script)!;
         await build.StandardError.ReadToEndAsync();
         await build.WaitForExitAsync();
         Assert.SkipWhen(build.ExitCode != 0, "the simulated CUDA device needs g++");
         Cli.Result result = await Cli.RunAsync(
-            [("ROLLOUT_CUDA_PATH", Path.Combine(folder, "obj")), ("XDG_CACHE_HOME", Path.Combine(folder, "obj", "cache")), ("ROLLOUT_SIM_BYTES", bytes)],
+            [("ROLLOUT_CUDA_PATH", Path.Combine(folder, "obj")), ("XDG_CACHE_HOME", Path.Combine(folder, "obj", "cache")),
+                ("ROLLOUT_SIM_BYTES", bytes)],
             ["generate", "--model", Golden.Folder("qwen3"), "--ids", "5,6", "--max-tokens", "4", "--device", "cuda"]);
         Assert.Equal(1, result.ExitCode);
         Assert.Matches(
-            "^rollout: there is not the memory for it: cuMem[A-Za-z_0-9]+ \\([0-9]+ bytes\\): CUDA_ERROR_OUT_OF_MEMORY, out of memory\n$", result.Errors);
+            "^rollout: there is not the memory for it: cuMem[A-Za-z_0-9]+ \\([0-9]+ bytes\\): CUDA_ERROR_OUT_OF_MEMORY, out of memory\n$",
+            result.Errors);
     }
 
     private static Task<Cli.Result> Generate(string device)

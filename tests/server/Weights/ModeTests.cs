@@ -115,7 +115,7 @@ public sealed class ModeTests : IAsyncLifetime
     }
 
     [Fact]
-    public async Task Some_tensors_and_some_elements_by_every_transport_and_mode_make_what_a_fresh_server_loads()
+    public async Task Partial_and_sparse_updates_by_every_transport_and_mode_make_what_a_file_holds()
     {
         // Every third tensor anew; of every third, some elements; the rest as it was. As a file it is all sent whole.
         int Kind(string name) => s_original.Manifest.FindIndex(tensor => tensor.Name == name) % 3;
@@ -281,7 +281,7 @@ public sealed class ModeTests : IAsyncLifetime
     }
 
     [Fact]
-    public async Task Under_drain_in_place_what_began_ends_first_and_what_waits_begins_on_the_new_weights()
+    public async Task Under_drain_in_place_what_began_ends_first_and_the_rest_waits_for_new_weights()
     {
         using AsyncServerStreamingCall<GenerateReply> begun = await BeginLongAsync();
         using Update update = await _server.BeginUpdateAsync(s_reversed.Begin(0, 1,

@@ -44,10 +44,12 @@ public sealed class SegmentTests : IAsyncLifetime
     public async Task A_window_outside_of_it_or_of_one_that_was_not_lent_fails()
     {
         Segment segment = await UpdateAsync(0, 1, 4096);
-        Assert.Contains("too few", await FailsAsync(4096, new SharedMemory { Path = segment.Path, Offset = 4000, Bytes = 100 }), StringComparison.Ordinal);
+        SharedMemory window = new() { Path = segment.Path, Offset = 4000, Bytes = 100 };
+        Assert.Contains("too few", await FailsAsync(4096, window), StringComparison.Ordinal);
         Assert.Contains("too few", await FailsAsync(4096, new SharedMemory { Path = segment.Path, Offset = ulong.MaxValue, Bytes = 1 }),
             StringComparison.Ordinal);
-        Assert.Contains("must lie in /dev/shm", await FailsAsync(0, new SharedMemory { Path = segment.Path, Bytes = 1 }), StringComparison.Ordinal);
+        window = new SharedMemory { Path = segment.Path, Bytes = 1 };
+        Assert.Contains("must lie in /dev/shm", await FailsAsync(0, window), StringComparison.Ordinal);
         Assert.Equal(1ul, (await _server.Control.StatusAsync(new StatusRequest())).Version);
     }
 
@@ -95,7 +97,8 @@ public sealed class SegmentTests : IAsyncLifetime
         Assert.True(await update.ResponseStream.MoveNext(default));
         Segment segment = update.ResponseStream.Current.Ready.Segment;
         if (segment is not null)
-            Assert.StartsWith(string.Create(CultureInfo.InvariantCulture, $"/proc/{_server.Id}/fd/"), segment.Path, StringComparison.Ordinal);
+            Assert.StartsWith(
+                string.Create(CultureInfo.InvariantCulture, $"/proc/{_server.Id}/fd/"), segment.Path, StringComparison.Ordinal);
         return segment!;
     }
 

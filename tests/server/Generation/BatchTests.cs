@@ -28,7 +28,7 @@ public sealed class BatchTests
     }
 
     [Fact]
-    public async Task Groups_end_in_any_order_one_is_aborted_others_are_refused_and_each_has_what_it_has_alone()
+    public async Task Groups_that_end_in_any_order_or_beside_refused_ones_have_what_they_have_alone()
     {
         await using HeldServer server = await HeldServer.StartAsync(HeldServer.Small with { MaxWaiting = 4 });
         GenerateRequest Request(string id, uint tokens, uint n)
@@ -81,7 +81,7 @@ public sealed class BatchTests
     }
 
     [Fact]
-    public async Task Where_there_is_no_room_a_call_is_told_to_send_less_and_a_batch_that_is_cancelled_makes_room()
+    public async Task A_call_without_room_is_told_to_send_less_and_a_cancelled_batch_makes_room()
     {
         await using HeldServer server = await HeldServer.StartAsync(HeldServer.Small with { MaxSequences = 2, MaxWaiting = 2 });
         Task<List<SampleChunk>> held = await server.BeginAndPauseAsync(Calls.Sampled(s_prompt, 50, seed: 1));

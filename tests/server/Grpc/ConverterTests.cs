@@ -137,7 +137,8 @@ public sealed class ConverterTests
     [Fact]
     public void Every_field_of_the_engines_request_has_its_name_on_the_wire()
     {
-        InvalidRequestException all = new([.. typeof(GroupRequest).GetProperties().Select(field => new Engine.Problem(field.Name, "is bad"))]);
+        InvalidRequestException all = new(
+            [.. typeof(GroupRequest).GetProperties().Select(field => new Engine.Problem(field.Name, "is bad"))]);
         string[] generate = [.. FieldNames.Generate.Rename(all).Problems.Select(problem => problem.Field)];
         string[] score = [.. FieldNames.Score.Rename(all).Problems.Select(problem => problem.Field)];
         string[] known = [.. Leaves(GenerateRequest.Descriptor), "prompt_ids", "top"]; // top is a score's
@@ -145,7 +146,8 @@ public sealed class ConverterTests
         Assert.Equal(["ids"], score.Except(generate));
         Assert.Equal(["prompt_ids"], generate.Except(score));
 
-        InvalidRequestException ofOne = new([new("Prompt[3]", "is bad"), new("stopping.stop_strings", "is bad"), new("N", "{other}", "MaxTokens")]);
+        InvalidRequestException ofOne = new(
+            [new("Prompt[3]", "is bad"), new("stopping.stop_strings", "is bad"), new("N", "{other}", "MaxTokens")]);
         Assert.Equal("prompt_ids[3]: is bad; stopping.stop_strings: is bad; n: max_tokens", FieldNames.Generate.Rename(ofOne).Message);
         Assert.Equal("ids[3]: is bad; stopping.stop_strings: is bad; n: max_tokens", FieldNames.Score.Rename(ofOne).Message);
     }
