@@ -138,7 +138,7 @@ public sealed partial class RolloutClient
                 await call.RequestStream.WriteAsync(message, token);
                 return true;
             }
-            catch (Exception e) when (e is RpcException or InvalidOperationException or OperationCanceledException)
+            catch (Exception e) when (e is RpcException or InvalidOperationException or OperationCanceledException or IOException)
             {
                 // The call has ended; the reader is told why.
                 return false;
