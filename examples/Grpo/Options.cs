@@ -3,7 +3,8 @@ using System.CommandLine;
 namespace Rollout.Examples.Grpo;
 
 /// <summary>What the command line chose.</summary>
-public sealed record Options(int Seed, int Steps, double Minutes, double Target, int Prompts, int Samples, int Threads, string Device, string Out)
+public sealed record Options(
+    int Seed, int Steps, double Minutes, double Target, int Prompts, int Samples, int Threads, string Device, string Out)
 {
     /// <summary>Parses the arguments; help and mistakes are printed, and answered with null and an exit code.</summary>
     public static (Options? Options, int ExitCode) Parse(string[] args)
@@ -25,7 +26,11 @@ public sealed record Options(int Seed, int Steps, double Minutes, double Target,
             DefaultValueFactory = _ => 0.95,
         };
         var prompts = new Option<int>("--prompts") { Description = "Problems a step", DefaultValueFactory = _ => 32 };
-        var samples = new Option<int>("--samples") { Description = "Samples a problem: the size of a group", DefaultValueFactory = _ => 16 };
+        var samples = new Option<int>("--samples")
+        {
+            Description = "Samples a problem: the size of a group",
+            DefaultValueFactory = _ => 16,
+        };
         var threads = new Option<int>("--threads")
         {
             Description = "Threads of the trainer",

@@ -16,7 +16,8 @@ var task = new ArithmeticTask(options.Seed);
 
 // A small Qwen3 that has seen just enough right answers to be right now and then: GRPO learns from the difference.
 // It trains on a GPU where TorchSharp has one: built with -p:Torch=cuda.
-using var policy = new Policy(new PolicyConfig { VocabSize = ArithmeticTask.VocabSize }, torch.cuda.is_available() ? torch.CUDA : torch.CPU);
+var device = torch.cuda.is_available() ? torch.CUDA : torch.CPU;
+using var policy = new Policy(new PolicyConfig { VocabSize = ArithmeticTask.VocabSize }, device);
 using var weights = new MasterWeights(policy);
 var size = policy.parameters().Sum(p => p.numel());
 report.Line($"seed {options.Seed}: a Qwen3 of {size:n0} parameters, {task.HeldOut.Count} problems held out");

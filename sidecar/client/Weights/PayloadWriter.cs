@@ -46,7 +46,8 @@ internal sealed class PayloadWriter(PayloadLayout layout, IReadOnlyList<TensorSo
             byte[] piece = ArrayPool<byte>.Shared.Rent(Piece);
             try
             {
-                Write(i, Math.Max(from, start) - start, Math.Min(to, start + layout.Sizes[i]) - start, file, at - from + start, piece, token);
+                long end = Math.Min(to, start + layout.Sizes[i]);
+                Write(i, Math.Max(from, start) - start, end - start, file, at - from + start, piece, token);
             }
             finally
             {

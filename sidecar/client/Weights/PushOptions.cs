@@ -75,7 +75,8 @@ public sealed record PushOptions
     public bool VerifyDigest { get; init; } = true;
 
     /// <summary>
-    /// Tensors written to shared memory or a file at once. Above 1, sources are called from several threads, each source from one at a time.
+    /// Tensors written to shared memory or a file at once. Above 1, sources are called from several threads, each source from one at a
+    /// time.
     /// </summary>
     public int Parallelism { get; init; } = 1;
 

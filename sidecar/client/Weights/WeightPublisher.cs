@@ -51,8 +51,8 @@ public sealed class WeightPublisher : IAsyncDisposable
     /// sidecar is found out; the first push, and one after a push that failed, asks the sidecar what it serves.
     /// </para>
     /// <para>
-    /// Cancelling, a failing tensor copy and the timeout leave the old weights served (in place, the sidecar poisoned), until the commit has
-    /// been sent: then only the timeout counts. If the connection breaks after that, the sidecar is asked which version it serves.
+    /// Cancelling, a failing tensor copy and the timeout leave the old weights served (in place, the sidecar poisoned), until the commit
+    /// has been sent: then only the timeout counts. If the connection breaks after that, the sidecar is asked which version it serves.
     /// </para>
     /// </remarks>
     /// <exception cref="WeightUpdateRejectedException">Names, shapes, types or versions are wrong; lists everything found.</exception>
@@ -134,10 +134,17 @@ public sealed class WeightPublisher : IAsyncDisposable
     private static void CheckFile(IReadOnlyList<TensorSource> tensors, PushOptions options)
     {
         if (string.IsNullOrEmpty(options.Folder))
-            throw new ArgumentException($"{nameof(PushTransport)}.{nameof(PushTransport.File)} needs a {nameof(PushOptions.Folder)}", nameof(options));
+        {
+            throw new ArgumentException(
+                $"{nameof(PushTransport)}.{nameof(PushTransport.File)} needs a {nameof(PushOptions.Folder)}", nameof(options));
+        }
+
         string[] sparse = [.. tensors.Where(tensor => tensor.SparseCount is not null).Select(tensor => tensor.Name)];
         if (sparse.Length > 0)
-            throw new ArgumentException($"a safetensors file holds whole tensors, these are sparse: {string.Join(", ", sparse)}", nameof(tensors));
+        {
+            throw new ArgumentException(
+                $"a safetensors file holds whole tensors, these are sparse: {string.Join(", ", sparse)}", nameof(tensors));
+        }
     }
 
     private long SharedBytes(long payload) => Math.Clamp(payload, 1, MaxSharedMemoryBytes ?? long.MaxValue);

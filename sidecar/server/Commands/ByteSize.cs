@@ -10,7 +10,8 @@ internal readonly record struct MemoryShare(long Bytes, double Fraction)
     {
         if (text.EndsWith('%'))
         {
-            bool isNumber = double.TryParse(text.AsSpan(0, text.Length - 1), NumberStyles.AllowDecimalPoint, CultureInfo.InvariantCulture, out double percent);
+            bool isNumber = double.TryParse(
+                text.AsSpan(0, text.Length - 1), NumberStyles.AllowDecimalPoint, CultureInfo.InvariantCulture, out double percent);
             share = new(0, percent / 100);
             return isNumber && share.Fraction is > 0 and <= 1;
         }

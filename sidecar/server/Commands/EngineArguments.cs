@@ -16,14 +16,15 @@ internal sealed class EngineArguments
 
     public Option<string?> Device { get; } = Checked(
         "--device", "Device to compute on. auto: the first GPU that can be used, or else the CPU. Default: cpu.", "cpu|cuda[:N]|auto",
-        value => value is "cpu" or "cuda" or "auto" || (value.StartsWith("cuda:", StringComparison.Ordinal) && byte.TryParse(value.AsSpan(5), out _))
+        value => value is "cpu" or "cuda" or "auto"
+            || (value.StartsWith("cuda:", StringComparison.Ordinal) && byte.TryParse(value.AsSpan(5), out _))
             ? null
             : "'cpu', 'cuda', 'cuda:N' and 'auto' are");
 
     public Option<string?> DType { get; } = OneOf(
-        "--dtype", "How matrices are stored and multiplied. bf16 (default): activations stay fp32. bf16-fast: activations are rounded to bf16 too, as "
-        + "GPUs do. int8: half the memory. Both are faster in large batches and move log-probabilities a little. A GPU takes bf16 (keys, values and "
-        + "activations too) and fp32.",
+        "--dtype", "How matrices are stored and multiplied. bf16 (default): activations stay fp32. bf16-fast: activations are rounded to "
+        + "bf16 too, as GPUs do. int8: half the memory. Both are faster in large batches and move log-probabilities a little. A GPU takes "
+        + "bf16 (keys, values and activations too) and fp32.",
         WeightFormats.Names);
 
     public Option<string?> Tokenizer { get; } = OneOf(

@@ -19,9 +19,14 @@ internal static class ServeCommand
             Description = $"TCP address to listen on; port 0 takes a free one. Default without --socket: {ServeOptions.DefaultEndPoint}.",
             HelpName = "HOST:PORT",
         };
-        Option<string?> metrics = new("--metrics") { Description = "TCP address to serve /metrics on, for Prometheus.", HelpName = "HOST:PORT" };
+        Option<string?> metrics = new("--metrics")
+        {
+            Description = "TCP address to serve /metrics on, for Prometheus.",
+            HelpName = "HOST:PORT",
+        };
         Option<int?> maxSequences = Arguments.Number("--max-sequences", "Most samples in one step. Default: 256.", 1, 65_536);
-        Option<int?> maxBatchTokens = Arguments.Number("--max-batch-tokens", "Most tokens in one step. Default: 512 on a CPU, 4096 on a GPU.", 1, 1 << 20);
+        Option<int?> maxBatchTokens = Arguments.Number(
+            "--max-batch-tokens", "Most tokens in one step. Default: 512 on a CPU, 4096 on a GPU.", 1, 1 << 20);
         Option<MemoryShare?> kvCache = Arguments.Memory(
             "--kv-cache", "Memory for keys and values: 512MiB, 2GB, or 40% of what the device has free once weights are loaded. "
                 + "Default: as needed, at most a quarter of the machine's, or half of what a GPU has free.");

@@ -4,15 +4,17 @@ using Microsoft.AspNetCore.Connections;
 namespace Rollout.Server.Hosting;
 
 /// <summary>
-/// The memory Kestrel keeps in what comes over its connections until a request has read it. Its own pool has blocks of 4 KiB, and a block is
-/// one system call and two changes of thread on the way there: for a payload of gigabytes, most of the work.
+/// The memory Kestrel keeps in what comes over its connections until a request has read it. Its own pool has blocks of 4 KiB, and a block
+/// is one system call and two changes of thread on the way there: for a payload of gigabytes, most of the work.
 /// </summary>
 internal sealed class BlockPool : MemoryPool<byte>, IMemoryPoolFactory<byte>
 {
     /// <summary>Between 64 KiB and 256 KiB there was no difference outside the noise.</summary>
     public const int BlockBytes = 128 << 10;
 
-    /// <summary>Of this size at once, 64 MiB. Past them blocks are small: thousands of streams that hold a few bytes each are no payload.</summary>
+    /// <summary>
+    /// Of this size at once, 64 MiB. Past them blocks are small: thousands of streams that hold a few bytes each are no payload.
+    /// </summary>
     public const int MaxBlocks = 512;
 
     private readonly Lock _lock = new();

@@ -55,11 +55,16 @@ internal static class ModelLoader
     {
         bool stores = cuda ? source.Format is WeightFormat.BFloat16 or WeightFormat.Float32 : source.Format is not WeightFormat.Float32;
         if (!stores)
-            throw new BadInputException([$"--dtype {WeightFormats.NameOf(source.Format)} is not one of {(cuda ? "a GPU's" : "the CPU's")} formats"]);
+        {
+            string whose = cuda ? "a GPU's" : "the CPU's";
+            throw new BadInputException([$"--dtype {WeightFormats.NameOf(source.Format)} is not one of {whose} formats"]);
+        }
+
         if (!cuda) return new CpuBackend(source.Threads, format: source.Format);
         try
         {
-            return new CudaBackend(source.Device.Split(':') is [_, var ordinal] ? byte.Parse(ordinal, CultureInfo.InvariantCulture) : 0, source.Format);
+            byte ordinal = source.Device.Split(':') is [_, var digits] ? byte.Parse(digits, CultureInfo.InvariantCulture) : (byte)0;
+            return new CudaBackend(ordinal, source.Format);
         }
         catch (CudaException e)
         {
