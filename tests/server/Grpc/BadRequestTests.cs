@@ -79,8 +79,9 @@ public sealed class BadRequestTests(SharedServer shared)
         }
 
         await Refuses(() => _server.Rollout.ScoreAsync(new ScoreRequest()).ResponseAsync, "input");
-        await Refuses(() => _server.Rollout.ScoreAsync(new ScoreRequest { Ids = new TokenIds { Ids = { 999 } }, Top = 400 }).ResponseAsync,
-            "ids[0]", "top");
+        ScoreRequest score = new() { Ids = new TokenIds { Ids = { 999 } }, Top = 400 };
+        RpcException bad = await Calls.FailsAsync(() => _server.Rollout.ScoreAsync(score).ResponseAsync, StatusCode.InvalidArgument);
+        Assert.Equal("ids[0]: token 999 is outside the vocabulary of 320; top: must be between 0 and 320, is 400", bad.Status.Detail);
         await Refuses(() => _server.Rollout.AbortAsync(new AbortRequest()).ResponseAsync, "which");
         await Refuses(() => _server.Rollout.AbortAsync(new AbortRequest { All = false }).ResponseAsync, "all");
         await Refuses(() => _server.Control.PauseAsync(new PauseRequest()).ResponseAsync, "mode", "lease_milliseconds");
