@@ -3,6 +3,7 @@ using System.Diagnostics;
 using System.IO.Hashing;
 using Microsoft.Win32.SafeHandles;
 using Rollout.Kernels;
+using Rollout.Native;
 
 namespace Rollout.Engine;
 

@@ -1,6 +1,6 @@
 using System.Text;
 using Google.Protobuf;
-using Rollout.Kernels;
+using Rollout.Native;
 using Rollout.Server.Transports;
 using Rollout.V1;
 

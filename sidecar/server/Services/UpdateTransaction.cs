@@ -1,7 +1,7 @@
 using Google.Protobuf;
 using Grpc.Core;
 using Rollout.Engine;
-using Rollout.Kernels;
+using Rollout.Native;
 using Rollout.Server.Transports;
 using Rollout.V1;
 

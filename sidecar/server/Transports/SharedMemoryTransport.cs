@@ -1,5 +1,5 @@
 using Rollout.Engine;
-using Rollout.Kernels;
+using Rollout.Native;
 using Rollout.V1;
 
 namespace Rollout.Server.Transports;
