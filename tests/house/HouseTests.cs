@@ -10,7 +10,9 @@ public sealed partial class HouseTests
 {
     private static readonly string s_root = FindRoot();
 
-    /// <summary>Project folder to the project folders it may reference. Tests, perf and examples stand outside the house and may look in.</summary>
+    /// <summary>
+    /// Project folder to the project folders it may reference. Tests, perf and examples stand outside the house and may look in.
+    /// </summary>
     private static readonly Dictionary<string, string[]> s_arrows = new()
     {
         ["protos"] = [],
