@@ -3,6 +3,9 @@ namespace Rollout.Engine;
 /// <summary>A place in the payload, moving on through its tensors and the alignment gaps between them.</summary>
 internal sealed class PayloadCursor(IReadOnlyList<IncomingTensor> tensors, int first, long position)
 {
+    /// <summary>Fits a core's L2 beside what it is packed into.</summary>
+    public const int MostPieceBytes = 512 * 1024;
+
     private int _current = first;
 
     /// <summary>The next payload byte.</summary>
@@ -10,6 +13,15 @@ internal sealed class PayloadCursor(IReadOnlyList<IncomingTensor> tensors, int f
 
     /// <summary>The tensor that byte belongs to, or that comes next; null behind the last.</summary>
     public IncomingTensor? Tensor => _current < tensors.Count ? tensors[_current] : null;
+
+    /// <summary>
+    /// How much to take next, of what comes before <paramref name="end"/>: several small tensors, or whole units of a large one.
+    /// </summary>
+    public int PieceBytes(long end)
+    {
+        long left = end - Position;
+        return left <= MostPieceBytes ? (int)left : Tensor!.PieceBytes(MostPieceBytes);
+    }
 
     /// <summary>Hands the next bytes to the tensors they belong to.</summary>
     public void Take(ReadOnlySpan<byte> bytes)
@@ -31,10 +43,45 @@ internal sealed class PayloadCursor(IReadOnlyList<IncomingTensor> tensors, int f
         }
     }
 
-    /// <summary>Goes to where others have taken everything before.</summary>
-    public void MoveTo(long position)
+    /// <summary>
+    /// Takes all that comes before <paramref name="end"/> on all cores. The thread that waits for them is not the caller's, which may serve
+    /// a connection.
+    /// </summary>
+    /// <param name="end">A payload byte.</param>
+    /// <param name="read">Takes, on one core, what lies between a cursor and a payload byte.</param>
+    public Task TakeOnAllCoresAsync(long end, Action<PayloadCursor, long> read)
+        => Task.Run(() => TakeOnAllCores(end, read), CancellationToken.None);
+
+    private void TakeOnAllCores(long end, Action<PayloadCursor, long> read)
     {
-        Position = position;
+        SkipComplete();
+        // Largest first, so that the cores finish together.
+        Lot[] lots = [.. Lots(end).OrderByDescending(lot => lot.End - lot.Cursor.Position)];
+        AllCores.ForEach(lots, lot => read(lot.Cursor, lot.End));
+        Position = end;
+        SkipComplete();
+    }
+
+    /// <summary>A part of the payload that one core reads from its first byte to its last.</summary>
+    private readonly record struct Lot(PayloadCursor Cursor, long End);
+
+    /// <summary>All that comes before <paramref name="end"/>, cut between tensors into lots of a few pieces or one large tensor.</summary>
+    private IEnumerable<Lot> Lots(long end)
+    {
+        int first = _current;
+        while (first < tensors.Count && tensors[first].Start < end)
+        {
+            long start = tensors[first].Start + tensors[first].Taken;
+            int next = first + 1;
+            while (next < tensors.Count && tensors[next].Start + tensors[next].Bytes - start <= MostPieceBytes) next++;
+            long lotEnd = tensors[next - 1].Start + tensors[next - 1].Bytes;
+            yield return new Lot(new PayloadCursor(tensors, first, start), Math.Min(end, lotEnd));
+            first = next;
+        }
+    }
+
+    private void SkipComplete()
+    {
         while (Tensor is { } tensor && tensor.Taken == tensor.Bytes) _current++;
     }
 }

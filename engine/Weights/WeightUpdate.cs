@@ -1,7 +1,5 @@
-using System.Buffers;
 using System.Diagnostics;
 using System.IO.Hashing;
-using Microsoft.Win32.SafeHandles;
 using Rollout.Kernels;
 
 namespace Rollout.Engine;
@@ -9,18 +7,15 @@ namespace Rollout.Engine;
 /// <summary>
 /// One transaction: what a manifest names lands in a weight set, and a commit between two steps makes it what is served.
 /// <code>
-///   BeginUpdate -> Open -> Write, ReadFrom -> Commit      staged: bytes land in the spare set, the commit exchanges the two
-///       |           |            |                        in place: Open stops the loop, bytes land in the set in service
-///       +-----------+------------+--> End, Dispose        staged, or in place before a byte: the old weights stay
-///                                                         in place after a byte: poisoned
+///   BeginUpdate -> Open -> ReadFrom* -> Commit      staged: bytes land in the spare set, the commit exchanges the two
+///       |           |          |                    in place: Open stops the loop, bytes land in the set in service
+///       +-----------+----------+--> End, Dispose    staged, or in place before a byte: the old weights stay
+///                                                   in place after a byte: poisoned
 /// </code>
-/// One thread at a time. A stream is written in ascending order; a file is read by all cores.
+/// One thread at a time. Parts of the payload come in ascending order.
 /// </summary>
 public sealed class WeightUpdate : IDisposable
 {
-    // Fits a core's L2 beside what it is packed into.
-    private const int PieceBytes = 512 * 1024;
-
     private readonly RolloutEngine _engine;
     private readonly WeightSet _destination;
     private readonly IncomingTensor[] _incoming;
@@ -79,7 +74,9 @@ public sealed class WeightUpdate : IDisposable
     /// Makes the destination ready for bytes. In place: completes when no step runs any more, under DRAIN after what began has ended.
     /// Staged: brings over what a partial update does not send. May be called again.
     /// </summary>
-    /// <exception cref="UpdateFailedException">The moment did not come before <paramref name="cancellation"/>; nothing has happened.</exception>
+    /// <exception cref="UpdateFailedException">
+    /// The moment did not come before <paramref name="cancellation"/>; nothing has happened.
+    /// </exception>
     public async Task OpenAsync(CancellationToken cancellation = default)
     {
         ThrowIfOver();
@@ -94,58 +91,16 @@ public sealed class WeightUpdate : IDisposable
         _open = true;
     }
 
-    /// <summary>
-    /// Takes payload bytes [<paramref name="payloadOffset"/>, + length). They must follow the last ones without a gap.
-    /// </summary>
-    /// <exception cref="UpdateFailedException">Out of order, or past the payload's end. The update cannot go on.</exception>
-    public void Write(long payloadOffset, ReadOnlySpan<byte> bytes)
+    /// <summary>Takes a part of the payload. It must follow the last one without a gap.</summary>
+    /// <exception cref="UpdateFailedException">
+    /// Out of order, past the payload's end, cannot be read, or not what the manifest says. The update cannot go on.
+    /// </exception>
+    public async Task ReadFromAsync(PayloadSource source, CancellationToken cancellation = default)
     {
-        CheckNext(payloadOffset, bytes.Length);
+        CheckNext(source.PayloadOffset, source.Bytes);
         try
         {
-            _cursor.Take(bytes);
-        }
-        catch (UpdateFailedException e)
-        {
-            throw Fail(e.Failure, e.Message);
-        }
-    }
-
-    /// <summary>
-    /// Takes payload bytes [<paramref name="payloadOffset"/>, + <paramref name="length"/>) from a file (of /dev/shm, say), on all cores.
-    /// They must follow the last ones. Read, not mapped: a file that shrinks meanwhile is an error here and not a SIGBUS.
-    /// </summary>
-    /// <exception cref="UpdateFailedException">Out of order, past the payload's end, or the file ends before.</exception>
-    public void ReadFrom(SafeFileHandle file, long fileOffset, long payloadOffset, long length, CancellationToken cancellation = default)
-    {
-        long fileShift = fileOffset - payloadOffset;
-        TakeOnAllCores(payloadOffset, length, lot => Read(lot, file, fileShift, cancellation), cancellation);
-    }
-
-    /// <summary>
-    /// Takes payload bytes [<paramref name="payloadOffset"/>, + <paramref name="length"/>) from memory that nobody can take away, on all
-    /// cores, where they stand. They must follow the last ones.
-    /// </summary>
-    /// <remarks>
-    /// A piece is hashed, then stored. A sender that writes there before it is told that the window was read breaks the protocol, and the
-    /// digest finds it out, except for what it changes in the few microseconds between the two.
-    /// </remarks>
-    /// <exception cref="UpdateFailedException">Out of order, or past the payload's end.</exception>
-    public void ReadFrom(SealedMemory memory, long memoryOffset, long payloadOffset, long length, CancellationToken cancellation = default)
-    {
-        long shift = memoryOffset - payloadOffset;
-        TakeOnAllCores(payloadOffset, length, lot => Read(lot, memory, shift, cancellation), cancellation);
-    }
-
-    private void TakeOnAllCores(long payloadOffset, long length, Action<Lot> read, CancellationToken cancellation)
-    {
-        CheckNext(payloadOffset, length);
-        long end = payloadOffset + length;
-        try
-        {
-            // Largest first, so that the cores finish together.
-            Lot[] lots = [.. Lots(end).OrderByDescending(lot => lot.End - lot.Cursor.Position)];
-            AllCores.ForEach(lots, read);
+            await source.ReadAsync(_cursor, cancellation).ConfigureAwait(false);
         }
         catch (UpdateFailedException e)
         {
@@ -160,8 +115,6 @@ public sealed class WeightUpdate : IDisposable
             _stopped = true;
             throw;
         }
-
-        _cursor.MoveTo(end);
     }
 
     /// <summary>Puts the new weights in service between two steps and applies the manifest's policy to the samples in flight.</summary>
@@ -228,69 +181,20 @@ public sealed class WeightUpdate : IDisposable
     /// <summary>Gives the seat back. After a commit this changes nothing.</summary>
     public void Dispose() => End(UpdateFailure.Sender);
 
-    // ---- Reading a file on all cores.
-
-    /// <summary>A part of the payload that one core reads from its first byte to its last.</summary>
-    private readonly record struct Lot(PayloadCursor Cursor, long End);
-
-    /// <summary>All that comes before <paramref name="end"/>, cut between tensors into lots of a few pieces or one large tensor.</summary>
-    private IEnumerable<Lot> Lots(long end)
-    {
-        int first = Array.FindIndex(_incoming, tensor => tensor.Taken < tensor.Bytes);
-        while (first >= 0 && first < _incoming.Length && _incoming[first].Start < end)
-        {
-            long start = _incoming[first].Start + _incoming[first].Taken;
-            int next = first + 1;
-            while (next < _incoming.Length && _incoming[next].Start + _incoming[next].Bytes - start <= PieceBytes) next++;
-            long lotEnd = _incoming[next - 1].Start + _incoming[next - 1].Bytes;
-            yield return new Lot(new PayloadCursor(_incoming, first, start), Math.Min(end, lotEnd));
-            first = next;
-        }
-    }
-
-    private static void Read(Lot lot, SafeFileHandle file, long fileShift, CancellationToken cancellation)
-    {
-        byte[] buffer = ArrayPool<byte>.Shared.Rent(PieceBytes);
-        try
-        {
-            while (lot.Cursor.Position < lot.End)
-            {
-                cancellation.ThrowIfCancellationRequested();
-                IncomingTensor tensor = lot.Cursor.Tensor!;
-                long left = lot.End - lot.Cursor.Position;
-                // Several small tensors at once, or whole units of a large one.
-                int wanted = left <= PieceBytes ? (int)left : tensor.PieceBytes(PieceBytes);
-                int read = RandomAccess.Read(file, buffer.AsSpan(0, wanted), fileShift + lot.Cursor.Position);
-                if (read == 0) throw new UpdateFailedException(UpdateFailure.Source, $"the file ends inside tensor '{tensor.Name}'");
-                lot.Cursor.Take(buffer.AsSpan(0, read));
-            }
-        }
-        finally
-        {
-            ArrayPool<byte>.Shared.Return(buffer);
-        }
-    }
-
-    private static void Read(Lot lot, SealedMemory memory, long shift, CancellationToken cancellation)
-    {
-        while (lot.Cursor.Position < lot.End)
-        {
-            cancellation.ThrowIfCancellationRequested();
-            long left = lot.End - lot.Cursor.Position;
-            int piece = left <= PieceBytes ? (int)left : lot.Cursor.Tensor!.PieceBytes(PieceBytes);
-            lot.Cursor.Take(memory.Span(shift + lot.Cursor.Position, piece));
-        }
-    }
-
     // ---- Checks.
 
     private void CheckNext(long payloadOffset, long length)
     {
         ThrowIfOver();
         if (!_open) throw new InvalidOperationException($"{nameof(OpenAsync)} comes first.");
-        if (payloadOffset != ReceivedBytes) throw Fail(UpdateFailure.Protocol, $"expected payload byte {ReceivedBytes} next, got {payloadOffset}");
+        if (payloadOffset != ReceivedBytes)
+            throw Fail(UpdateFailure.Protocol, $"expected payload byte {ReceivedBytes} next, got {payloadOffset}");
         if (length < 0 || length > Manifest.PayloadBytes - payloadOffset)
-            throw Fail(UpdateFailure.Protocol, $"{(UInt128)payloadOffset + (UInt128)length} bytes received of a payload of {Manifest.PayloadBytes}");
+        {
+            UInt128 received = (UInt128)payloadOffset + (UInt128)length;
+            throw Fail(UpdateFailure.Protocol, $"{received} bytes received of a payload of {Manifest.PayloadBytes}");
+        }
+
         HasTouchedServedWeights |= Mode == UpdateMode.InPlace && length > 0;
     }
 
@@ -302,7 +206,8 @@ public sealed class WeightUpdate : IDisposable
             if (!_incoming[i].Entry.Tied) continue;
             int original = Array.FindIndex(_incoming, other => !other.Entry.Tied && other.Entry.Slot == _incoming[i].Entry.Slot);
             if (digests[original].AsSpan().SequenceEqual(digests[i])) continue;
-            throw Fail(UpdateFailure.Digest, $"the model ties '{_incoming[i].Name}' to '{_incoming[original].Name}', but their bytes differ");
+            string tied = $"the model ties '{_incoming[i].Name}' to '{_incoming[original].Name}'";
+            throw Fail(UpdateFailure.Digest, $"{tied}, but their bytes differ");
         }
     }
 

@@ -1,4 +1,5 @@
 using Rollout.Kernels.Cuda;
+using Rollout.Native;
 
 namespace Rollout.Gpu;
 

@@ -3,6 +3,7 @@ using System.Globalization;
 using System.Runtime.InteropServices;
 using Rollout.Kernels;
 using Rollout.Kernels.Cuda;
+using Rollout.Native;
 
 namespace Rollout.Gpu;
 

@@ -8,6 +8,7 @@ using Rollout.Engine;
 using Rollout.Kernels;
 using Rollout.Kernels.Cuda;
 using Rollout.Micro;
+using Rollout.Native;
 
 namespace Rollout.Gpu;
 

@@ -9,6 +9,8 @@ internal static unsafe partial class CublasLt
     public const int CUBLASLT_EPILOGUE_DEFAULT = 1;
     public const int CUBLASLT_EPILOGUE_BIAS = 4;
 
+    static CublasLt() => CudaLibraries.ResolveFor(typeof(CublasLt).Assembly);
+
     [LibraryImport(CudaLibraries.CublasLt)]
     public static partial nuint cublasLtGetVersion();
 

@@ -5,6 +5,8 @@ namespace Rollout.Kernels.Cuda;
 /// <summary>The run-time compiler, by the names that its manual has.</summary>
 internal static unsafe partial class Nvrtc
 {
+    static Nvrtc() => CudaLibraries.ResolveFor(typeof(Nvrtc).Assembly);
+
     [LibraryImport(CudaLibraries.Nvrtc)]
     public static partial nvrtcResult nvrtcVersion(out int major, out int minor);
 

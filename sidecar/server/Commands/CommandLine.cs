@@ -3,7 +3,7 @@ using System.CommandLine.Help;
 using System.CommandLine.Invocation;
 using Grpc.Core;
 using Rollout.Engine;
-using Rollout.Kernels.Cuda;
+using Rollout.Native;
 using Rollout.Server.Generation;
 using Rollout.Server.Grpc;
 

@@ -2,6 +2,7 @@ using System.Globalization;
 using Rollout.Engine;
 using Rollout.Kernels;
 using Rollout.Kernels.Cuda;
+using Rollout.Native;
 using Rollout.Server.Commands;
 using Spectre.Console;
 

@@ -20,14 +20,12 @@ internal sealed class ChunkBuffer : MemoryManager<byte>
         bytes.CopyTo(_array);
     }
 
-    /// <summary>Gives the memory behind a chunk's data back, if it is of this kind. Nothing may look at the data afterwards.</summary>
-    public static void Release(ByteString data)
-    {
-        if (MemoryMarshal.TryGetMemoryManager(data.Memory, out ChunkBuffer? buffer)) ((IDisposable)buffer).Dispose();
-    }
-
-    /// <summary>Whether the data is in such a buffer, as it is where the message had no fields but offset and data.</summary>
-    public static bool IsBehind(ByteString data) => MemoryMarshal.TryGetMemoryManager<byte, ChunkBuffer>(data.Memory, out _);
+    /// <summary>
+    /// The buffer behind a chunk's data, as there is where the message had no fields but offset and data; else null. Nothing may look at
+    /// the data once it is disposed.
+    /// </summary>
+    public static ChunkBuffer? Behind(ByteString data)
+        => MemoryMarshal.TryGetMemoryManager(data.Memory, out ChunkBuffer? buffer) ? buffer : null;
 
     public override Span<byte> GetSpan()
     {

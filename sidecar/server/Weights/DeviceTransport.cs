@@ -6,13 +6,13 @@ using Rollout.V1;
 namespace Rollout.Server.Weights;
 
 /// <summary>CUDA IPC and NCCL where there is no CUDA device: what is malformed is said to be, the rest is not implemented.</summary>
-internal sealed class DeviceTransport(string backend) : ITransport
+internal sealed class DeviceTransport(RolloutEngine engine) : ITransport
 {
     private const int IpcHandleBytes = 64;   // cudaIpcMemHandle_t
     private const int NcclIdBytes = 128;     // ncclUniqueId
     private const int DeviceUuidBytes = 16;
 
-    public Task ReceiveAsync(UpdateRequest message, WeightUpdate update, CancellationToken cancellation)
+    public PayloadSource SourceOf(UpdateRequest message, WeightUpdate update)
     {
         if (message.StepCase == UpdateRequest.StepOneofCase.CudaIpc)
         {
@@ -30,7 +30,7 @@ internal sealed class DeviceTransport(string backend) : ITransport
 
         string name = message.StepCase == UpdateRequest.StepOneofCase.CudaIpc ? "cuda_ipc" : "nccl";
         throw new RpcException(new Status(StatusCode.Unimplemented,
-            $"{name} needs a CUDA device, and this server runs on {backend}: send chunk, shared_memory or file"));
+            $"{name} needs a CUDA device, and this server runs on {engine.Backend.Name}: send chunk, shared_memory or file"));
     }
 
     public void Dispose()

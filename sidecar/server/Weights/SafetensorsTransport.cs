@@ -4,10 +4,12 @@ using Rollout.V1;
 
 namespace Rollout.Server.Weights;
 
-/// <summary>A safetensors file of this machine: its data section is a part of the payload, and its header must say the same as the manifest.</summary>
+/// <summary>
+/// A safetensors file of this machine: its data section is a part of the payload, and its header must say the same as the manifest.
+/// </summary>
 internal sealed class SafetensorsTransport : ITransport
 {
-    public async Task ReceiveAsync(UpdateRequest message, WeightUpdate update, CancellationToken cancellation)
+    public PayloadSource SourceOf(UpdateRequest message, WeightUpdate update)
     {
         CheckpointFile source = message.File;
         if (!Path.IsPathFullyQualified(source.Path) || source.Path.Contains('\0'))
@@ -18,18 +20,17 @@ internal sealed class SafetensorsTransport : ITransport
         if ((file.ResolveLinkTarget(returnFinalTarget: true) as FileInfo ?? file).Length == 0)
             throw Refused(source.Path, "it is empty, or not a regular file");
         if (source.PayloadOffset > long.MaxValue) throw Refused(source.Path, $"payload_offset {source.PayloadOffset} is past any payload");
+        SafetensorsFile checkpoint = Open(source.Path);
         try
         {
-            using SafetensorsFile checkpoint = SafetensorsFile.Open(source.Path);
             long payloadOffset = (long)source.PayloadOffset;
             CheckHeader(checkpoint, payloadOffset, update.Manifest);
-            await Task.Run(
-                () => update.ReadFrom(checkpoint.Handle, checkpoint.DataStart, payloadOffset, checkpoint.DataBytes, cancellation),
-                CancellationToken.None);
+            return new FileSource(checkpoint.Handle, checkpoint.DataStart, payloadOffset, checkpoint.DataBytes, owner: checkpoint);
         }
-        catch (InvalidModelException e)
+        catch
         {
-            throw Refused(source.Path, string.Join("; ", e.Problems));
+            checkpoint.Dispose();
+            throw;
         }
     }
 
@@ -37,7 +38,21 @@ internal sealed class SafetensorsTransport : ITransport
     {
     }
 
-    /// <summary>Every tensor of the manifest that lies in the file's part of the payload, and no other, stands there as the manifest has it.</summary>
+    private static SafetensorsFile Open(string path)
+    {
+        try
+        {
+            return SafetensorsFile.Open(path);
+        }
+        catch (InvalidModelException e)
+        {
+            throw Refused(path, string.Join("; ", e.Problems));
+        }
+    }
+
+    /// <summary>
+    /// Every tensor of the manifest that lies in the file's part of the payload, and no other, stands there as the manifest has it.
+    /// </summary>
     private static void CheckHeader(SafetensorsFile file, long payloadOffset, UpdateManifest manifest)
     {
         List<string> problems = [];
@@ -53,16 +68,20 @@ internal sealed class SafetensorsTransport : ITransport
 
             found++;
             if (tensor.SparseCount is not null) problems.Add($"'{tensor.Name}' is sparse in the manifest: a file has whole tensors");
-            if (info.DType != tensor.Type) problems.Add($"'{tensor.Name}' is {info.DTypeName}, in the manifest {tensor.Type.SafetensorsName()}");
+            if (info.DType != tensor.Type)
+                problems.Add($"'{tensor.Name}' is {info.DTypeName}, in the manifest {tensor.Type.SafetensorsName()}");
             if (!info.Shape.SequenceEqual(tensor.Shape))
-                problems.Add($"'{tensor.Name}' has shape [{string.Join(", ", info.Shape)}], in the manifest [{string.Join(", ", tensor.Shape)}]");
-            if (info.Offset - file.DataStart + payloadOffset != tensor.Offset)
-                problems.Add($"'{tensor.Name}' stands at payload byte {info.Offset - file.DataStart + payloadOffset}, in the manifest {tensor.Offset}");
+                problems.Add($"'{tensor.Name}' has shape {Text(info.Shape)}, in the manifest {Text(tensor.Shape)}");
+            long offset = info.Offset - file.DataStart + payloadOffset;
+            if (offset != tensor.Offset)
+                problems.Add($"'{tensor.Name}' stands at payload byte {offset}, in the manifest {tensor.Offset}");
         }
 
         if (found < file.Tensors.Count) problems.Add($"{file.Tensors.Count - found} of its tensors are not in the manifest");
         if (problems.Count > 0) throw Refused(file.Path, string.Join("; ", problems));
     }
+
+    private static string Text(IEnumerable<long> shape) => $"[{string.Join(", ", shape)}]";
 
     private static UpdateFailedException Refused(string path, string reason)
         => new(UpdateFailure.Source, $"file '{path.Replace('\0', '?')}' refused: {reason}");

@@ -1,4 +1,4 @@
-using Rollout.Kernels;
+using Rollout.Native;
 
 namespace Rollout.Server.Weights;
 

@@ -1,7 +1,7 @@
 using Google.Protobuf;
 using Grpc.Core;
 using Rollout.Engine;
-using Rollout.Kernels;
+using Rollout.Native;
 using Rollout.Server.Grpc;
 using Rollout.V1;
 
@@ -18,7 +18,8 @@ namespace Rollout.Server.Weights;
 /// One deadline covers all of it, waiting for the client included. Disposing gives the engine's update seat back.
 /// </summary>
 internal sealed class UpdateTransaction(
-    RolloutEngine engine, SharedSegment shared, IAsyncStreamReader<UpdateRequest> requests, IServerStreamWriter<UpdateReply> replies, ILogger logger)
+    RolloutEngine engine, SharedSegment shared, IAsyncStreamReader<UpdateRequest> requests, IServerStreamWriter<UpdateReply> replies,
+    ILogger logger)
     : IDisposable
 {
     /// <summary>How long a client that has opened the stream may take to begin.</summary>
@@ -58,7 +59,8 @@ internal sealed class UpdateTransaction(
             (UpdateManifest manifest, IReadOnlyList<Engine.Problem> problems) = ManifestConverter.Convert(begin);
             _update = engine.BeginUpdate(manifest, problems);
             V1.UpdateMode mode = ManifestConverter.ToWire(_update.Mode);
-            Log.UpdateBegun(logger, begin.BaseVersion, begin.NewVersion, _owner, begin.Manifest.Count, begin.PayloadBytes, mode.ToString(), milliseconds);
+            Log.UpdateBegun(
+                logger, begin.BaseVersion, begin.NewVersion, _owner, begin.Manifest.Count, begin.PayloadBytes, mode.ToString(), milliseconds);
             _segment = shared.Lend(begin.SegmentBytes, () => engine.Backend.AvailableBytes);
             Ready ready = new() { StagingBytes = (ulong)_update.StagingBytes, Mode = mode, Segment = ToWire(_segment) };
             await ReplyAsync(new UpdateReply { Ready = ready }, linked.Token);
@@ -159,14 +161,17 @@ internal sealed class UpdateTransaction(
     private async Task ReceiveAsync(UpdateRequest request, CancellationToken cancellation)
     {
         bool chunk = request.StepCase == UpdateRequest.StepOneofCase.Chunk;
-        if (!chunk || !ChunkBuffer.IsBehind(request.Chunk.Data)) RefuseUnknownFields(request);
+        if (!chunk || ChunkBuffer.Behind(request.Chunk.Data) is null) RefuseUnknownFields(request);
         if (!_transports.TryGetValue(request.StepCase, out ITransport? transport))
             _transports.Add(request.StepCase, transport = Transport(request.StepCase));
-        if (transport is not DeviceTransport) await _update!.OpenAsync(cancellation);
-        await transport.ReceiveAsync(request, _update!, cancellation);
+        using (PayloadSource source = transport.SourceOf(request, _update!))
+        {
+            await _update!.OpenAsync(cancellation);
+            await _update.ReadFromAsync(source, cancellation);
+        }
 
         // After a window its place may be written again; small chunks are not worth a reply each.
-        long received = _update!.ReceivedBytes;
+        long received = _update.ReceivedBytes;
         if (chunk && received < _reported + ProgressBytes && received < _update.Manifest.PayloadBytes) return;
         _reported = received;
         await ReplyAsync(new UpdateReply { Progress = new Progress { PayloadBytes = (ulong)received } }, cancellation);
@@ -177,7 +182,7 @@ internal sealed class UpdateTransaction(
         UpdateRequest.StepOneofCase.Chunk => new InlineTransport(),
         UpdateRequest.StepOneofCase.SharedMemory => new SharedMemoryTransport(_segment),
         UpdateRequest.StepOneofCase.File => new SafetensorsTransport(),
-        _ => new DeviceTransport(engine.Backend.Name),
+        _ => new DeviceTransport(engine),
     };
 
     private async Task CommitAsync(ByteString digest, CancellationToken cancellation)

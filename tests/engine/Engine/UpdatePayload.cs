@@ -1,5 +1,7 @@
 using System.IO.Hashing;
+using Microsoft.Win32.SafeHandles;
 using Rollout.Kernels;
+using Rollout.Native;
 using Xunit;
 
 namespace Rollout.Engine.Tests;
@@ -58,6 +60,29 @@ internal static class UpdateExtensions
         await update.OpenAsync(TestContext.Current.CancellationToken);
         return update;
     }
+
+    public static void Write(this WeightUpdate update, long payloadOffset, ReadOnlySpan<byte> bytes)
+    {
+        using MemorySource source = new(bytes.ToArray(), payloadOffset);
+        update.ReadFrom(source, default);
+    }
+
+    public static void ReadFrom(
+        this WeightUpdate update, SafeFileHandle file, long fileOffset, long payloadOffset, long length, CancellationToken cancellation)
+    {
+        using FileSource source = new(file, fileOffset, payloadOffset, length);
+        update.ReadFrom(source, cancellation);
+    }
+
+    public static void ReadFrom(
+        this WeightUpdate update, SealedMemory memory, long memoryOffset, long payloadOffset, long length, CancellationToken cancellation)
+    {
+        using SharedMemorySource source = new(memory, memoryOffset, payloadOffset, length);
+        update.ReadFrom(source, cancellation);
+    }
+
+    private static void ReadFrom(this WeightUpdate update, PayloadSource source, CancellationToken cancellation)
+        => update.ReadFromAsync(source, cancellation).GetAwaiter().GetResult();
 
     /// <summary>Submits a group, commits the update after so many of its steps, and returns the group when it has ended.</summary>
     public static async Task<Group> UpdateWhileAsync(

@@ -2,6 +2,7 @@ using System.IO.Hashing;
 using System.Runtime.InteropServices;
 using Microsoft.Win32.SafeHandles;
 using Rollout.Kernels;
+using Rollout.Native;
 using Xunit;
 
 namespace Rollout.Engine.Tests;

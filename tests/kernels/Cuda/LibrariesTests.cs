@@ -56,6 +56,26 @@ public sealed class LibrariesTests : IDisposable
         Assert.Equal("code"u8, CudaCompiler.Compile("x.cu", "", new Dictionary<string, string>(), []));
     }
 
+    [Fact]
+    public async Task A_binding_that_is_the_first_call_finds_its_library()
+    {
+        Build("libcuda.so.1", """extern "C" int cuInit(unsigned) { return 0; }""");
+        Build("libnccl.so.2", """extern "C" int ncclCommAbort(void*) { return 0; }""");
+        Build("libnvrtc.so.12", Compiler);
+        Build("libcublasLt.so.12", """extern "C" unsigned long cublasLtGetVersion() { return 7; }""");
+        using OtherProcess process = Run(nameof(CallsAtOnce));
+        await process.Succeeded();
+    }
+
+    [Fact(Explicit = true)]
+    public void CallsAtOnce()
+    {
+        Assert.Equal(CUresult.CUDA_SUCCESS, Driver.cuInit(0));
+        Assert.Equal(ncclResult.ncclSuccess, Nccl.ncclCommAbort(0));
+        Assert.Equal(nvrtcResult.NVRTC_SUCCESS, Nvrtc.nvrtcVersion(out _, out _));
+        Assert.Equal(7u, CublasLt.cublasLtGetVersion());
+    }
+
     [Theory]
     [InlineData("/usr/local/nvidia/lib64")] // where containers have it from their host
     [InlineData("/usr/lib/wsl/lib")]

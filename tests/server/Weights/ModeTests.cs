@@ -281,6 +281,25 @@ public sealed class ModeTests : IAsyncLifetime
     }
 
     [Fact]
+    public async Task What_cannot_be_read_is_refused_without_waiting_for_what_began()
+    {
+        using AsyncServerStreamingCall<GenerateReply> begun = await BeginLongAsync();
+        await _server.Control.PauseAsync(new PauseRequest { Mode = PauseMode.Keep, LeaseMilliseconds = 60_000 }); // so that it cannot end
+        UpdateRequest begin = s_reversed.Begin(0, 1, begin => (begin.Mode, begin.Policy) = (UpdateMode.InPlace, UpdatePolicy.Drain));
+        foreach (UpdateRequest nowhere in (UpdateRequest[])[Updates.FileOf("/nowhere", 0), Updates.Window("/dev/shm/rollout-nowhere", 0, 0, 1)])
+        {
+            UpdateFailed failed = (await _server.UpdateAsync([begin, nowhere]))[^1].Failed;
+            Assert.Contains("refused: there is no such file", failed.Reason, StringComparison.Ordinal);
+            Assert.False(failed.Poisoned);
+        }
+
+        Assert.Equal(EngineState.Paused, (await StatusAsync()).State); // the lease has not ended
+        await _server.Control.ResumeAsync(new ResumeRequest());
+        List<SampleChunk> samples = Calls.Join(await begun.ResponseStream.ReadAllAsync().ToListAsync());
+        Assert.All(samples, sample => Assert.Equal(((int)Tokens, FinishReason.Length), (sample.Ids.Count, sample.FinishReason)));
+    }
+
+    [Fact]
     public async Task Under_drain_in_place_what_began_ends_first_and_the_rest_waits_for_new_weights()
     {
         using AsyncServerStreamingCall<GenerateReply> begun = await BeginLongAsync();

@@ -1,6 +1,6 @@
 using System.Text;
 using Google.Protobuf;
-using Rollout.Kernels;
+using Rollout.Native;
 using Rollout.Server.Weights;
 using Rollout.V1;
 
@@ -44,6 +44,7 @@ public sealed class TransportTests
             ulong[] progress = [.. replies.Where(reply => reply.Progress is not null).Select(reply => reply.Progress.PayloadBytes)];
             Assert.Equal(progress.Order(), progress);
             Assert.Equal(end, progress[^1]);
+            Assert.Empty(StillOpen(shm.Path));
         }
 
         // A tensor as the engine describes it is one as the manifest has it.
@@ -81,6 +82,7 @@ public sealed class TransportTests
         {
             UpdateReply last = (await server.UpdateAsync([s_payload.Begin(0, 1), .. requests]))[^1];
             Assert.Contains(reason, last.Failed?.Reason, StringComparison.Ordinal);
+            Assert.Empty(StillOpen(shm.Path));
         }
 
         // As many bytes as the file has, to the last one.
@@ -119,6 +121,11 @@ public sealed class TransportTests
         segment.GiveBack();
         segment.Discard();
     }
+
+    /// <summary>Files of the folder that this process, and so the server in it, holds open.</summary>
+    private static string[] StillOpen(string folder) =>
+        [.. Directory.GetFileSystemEntries("/proc/self/fd").Select(file => new FileInfo(file).LinkTarget).OfType<string>()
+            .Where(file => file.StartsWith(folder, StringComparison.Ordinal))];
 
     /// <summary>The same file, but for the first matrix: its header says it the other way round.</summary>
     private static void Transpose(string from, string to)

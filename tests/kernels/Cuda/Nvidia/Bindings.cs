@@ -4,7 +4,7 @@ using Rollout.Kernels.Cuda;
 
 namespace Rollout.Kernels.Tests.Cuda;
 
-/// <summary>All that kernels/Cuda/Native says about NVIDIA's libraries, by reflection, and what the headers call it.</summary>
+/// <summary>All that native/ and kernels/Cuda/Native say about NVIDIA's libraries, by reflection, and what the headers call it.</summary>
 internal static class Bindings
 {
     // The only names that differ from the headers', apart from the endings below. A field may be a path there: "location.type".
@@ -28,7 +28,7 @@ internal static class Bindings
         [CudaLibraries.Nccl] = "lib/libnccl.so.2",
     };
 
-    private static readonly Type[] s_types = typeof(CudaLibraries).Assembly.GetTypes();
+    private static readonly Type[] s_types = [.. typeof(Driver).Assembly.GetTypes(), .. typeof(CublasLt).Assembly.GetTypes()];
 
     /// <summary>Every function, with the library that it is imported from.</summary>
     public static (MethodInfo Method, string Library)[] Functions { get; } =

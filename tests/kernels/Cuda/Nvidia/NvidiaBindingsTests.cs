@@ -2,7 +2,7 @@ using Xunit;
 
 namespace Rollout.Kernels.Tests.Cuda;
 
-/// <summary>All functions, structs, enums and constants of kernels/Cuda/Native against NVIDIA's libraries and headers.</summary>
+/// <summary>All functions, structs, enums and constants of the bindings against NVIDIA's libraries and headers.</summary>
 public sealed class NvidiaBindingsTests
 {
     public static TheoryData<string> Libraries => [.. Bindings.Libraries.Keys];

@@ -1,6 +1,6 @@
 using System.Runtime.InteropServices;
 
-namespace Rollout.Kernels.Cuda;
+namespace Rollout.Native;
 
 /// <summary>A device's primary context: the one that every library and framework in this process shares.</summary>
 internal sealed class CudaContext : SafeHandle
@@ -17,7 +17,9 @@ internal sealed class CudaContext : SafeHandle
 
     public override bool IsInvalid => handle == 0;
 
-    /// <summary>Whether this thread's calls go to the device. The driver knows it without asking the device: it costs nanoseconds.</summary>
+    /// <summary>
+    /// Whether this thread's calls go to the device. The driver knows it without asking the device: it costs nanoseconds.
+    /// </summary>
     public bool IsCurrent => Driver.cuCtxGetCurrent(out nint current) == CUresult.CUDA_SUCCESS && current == handle;
 
     /// <summary>Makes this thread's calls go to the device.</summary>
@@ -27,7 +29,8 @@ internal sealed class CudaContext : SafeHandle
 }
 
 /// <summary>
-/// Something that lives in a context and keeps it alive. Given back from any thread, the finalizer's included; the thread's current context stays what it was.
+/// Something that lives in a context and keeps it alive. Given back from any thread, the finalizer's included; the thread's current
+/// context stays what it was.
 /// </summary>
 internal abstract class CudaHandle : SafeHandle
 {
@@ -96,11 +99,14 @@ internal sealed class DeviceBuffer : CudaHandle
 /// <summary>Bytes on the device that another process of this machine has allocated.</summary>
 internal sealed class PeerBuffer : CudaHandle
 {
-    /// <exception cref="CudaException">It is not there any more, is of this process, or is on a device that this one cannot read.</exception>
+    /// <exception cref="CudaException">
+    /// It is not there any more, is of this process, or is on a device that this one cannot read.
+    /// </exception>
     public PeerBuffer(CudaContext context, CUipcMemHandle handle)
         : base(context)
     {
-        Driver.cuIpcOpenMemHandle_v2(out nuint pointer, handle, Driver.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS).ThrowIfFailed("memory of another process");
+        Driver.cuIpcOpenMemHandle_v2(out nuint pointer, handle, Driver.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS)
+            .ThrowIfFailed("memory of another process");
         Own((nint)pointer);
     }
 

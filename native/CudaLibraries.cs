@@ -1,13 +1,13 @@
 using System.Collections.Concurrent;
+using System.Reflection;
 using System.Runtime.InteropServices;
 
-namespace Rollout.Kernels.Cuda;
+namespace Rollout.Native;
 
 /// <summary>
 /// Where NVIDIA's libraries are. They come with the driver, the toolkit, pip's or TorchSharp's packages, each into folders of its own; the
-/// first that loads is taken:
-/// ROLLOUT_CUDA_PATH, CUDA_HOME and CUDA_PATH, /usr/local/cuda, packages beside this program, what the system's loader knows, and for the driver the folders
-/// that it is put into where the loader does not know it.
+/// first that loads is taken: ROLLOUT_CUDA_PATH, CUDA_HOME and CUDA_PATH, /usr/local/cuda, packages beside this program, what the system's
+/// loader knows, and for the driver the folders that it is put into where the loader does not know it.
 /// </summary>
 internal static class CudaLibraries
 {
@@ -16,7 +16,9 @@ internal static class CudaLibraries
     public const string CublasLt = "cublasLt";
     public const string Nccl = "nccl";
 
-    /// <summary>Folders to look in first, separated by colons: a toolkit's, pip's site-packages/nvidia, or the simulated device's.</summary>
+    /// <summary>
+    /// Folders to look in first, separated by colons: a toolkit's, pip's site-packages/nvidia, or the simulated device's.
+    /// </summary>
     public const string PathVariable = "ROLLOUT_CUDA_PATH";
 
     // Newest first: a machine may have several.
@@ -28,22 +30,38 @@ internal static class CudaLibraries
         [Nccl] = ["libnccl.so.2", "libnccl.so"],
     };
 
-    // Of a container's host, of Debian and Ubuntu, of Windows' Linux: after the loader, which may have been pointed to a newer driver's libraries.
-    private static readonly string[] s_driverFolders = ["/usr/local/nvidia/lib64", "/usr/local/nvidia/lib", "/usr/lib/x86_64-linux-gnu", "/usr/lib/wsl/lib"];
+    // Of a container's host, of Debian and Ubuntu, of Windows' Linux: after the loader, which may have been pointed to a newer driver's
+    // libraries.
+    private static readonly string[] s_driverFolders =
+        ["/usr/local/nvidia/lib64", "/usr/local/nvidia/lib", "/usr/lib/x86_64-linux-gnu", "/usr/lib/wsl/lib"];
 
     private static readonly ConcurrentDictionary<string, (nint Handle, string Path)> s_loaded = new();
 
-    static CudaLibraries() => NativeLibrary.SetDllImportResolver(
-        typeof(CudaLibraries).Assembly, (name, _, _) => s_files.ContainsKey(name) ? Load(name) : 0);
+    private static readonly HashSet<Assembly> s_resolved = [];
 
-    /// <summary>One sentence that names the first of these libraries which cannot be found, and where it was looked for; null when all are.</summary>
+    /// <summary>
+    /// Makes the bindings of an assembly load the libraries that are found here. The static constructor of every class of bindings does so.
+    /// </summary>
+    public static void ResolveFor(Assembly assembly)
+    {
+        lock (s_resolved)
+        {
+            if (s_resolved.Add(assembly))
+                NativeLibrary.SetDllImportResolver(assembly, static (name, _, _) => s_files.ContainsKey(name) ? Load(name) : 0);
+        }
+    }
+
+    /// <summary>
+    /// One sentence that names the first of these libraries which cannot be found, and where it was looked for; null when all are.
+    /// </summary>
     public static string? Missing(params ReadOnlySpan<string> names)
     {
         foreach (string name in names)
         {
             if (Load(name) == 0)
             {
-                return $"CUDA needs {string.Join(" or ", s_files[name])}, which is in none of {string.Join(", ", Candidates(name).Select(Path.GetDirectoryName).Where(folder => folder != "").Distinct())} "
+                IEnumerable<string?> folders = Candidates(name).Select(Path.GetDirectoryName).Where(folder => folder != "").Distinct();
+                return $"CUDA needs {string.Join(" or ", s_files[name])}, which is in none of {string.Join(", ", folders)} "
                     + $"and not known to the system's loader; set {PathVariable} to the folder that has it.";
             }
         }
@@ -59,7 +77,8 @@ internal static class CudaLibraries
     {
         IEnumerable<string> roots = [
             .. (Environment.GetEnvironmentVariable(PathVariable) ?? "").Split(':', StringSplitOptions.RemoveEmptyEntries),
-            .. new[] { "CUDA_HOME", "CUDA_PATH" }.Select(Environment.GetEnvironmentVariable).OfType<string>().Where(path => path.Length > 0),
+            .. new[] { "CUDA_HOME", "CUDA_PATH" }.Select(Environment.GetEnvironmentVariable).OfType<string>()
+                .Where(path => path.Length > 0),
             "/usr/local/cuda",
         ];
         return [
@@ -109,8 +128,8 @@ internal static class CudaLibraries
     }
 
     /// <summary>
-    /// The compiler opens the library of its builtins by name when it compiles, and the system's loader does not look into the folder that the compiler came
-    /// from. It does know what is loaded already. Of several versions the compiler takes its own.
+    /// The compiler opens the library of its builtins by name when it compiles, and the system's loader does not look into the folder that
+    /// the compiler came from. It does know what is loaded already. Of several versions the compiler takes its own.
     /// </summary>
     private static void LoadBuiltins(string folder)
     {

@@ -1,6 +1,6 @@
 using System.Runtime.InteropServices;
 
-namespace Rollout.Kernels.Cuda;
+namespace Rollout.Native;
 
 /// <summary>What an update takes of NCCL, by the names that its manual has.</summary>
 internal static unsafe partial class Nccl
@@ -10,6 +10,8 @@ internal static unsafe partial class Nccl
     /// <summary>NCCL_VERSION(2, 14, 0): the first that has a config.</summary>
     public const uint ConfigVersion = 21400;
 
+    static Nccl() => CudaLibraries.ResolveFor(typeof(Nccl).Assembly);
+
     [LibraryImport(CudaLibraries.Nccl)]
     public static partial byte* ncclGetErrorString(ncclResult result);
 
@@ -17,7 +19,8 @@ internal static unsafe partial class Nccl
     public static partial ncclResult ncclGetUniqueId(out ncclUniqueId id);
 
     [LibraryImport(CudaLibraries.Nccl)]
-    public static partial ncclResult ncclCommInitRankConfig(ref nint communicator, int ranks, ncclUniqueId id, int rank, in ncclConfig config);
+    public static partial ncclResult ncclCommInitRankConfig(
+        ref nint communicator, int ranks, ncclUniqueId id, int rank, in ncclConfig config);
 
     /// <summary>Frees it, and ends what waits in it, from any thread. Unlike ncclCommDestroy it waits for no other rank.</summary>
     [LibraryImport(CudaLibraries.Nccl)]
@@ -49,7 +52,9 @@ internal unsafe struct ncclUniqueId
     public fixed byte Internal[128];
 }
 
-/// <summary>As NCCL 2.14, the first to have it, laid it out; later ones read as much as the size says, and take the rest as not given.</summary>
+/// <summary>
+/// As NCCL 2.14, the first to have it, laid it out; later ones read as much as the size says, and take the rest as not given.
+/// </summary>
 [StructLayout(LayoutKind.Sequential)]
 internal struct ncclConfig
 {

@@ -1,11 +1,11 @@
 using System.Diagnostics;
 using System.Runtime.InteropServices;
 
-namespace Rollout.Kernels.Cuda;
+namespace Rollout.Native;
 
 /// <summary>
-/// One rank of a group of processes that hand each other bytes on their devices. A rank that dies leaves the others' work unfinished for good, so every
-/// wait here has a deadline, and ends by aborting.
+/// One rank of a group of processes that hand each other bytes on their devices. A rank that dies leaves the others' work unfinished for
+/// good, so every wait here has a deadline, and ends by aborting.
 /// </summary>
 internal sealed class NcclCommunicator : CudaHandle
 {
@@ -63,7 +63,9 @@ internal sealed class NcclCommunicator : CudaHandle
         WaitUntilIdle(asked, start, deadline, $"NCCL could not queue {asked}");
     }
 
-    /// <summary>Waits until what was queued on a stream is done. Where it fails the communicator is gone, and what arrived is not to be used.</summary>
+    /// <summary>
+    /// Waits until what was queued on a stream is done. Where it fails the communicator is gone, and what arrived is not to be used.
+    /// </summary>
     /// <exception cref="CudaException">A rank died, or asked for something else.</exception>
     /// <exception cref="TimeoutException">Says so.</exception>
     public void Synchronize(CudaStream stream, TimeSpan deadline)
@@ -81,7 +83,8 @@ internal sealed class NcclCommunicator : CudaHandle
     }
 
     /// <summary>
-    /// Ends it without a word to the other ranks: who receives has nothing to tell them, and who sends learns in another way that all have received.
+    /// Ends it without a word to the other ranks: who receives has nothing to tell them, and who sends learns in another way that all have
+    /// received.
     /// </summary>
     protected override CUresult Destroy(nint value) =>
         Nccl.ncclCommAbort(value) == ncclResult.ncclSuccess ? CUresult.CUDA_SUCCESS : CUresult.CUDA_ERROR_INVALID_VALUE;

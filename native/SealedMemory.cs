@@ -1,7 +1,7 @@
 using System.Runtime.InteropServices;
 using System.Security.Cryptography;
 
-namespace Rollout.Kernels;
+namespace Rollout.Native;
 
 /// <summary>
 /// Memory that other processes of this user can open by a path and write, and that none of them can shrink or grow: the file behind it is

@@ -1,6 +1,6 @@
 using System.Runtime.InteropServices;
 
-namespace Rollout.Kernels.Cuda;
+namespace Rollout.Native;
 
 /// <summary>The driver API, by the names that its manual has. All pointers to device memory are nuint, all handles nint.</summary>
 internal static unsafe partial class Driver
@@ -8,6 +8,8 @@ internal static unsafe partial class Driver
     public const uint CU_STREAM_NON_BLOCKING = 1;
     public const uint CU_EVENT_DISABLE_TIMING = 2;
     public const uint CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS = 1;
+
+    static Driver() => CudaLibraries.ResolveFor(typeof(Driver).Assembly);
 
     [LibraryImport(CudaLibraries.Driver)]
     public static partial CUresult cuInit(uint flags);
@@ -88,7 +90,8 @@ internal static unsafe partial class Driver
     // ---- Memory apart from its addresses.
 
     [LibraryImport(CudaLibraries.Driver)]
-    public static partial CUresult cuMemGetAllocationGranularity(out nuint bytes, in CUmemAllocationProp prop, CUmemAllocationGranularity_flags option);
+    public static partial CUresult cuMemGetAllocationGranularity(
+        out nuint bytes, in CUmemAllocationProp prop, CUmemAllocationGranularity_flags option);
 
     [LibraryImport(CudaLibraries.Driver)]
     public static partial CUresult cuMemAddressReserve(out nuint pointer, nuint bytes, nuint alignment, nuint address, ulong flags);
@@ -172,7 +175,8 @@ internal static unsafe partial class Driver
     public static partial CUresult cuLaunchKernelEx(CUlaunchConfig* config, nint function, void** arguments, void** extra);
 
     [LibraryImport(CudaLibraries.Driver)]
-    public static partial CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(out int blocks, nint function, int threads, nuint sharedBytes);
+    public static partial CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(
+        out int blocks, nint function, int threads, nuint sharedBytes);
 
     // ---- Graphs.
 

@@ -1,8 +1,8 @@
-namespace Rollout.Kernels.Cuda;
+namespace Rollout.Native;
 
 /// <summary>
-/// A range of device addresses, reserved until it is disposed. The memory behind it is taken and given back while the addresses stay, so that what
-/// holds a pointer into it, a captured graph for one, stays valid.
+/// A range of device addresses, reserved until it is disposed. The memory behind it is taken and given back while the addresses stay, so
+/// that what holds a pointer into it, a captured graph for one, stays valid.
 /// </summary>
 internal sealed class DeviceRange : CudaHandle
 {
@@ -18,8 +18,8 @@ internal sealed class DeviceRange : CudaHandle
     {
         Bytes = bytes;
         _memory = new CUmemAllocationProp { type = CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED, location = OnDevice(ordinal) };
-        Driver.cuMemGetAllocationGranularity(out nuint granularity, _memory, CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_RECOMMENDED)
-            .ThrowIfFailed();
+        Driver.cuMemGetAllocationGranularity(
+            out nuint granularity, _memory, CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_RECOMMENDED).ThrowIfFailed();
         _reserved = ((nuint)Math.Max(1, bytes) + granularity - 1) / granularity * granularity;
         Driver.cuMemAddressReserve(out nuint pointer, _reserved, 0, 0, 0).ThrowIfFailed($"{_reserved} bytes");
         Own((nint)pointer);
