@@ -65,7 +65,8 @@ public sealed class GroupStreamTests
         InvalidRequestException e = Assert.Throws<InvalidRequestException>(
             () => GroupStream.Start(server.Engine, bad, promptWasText: false, returnText: false, [new("prompt.text", "is not UTF-8")]));
         Assert.Equal("prompt.text: is not UTF-8; TopP: must be above 0 and at most 1, is 2; "
-            + "MaxTokens: 0 makes sense only with PromptLogProbs; N: must be 1 when MaxTokens is 0; MinTokens: 2 is more than MaxTokens 0", e.Message);
+            + "MaxTokens: 0 makes sense only with PromptLogProbs; "
+            + "N: must be 1 when MaxTokens is 0; MinTokens: 2 is more than MaxTokens 0", e.Message);
     }
 
     [Fact]

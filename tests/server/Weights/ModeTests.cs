@@ -286,7 +286,8 @@ public sealed class ModeTests : IAsyncLifetime
         using AsyncServerStreamingCall<GenerateReply> begun = await BeginLongAsync();
         await _server.Control.PauseAsync(new PauseRequest { Mode = PauseMode.Keep, LeaseMilliseconds = 60_000 }); // so that it cannot end
         UpdateRequest begin = s_reversed.Begin(0, 1, begin => (begin.Mode, begin.Policy) = (UpdateMode.InPlace, UpdatePolicy.Drain));
-        foreach (UpdateRequest nowhere in (UpdateRequest[])[Updates.FileOf("/nowhere", 0), Updates.Window("/dev/shm/rollout-nowhere", 0, 0, 1)])
+        UpdateRequest[] unreadable = [Updates.FileOf("/nowhere", 0), Updates.Window("/dev/shm/rollout-nowhere", 0, 0, 1)];
+        foreach (UpdateRequest nowhere in unreadable)
         {
             UpdateFailed failed = (await _server.UpdateAsync([begin, nowhere]))[^1].Failed;
             Assert.Contains("refused: there is no such file", failed.Reason, StringComparison.Ordinal);
