@@ -13,8 +13,9 @@ public sealed class EngineMetrics : IDisposable
     private readonly Counter<long> _failed;
     private readonly Counter<long> _bytes;
     private readonly Histogram<double> _seconds;
+    private readonly long[] _tokensByStaleness = new long[9];
 
-    internal EngineMetrics(string model, Func<ulong> version, Scheduler scheduler)
+    internal EngineMetrics(string model, Func<ulong> version)
     {
         _meter = new Meter(MeterName, null, [new("model", model)]);
         _started = _meter.CreateCounter<long>("rollout.updates.started", description: "Weight updates begun, refused ones included");
@@ -24,8 +25,26 @@ public sealed class EngineMetrics : IDisposable
         _seconds = _meter.CreateHistogram<double>("rollout.updates.seconds", "s", "Seconds of committed updates, by phase",
             tags: null, new InstrumentAdvice<double> { HistogramBucketBoundaries = [1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100] });
         _meter.CreateObservableGauge("rollout.weights.version", () => (long)version(), description: "Version being served");
-        _meter.CreateObservableCounter("rollout.tokens.sampled", () => ByStaleness(scheduler),
+        _meter.CreateObservableCounter("rollout.tokens.sampled", ByStaleness,
             description: "Sampled tokens of samples that have ended, by how many versions old they were then");
+    }
+
+    /// <summary>
+    /// Tokens of ended sequences by how many versions old they were when their sequence ended; the last counts all older ones.
+    /// </summary>
+    internal ReadOnlyMemory<long> TokensByStaleness => _tokensByStaleness;
+
+    /// <summary>Called by the loop when a sequence has ended.</summary>
+    /// <param name="versions">That drew its tokens.</param>
+    /// <param name="served">The version in service.</param>
+    internal void CountTokens(ReadOnlySpan<ulong> versions, ulong served)
+    {
+        for (int start = 0, end; start < versions.Length; start = end)
+        {
+            end = versions[start..].IndexOfAnyExcept(versions[start]) is var length and >= 0 ? start + length : versions.Length;
+            int staleness = (int)Math.Min(served - versions[start], (ulong)_tokensByStaleness.Length - 1);
+            _tokensByStaleness[staleness] += end - start;
+        }
     }
 
     internal void Started() => _started.Add(1);
@@ -47,13 +66,12 @@ public sealed class EngineMetrics : IDisposable
 
     private void Phase(string phase, double seconds) => _seconds.Record(seconds, new KeyValuePair<string, object?>("phase", phase));
 
-    private static IEnumerable<Measurement<long>> ByStaleness(Scheduler scheduler)
+    private IEnumerable<Measurement<long>> ByStaleness()
     {
-        ReadOnlyMemory<long> counts = scheduler.TokensByStaleness;
-        for (int staleness = 0; staleness < counts.Length; staleness++)
+        for (int staleness = 0; staleness < _tokensByStaleness.Length; staleness++)
         {
-            string label = staleness == counts.Length - 1 ? $"{staleness}+" : $"{staleness}";
-            yield return new Measurement<long>(counts.Span[staleness], new KeyValuePair<string, object?>("staleness", label));
+            string label = staleness == _tokensByStaleness.Length - 1 ? $"{staleness}+" : $"{staleness}";
+            yield return new Measurement<long>(_tokensByStaleness[staleness], new KeyValuePair<string, object?>("staleness", label));
         }
     }
 }

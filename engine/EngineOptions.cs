@@ -9,10 +9,15 @@ public sealed record EngineOptions
     /// <summary>Most samples in one step.</summary>
     public int MaxSequences { get; init; } = 256;
 
-    /// <summary>Most tokens in one step: the chunk in which prompts are prefilled. 0: the backend's <see cref="Kernels.IBackend.StepTokens"/>.</summary>
+    /// <summary>
+    /// Most tokens in one step: the chunk in which prompts are prefilled. 0: the backend's <see cref="Kernels.Backend.StepTokens"/>.
+    /// </summary>
     public int MaxBatchTokens { get; init; }
 
-    /// <summary>Bytes for keys and values. 0: what MaxSequences samples of full length need, at most the backend's <see cref="Kernels.IBackend.KvCacheBudget"/>.</summary>
+    /// <summary>
+    /// Bytes for keys and values. 0: what MaxSequences samples of full length need, at most the backend's
+    /// <see cref="Kernels.Backend.KvCacheBudget"/>.
+    /// </summary>
     public long KvCacheBytes { get; init; }
 
     /// <summary>Instead of bytes: the part, above 0 and up to 1, of what the device has free once weights are loaded. 0: not given.</summary>
@@ -34,7 +39,7 @@ public enum EngineState
     /// <summary>Some memory was given back; see <see cref="MemoryTags"/>.</summary>
     Sleeping,
 
-    /// <summary>The weights are no model's: an update in place ended half-way, or they slept. Only a full update ends this.</summary>
+    /// <summary>The weights in service cannot be trusted: an update in place ended half-way, or sleep discarded them. Only a full update ends this.</summary>
     Poisoned,
 
     Faulted,
@@ -52,7 +57,9 @@ public enum PauseMode
     Keep,
 }
 
-/// <summary>A snapshot taken by the loop between two steps; reading one never waits for the device.</summary>
+/// <summary>
+/// Read from any thread without waiting for the loop or the device: while steps run, two numbers may be of two different steps.
+/// </summary>
 public sealed record EngineStatus
 {
     public EngineState State { get; init; }

@@ -2,17 +2,20 @@ using Rollout.Kernels;
 
 namespace Rollout.Engine;
 
-/// <summary>What has to have happened before a real step runs, so that no step pays for it.</summary>
+/// <summary>What is done before the first real step, so that no step pays for it.</summary>
 public sealed partial class RolloutEngine
 {
-    /// <summary>One token through the model: whatever a backend takes at its first step, memory above all, it takes now and not when a trainer has the rest.</summary>
+    /// <summary>
+    /// Runs one token through the model, so that what a backend allocates at its first step is allocated now, and not when a trainer has
+    /// taken the rest of the memory.
+    /// </summary>
     private void RunOneToken()
     {
-        StepLayout step = _next.Layout;
+        StepLayout step = _steps[0].Layout;
         (step.SequenceCount, step.RowStart[1], step.OutputCount, step.QueryCount) = (1, 1, 1, 1);
         step.Queries[0] = new SampleQuery { Target = -1, Temperature = 1, TopP = 1, Position = 1 };
-        _transformer.Forward(step, _weights.Current, _kv); // into a block that nobody has
-        _transformer.Sample(step, _weights.Current);
+        _transformer.Forward(step, _weights.Current, _kv, _workspace); // into a block that no sequence holds
+        _transformer.Sample(step, _weights.Current, _workspace);
         Backend.FinishStep(step);
     }
 
@@ -20,15 +23,17 @@ public sealed partial class RolloutEngine
     private void Rehearse(WeightSet weights)
     {
         if (weights.IsRehearsed || _asleep.HasFlag(MemoryTags.KvCache)) return; // waking comes here again
-        foreach (StepLayout step in Backend.Rehearsals(_plans[0].Layout)) Rehearse(step, weights);
+        foreach (StepLayout step in Backend.Rehearsals(_steps[0].Layout)) Rehearse(step, weights);
         weights.IsRehearsed = true;
     }
 
-    /// <summary>As above, one rehearsal between two steps, so that decoding goes on meanwhile. What is left undone a commit makes up for.</summary>
+    /// <summary>
+    /// The same, one rehearsal between two steps, so that decoding goes on meanwhile. A commit makes up for rehearsals that were left out.
+    /// </summary>
     internal async Task RehearseAsync(WeightSet weights)
     {
         if (weights.IsRehearsed) return;
-        StepLayout[] steps = [.. Backend.Rehearsals(_plans[0].Layout)];
+        StepLayout[] steps = [.. Backend.Rehearsals(_steps[0].Layout)];
         for (int i = 0; i < steps.Length; i++)
         {
             bool last = i == steps.Length - 1;
@@ -46,7 +51,7 @@ public sealed partial class RolloutEngine
 
     private void Rehearse(StepLayout step, WeightSet weights)
     {
-        _transformer.Forward(step, weights, _kv);
-        _transformer.Sample(step, weights);
+        _transformer.Forward(step, weights, _kv, _workspace);
+        _transformer.Sample(step, weights, _workspace);
     }
 }

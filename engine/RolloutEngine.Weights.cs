@@ -2,110 +2,110 @@ using System.Diagnostics;
 
 namespace Rollout.Engine;
 
-/// <summary>Weight updates, as the loop sees them: moments between two steps.</summary>
+/// <summary>Weight updates: what they want of the loop is done between two steps.</summary>
 public sealed partial class RolloutEngine
 {
     /// <summary>The tensors being served, as they last came.</summary>
     public (ulong Version, IReadOnlyList<DescribedWeight> Weights) Describe() => _weights.Describe();
 
-    /// <summary>Checks the manifest and gives the caller the one seat for updates.</summary>
+    /// <summary>Checks the manifest and begins an update: one at a time.</summary>
     /// <param name="manifest">What is going to be sent.</param>
     /// <param name="alsoWrong">Problems that its reader found already, to be listed with the others.</param>
     /// <exception cref="UpdateRejectedException">The manifest does not fit; lists every problem.</exception>
-    /// <exception cref="EngineStateException">Another update holds the seat, and the message names its owner; or the weights sleep.</exception>
+    /// <exception cref="EngineStateException">Another update is under way, and the message names its owner; or the weights sleep.</exception>
     /// <exception cref="NoRoomException">Staging was asked for and the device has no memory for it.</exception>
     public WeightUpdate BeginUpdate(UpdateManifest manifest, IReadOnlyList<Problem>? alsoWrong = null)
     {
         ThrowIfDown();
         Metrics.Started();
+        long started = Stopwatch.GetTimestamp();
+        ActiveUpdate? update = null;
         try
         {
-            return _weights.Begin(this, manifest, alsoWrong ?? []);
+            update = _weights.Begin(manifest, alsoWrong ?? [], State);
+            return new WeightUpdate(this, update, _transformer.Weights, Stopwatch.GetElapsedTime(started).TotalSeconds);
         }
         catch (Exception e)
         {
+            if (update is not null) _weights.End(update, UpdateFailure.Engine); // no memory for the indices of sparse tensors
             Metrics.Failed(e is UpdateRejectedException ? "rejected" : "refused");
             throw;
         }
     }
 
-    /// <summary>Staged: see <see cref="ServedWeights.Open"/>.</summary>
-    internal void CarryOver(WeightUpdate update) => _weights.Open(update);
+    /// <summary>Staged: see <see cref="ServedWeights.PrepareStaging"/>.</summary>
+    internal void PrepareStaging(ActiveUpdate update) => _weights.PrepareStaging(update);
 
     /// <summary>In place: completes when no step runs any more, until the update ends.</summary>
-    internal Task StandStillAsync(WeightUpdate update, CancellationToken cancellation) => AtMomentAsync(update, () =>
+    internal Task StopStepsAsync(ActiveUpdate update, CancellationToken cancellation) => AtStepBoundaryAsync(update.Manifest.Policy, () =>
     {
-        _weights.ThrowUnlessSeated(update);
+        _weights.BeginWriting(update);
         if (update.Manifest.Policy == UpdatePolicy.Abort) AbortBegun();
-        update.StandsSince = Stopwatch.GetTimestamp();
-        _standsFor = update;
     }, cancellation);
 
-    /// <summary>Completes when the update is in service: seconds no step could run.</summary>
-    internal async Task<double> CommitAsync(WeightUpdate update, IReadOnlyList<DescribedWeight> described, CancellationToken cancellation)
+    /// <summary>Completes when the update is in service. Returns for how many seconds no step could run.</summary>
+    internal async Task<double> CommitAsync(ActiveUpdate update, IReadOnlyList<DescribedWeight> described, CancellationToken cancellation)
     {
         double stall = 0;
-        await AtMomentAsync(update, () =>
+        await AtStepBoundaryAsync(update.Manifest.Policy, () =>
         {
-            long started = _standsFor is null ? Stopwatch.GetTimestamp() : update.StandsSince;
+            long started = update.WritingSince ?? Stopwatch.GetTimestamp();
             Rehearse(update.Destination); // first, since it may fail
             _weights.Commit(update, described);
             if (update.Manifest.Policy == UpdatePolicy.Abort) AbortBegun();
             _scheduler.WeightsChanged(Version, update.Manifest.Policy);
-            _standsFor = null;
             stall = Stopwatch.GetElapsedTime(started).TotalSeconds;
         }, cancellation).ConfigureAwait(false);
         return stall;
     }
 
-    /// <summary>Without a commit: the seat is free when this returns, and the engine poisoned if it has to be.</summary>
-    internal void EndUpdate(WeightUpdate update)
+    /// <summary>Without a commit: when this returns another update may begin, and the engine is poisoned if it has to be.</summary>
+    internal void EndUpdate(ActiveUpdate update, UpdateFailure why)
     {
-        _weights.End(update);
-        if (_standsFor == update) _standsFor = null;
+        _weights.End(update, why);
         _wake.Release();
-        Metrics.Failed(update.Failure.ToString().ToLowerInvariant());
+        Metrics.Failed(why.ToString().ToLowerInvariant());
     }
 
-    /// <summary>What an update wants done between two steps, once its policy lets it.</summary>
-    private sealed record Moment(UpdatePolicy Policy, Action Act)
+    /// <summary>What an update wants done between two steps, once its policy allows it.</summary>
+    private sealed record BoundaryAction(UpdatePolicy Policy, Action Run)
     {
         public TaskCompletionSource Done { get; } = new(TaskCreationOptions.RunContinuationsAsynchronously);
     }
 
-    /// <summary>Orders a moment. Ends when it has come and gone, or when it is certain that it never will.</summary>
-    private async Task AtMomentAsync(WeightUpdate update, Action act, CancellationToken cancellation)
+    /// <summary>Completes when the action has run, or when it is certain that it never will.</summary>
+    private async Task AtStepBoundaryAsync(UpdatePolicy policy, Action run, CancellationToken cancellation)
     {
-        Moment moment = new(update.Manifest.Policy, act);
+        BoundaryAction action = new(policy, run);
         await OnLoop(() =>
         {
             ThrowIfDown();
-            return _moment = moment;
+            return _boundaryAction = action;
         }).ConfigureAwait(false);
         using CancellationTokenRegistration takeBack = cancellation.UnsafeRegister(_ => Post(() =>
         {
-            if (_moment != moment) return; // it has come
-            _moment = null;
-            moment.Done.TrySetException(new UpdateFailedException(UpdateFailure.Deadline,
-                "the commit was taken back, by its deadline or its caller, before its moment came"));
+            if (_boundaryAction != action) return; // it has run
+            _boundaryAction = null;
+            action.Done.TrySetException(new UpdateFailedException(UpdateFailure.Deadline,
+                "the commit was taken back, by its deadline or its caller, before the engine could carry it out"));
         }), null);
-        await moment.Done.Task.ConfigureAwait(false);
+        await action.Done.Task.ConfigureAwait(false);
     }
 
-    /// <summary>On the loop, between two steps. Under DRAIN the moment comes when nothing that began on the old weights is left.</summary>
-    private void TryTake(Moment moment)
+    /// <summary>On the loop, between two steps. Under DRAIN the action waits until every group that began on the old weights has ended.</summary>
+    private void TryRunBoundaryAction()
     {
-        if (moment.Policy == UpdatePolicy.Drain && _scheduler.HasBegun) return;
+        if (_boundaryAction is not { } action || (action.Policy == UpdatePolicy.Drain && _scheduler.HasBegun)) return;
         try
         {
-            moment.Act(); // where it fails in another way than below the loop ends, and tells whoever waits for the moment
-            _moment = null;
-            moment.Done.SetResult();
+            action.Run(); // any other exception than the one below ends the loop, which tells whoever waits for the action
+            _boundaryAction = null;
+            action.Done.SetResult();
         }
         catch (UpdateFailedException e)
         {
-            _moment = null;
-            moment.Done.SetException(e);
+            _boundaryAction = null;
+            action.Done.SetException(e);
         }
     }
 

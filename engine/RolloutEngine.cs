@@ -8,10 +8,10 @@ namespace Rollout.Engine;
 /// The engine: one thread owns sequences, KV blocks, weights and the device. Everybody else hands it commands through an inbox, which it
 /// empties between two steps, and reads samples from their group.
 /// <code>
-///   callers --commands--> [ inbox ] --> loop: apply commands -> Next -> Forward -> Sample -> Complete --> groups --> readers
+///   callers --commands--> [ inbox ] --> loop: apply commands -> Next -> Forward -> Sample -> CollectResults --> groups --> readers
 /// </code>
-/// Where the device works beside the host, Complete is of the step before, and so is Next ahead of its answers: the host's part of a step costs no time.
-/// Commands and updates still find no step under way.
+/// Where the device works beside the host, the next step is planned and queued before the results of the one before are collected, so that
+/// the device never waits for the host. Commands and updates are applied while no step is in flight.
 /// </summary>
 public sealed partial class RolloutEngine : IAsyncDisposable
 {
@@ -20,12 +20,12 @@ public sealed partial class RolloutEngine : IAsyncDisposable
     private readonly EngineOptions _options;
     private readonly RequestValidator _validator;
     private readonly Transformer _transformer;
+    private readonly Workspace _workspace;
     private readonly KvCache _kv;
     private readonly KvBlocks _blocks;
     private readonly Scheduler _scheduler;
-    private readonly ScheduledStep[] _plans; // in turn
-    private ScheduledStep _next;
-    private ScheduledStep? _underWay;
+    private readonly ScheduledStep[] _steps; // in turn
+    private ScheduledStep? _inFlight;
     private readonly Pause _pause = new();
 
     private readonly ConcurrentQueue<Action> _inbox = new();
@@ -33,16 +33,16 @@ public sealed partial class RolloutEngine : IAsyncDisposable
     private readonly ConcurrentDictionary<string, Group> _groups = new();
     private readonly Thread _thread;
     private int _unfinishedSamples;
-    private long _steps;
+    private long _stepCount;
+    private long _checkedAfter = -1; // the step count at which the KV blocks were checked last
     private volatile bool _stopping;
     private volatile string? _fault;
 
     private readonly ServedWeights _weights;
-    private Moment? _moment;                // what an update wants done between two steps; the loop's
-    private volatile WeightUpdate? _standsFor; // the update in place for which no step runs
+    private BoundaryAction? _boundaryAction; // what an update wants done between two steps; the loop's
     private volatile MemoryTags _asleep;
 
-    private RolloutEngine(string name, ModelSpec model, LoadPlan plan, Tokenizer? tokenizer, IBackend backend, EngineOptions options,
+    private RolloutEngine(string name, ModelSpec model, Transformer transformer, Tokenizer? tokenizer, Backend backend, EngineOptions options,
         WeightSet weights, IReadOnlyList<DescribedWeight> described)
     {
         ModelName = name;
@@ -50,7 +50,7 @@ public sealed partial class RolloutEngine : IAsyncDisposable
         Tokenizer = tokenizer;
         Backend = backend;
         _options = options;
-        _weights = new ServedWeights(backend, plan, model.Layers, weights, described);
+        _weights = new ServedWeights(backend, transformer.Weights, weights, described);
 
         ArgumentOutOfRangeException.ThrowIfNegative(options.MaxContext);
         ArgumentOutOfRangeException.ThrowIfLessThan(options.MaxSequences, 1);
@@ -60,20 +60,20 @@ public sealed partial class RolloutEngine : IAsyncDisposable
             throw new ArgumentOutOfRangeException(nameof(options), options.KvCacheFraction, "A part of the free memory is from 0 to 1, and given instead of bytes.");
         int stepTokens = options.MaxBatchTokens == 0 ? backend.StepTokens : options.MaxBatchTokens;
         int context = options.MaxContext == 0 ? model.MaxPositions : Math.Min(options.MaxContext, model.MaxPositions);
-        int blocks = KvBlockCount(model, backend, options, context);
+        int blocks = KvBlockCount(transformer.Kv, backend, options, context);
         MaxContext = Math.Min(context, blocks * KvCache.BlockTokens);
         _validator = new RequestValidator(model.VocabSize, MaxContext, tokenizer is not null);
-        _kv = backend.AllocateKvCache(model.Layers, blocks, model.KvHeads, model.HeadDim);
-        _transformer = new Transformer(model, backend, stepTokens, MaxContext);
+        _kv = backend.AllocateKvCache(blocks, transformer.Kv);
+        _transformer = transformer;
+        _workspace = transformer.AllocateWorkspace(backend, stepTokens, MaxContext);
         _blocks = new KvBlocks(blocks);
-        _scheduler = new Scheduler(_blocks, options.MaxSequences, stepTokens, GroupEnded);
+        Metrics = new EngineMetrics(name, () => Version);
+        _scheduler = new Scheduler(_blocks, options.MaxSequences, stepTokens, SequenceEnded, GroupEnded);
         int queries = stepTokens + options.MaxSequences;
-        _plans = [.. Enumerable.Range(0, 2).Select(_ => new ScheduledStep(new StepLayout(stepTokens, options.MaxSequences,
+        _steps = [.. Enumerable.Range(0, 2).Select(_ => new ScheduledStep(new StepLayout(stepTokens, options.MaxSequences,
             KvBlocks.CountFor(MaxContext), queries, queries * Math.Min(RequestValidator.MaxTop, model.VocabSize), maxBiases: 1024)))];
-        _next = _plans[0];
         RunOneToken();
         Rehearse(weights);
-        Metrics = new EngineMetrics(name, () => Version, _scheduler);
         _thread = new Thread(Loop) { Name = "rollout loop", IsBackground = true };
         _thread.Start();
     }
@@ -84,7 +84,7 @@ public sealed partial class RolloutEngine : IAsyncDisposable
 
     public Tokenizer? Tokenizer { get; }
 
-    public IBackend Backend { get; }
+    public Backend Backend { get; }
 
     /// <summary>Longest sample, prompt included: the model's limit, the operator's, or what the KV cache holds.</summary>
     public int MaxContext { get; }
@@ -105,12 +105,12 @@ public sealed partial class RolloutEngine : IAsyncDisposable
         KvBlocksTotal = _blocks.Total,
         KvBlocksUsed = _blocks.Used,
         KvBlocksCached = _blocks.Cached,
-        Steps = Volatile.Read(ref _steps),
+        Steps = Volatile.Read(ref _stepCount),
         GeneratedTokens = _scheduler.GeneratedTokens,
         PrefilledTokens = _scheduler.PrefilledTokens,
         PrefixHitTokens = _scheduler.PrefixHitTokens,
         Preemptions = _scheduler.Preemptions,
-        UpdateOwner = _weights.Updating?.Manifest.Owner,
+        UpdateOwner = _weights.Active?.Manifest.Owner,
         Asleep = _asleep,
     };
 
@@ -118,12 +118,12 @@ public sealed partial class RolloutEngine : IAsyncDisposable
         => _fault is not null ? EngineState.Faulted
             : _asleep != MemoryTags.None ? EngineState.Sleeping
             : _weights.Poison is not null ? EngineState.Poisoned
-            : _standsFor is not null ? EngineState.Updating
+            : _weights.WrittenBy is not null ? EngineState.Updating
             : _pause.State;
 
     private string Reason // of the state, so in the same order; poison shows also under sleep, since waking will not be enough
         => _fault
-            ?? (_asleep == MemoryTags.None ? _weights.Poison ?? _standsFor?.Manifest.Owner ?? _pause.Owner
+            ?? (_asleep == MemoryTags.None ? _weights.Poison ?? _weights.WrittenBy?.Manifest.Owner ?? _pause.Owner
                 : _weights.Poison is { } poison ? $"asleep: {_asleep}; poisoned: {poison}"
                 : $"asleep: {_asleep}");
 
@@ -134,60 +134,44 @@ public sealed partial class RolloutEngine : IAsyncDisposable
     /// <param name="tokenizer">Used instead of the folder's.</param>
     /// <param name="progress">Fraction of the weights loaded.</param>
     /// <exception cref="InvalidModelException">The folder cannot be served; lists every problem.</exception>
-    public static RolloutEngine Load(string modelFolder, IBackend backend, EngineOptions options, Tokenizer? tokenizer = null,
+    public static RolloutEngine Load(string modelFolder, Backend backend, EngineOptions options, Tokenizer? tokenizer = null,
         IProgress<double>? progress = null)
     {
         ModelSpec model = ModelSpec.Load(modelFolder);
         using Checkpoint checkpoint = Checkpoint.Open(modelFolder);
         if (tokenizer is null && File.Exists(Path.Combine(modelFolder, "tokenizer.json"))) tokenizer = Tokenizer.Load(modelFolder);
-        LoadPlan plan = LoadPlan.Compile(model);
-        WeightSet weights = WeightSet.Allocate(backend, plan, model.Layers);
-        IReadOnlyList<DescribedWeight> described = ModelLoader.Load(checkpoint, plan, backend, weights, progress);
+        Transformer transformer = new(model);
+        WeightSet weights = WeightSet.Allocate(backend, transformer.Weights);
+        IReadOnlyList<DescribedWeight> described = ModelLoader.Load(checkpoint, transformer.Weights, backend, weights, progress);
         string name = Path.GetFileName(Path.TrimEndingDirectorySeparator(Path.GetFullPath(modelFolder)));
-        return new RolloutEngine(name, model, plan, tokenizer, backend, options, weights, described);
+        return new RolloutEngine(name, model, transformer, tokenizer, backend, options, weights, described);
     }
 
     /// <summary>As <see cref="Load"/>, of weights that are on the device already and were in no file.</summary>
-    internal static RolloutEngine Start(string name, ModelSpec model, IBackend backend, EngineOptions options, WeightSet weights)
-        => new(name, model, LoadPlan.Compile(model), tokenizer: null, backend, options, weights, described: []);
+    internal static RolloutEngine Start(string name, ModelSpec model, Backend backend, EngineOptions options, WeightSet weights)
+        => new(name, model, new Transformer(model), tokenizer: null, backend, options, weights, described: []);
 
     // ---- The loop.
 
     private void Loop()
     {
-        long checkedAfter = -1;
         try
         {
             while (!_stopping)
             {
-                if (!_inbox.IsEmpty || _moment is not null || _pause.State != EngineState.Running)
+                ScheduledStep? queued = null;
+                bool betweenSteps = _inFlight is null;
+                if (betweenSteps)
                 {
-                    Land();
                     ApplyCommands();
-                    if (_moment is not null) TryTake(_moment);
+                    TryRunBoundaryAction();
                 }
 
-                if (MustStand() || !_scheduler.Next(_next, admitNew: !_pause.HoldsNewGroups && _moment is null))
-                {
-                    if (Land()) continue;
-                    _scheduler.RaiseStreams();
-                    if (_scheduler.IsEmpty && checkedAfter != _steps)
-                    {
-                        _blocks.CheckInvariant(idle: true);
-                        checkedAfter = _steps; // every command wakes the loop, and the check walks all blocks
-                    }
+                if (betweenSteps || (Backend.StepsInFlight > 1 && !IsInterrupted)) queued = TryQueueStep();
 
-                    _wake.Wait(_pause.UntilLeaseEnds());
-                    continue;
-                }
-
-                _transformer.Forward(_next.Layout, _weights.Current, _kv);
-                foreach (BlockCopy copy in _next.Copies) Backend.CopyBlock(_kv, copy.From, copy.To);
-                _transformer.Sample(_next.Layout, _weights.Current);
-
-                Land(); // the step before, while the device works on this one
-                (_underWay, _next) = (_next, _next == _plans[0] ? _plans[1] : _plans[0]);
-                if (Backend.StepsUnderWay == 1) Land();
+                (ScheduledStep? earlier, _inFlight) = (_inFlight, queued);
+                if (earlier is not null) CollectResults(earlier); // while the device works on the step just queued
+                else if (queued is null) WaitForWork();
             }
         }
         catch (Exception e)
@@ -198,24 +182,48 @@ public sealed partial class RolloutEngine : IAsyncDisposable
         EndAll(Stopped);
     }
 
-    /// <summary>Takes in the answers of the step under way, waiting for them. False when there is none.</summary>
-    private bool Land()
+    /// <summary>Whether something has to be done while no step is in flight.</summary>
+    private bool IsInterrupted => !_inbox.IsEmpty || _boundaryAction is not null || _pause.State != EngineState.Running;
+
+    /// <summary>Plans the next step and hands it to the device. Null where no step may run, or there is nothing to compute.</summary>
+    private ScheduledStep? TryQueueStep()
     {
-        if (_underWay is not { } step) return false;
-        _underWay = null;
-        Backend.FinishStep(step.Layout);
-        _scheduler.Complete(step);
-        Volatile.Write(ref _steps, _steps + 1);
-        return true;
+        ScheduledStep step = _inFlight == _steps[0] ? _steps[1] : _steps[0];
+        bool admitNew = !_pause.HoldsNewGroups && _boundaryAction is null;
+        if (!MayStep() || !_scheduler.Next(step, admitNew)) return null;
+        _transformer.Forward(step.Layout, _weights.Current, _kv, _workspace);
+        foreach (BlockCopy copy in step.Copies) Backend.CopyBlock(_kv, copy.From, copy.To);
+        _transformer.Sample(step.Layout, _weights.Current, _workspace);
+        return step;
     }
 
-    /// <summary>Whether no step may run now. Ends a pause whose lease is over, and samples that poisoned weights would go on.</summary>
-    private bool MustStand()
+    /// <summary>Whether a step may run now. Ends a pause whose lease is over, and groups that only poisoned weights could continue.</summary>
+    private bool MayStep()
     {
         bool paused = _pause.Stops(_scheduler);
         if (_weights.Poison is not null)
             foreach (Group group in _groups.Values) _scheduler.End(group, FinishReason.Abort);
-        return paused || _standsFor is not null || _asleep != MemoryTags.None || _weights.Poison is not null;
+        return !paused && _weights.WrittenBy is null && _asleep == MemoryTags.None && _weights.Poison is null;
+    }
+
+    /// <summary>Waits for a step's results and hands them out.</summary>
+    private void CollectResults(ScheduledStep step)
+    {
+        Backend.FinishStep(step.Layout);
+        _scheduler.CollectResults(step);
+        Volatile.Write(ref _stepCount, _stepCount + 1);
+    }
+
+    private void WaitForWork()
+    {
+        _scheduler.WakeStreams();
+        if (_scheduler.IsEmpty && _checkedAfter != _stepCount)
+        {
+            _blocks.CheckInvariant(idle: true);
+            _checkedAfter = _stepCount; // every command wakes the loop, and the check walks all blocks
+        }
+
+        _wake.Wait(_pause.UntilLeaseEnds());
     }
 
     private void ApplyCommands()
@@ -238,10 +246,12 @@ public sealed partial class RolloutEngine : IAsyncDisposable
     private void EndAll(string error)
     {
         ApplyCommands();
-        _moment?.Done.TrySetException(new UpdateFailedException(UpdateFailure.Engine, $"{error}; the update was not committed"));
-        _moment = null;
+        _boundaryAction?.Done.TrySetException(new UpdateFailedException(UpdateFailure.Engine, $"{error}; the update was not committed"));
+        _boundaryAction = null;
         foreach (Group group in _groups.Values) _scheduler.End(group, FinishReason.Error, error);
     }
+
+    private void SequenceEnded(Sequence sequence) => Metrics.CountTokens(sequence.Versions(0, sequence.Sampled), _scheduler.Version);
 
     private void GroupEnded(Group group)
     {
@@ -290,9 +300,9 @@ public sealed partial class RolloutEngine : IAsyncDisposable
 
         Post(() =>
         {
-            if (group.Completed.IsCompleted) return; // on its way: it could be aborted as soon as its id was known
+            if (group.Completed.IsCompleted) return; // aborted before it was queued: its id is known as soon as Submit has registered it
             if (_fault is not null || _stopping) _scheduler.End(group, FinishReason.Error, _fault ?? Stopped);
-            else if (Refusal() is not null) _scheduler.End(group, FinishReason.Abort); // it fell asleep or ill in between
+            else if (Refusal() is not null) _scheduler.End(group, FinishReason.Abort); // put to sleep or poisoned since Submit checked
             else _scheduler.Submit(group);
         });
         return group;
@@ -352,17 +362,17 @@ public sealed partial class RolloutEngine : IAsyncDisposable
         _stopping = true;
         _wake.Release();
         await Task.Run(_thread.Join).ConfigureAwait(false);
-        ApplyCommands(); // whoever asked after the loop's last look
-        _transformer.Dispose();
+        ApplyCommands(); // posted after the loop's last look
+        _workspace.Dispose();
         _kv.Dispose();
         _weights.Dispose();
         Metrics.Dispose();
         Backend.Dispose();
     }
 
-    private static int KvBlockCount(ModelSpec model, IBackend backend, EngineOptions options, int context)
+    private static int KvBlockCount(IReadOnlyList<KvLayout> layers, Backend backend, EngineOptions options, int context)
     {
-        long blockBytes = 2L * model.Layers * model.KvHeads * model.HeadDim * KvCache.BlockTokens * backend.KvElementBytes;
+        long blockBytes = layers.Sum(layer => layer.BlockElements) * backend.KvElementBytes;
         long stated = options.KvCacheFraction > 0 ? (long)(options.KvCacheFraction * backend.AvailableBytes) : options.KvCacheBytes;
         long wanted = (long)options.MaxSequences * KvBlocks.CountFor(context);
         long affordable = Math.Max(1, (stated > 0 ? stated : backend.KvCacheBudget) / blockBytes);

@@ -2,61 +2,13 @@ using System.Runtime.CompilerServices;
 
 namespace Rollout.Kernels;
 
-/// <summary>
-/// What every backend refuses: memory that is not its own, shapes that do not fit, indices out of range. Names are those of the caller's
-/// parameters.
-/// </summary>
+/// <summary>Shapes that do not fit and indices out of range, which every backend refuses. Names are those of the caller's parameters.</summary>
 internal static class Checks
 {
-    // ---- Memory is this backend's, alive, and of the shape that is needed.
-
-    public static TOwn Own<TOwn>(this IBackend backend, DeviceMemory memory, [CallerArgumentExpression(nameof(memory))] string? name = null)
-        where TOwn : DeviceMemory
-    {
-        ArgumentNullException.ThrowIfNull(memory, name);
-        return memory is TOwn own && own.Owner == backend && !own.IsGone
-            ? own
-            : throw new ArgumentException("Memory of another backend, disposed, or discarded.", name);
-    }
-
-    /// <param name="backend">Owns it.</param>
-    /// <param name="tensor">Has at least <paramref name="rows"/> rows.</param>
-    /// <param name="rows">Rows that are used.</param>
-    /// <param name="columns">Columns it has; 0: any number.</param>
-    /// <param name="name">The caller's name for it.</param>
-    public static TOwn Own<TOwn>(
-        this IBackend backend, Tensor tensor, int rows, int columns = 0, [CallerArgumentExpression(nameof(tensor))] string? name = null)
-        where TOwn : Tensor
-    {
-        TOwn own = backend.Own<TOwn>(tensor, name);
-        if (rows < 0 || rows > own.Rows)
-            throw new ArgumentOutOfRangeException(name, rows, $"The tensor has {own.Rows} rows.");
-        if (columns != 0 && columns != own.Columns)
-            throw new ArgumentException($"{own.Columns} columns, needed {columns}.", name);
-        return own;
-    }
-
-    public static TOwn OwnMatrix<TOwn>(this IBackend backend, Weight weight, [CallerArgumentExpression(nameof(weight))] string? name = null)
-        where TOwn : Weight
-    {
-        TOwn own = backend.Own<TOwn>(weight, name);
-        return own.IsVector ? throw new ArgumentException("A vector, needed a matrix.", name) : own;
-    }
-
-    public static TOwn OwnVector<TOwn>(
-        this IBackend backend, Weight weight, int length, [CallerArgumentExpression(nameof(weight))] string? name = null)
-        where TOwn : Weight
-    {
-        TOwn own = backend.Own<TOwn>(weight, name);
-        if (!own.IsVector || own.Inputs != length)
-            throw new ArgumentException($"[{own.Outputs}, {own.Inputs}], needed a vector of {length}.", name);
-        return own;
-    }
-
     // ---- Weights.
 
-    /// <summary>The elements that a write of whole rows, or of any part of a vector, holds.</summary>
-    public static long Write(Weight destination, long element, ReadOnlySpan<byte> source, DType type)
+    /// <summary>A write of whole rows, or of any part of a vector.</summary>
+    public static void Write(Weight destination, long element, ReadOnlySpan<byte> source, DType type)
     {
         CheckType(type);
         if (source.Length % type.Size() != 0)
@@ -68,8 +20,6 @@ internal static class Checks
             throw new ArgumentException(
                 $"{count} elements from element {element} on are no whole rows of {destination.Inputs}.", nameof(source));
         }
-
-        return count;
     }
 
     public static void WriteElements(Weight destination, long element, ReadOnlySpan<uint> indices, ReadOnlySpan<byte> values, DType type)
@@ -162,32 +112,42 @@ internal static class Checks
         }
     }
 
-    public static void Heads(int heads, KvCache cache)
+    public static void Differ(Tensor input, Tensor output, [CallerArgumentExpression(nameof(input))] string? name = null)
     {
-        if (heads < 1 || heads % cache.KvHeads != 0)
-            throw new ArgumentOutOfRangeException(nameof(heads), heads, $"Needed a multiple of the cache's {cache.KvHeads} heads.");
+        if (ReferenceEquals(input, output))
+            throw new ArgumentException("Input and output are the same tensor.", name);
     }
 
-    public static void Layer(int layer, KvCache cache)
+    public static void Heads(int heads, KvLayout layout, [CallerArgumentExpression(nameof(heads))] string? name = null)
+    {
+        if (heads < 1 || heads % layout.KvHeads != 0)
+            throw new ArgumentOutOfRangeException(name, heads, $"Needed a multiple of the cache's {layout.KvHeads} heads.");
+    }
+
+    public static void Layer(int layer, KvCache cache, [CallerArgumentExpression(nameof(layer))] string? name = null)
     {
         if ((uint)layer >= (uint)cache.Layers)
-            throw new ArgumentOutOfRangeException(nameof(layer), layer, $"The cache has {cache.Layers} layers.");
+            throw new ArgumentOutOfRangeException(name, layer, $"The cache has {cache.Layers} layers.");
+    }
+
+    public static void RopeWidth(RopeTable rope, KvLayout layout, [CallerArgumentExpression(nameof(rope))] string? name = null)
+    {
+        if (rope.HeadDim != layout.KeyDim)
+            throw new ArgumentException($"For heads of {rope.HeadDim}, the cache has {layout.KeyDim}.", name);
     }
 
     /// <summary>Every row's position has its angles.</summary>
-    public static void Angles(StepLayout step, RopeTable rope, KvCache cache)
+    public static void Angles(StepLayout step, RopeTable rope, string name)
     {
-        if (rope.HeadDim != cache.HeadDim)
-            throw new ArgumentException($"For heads of {rope.HeadDim}, the cache has {cache.HeadDim}.", nameof(rope));
         for (int row = 0; row < step.RowCount; row++)
         {
             if (step.Positions[row] >= rope.Positions)
-                throw new ArgumentException($"Row {row} is at position {step.Positions[row]} of {rope.Positions}.", nameof(rope));
+                throw new ArgumentException($"Row {row} is at position {step.Positions[row]} of {rope.Positions}.", name);
         }
     }
 
     /// <summary>All that a sequence's rows look back at, their own slots included, lies in the cache.</summary>
-    public static void Context(StepLayout step, KvCache cache)
+    public static void Context(StepLayout step, KvCache cache, string name)
     {
         for (int s = 0; s < step.SequenceCount; s++)
         {
@@ -198,7 +158,7 @@ internal static class Checks
             foreach (int block in table)
             {
                 if ((uint)block >= (uint)cache.Blocks)
-                    throw new ArgumentException($"Sequence {s} has block {block} of {cache.Blocks}.", nameof(cache));
+                    throw new ArgumentException($"Sequence {s} has block {block} of {cache.Blocks}.", name);
             }
         }
     }
@@ -263,19 +223,12 @@ internal struct ContextChecks
     private KvCache? _cache;
     private RopeTable? _rope;
 
-    public void Check(StepLayout step, KvCache cache)
+    public void Check(StepLayout step, in AttentionCall call)
     {
-        if (ReferenceEquals(_cache, cache))
-            return;
-        Checks.Context(step, cache);
-        _cache = cache;
-    }
-
-    public void Check(StepLayout step, RopeTable rope, KvCache cache)
-    {
-        if (!ReferenceEquals(_rope, rope))
-            Checks.Angles(step, rope, cache);
-        Check(step, cache);
-        _rope = rope;
+        if (!ReferenceEquals(_rope, call.Rope))
+            Checks.Angles(step, call.Rope, "call.Rope");
+        if (!ReferenceEquals(_cache, call.Cache))
+            Checks.Context(step, call.Cache, "call.Cache");
+        (_rope, _cache) = (call.Rope, call.Cache);
     }
 }

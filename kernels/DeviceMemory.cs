@@ -16,13 +16,13 @@ public abstract class DeviceMemory : IDisposable
     public abstract void Dispose();
 
     /// <summary>Whose it is, where backends check that.</summary>
-    internal virtual IBackend? Owner => null;
+    internal virtual Backend? Owner => null;
 
     /// <summary>Disposed, or discarded and not restored.</summary>
     internal virtual bool IsGone => false;
 }
 
-/// <summary>fp32 activations [rows, columns], row-major as seen by the engine.</summary>
+/// <summary>Activations [rows, columns], fp32 and row-major as the engine sees them.</summary>
 public abstract class Tensor(int rows, int columns) : DeviceMemory
 {
     /// <summary>Capacity in rows; a step uses the first few.</summary>
@@ -39,7 +39,7 @@ public abstract class Tensor(int rows, int columns) : DeviceMemory
 
 /// <summary>
 /// A weight [outputs, inputs] in the layout the backend likes best: a linear layer's matrix (y = x·Wᵀ), an embedding table
-/// (outputs = vocabulary), or, with outputs = 1, a vector such as a norm scale or a bias. Matrices are stored as bfloat16, vectors as fp32.
+/// (outputs = vocabulary), or, with outputs = 1, a vector such as a norm scale or a bias. Matrices are stored as <see cref="Backend.WeightFormat"/> says, vectors as fp32.
 /// </summary>
 public abstract class Weight(int outputs, int inputs) : DeviceMemory
 {
@@ -88,8 +88,21 @@ public class WeightArena(IReadOnlyList<Weight> weights) : DeviceMemory
     }
 }
 
-/// <summary>Paged keys and values of all layers: [layers, blocks, kvHeads, BlockTokens, headDim], inner layout up to the backend.</summary>
-public abstract class KvCache(int layers, int blocks, int kvHeads, int headDim) : DeviceMemory
+/// <summary>What one layer keeps of every token.</summary>
+/// <param name="KvHeads">Key and value heads.</param>
+/// <param name="KeyDim">Elements of a key, and of a query. Even.</param>
+/// <param name="ValueDim">Elements of a value, and of a head's output.</param>
+public readonly record struct KvLayout(int KvHeads, int KeyDim, int ValueDim)
+{
+    /// <summary>Elements of one block's keys and values.</summary>
+    public long BlockElements => (long)KvHeads * (KeyDim + ValueDim) * KvCache.BlockTokens;
+}
+
+/// <summary>
+/// Paged keys and values. A block holds <see cref="BlockTokens"/> tokens in every layer: keys [kvHeads, BlockTokens, keyDim] and values
+/// [kvHeads, BlockTokens, valueDim] of that layer's <see cref="KvLayout"/>, inner layout up to the backend.
+/// </summary>
+public abstract class KvCache(int blocks, IReadOnlyList<KvLayout> layers) : DeviceMemory
 {
     /// <summary>
     /// Tokens in one block. Also the chunk in which attention walks over the context, from position 0: the order of every reduction
@@ -97,13 +110,13 @@ public abstract class KvCache(int layers, int blocks, int kvHeads, int headDim) 
     /// </summary>
     public const int BlockTokens = 16;
 
-    public int Layers { get; } = layers;
+    private readonly KvLayout[] _layouts = [.. layers];
+
+    public int Layers => _layouts.Length;
 
     public int Blocks { get; } = blocks;
 
-    public int KvHeads { get; } = kvHeads;
-
-    public int HeadDim { get; } = headDim;
+    public KvLayout Layout(int layer) => _layouts[layer];
 }
 
 /// <summary>cos and sin of position x frequency, [positions, headDim / 2].</summary>

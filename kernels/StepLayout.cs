@@ -33,7 +33,7 @@ public sealed class StepLayout
     /// <summary>Blocks of one row of the block table.</summary>
     public int MaxBlocks { get; }
 
-    /// <summary>Nothing of the step is computed: see <see cref="IBackend.Rehearsals"/>.</summary>
+    /// <summary>Nothing of the step is computed: see <see cref="Backend.Rehearsals"/>.</summary>
     public bool IsRehearsal { get; internal init; }
 
     public int SequenceCount { get; set; }
@@ -62,7 +62,7 @@ public sealed class StepLayout
 
     public SampleQuery[] Queries { get; }
 
-    /// <summary>Written by the backend, one per query, by the end of <see cref="IBackend.FinishStep"/>.</summary>
+    /// <summary>Written by the backend, one per query, by the end of <see cref="Backend.FinishStep"/>.</summary>
     public SampleResult[] Results { get; }
 
     /// <summary>Token ids of alternatives, at each query's AlternativesStart, most probable first, ties by lower id.</summary>

@@ -1,80 +1,49 @@
+using System.Buffers;
 using System.Diagnostics.CodeAnalysis;
+using Rollout.Kernels;
 
 namespace Rollout.Engine;
 
-/// <summary>The weights that the transformer computes with, some of them fused from several tensors of a checkpoint.</summary>
-public enum WeightKind
-{
-    /// <summary>[vocab, hidden]. Also the output head of a tied model.</summary>
-    Embedding,
+/// <summary>One weight of the model: its place in <see cref="LoadPlan.Weights"/> and in every <see cref="WeightSet"/>.</summary>
+public readonly record struct WeightSlot(int Index);
 
-    /// <summary>[1, hidden].</summary>
-    FinalNorm,
-
-    /// <summary>[vocab, hidden]; absent from a tied model.</summary>
-    Head,
-
-    /// <summary>[1, hidden], before attention.</summary>
-    InputNorm,
-
-    /// <summary>[heads*headDim + 2*kvHeads*headDim, hidden]: rows of q, then k, then v.</summary>
-    Qkv,
-
-    /// <summary>[1, heads*headDim + 2*kvHeads*headDim].</summary>
-    QkvBias,
-
-    /// <summary>[1, headDim].</summary>
-    QueryNorm,
-
-    /// <summary>[1, headDim].</summary>
-    KeyNorm,
-
-    /// <summary>[hidden, heads*headDim].</summary>
-    AttentionOutput,
-
-    /// <summary>[1, hidden].</summary>
-    AttentionOutputBias,
-
-    /// <summary>[1, hidden], before the MLP.</summary>
-    PostAttentionNorm,
-
-    /// <summary>[2*intermediate, hidden]: rows of gate, then up.</summary>
-    GateUp,
-
-    /// <summary>[1, 2*intermediate].</summary>
-    GateUpBias,
-
-    /// <summary>[hidden, intermediate].</summary>
-    Down,
-
-    /// <summary>[1, hidden].</summary>
-    DownBias,
-}
-
-/// <summary>One weight of the model.</summary>
-/// <param name="Layer">From 0; -1 for a weight outside the layers.</param>
-/// <param name="Kind">Which of the layer's, or of the model's.</param>
-public readonly record struct WeightSlot(int Layer, WeightKind Kind);
-
-/// <summary>A weight's dimensions.</summary>
-/// <param name="Slot">The weight.</param>
+/// <summary>A weight that the model computes with, some of them fused from several tensors of a checkpoint.</summary>
+/// <param name="Name">The engine's own, for people.</param>
 /// <param name="Outputs">1 for a vector.</param>
 /// <param name="Inputs">Length of a row.</param>
-public readonly record struct WeightShape(WeightSlot Slot, int Outputs, int Inputs);
+public sealed record PlannedWeight(string Name, int Outputs, int Inputs)
+{
+    public bool IsVector => Outputs == 1;
+}
 
-/// <summary>Where a checkpoint tensor goes: whole, in order, without a transform.</summary>
+/// <summary>
+/// A range of a checkpoint tensor's elements and where it goes, in order: whole rows where the weight is a matrix.
+/// </summary>
+/// <param name="First">Of the tensor's elements.</param>
+/// <param name="Elements">How many.</param>
+/// <param name="Slot">The weight they are a part of.</param>
+/// <param name="Destination">Where the first goes: output * inputs + input of the weight.</param>
+public readonly record struct LoadPiece(long First, long Elements, WeightSlot Slot, long Destination);
+
+/// <summary>What becomes of one tensor of a checkpoint or an update.</summary>
 /// <param name="Source">Name in the checkpoint.</param>
 /// <param name="Shape">Shape it must have there.</param>
-/// <param name="Slot">The weight it is a part of.</param>
-/// <param name="FirstElement">Where its first element goes: output * inputs + input of the weight.</param>
-/// <param name="Tied">
-/// The tensor repeats the embedding of a tied model. Checkpoints and trainers' state dictionaries often hold both names of the one
-/// parameter; as transformers does, the second is accepted (its shape must be right) and its bytes are not used. It is never required.
+/// <param name="Pieces">Where its elements go, every one to one place, in ascending order; none for a tied tensor.</param>
+/// <param name="TiedTo">
+/// The tensor that this one repeats, the embedding of a tied model, or null. Checkpoints and trainers' state dictionaries often hold both
+/// names of the one parameter; as transformers does, the second is accepted (its shape must be right) and its bytes are not used. It is
+/// never required.
 /// </param>
-public sealed record LoadEntry(string Source, IReadOnlyList<long> Shape, WeightSlot Slot, long FirstElement, bool Tied = false)
+public sealed record LoadEntry(string Source, IReadOnlyList<long> Shape, IReadOnlyList<LoadPiece> Pieces, string? TiedTo = null)
 {
     /// <summary>The number of elements.</summary>
     public long Elements { get; } = Shape.Aggregate(1L, (product, length) => product * length);
+
+    /// <summary>Elements of a row, which is stored whole; 1 for a vector.</summary>
+    public long RowElements => Shape.Count > 1 ? Shape[^1] : 1;
+
+    [MemberNotNullWhen(true, nameof(TiedTo))]
+    public bool Tied => TiedTo is not null;
 
     /// <summary>Whether a tensor sent for it has its shape.</summary>
     public bool HasShape(IReadOnlyList<long> shape)
@@ -84,26 +53,77 @@ public sealed record LoadEntry(string Source, IReadOnlyList<long> Shape, WeightS
             if (shape[i] != Shape[i]) return false;
         return true;
     }
+
+    /// <summary>Stores elements of the tensor, whole rows, the first of them being <paramref name="element"/>.</summary>
+    internal void Write(Backend backend, WeightSet weights, long element, ReadOnlySpan<byte> values, DType type)
+    {
+        long end = element + values.Length / type.Size();
+        foreach (LoadPiece piece in Pieces)
+        {
+            long from = Math.Max(element, piece.First);
+            int count = (int)Math.Max(0, Math.Min(end, piece.First + piece.Elements) - from);
+            if (count == 0) continue;
+            ReadOnlySpan<byte> own = values.Slice((int)(from - element) * type.Size(), count * type.Size());
+            backend.WriteWeight(weights[piece.Slot], piece.Destination + from - piece.First, own, type);
+        }
+    }
+
+    /// <summary>Stores single elements of the tensor, their indices ascending.</summary>
+    internal void WriteElements(Backend backend, WeightSet weights, ReadOnlySpan<uint> indices, ReadOnlySpan<byte> values, DType type)
+    {
+        foreach (LoadPiece piece in Pieces)
+        {
+            int count = CountBelow(indices, piece.First + piece.Elements);
+            WriteElements(backend, weights[piece.Slot], piece, indices[..count], values[..(count * type.Size())], type);
+            indices = indices[count..];
+            values = values[(count * type.Size())..];
+        }
+    }
+
+    private static void WriteElements(
+        Backend backend, Weight weight, LoadPiece piece, ReadOnlySpan<uint> indices, ReadOnlySpan<byte> values, DType type)
+    {
+        if (piece.First == 0)
+        {
+            backend.WriteWeightElements(weight, piece.Destination, indices, values, type);
+            return;
+        }
+
+        uint[] own = ArrayPool<uint>.Shared.Rent(indices.Length);
+        for (int i = 0; i < indices.Length; i++) own[i] = (uint)(indices[i] - piece.First);
+        backend.WriteWeightElements(weight, piece.Destination, own.AsSpan(0, indices.Length), values, type);
+        ArrayPool<uint>.Shared.Return(own);
+    }
+
+    private static int CountBelow(ReadOnlySpan<uint> ascending, long limit)
+    {
+        if (limit > uint.MaxValue) return ascending.Length;
+        int at = ascending.BinarySearch((uint)limit);
+        return at < 0 ? ~at : at;
+    }
 }
 
 /// <summary>
-/// What becomes of every tensor of a checkpoint or weight update, compiled once from a <see cref="ModelSpec"/>. Every element of every
-/// weight is covered exactly once by the entries that are not tied.
+/// The weights of a model and what becomes of every tensor of a checkpoint or weight update: filled once, by the model's blocks. Every
+/// element of every weight is covered exactly once.
 /// </summary>
 public sealed class LoadPlan
 {
     private readonly Dictionary<string, LoadEntry> _entries = [];
-    private readonly List<WeightShape> _weights = [];
+    private readonly List<PlannedWeight> _weights = [];
 
-    private LoadPlan()
+    internal LoadPlan()
     {
     }
 
-    /// <summary>All weights the model needs, in the order the transformer uses them.</summary>
-    public IReadOnlyList<WeightShape> Weights => _weights;
+    /// <summary>All weights that the model needs, in the order in which it uses them; a <see cref="WeightSlot"/> is an index.</summary>
+    public IReadOnlyList<PlannedWeight> Weights => _weights;
 
     /// <summary>All source tensors, those of one weight together.</summary>
     public IReadOnlyCollection<LoadEntry> Entries => _entries.Values;
+
+    /// <summary>The plan of a model.</summary>
+    public static LoadPlan Compile(ModelSpec spec) => new Transformer(spec).Weights;
 
     /// <summary>Finds the entry of a source tensor, in constant time.</summary>
     public bool TryFind(string source, [MaybeNullWhen(false)] out LoadEntry entry) => _entries.TryGetValue(source, out entry);
@@ -111,82 +131,52 @@ public sealed class LoadPlan
     /// <summary>The entry of a source tensor that the model has.</summary>
     public LoadEntry this[string source] => _entries[source];
 
-    /// <summary>The tensor that a tied one repeats.</summary>
-    public LoadEntry OriginalOf(LoadEntry tied) => _entries.Values.First(entry => !entry.Tied && entry.Slot == tied.Slot);
+    // ---- For blocks.
 
-    public static LoadPlan Compile(ModelSpec spec)
+    /// <summary>Declares a matrix whose rows are those of the sources, one below the other.</summary>
+    /// <param name="name">The engine's own.</param>
+    /// <param name="inputs">Length of a row.</param>
+    /// <param name="sources">Names in the checkpoint, and their rows.</param>
+    internal WeightSlot Matrix(string name, int inputs, params ReadOnlySpan<(string Name, int Outputs)> sources)
     {
-        ArgumentNullException.ThrowIfNull(spec);
-        var plan = new LoadPlan();
-        var (hidden, query, keyValue) = (spec.HiddenSize, spec.Heads * spec.HeadDim, spec.KvHeads * spec.HeadDim);
-
-        plan.Matrix(new(-1, WeightKind.Embedding), hidden, ("model.embed_tokens.weight", spec.VocabSize));
-        for (var layer = 0; layer < spec.Layers; layer++)
+        WeightSlot slot = new(_weights.Count);
+        int outputs = 0;
+        foreach ((string source, int rows) in sources)
         {
-            var attention = $"model.layers.{layer}.self_attn";
-            var mlp = $"model.layers.{layer}.mlp";
-            WeightSlot Slot(WeightKind kind) => new(layer, kind);
-
-            plan.Vector(Slot(WeightKind.InputNorm), ($"model.layers.{layer}.input_layernorm.weight", hidden));
-            plan.Matrix(Slot(WeightKind.Qkv), hidden,
-                ($"{attention}.q_proj.weight", query), ($"{attention}.k_proj.weight", keyValue), ($"{attention}.v_proj.weight", keyValue));
-            if (spec.QkvBias)
-            {
-                plan.Vector(Slot(WeightKind.QkvBias),
-                    ($"{attention}.q_proj.bias", query), ($"{attention}.k_proj.bias", keyValue), ($"{attention}.v_proj.bias", keyValue));
-            }
-            if (spec.QueryKeyNorm)
-            {
-                plan.Vector(Slot(WeightKind.QueryNorm), ($"{attention}.q_norm.weight", spec.HeadDim));
-                plan.Vector(Slot(WeightKind.KeyNorm), ($"{attention}.k_norm.weight", spec.HeadDim));
-            }
-            plan.Matrix(Slot(WeightKind.AttentionOutput), query, ($"{attention}.o_proj.weight", hidden));
-            if (spec.OutputBias)
-                plan.Vector(Slot(WeightKind.AttentionOutputBias), ($"{attention}.o_proj.bias", hidden));
-
-            plan.Vector(Slot(WeightKind.PostAttentionNorm), ($"model.layers.{layer}.post_attention_layernorm.weight", hidden));
-            plan.Matrix(Slot(WeightKind.GateUp), hidden,
-                ($"{mlp}.gate_proj.weight", spec.IntermediateSize), ($"{mlp}.up_proj.weight", spec.IntermediateSize));
-            if (spec.MlpBias)
-            {
-                plan.Vector(Slot(WeightKind.GateUpBias),
-                    ($"{mlp}.gate_proj.bias", spec.IntermediateSize), ($"{mlp}.up_proj.bias", spec.IntermediateSize));
-            }
-            plan.Matrix(Slot(WeightKind.Down), spec.IntermediateSize, ($"{mlp}.down_proj.weight", hidden));
-            if (spec.MlpBias)
-                plan.Vector(Slot(WeightKind.DownBias), ($"{mlp}.down_proj.bias", hidden));
-        }
-        plan.Vector(new(-1, WeightKind.FinalNorm), ("model.norm.weight", hidden));
-        if (spec.TiedHead)
-            plan.Add(new LoadEntry("lm_head.weight", [spec.VocabSize, hidden], new(-1, WeightKind.Embedding), 0, Tied: true));
-        else
-            plan.Matrix(new(-1, WeightKind.Head), hidden, ("lm_head.weight", spec.VocabSize));
-        return plan;
-    }
-
-    /// <summary>A weight whose rows are those of the sources, one below the other.</summary>
-    private void Matrix(WeightSlot slot, int inputs, params ReadOnlySpan<(string Name, int Outputs)> sources)
-    {
-        var outputs = 0;
-        foreach (var (name, rows) in sources)
-        {
-            Add(new LoadEntry(name, [rows, inputs], slot, (long)outputs * inputs));
+            Load(source, [rows, inputs], new LoadPiece(0, (long)rows * inputs, slot, (long)outputs * inputs));
             outputs += rows;
         }
-        _weights.Add(new WeightShape(slot, outputs, inputs));
+
+        _weights.Add(new PlannedWeight(name, outputs, inputs));
+        return slot;
     }
 
-    /// <summary>A vector made of the sources, one after the other.</summary>
-    private void Vector(WeightSlot slot, params ReadOnlySpan<(string Name, int Length)> sources)
+    /// <summary>Declares a vector made of the sources, one after the other.</summary>
+    internal WeightSlot Vector(string name, params ReadOnlySpan<(string Name, int Length)> sources)
     {
-        var inputs = 0;
-        foreach (var (name, length) in sources)
+        WeightSlot slot = new(_weights.Count);
+        int inputs = 0;
+        foreach ((string source, int length) in sources)
         {
-            Add(new LoadEntry(name, [length], slot, inputs));
+            Load(source, [length], new LoadPiece(0, length, slot, inputs));
             inputs += length;
         }
-        _weights.Add(new WeightShape(slot, 1, inputs));
+
+        _weights.Add(new PlannedWeight(name, 1, inputs));
+        return slot;
     }
 
-    private void Add(LoadEntry entry) => _entries.Add(entry.Source, entry);
+    /// <summary>Declares a weight alone; <see cref="Load"/> says what fills it.</summary>
+    internal WeightSlot Weight(string name, int outputs, int inputs)
+    {
+        _weights.Add(new PlannedWeight(name, outputs, inputs));
+        return new WeightSlot(_weights.Count - 1);
+    }
+
+    /// <summary>Says where the elements of a source tensor go.</summary>
+    internal void Load(string source, IReadOnlyList<long> shape, params IReadOnlyList<LoadPiece> pieces)
+        => _entries.Add(source, new LoadEntry(source, shape, pieces));
+
+    /// <summary>A source tensor may come that repeats another.</summary>
+    internal void Tie(string source, string original) => _entries.Add(source, new LoadEntry(source, _entries[original].Shape, [], original));
 }

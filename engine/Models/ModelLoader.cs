@@ -13,7 +13,7 @@ internal static class ModelLoader
     /// <summary>Every tensor of the checkpoint by name, as <see cref="RolloutEngine.Describe"/> lists it.</summary>
     /// <exception cref="InvalidModelException">Tensors are missing, have another shape or a type that is not served.</exception>
     public static IReadOnlyList<DescribedWeight> Load(
-        Checkpoint checkpoint, LoadPlan plan, IBackend backend, WeightSet weights, IProgress<double>? progress)
+        Checkpoint checkpoint, LoadPlan plan, Backend backend, WeightSet weights, IProgress<double>? progress)
     {
         List<(LoadEntry Entry, CheckpointTensor Source)> work = Match(checkpoint, plan);
         long total = work.Sum(item => item.Source.Info.Bytes);
@@ -31,22 +31,22 @@ internal static class ModelLoader
                 Span<byte> chunk = buffer.AsSpan(0, (int)Math.Min(chunkBytes, source.Info.Bytes - at));
                 source.Read(at, chunk);
                 hash.Append(chunk);
-                backend.WriteWeight(weights[entry.Slot], entry.FirstElement + at / type.Size(), chunk, type);
+                entry.Write(backend, weights, at / type.Size(), chunk, type);
                 progress?.Report((double)Interlocked.Add(ref done, chunk.Length) / total);
             }
 
             ArrayPool<byte>.Shared.Return(buffer);
             described[i] = new DescribedWeight(entry.Source, type, entry.Shape, hash.GetCurrentHash());
         });
-        foreach (WeightShape shape in plan.Weights) weights.Holds(shape.Slot, version: 0);
+        weights.HoldsAll(version: 0);
         return described;
     }
 
     /// <summary>Whole rows of a matrix, and as many as the device stores fastest where they are not too long for that.</summary>
-    private static int ChunkBytes(LoadEntry entry, DType type, IBackend backend)
+    private static int ChunkBytes(LoadEntry entry, DType type, Backend backend)
     {
-        if (entry.Shape.Count != 2) return FileChunk;
-        int row = (int)entry.Shape[1] * type.Size();
+        if (entry.RowElements == 1) return FileChunk;
+        int row = (int)entry.RowElements * type.Size();
         int unit = row * backend.WriteRows <= FileChunk ? row * backend.WriteRows : row;
         return Math.Max(1, FileChunk / unit) * unit;
     }
@@ -77,7 +77,7 @@ internal static class ModelLoader
 
 /// <summary>A tensor as it was last loaded or pushed.</summary>
 /// <param name="Name">Hugging Face name.</param>
-/// <param name="Type">Of the bytes that came; matrices are stored as bfloat16.</param>
+/// <param name="Type">Of the bytes that came; how they are stored is the backend's matter.</param>
 /// <param name="Shape">Full shape.</param>
 /// <param name="Digest">XxHash128 of the bytes that came, 16 bytes; empty once single elements were changed.</param>
 public sealed record DescribedWeight(string Name, DType Type, IReadOnlyList<long> Shape, byte[] Digest);

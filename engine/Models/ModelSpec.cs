@@ -3,8 +3,8 @@ using System.Text.Json;
 namespace Rollout.Engine;
 
 /// <summary>
-/// A model's architecture as numbers and yes/no facts: what the one transformer needs to know, read from a Hugging Face config.json.
-/// Supporting another family of the same block shape takes one entry in <see cref="Families"/>.
+/// A model's architecture as facts, read from a Hugging Face config.json: of the whole, and of each layer (<see cref="LayerSpec"/>).
+/// Supporting another family of known block shapes takes one entry in <see cref="Families"/>.
 /// </summary>
 public sealed record ModelSpec
 {
@@ -35,55 +35,21 @@ public sealed record ModelSpec
 
     public required int HiddenSize { get; init; }
 
-    /// <summary>Width of the gated MLP.</summary>
-    public required int IntermediateSize { get; init; }
-
-    public required int Layers { get; init; }
-
-    /// <summary>Query heads.</summary>
-    public required int Heads { get; init; }
-
-    /// <summary>Key and value heads; divides <see cref="Heads"/>.</summary>
-    public required int KvHeads { get; init; }
-
-    /// <summary>Even. Not always HiddenSize / Heads.</summary>
-    public required int HeadDim { get; init; }
+    /// <summary>From the embedding's side.</summary>
+    public required IReadOnlyList<LayerSpec> Layers { get; init; }
 
     /// <summary>Longest context, in tokens, that the config vouches for.</summary>
     public required int MaxPositions { get; init; }
 
     public required float RmsNormEpsilon { get; init; }
 
-    public required RopeSpec Rope { get; init; }
-
     /// <summary>The output head is the embedding table.</summary>
     public required bool TiedHead { get; init; }
-
-    /// <summary>Query, key and value projections have a bias.</summary>
-    public required bool QkvBias { get; init; }
-
-    /// <summary>The attention output projection has a bias.</summary>
-    public required bool OutputBias { get; init; }
-
-    /// <summary>Gate, up and down projections have a bias.</summary>
-    public required bool MlpBias { get; init; }
-
-    /// <summary>Every query and key head is RMS-normalised before rotation.</summary>
-    public required bool QueryKeyNorm { get; init; }
 
     /// <summary>Tokens that end a text: the config's, then further ones of generation_config.json. May be empty.</summary>
     public required IReadOnlyList<int> EosTokenIds { get; init; }
 
     public required int? BosTokenId { get; init; }
-
-    /// <summary>Columns of the fused query, key and value projection: Heads * HeadDim + 2 * KvHeads * HeadDim.</summary>
-    public int QkvOutputs => (Heads + 2 * KvHeads) * HeadDim;
-
-    /// <summary>Multiplies cos and sin. 1 for every rope type supported so far.</summary>
-    public float RopeScale => 1;
-
-    /// <summary>HeadDim / 2 rotation frequencies.</summary>
-    public float[] InverseFrequencies() => Rope.InverseFrequencies(HeadDim);
 
     /// <summary>Names and shapes of the tensors that a checkpoint of this model must have, in the Hugging Face naming.</summary>
     public IEnumerable<(string Name, IReadOnlyList<long> Shape)> CheckpointTensors() =>
@@ -128,24 +94,26 @@ public sealed record ModelSpec
         var mlpBias = config.Boolean("mlp_bias", false);
         RefuseWhatIsNotSupported(config, layers);
 
+        var attention = new AttentionSpec
+        {
+            Heads = heads,
+            KvHeads = kvHeads,
+            HeadDim = ReadHeadDim(config, family, hidden, heads),
+            Rope = ReadRope(config, positions),
+            QkvBias = family.QkvBias ?? attentionBias,
+            OutputBias = family.OutputBias ?? attentionBias,
+            QueryKeyNorm = family.QueryKeyNorm,
+        };
+        var mlp = new GatedMlpSpec(config.Integer("intermediate_size", 1, MostIntermediate), family.MlpBias ?? mlpBias);
         var spec = new ModelSpec
         {
             ModelType = config.Text("model_type")!,
             VocabSize = vocabulary,
             HiddenSize = hidden,
-            IntermediateSize = config.Integer("intermediate_size", 1, MostIntermediate),
-            Layers = layers,
-            Heads = heads,
-            KvHeads = kvHeads,
-            HeadDim = ReadHeadDim(config, family, hidden, heads),
+            Layers = [.. Enumerable.Repeat(new LayerSpec(attention, mlp), layers)],
             MaxPositions = positions,
             RmsNormEpsilon = (float)config.Positive("rms_norm_eps", 1e-6),
-            Rope = ReadRope(config, positions),
             TiedHead = config.Boolean("tie_word_embeddings", false),
-            QkvBias = family.QkvBias ?? attentionBias,
-            OutputBias = family.OutputBias ?? attentionBias,
-            MlpBias = family.MlpBias ?? mlpBias,
-            QueryKeyNorm = family.QueryKeyNorm,
             EosTokenIds = eos,
             BosTokenId = config.Has("bos_token_id") ? config.Integer("bos_token_id", 0, ids - 1) : null,
         };

@@ -3,83 +3,81 @@ using Rollout.Kernels;
 namespace Rollout.Engine;
 
 /// <summary>
-/// The forward pass of every dense decoder family served: what differs between them is facts in <see cref="ModelSpec"/> and weights that
-/// are there or not.
+/// A model as its blocks: embed, then attention and feed-forward of every layer, then norm and head. It declares what it needs of weights,
+/// keys and values, and workspace, and holds no memory itself.
 /// </summary>
-public sealed class Transformer : IDisposable
+public sealed class Transformer
 {
-    private readonly ModelSpec _spec;
-    private readonly IBackend _backend;
-    private readonly RopeTable _rope;
-    private readonly Tensor _hidden;      // [rows, hidden] the residual stream
-    private readonly Tensor _normed;      // [rows, hidden]
-    private readonly Tensor _qkv;         // [rows, (heads + 2*kvHeads) * headDim]
-    private readonly Tensor _attention;   // [rows, heads * headDim]
-    private readonly Tensor _gateUp;      // [rows, 2 * intermediate]
-    private readonly Tensor _activated;   // [rows, intermediate]
-    private readonly Tensor _lastHidden;  // [logit rows, hidden]
-    private readonly Tensor _logits;      // [logit rows, vocab]
+    private readonly float _epsilon;
+    private readonly (Attention Attention, GatedMlp FeedForward)[] _layers;
+    private readonly WeightSlot _embedding; // [vocab, hidden]
+    private readonly WeightSlot _finalNorm; // [1, hidden]
+    private readonly WeightSlot _head;      // [vocab, hidden]; the embedding where the model ties the two
+    private readonly WorkspacePlan _workspace = new();
+    private readonly TensorSlot _hidden;     // [rows, hidden]: the residual stream
+    private readonly TensorSlot _lastHidden; // [output rows, hidden]
+    private readonly TensorSlot _logits;     // [output rows, vocab]
 
-    /// <param name="spec">The architecture's facts.</param>
-    /// <param name="backend">Owns all memory taken here.</param>
-    /// <param name="maxRows">Most tokens in a step.</param>
-    /// <param name="maxContext">Longest sequence.</param>
-    public Transformer(ModelSpec spec, IBackend backend, int maxRows, int maxContext)
+    public Transformer(ModelSpec spec)
     {
-        _spec = spec;
-        _backend = backend;
-        _rope = backend.AllocateRopeTable(spec.InverseFrequencies(), maxContext, spec.RopeScale);
-        _hidden = backend.AllocateTensor(maxRows, spec.HiddenSize);
-        _normed = backend.AllocateTensor(maxRows, spec.HiddenSize, rounded: true);
-        _qkv = backend.AllocateTensor(maxRows, spec.QkvOutputs);
-        _attention = backend.AllocateTensor(maxRows, spec.Heads * spec.HeadDim, rounded: true);
-        _gateUp = backend.AllocateTensor(maxRows, 2 * spec.IntermediateSize, rounded: true);
-        _activated = backend.AllocateTensor(maxRows, spec.IntermediateSize, rounded: true);
-        int logitRows = Math.Min(backend.LogitRows, maxRows);
-        _lastHidden = backend.AllocateTensor(logitRows, spec.HiddenSize);
-        _logits = backend.AllocateTensor(logitRows, spec.VocabSize);
+        ArgumentNullException.ThrowIfNull(spec);
+        LoadPlan weights = new();
+        _epsilon = spec.RmsNormEpsilon;
+        _hidden = _workspace.Tensor("hidden", spec.HiddenSize);
+        _lastHidden = _workspace.OutputTensor("hidden", spec.HiddenSize);
+        _logits = _workspace.OutputTensor("logits", spec.VocabSize);
+        _embedding = weights.Matrix("embedding", spec.HiddenSize, ("model.embed_tokens.weight", spec.VocabSize));
+        _layers = [.. spec.Layers.Select((layer, i) =>
+        {
+            string name = $"model.layers.{i}";
+            return (new Attention(spec, layer.Attention, name, weights, _workspace), new GatedMlp(spec, layer.FeedForward, name, weights, _workspace));
+        })];
+        _finalNorm = weights.Vector("final_norm", ("model.norm.weight", spec.HiddenSize));
+        _head = _embedding;
+        if (spec.TiedHead) weights.Tie("lm_head.weight", "model.embed_tokens.weight");
+        else _head = weights.Matrix("head", spec.HiddenSize, ("lm_head.weight", spec.VocabSize));
+        Weights = weights;
+        Kv = [.. spec.Layers.Select(layer => layer.Attention.Kv)];
     }
 
-    /// <summary>Computes keys and values of the step's tokens, and the hidden states that <see cref="Sample"/> reads.</summary>
-    public void Forward(StepLayout step, WeightSet weights, KvCache kv)
-    {
-        float epsilon = _spec.RmsNormEpsilon;
-        float scale = 1 / MathF.Sqrt(_spec.HeadDim);
-        int rows = step.RowCount;
-        _backend.BeginStep(step);
-        _backend.Embed(weights.Embedding, _hidden);
-        for (int layer = 0; layer < weights.Layers.Length; layer++)
-        {
-            LayerWeights w = weights.Layers[layer];
-            _backend.RmsNorm(_hidden, w.InputNorm, epsilon, _normed, rows);
-            _backend.MatMul(_normed, w.Qkv, w.QkvBias, _qkv, rows);
-            _backend.RopeStoreKv(_qkv, _spec.Heads, w.QueryNorm, w.KeyNorm, epsilon, _rope, kv, layer);
-            _backend.Attend(_qkv, _spec.Heads, scale, kv, layer, _attention);
-            _backend.MatMulAdd(_attention, w.AttentionOutput, w.AttentionOutputBias, _hidden, rows);
+    /// <summary>The weights, and where every tensor of a checkpoint goes.</summary>
+    public LoadPlan Weights { get; }
 
-            _backend.RmsNorm(_hidden, w.PostAttentionNorm, epsilon, _normed, rows);
-            _backend.MatMul(_normed, w.GateUp, w.GateUpBias, _gateUp, rows);
-            _backend.GatedSilu(_gateUp, _activated, rows);
-            _backend.MatMulAdd(_activated, w.Down, w.DownBias, _hidden, rows);
+    /// <summary>What each layer keeps of every token.</summary>
+    public IReadOnlyList<KvLayout> Kv { get; }
+
+    /// <summary>Takes the memory that forward passes need beside weights, keys and values.</summary>
+    /// <param name="backend">Of the device.</param>
+    /// <param name="maxRows">Most tokens in a step.</param>
+    /// <param name="maxContext">Longest sequence.</param>
+    public Workspace AllocateWorkspace(Backend backend, int maxRows, int maxContext) => _workspace.Allocate(backend, maxRows, maxContext);
+
+    /// <summary>Computes keys and values of the step's tokens, and the hidden states that <see cref="Sample"/> reads.</summary>
+    public void Forward(StepLayout step, WeightSet weights, KvCache kv, Workspace workspace)
+    {
+        Tensor hidden = workspace[_hidden];
+        workspace.Backend.BeginStep(step);
+        workspace.Backend.Embed(weights[_embedding], hidden);
+        for (int layer = 0; layer < _layers.Length; layer++)
+        {
+            BlockCall call = new(workspace, weights, kv, layer, hidden, step.RowCount);
+            _layers[layer].Attention.Forward(call);
+            _layers[layer].FeedForward.Forward(call);
         }
     }
 
     /// <summary>Logits of the step's output rows, and the answers to its queries.</summary>
-    public void Sample(StepLayout step, WeightSet weights)
+    public void Sample(StepLayout step, WeightSet weights, Workspace workspace)
     {
-        for (int first = 0; first < step.OutputCount; first += _logits.Rows)
+        Backend backend = workspace.Backend;
+        (Tensor lastHidden, Tensor logits) = (workspace[_lastHidden], workspace[_logits]);
+        for (int first = 0; first < step.OutputCount; first += logits.Rows)
         {
-            int count = Math.Min(_logits.Rows, step.OutputCount - first);
-            _backend.GatherRows(_hidden, first, count, _lastHidden);
-            _backend.RmsNorm(_lastHidden, weights.FinalNorm, _spec.RmsNormEpsilon, _lastHidden, count);
-            _backend.MatMul(_lastHidden, weights.Head, null, _logits, count);
-            _backend.Sample(_logits, first, count);
+            int count = Math.Min(logits.Rows, step.OutputCount - first);
+            backend.GatherRows(workspace[_hidden], first, count, lastHidden);
+            backend.RmsNorm(lastHidden, weights[_finalNorm], _epsilon, lastHidden, count);
+            backend.MatMul(lastHidden, weights[_head], null, logits, count);
+            backend.Sample(logits, first, count);
         }
-    }
-
-    public void Dispose()
-    {
-        DeviceMemory[] all = [_rope, _hidden, _normed, _qkv, _attention, _gateUp, _activated, _lastHidden, _logits];
-        foreach (DeviceMemory memory in all) memory.Dispose();
     }
 }

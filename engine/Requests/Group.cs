@@ -112,6 +112,21 @@ public sealed class Group
         }
     }
 
+    /// <summary>Called by the loop, once a prompt position.</summary>
+    /// <param name="position">The log-probability is that of the token after it.</param>
+    /// <param name="logProb">Without meaning at the last position.</param>
+    /// <param name="topIds">Alternatives for that token.</param>
+    /// <param name="topLogProbs">Theirs.</param>
+    /// <param name="version">Of the weights that computed them.</param>
+    internal void StorePromptLogProb(
+        int position, float logProb, ReadOnlySpan<int> topIds, ReadOnlySpan<float> topLogProbs, ulong version)
+    {
+        topIds.CopyTo(PromptTopIds.AsSpan(position * topIds.Length));
+        topLogProbs.CopyTo(PromptTopLogProbs.AsSpan(position * topIds.Length));
+        if (position < PromptLogProbs.Length) PromptLogProbs[position] = logProb;
+        else PromptVersion = version;
+    }
+
     /// <summary>Called by the loop after it has published.</summary>
     internal void Raise() => _signal.Raise();
 

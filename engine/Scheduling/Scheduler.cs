@@ -8,43 +8,48 @@ namespace Rollout.Engine;
 /// closes the gap, oldest sequence first, within a budget of tokens. Chunked prefill, prefix hits, preemption (drop the keys and
 /// values, recompute later) and new weights under RECOMPUTE are all that one rule.
 /// <code>
-///   Submit -> [ waiting ] -- a seat, and blocks for all it has --> [ running ] --> ended
-///                 ^                                                    |
-///                 +------- unseated: youngest first, computed = 0 -----+
+///   Submit -> [ waiting ] -- a seat, and blocks for all its tokens --> [ running ] --> ended
+///                 ^                                                        |
+///                 +-------- preempted: youngest first, computed = 0 -------+
 /// </code>
 /// These decisions change when a token comes, never which: see DEFINITIONS.md. Not thread-safe: the engine's loop owns it.
-///
-/// A step may be planned while the one before is under way: rows and queries are counted when they are planned, a row's token may be the answer to a
-/// query of that step, and a sample that turns out to have ended has a row there for nothing. Steps run in the order in which they were planned, so
-/// blocks may change hands meanwhile. All else, new weights above all, finds no step under way.
+/// <para>
+/// A step may be planned while the one before is in flight. Rows and queries count as computed and in flight when they are planned; a row's
+/// token may be the result of a query of the step before; and a sequence that turns out to have ended computes a row in vain. Steps run in
+/// the order in which they were planned, so blocks may change hands meanwhile. Everything else, new weights above all, happens while no
+/// step is in flight.
+/// </para>
 /// </summary>
 public sealed class Scheduler
 {
     private readonly KvBlocks _blocks;
     private readonly int _maxSequences;
     private readonly int _maxBatchTokens;
+    private readonly Action<Sequence> _sequenceEnded;
     private readonly Action<Group> _groupEnded;
     private readonly List<Sequence> _running;            // oldest first
     private readonly LinkedList<Sequence> _waiting = []; // next first
-    private int _unforked;                               // samples whose leader is still computing the prompt for them
+    private int _unforked;                               // sequences whose leader is still computing the prompt for them
     private readonly StreamWakes _streams;
-    private readonly long[] _tokensByStaleness = new long[9];
 
     /// <param name="blocks">The pool.</param>
     /// <param name="maxSequences">Seats.</param>
     /// <param name="maxBatchTokens">Tokens of a step.</param>
-    /// <param name="groupEnded">Called on the loop when a group's last sample has ended.</param>
-    internal Scheduler(KvBlocks blocks, int maxSequences, int maxBatchTokens, Action<Group> groupEnded)
+    /// <param name="sequenceEnded">Called on the loop when a sequence has ended.</param>
+    /// <param name="groupEnded">Called on the loop when a group's last sequence has ended, before anyone can see it.</param>
+    internal Scheduler(
+        KvBlocks blocks, int maxSequences, int maxBatchTokens, Action<Sequence> sequenceEnded, Action<Group> groupEnded)
     {
         _blocks = blocks;
         _maxSequences = maxSequences;
         _maxBatchTokens = maxBatchTokens;
+        _sequenceEnded = sequenceEnded;
         _groupEnded = groupEnded;
         _running = new List<Sequence>(maxSequences);
         _streams = new StreamWakes(maxSequences);
     }
 
-    /// <summary>Version of the weights the next step runs on.</summary>
+    /// <summary>Version of the weights that the next step runs on.</summary>
     public ulong Version { get; private set; }
 
     public int Running => _running.Count;
@@ -56,7 +61,7 @@ public sealed class Scheduler
 
     internal bool IsEmpty => _running.Count == 0 && _waiting.Count == 0;
 
-    /// <summary>Whether a group that had a seat has samples left.</summary>
+    /// <summary>Whether a group that had a seat has sequences left.</summary>
     internal bool HasBegun => _running.Count > 0 || _waiting.Any(sequence => sequence.Group.Begun);
 
     public long GeneratedTokens { get; private set; }
@@ -67,10 +72,7 @@ public sealed class Scheduler
 
     public long Preemptions { get; private set; }
 
-    /// <summary>Tokens of ended samples by how many versions old they were when their sample ended; the last counts all older ones.</summary>
-    public ReadOnlyMemory<long> TokensByStaleness => _tokensByStaleness;
-
-    /// <summary>Queues a group. Its first sample, the leader, computes the prompt for all of them.</summary>
+    /// <summary>Queues a group. Its first sequence, the leader, computes the prompt for all of them.</summary>
     internal void Submit(Group group)
     {
         _waiting.AddLast(group.Samples[0]);
@@ -90,7 +92,7 @@ public sealed class Scheduler
         {
             Sequence sequence = _running[i];
             int tokens = Math.Min(sequence.Gap, budget);
-            if (tokens == 0) continue; // it waits for its last token
+            if (tokens == 0) continue; // its last token is in flight
             if (!MakeRoom(sequence, sequence.Computed + tokens)) break;
             AddRows(step, sequence, tokens);
             budget -= tokens;
@@ -116,33 +118,26 @@ public sealed class Scheduler
     }
 
     /// <summary>
-    /// Takes in what the step computed and sampled, ends samples, and raises groups that have something new, each once: those of which a
-    /// sample ended now, those that stream when it is time.
+    /// Collects what the step computed and sampled, ends sequences, and wakes the readers of groups, each once: of those in which a
+    /// sequence ended now, and of those that stream when it is time.
     /// </summary>
-    internal void Complete(ScheduledStep step)
+    internal void CollectResults(ScheduledStep step)
     {
-        foreach (Sequence sequence in step.Sequences.AsSpan(0, step.Layout.SequenceCount))
+        foreach (Sequence sequence in step.Sequences)
         {
             _blocks.CacheFullBlocks(sequence, Version, sequence.Group.Salt);
             if (sequence.Group.PromptRunner == sequence && sequence.Computed >= sequence.PromptLength) sequence.Group.PromptRunner = null;
         }
 
-        ReadOnlySpan<Question> questions = step.Questions.AsSpan(0, step.Layout.QueryCount);
-        for (int q = 0; q < questions.Length; q++)
-        {
-            Question question = questions[q];
-            if (question.PromptPosition >= 0) TakePromptLogProb(step.Layout, q, question.Sequence, question.PromptPosition);
-            else TakeSample(step.Layout, q, question.Sequence);
-        }
-
-        foreach (Question question in questions) RaiseNews(question.Sequence.Group);
+        for (int q = 0; q < step.Queries.Length; q++) CollectResult(step, q);
+        foreach (StepQuery query in step.Queries) WakeIfEnded(query.Sequence.Group);
         _streams.EndStep(Stopwatch.GetTimestamp());
     }
 
-    /// <summary>Raises the streaming groups whose news was held back for the steps to follow, because none may follow soon.</summary>
-    internal void RaiseStreams() => _streams.RaiseAll();
+    /// <summary>Wakes the readers of streams that were left asleep for the steps to follow, because none may follow soon.</summary>
+    internal void WakeStreams() => _streams.RaiseAll();
 
-    /// <summary>Ends all samples of a group that have not ended. Returns how many that were.</summary>
+    /// <summary>Ends all sequences of a group that have not ended. Returns how many that were.</summary>
     internal int End(Group group, FinishReason reason, string error = "")
     {
         if (!group.Forked) SetForked(group);
@@ -150,11 +145,11 @@ public sealed class Scheduler
         foreach (Sequence sequence in group.Samples)
         {
             if (sequence.FinishReason != FinishReason.None) continue;
-            Leave(sequence, reason, error);
+            End(sequence, reason, error);
             ended++;
         }
 
-        RaiseNews(group);
+        WakeIfEnded(group);
         return ended;
     }
 
@@ -167,18 +162,18 @@ public sealed class Scheduler
         {
             Sequence sequence = _running[i];
             if (Keeps(sequence, policy)) sequence.SingleVersionKv = false;
-            else Unseat(i);
+            else Preempt(i);
         }
     }
 
-    /// <summary>Keys and values are about to go: sequences with a seat give it up and recompute, and no prefix can be hit.</summary>
+    /// <summary>Keys and values are about to go: running sequences give up their seats and recompute, and no prefix can be hit.</summary>
     internal void DropAllKv()
     {
-        for (int i = _running.Count - 1; i >= 0; i--) Unseat(i);
+        for (int i = _running.Count - 1; i >= 0; i--) Preempt(i);
         _blocks.ForgetCached();
     }
 
-    /// <summary>Ends samples whose oldest part is older than their request allows, before a step is spent on them.</summary>
+    /// <summary>Ends sequences whose oldest part is older than their request allows, before a step is spent on them.</summary>
     private void EndStale(UpdatePolicy policy)
     {
         // To the side first: ending a sample changes both lists.
@@ -186,12 +181,12 @@ public sealed class Scheduler
             sequence.Group.Request.MaxStaleness is { } most && Version - OldestPart(sequence, policy) > (ulong)most)];
         foreach (Sequence sequence in stale)
         {
-            Leave(sequence, FinishReason.Abort);
-            RaiseNews(sequence.Group);
+            End(sequence, FinishReason.Abort);
+            WakeIfEnded(sequence.Group);
         }
     }
 
-    /// <summary>Version of the oldest token of a sample, or of the oldest keys and values it is going to keep.</summary>
+    /// <summary>Version of the oldest token of a sequence, or of the oldest keys and values it is going to keep.</summary>
     private ulong OldestPart(Sequence sequence, UpdatePolicy policy)
     {
         ulong oldest = sequence.Sampled > 0 ? sequence.Versions(0, 1)[0] : Version;
@@ -199,19 +194,15 @@ public sealed class Scheduler
     }
 
     /// <summary>Whether keys and values outlive new weights. Log-probabilities of a prompt are always those of one version.</summary>
-    private static bool Keeps(Sequence sequence, UpdatePolicy policy) => policy == UpdatePolicy.Keep && !IsScoring(sequence);
+    private static bool Keeps(Sequence sequence, UpdatePolicy policy) => policy == UpdatePolicy.Keep && !sequence.IsScoring;
 
-    /// <summary>Whether the log-probabilities of the group's prompt are still to come, from this sample's rows.</summary>
-    private static bool IsScoring(Sequence sequence)
-        => sequence.Group.Request.PromptLogProbs && sequence.Index == 0 && sequence.Sampled == 0;
-
-    /// <summary>Blocks for the first <paramref name="tokens"/> tokens, at the cost of younger sequences. False when it had to yield itself.</summary>
+    /// <summary>Blocks for the first <paramref name="tokens"/> tokens, preempting the youngest sequences. False when it was preempted itself.</summary>
     private bool MakeRoom(Sequence sequence, int tokens)
     {
         while (!_blocks.TryGrow(sequence, tokens))
         {
             Sequence youngest = _running[^1];
-            Unseat(_running.Count - 1);
+            Preempt(_running.Count - 1);
             Preemptions++;
             if (youngest == sequence) return false;
         }
@@ -220,7 +211,7 @@ public sealed class Scheduler
     }
 
     /// <summary>Back to the front of the queue, without keys and values.</summary>
-    private void Unseat(int index)
+    private void Preempt(int index)
     {
         Sequence sequence = _running[index];
         _running.RemoveAt(index);
@@ -239,17 +230,17 @@ public sealed class Scheduler
     private static bool MayBegin(Sequence sequence, bool admitNew)
     {
         Group group = sequence.Group;
-        // One sample computes the group's prompt, the others wait for its blocks.
+        // One sequence computes the group's prompt, the others wait for its blocks.
         return (admitNew || group.Begun) && group.PromptRunner is null;
     }
 
-    /// <summary>A seat needs blocks for everything the sequence has so far, so that it does not evict itself half-way.</summary>
+    /// <summary>A seat needs blocks for everything the sequence has so far, so that it is not preempted half-way.</summary>
     private bool TrySeat(Sequence sequence)
     {
         Group group = sequence.Group;
         // Prompt log-probabilities need the prompt's rows computed, not found.
-        int found = IsScoring(sequence) ? 0 : _blocks.AttachPrefix(sequence, Version, group.Salt);
-        if (!_blocks.TryGrow(sequence, sequence.Total + sequence.Asked))
+        int found = sequence.IsScoring ? 0 : _blocks.AttachPrefix(sequence, Version, group.Salt);
+        if (!_blocks.TryGrow(sequence, sequence.Total + sequence.InFlight))
         {
             DropKv(sequence);
             return false;
@@ -267,35 +258,18 @@ public sealed class Scheduler
 
     private void AddRows(ScheduledStep step, Sequence sequence, int tokens)
     {
-        StepLayout layout = step.Layout;
-        int s = layout.SequenceCount++;
-        int row = layout.RowStart[s];
-        int position = sequence.Computed;
-        step.Sequences[s] = sequence;
-        layout.RowStart[s + 1] = row + tokens;
-        int known = Math.Min(tokens, sequence.Total - position);
-        sequence.AllTokens.Slice(position, known).CopyTo(layout.TokenIds.AsSpan(row));
-        if (known < tokens) layout.TokenIds[row + known] = ~sequence.AskedQuery;
-        for (int i = 0; i < tokens; i++) layout.Positions[row + i] = position + i;
-        sequence.BlockTable.AsSpan(0, sequence.BlockCount).CopyTo(layout.BlockTables.AsSpan(s * layout.MaxBlocks));
-        PrefilledTokens += Math.Clamp(sequence.PromptLength - position, 0, tokens);
-        sequence.Computed += tokens;
+        PrefilledTokens += Math.Clamp(sequence.PromptLength - sequence.Computed, 0, tokens);
+        step.AddRows(sequence, tokens);
     }
 
     /// <summary>What is asked of the logits of sequence s: its prompt's log-probabilities, and its next token once the gap is closed.</summary>
     private void AddQueries(ScheduledStep step, int s)
     {
         Sequence sequence = step.Sequences[s];
-        int first = step.Layout.RowStart[s];
-        int end = step.Layout.RowStart[s + 1];
-        if (sequence.Group.Request.PromptLogProbs && sequence.Index == 0 && sequence.Sampled + sequence.Asked == 0)
-        {
-            for (int row = first; row < end; row++) AskPromptLogProb(step, sequence, row, step.Layout.Positions[row]);
-        }
-
+        if (sequence.IsScoring && sequence.InFlight == 0) step.AddPromptQueries(s);
         if (sequence.Gap > 0 || sequence.MaxTokens == 0) return;
-        AskSample(step, sequence, end - 1);
-        if (!sequence.Group.Forked) Fork(step, sequence, end - 1);
+        step.AddSampleQuery(sequence, step.LastRowOf(s));
+        if (!sequence.Group.Forked) Fork(step, sequence, step.LastRowOf(s));
     }
 
     /// <summary>
@@ -316,7 +290,7 @@ public sealed class Scheduler
             sibling.OldestKvVersion = leader.OldestKvVersion;
             sibling.SingleVersionKv = leader.SingleVersionKv;
             _running.Add(sibling);
-            AskSample(step, sibling, row);
+            step.AddSampleQuery(sibling, row);
             seated++;
         }
 
@@ -329,130 +303,42 @@ public sealed class Scheduler
         _unforked -= group.Samples.Count - 1;
     }
 
-    /// <summary>Samples of a group go to the front of the queue, in their order.</summary>
+    /// <summary>Sequences of a group go to the front of the queue, in their order.</summary>
     private void QueueFrom(Group group, int first)
     {
         for (int i = group.Samples.Count - 1; i >= first; i--) _waiting.AddFirst(group.Samples[i]);
     }
 
-    private static void AskPromptLogProb(ScheduledStep step, Sequence sequence, int row, int position)
+    private void CollectResult(ScheduledStep step, int q)
     {
-        StepLayout layout = step.Layout;
-        // After the last prompt token there is no token to score, only alternatives to list.
-        bool last = position == sequence.PromptLength - 1;
-        int top = sequence.Group.Request.PromptTop;
-        step.Questions[layout.QueryCount] = new Question(sequence, position);
-        layout.Queries[layout.QueryCount++] = new SampleQuery
-        {
-            OutputIndex = OutputIndexOf(layout, row),
-            Target = last ? 0 : sequence.AllTokens[position + 1],
-            Temperature = 1,
-            TopP = 1,
-            AlternativesStart = layout.AlternativesCount,
-            AlternativesCount = top,
-        };
-        layout.AlternativesCount += top;
-    }
-
-    private static void AskSample(ScheduledStep step, Sequence sequence, int row)
-    {
-        StepLayout layout = step.Layout;
-        Group group = sequence.Group;
-        GroupRequest request = group.Request;
-        LogitBias bias = sequence.Sampled + sequence.Asked < request.MinTokens ? group.BiasBeforeMinTokens : group.Bias;
-        step.Questions[layout.QueryCount] = new Question(sequence, -1);
-        sequence.AskedQuery = layout.QueryCount;
-        layout.Queries[layout.QueryCount++] = new SampleQuery
-        {
-            OutputIndex = OutputIndexOf(layout, row),
-            Target = -1,
-            Temperature = request.Temperature,
-            TopK = request.TopK,
-            TopP = request.TopP,
-            MinP = request.MinP,
-            Seed = request.Seed,
-            SampleIndex = (uint)sequence.Index,
-            Position = sequence.Total + sequence.Asked,
-            BiasStart = layout.AddBiases(bias.Ids, bias.Values),
-            BiasCount = bias.Ids.Length,
-            AlternativesStart = layout.AlternativesCount,
-            AlternativesCount = request.TopLogProbs,
-        };
-        layout.AlternativesCount += request.TopLogProbs;
-        sequence.Asked++;
-    }
-
-    private static int OutputIndexOf(StepLayout step, int row)
-    {
-        if (step.OutputCount == 0 || step.OutputRows[step.OutputCount - 1] != row) step.OutputRows[step.OutputCount++] = row;
-        return step.OutputCount - 1;
-    }
-
-    private void TakePromptLogProb(StepLayout step, int q, Sequence sequence, int position)
-    {
-        if (sequence.FinishReason != FinishReason.None) return; // an earlier position of this step failed
-        Group group = sequence.Group;
-        if (step.Results[q].Token < 0)
-        {
-            Leave(sequence, FinishReason.Error, NoToken);
-            return;
-        }
-
-        int top = group.Request.PromptTop;
-        int from = step.Queries[q].AlternativesStart;
-        step.AlternativeIds.AsSpan(from, top).CopyTo(group.PromptTopIds.AsSpan(position * top));
-        step.AlternativeLogProbs.AsSpan(from, top).CopyTo(group.PromptTopLogProbs.AsSpan(position * top));
-        bool last = position == sequence.PromptLength - 1;
-        if (!last) group.PromptLogProbs[position] = step.Results[q].LogProb;
-        else group.PromptVersion = Version;
-        if (last && sequence.MaxTokens == 0) Leave(sequence, FinishReason.Length);
-    }
-
-    private void TakeSample(StepLayout step, int q, Sequence sequence)
-    {
-        if (sequence.FinishReason != FinishReason.None) return; // with the step before: this row was for nothing
-        sequence.Asked--;
-        SampleResult result = step.Results[q];
-        if (result.Token < 0)
-        {
-            Leave(sequence, FinishReason.Error, NoToken);
-            return;
-        }
-
-        int from = step.Queries[q].AlternativesStart;
-        int top = sequence.TopLogProbs;
-        sequence.Append(result, step.AlternativeIds.AsSpan(from, top), step.AlternativeLogProbs.AsSpan(from, top), Version);
-        GeneratedTokens++;
-
-        FinishReason reason = EndOf(sequence, result.Token);
+        StepQuery query = step.Queries[q];
+        Sequence sequence = query.Sequence;
+        if (sequence.FinishReason != FinishReason.None) return; // it ended with the step before, or with an earlier query of this one
+        FinishReason reason = step.StoreResult(q, Version);
+        if (query.IsSample && reason != FinishReason.Error) GeneratedTokens++;
         if (reason != FinishReason.None)
         {
-            Leave(sequence, reason);
-            return;
+            End(sequence, reason, reason == FinishReason.Error ? NoToken : "");
         }
-
-        sequence.Publish();
-        if (sequence.Group.Request.StreamTokens) _streams.Add(sequence.Group);
+        else if (query.IsSample)
+        {
+            sequence.Publish();
+            if (sequence.Group.Request.StreamTokens) _streams.Add(sequence.Group);
+        }
     }
 
-    private static FinishReason EndOf(Sequence sequence, int token)
-    {
-        Group group = sequence.Group;
-        bool matched = sequence.StopStrings?.Append(token) ?? false;
-        if (sequence.Sampled >= group.Request.MinTokens && (matched || group.EndTokens.AsSpan().Contains(token))) return FinishReason.Stop;
-        return sequence.Sampled == sequence.MaxTokens ? FinishReason.Length : FinishReason.None;
-    }
+    private string NoToken => $"no token can be drawn under weights version {Version}: its logits are not finite, or every token is forbidden";
 
-    /// <summary>The one way out, from whichever list the sequence is in.</summary>
-    private void Leave(Sequence sequence, FinishReason reason, string error = "")
+    /// <summary>Takes a sequence out of whichever list it is in, and ends it. There is no other way out.</summary>
+    private void End(Sequence sequence, FinishReason reason, string error = "")
     {
         if (!_running.Remove(sequence)) _waiting.Remove(sequence);
         DropKv(sequence);
-        CountStaleness(sequence);
+        _sequenceEnded(sequence);
         Group group = sequence.Group;
         if (!group.Forked)
         {
-            // The leader goes before the prompt is complete: nobody computes it for its siblings any more.
+            // The leader ends before the prompt is complete: nobody computes it for its siblings any more.
             SetForked(group);
             QueueFrom(group, 1);
         }
@@ -465,23 +351,10 @@ public sealed class Scheduler
         group.HasNews = true;
     }
 
-    private void CountStaleness(Sequence sequence)
-    {
-        ReadOnlySpan<ulong> versions = sequence.Versions(0, sequence.Sampled);
-        for (int start = 0, end; start < versions.Length; start = end)
-        {
-            end = versions[start..].IndexOfAnyExcept(versions[start]) is var length and >= 0 ? start + length : versions.Length;
-            int staleness = (int)Math.Min(Version - versions[start], (ulong)_tokensByStaleness.Length - 1);
-            _tokensByStaleness[staleness] += end - start;
-        }
-    }
-
-    private static void RaiseNews(Group group)
+    private static void WakeIfEnded(Group group)
     {
         if (!group.HasNews) return;
         group.HasNews = false;
         group.Raise();
     }
-
-    private string NoToken => $"no token can be drawn under weights version {Version}: its logits are not finite, or every token is forbidden";
 }

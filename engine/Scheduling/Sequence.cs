@@ -10,7 +10,7 @@ namespace Rollout.Engine;
 ///   tokens   [ prompt ............ | sampled ........ ]
 ///            0            PromptLength            Total
 ///   KV       [ computed ................. | gap       ]     a step closes the gap, within the token budget
-///   and, after Total, tokens asked for in steps under way
+///   and, after Total, tokens that steps in flight sample
 /// </code>
 /// </summary>
 public sealed class Sequence
@@ -100,17 +100,17 @@ public sealed class Sequence
     /// <summary>Tokens known: prompt and sampled.</summary>
     internal int Total { get; private set; }
 
-    /// <summary>Tokens whose keys and values lie in the blocks, or will when the steps under way are done.</summary>
+    /// <summary>Tokens whose keys and values lie in the blocks, or will when the steps in flight are done.</summary>
     internal int Computed { get; set; }
 
-    /// <summary>Tokens asked for in steps under way.</summary>
-    internal int Asked { get; set; }
+    /// <summary>Tokens that steps in flight sample.</summary>
+    internal int InFlight { get; set; }
 
-    /// <summary>The query, of the step planned last, that asks for the last of them.</summary>
-    internal int AskedQuery { get; set; }
+    /// <summary>The query, of the step planned last, that samples the last of them.</summary>
+    internal int LastQuery { get; set; }
 
-    /// <summary>Tokens to compute before the next can be asked for; none when the last was.</summary>
-    internal int Gap => Asked > 0 && Sampled + Asked == MaxTokens ? 0 : Total + Asked - Computed;
+    /// <summary>Tokens to compute before the next can be sampled; none when the last is in flight.</summary>
+    internal int Gap => InFlight > 0 && Sampled + InFlight == MaxTokens ? 0 : Total + InFlight - Computed;
 
     internal int Sampled => Total - PromptLength;
 
@@ -127,6 +127,18 @@ public sealed class Sequence
 
     /// <summary>False once its keys and values come from more than one version: such blocks are never shared.</summary>
     internal bool SingleVersionKv { get; set; } = true;
+
+    /// <summary>Whether the log-probabilities of the group's prompt are still to come, from this sequence's rows.</summary>
+    internal bool IsScoring => Group.Request.PromptLogProbs && Index == 0 && Sampled == 0;
+
+    /// <summary>Why the sequence ends with the token appended last, or None. Asked once a token: stop strings are matched along.</summary>
+    internal FinishReason EndOfLastToken()
+    {
+        int token = _tokens[Total - 1];
+        bool matched = StopStrings?.Append(token) ?? false;
+        if (Sampled >= Group.Request.MinTokens && (matched || Group.EndTokens.AsSpan().Contains(token))) return FinishReason.Stop;
+        return Sampled == MaxTokens ? FinishReason.Length : FinishReason.None;
+    }
 
     /// <param name="result">The token drawn and its log-probabilities.</param>
     /// <param name="topIds">Its alternatives.</param>

@@ -10,8 +10,8 @@ namespace Rollout.Engine;
 internal sealed class IncomingTensor
 {
     private readonly ManifestTensor _tensor;
-    private readonly IBackend _backend;
-    private readonly Weight _destination;
+    private readonly Backend _backend;
+    private readonly WeightSet _destination;
     private readonly int _elementSize;
     private readonly uint[]? _indices; // of the values that follow; null: all elements, in order
     private readonly long _indexBytes;
@@ -21,15 +21,15 @@ internal sealed class IncomingTensor
     private byte[]? _split;          // a unit whose bytes came in several pieces
     private int _splitLength;
 
-    public IncomingTensor(ManifestTensor tensor, LoadEntry entry, IBackend backend, WeightSet set)
+    public IncomingTensor(ManifestTensor tensor, LoadEntry entry, Backend backend, WeightSet set)
     {
         _tensor = tensor;
         _backend = backend;
-        _destination = set[entry.Slot];
+        _destination = set;
         _elementSize = tensor.Type.Size();
         Entry = entry;
         Bytes = tensor.Bytes;
-        _unitBytes = entry.Shape.Count == 2 && tensor.SparseCount is null ? (int)entry.Shape[1] * _elementSize : _elementSize;
+        _unitBytes = tensor.SparseCount is null ? (int)entry.RowElements * _elementSize : _elementSize;
         if (tensor.SparseCount is not { } count) return;
         _indices = new uint[count];
         _indexBytes = count * sizeof(uint);
@@ -64,7 +64,7 @@ internal sealed class IncomingTensor
     /// <summary>How much to take at once, of <paramref name="most"/> bytes: whole units of what the device stores fastest.</summary>
     public int PieceBytes(int most)
     {
-        long unit = _indices is null && Entry.Shape.Count == 2 ? _backend.WriteRows * Entry.Shape[1] * _elementSize : 1;
+        long unit = _indices is null && Entry.RowElements > 1 ? _backend.WriteRows * Entry.RowElements * _elementSize : 1;
         return (int)Math.Min(Bytes - Taken, unit > most ? most : (Taken / unit * unit) + (most / unit * unit) - Taken);
     }
 
@@ -132,12 +132,12 @@ internal sealed class IncomingTensor
     {
         if (_indices is null)
         {
-            _backend.WriteWeight(_destination, Entry.FirstElement + element, values, _tensor.Type);
+            Entry.Write(_backend, _destination, element, values, _tensor.Type);
             return;
         }
 
         ReadOnlySpan<uint> indices = _indices.AsSpan((int)element, values.Length / _elementSize);
-        _backend.WriteWeightElements(_destination, Entry.FirstElement, indices, values, _tensor.Type);
+        Entry.WriteElements(_backend, _destination, indices, values, _tensor.Type);
     }
 
     private void CheckIndices()

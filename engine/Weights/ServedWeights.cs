@@ -4,18 +4,18 @@ using Rollout.Kernels;
 namespace Rollout.Engine;
 
 /// <summary>
-/// The weights in service, the spare set beside them, the one seat of whoever changes them, and whether they can be trusted. The loop
+/// The weights in service, the spare set beside them, the update that is changing them, if one is, and whether they can be trusted. The loop
 /// reads <see cref="Current"/> and commits; everything else comes from any thread.
 /// </summary>
-internal sealed class ServedWeights(IBackend backend, LoadPlan plan, int layers, WeightSet loaded, IReadOnlyList<DescribedWeight> described)
-    : IDisposable
+internal sealed class ServedWeights(Backend backend, LoadPlan plan, WeightSet loaded, IReadOnlyList<DescribedWeight> described) : IDisposable
 {
-    private readonly Lock _seat = new();
+    private readonly Lock _lock = new();
     private WeightSet _current = loaded;
-    private WeightSet? _spare; // taken at the first staged update
+    private WeightSet? _spare; // allocated at the first staged update
     private IReadOnlyList<DescribedWeight> _described = described;
     private ulong _version;
-    private volatile WeightUpdate? _update;
+    private volatile ActiveUpdate? _active;
+    private volatile ActiveUpdate? _writtenBy;
     private volatile string? _poison;
     private volatile bool _asleep;
 
@@ -24,95 +24,103 @@ internal sealed class ServedWeights(IBackend backend, LoadPlan plan, int layers,
     /// <summary>Of the last commit; 0 is the checkpoint as loaded.</summary>
     public ulong Version => Volatile.Read(ref _version);
 
-    /// <summary>Why the weights in service are no model's, or null.</summary>
+    /// <summary>Why the weights in service are not those of any version, or null.</summary>
     public string? Poison => _poison;
 
-    /// <summary>The update that holds the seat, or null.</summary>
-    public WeightUpdate? Updating => _update;
+    /// <summary>The update under way, or null.</summary>
+    public ActiveUpdate? Active => _active;
+
+    /// <summary>The update in place that may write the weights in service, or null: while there is one no step may run.</summary>
+    public ActiveUpdate? WrittenBy => _writtenBy;
 
     public (ulong Version, IReadOnlyList<DescribedWeight> Weights) Describe()
     {
-        lock (_seat) return (_version, _described);
+        lock (_lock) return (_version, _described);
     }
 
+    /// <param name="manifest">What is going to be sent.</param>
+    /// <param name="alsoWrong">Problems that its reader found already.</param>
+    /// <param name="state">The engine's, for the message of a refusal.</param>
     /// <inheritdoc cref="RolloutEngine.BeginUpdate"/>
-    public WeightUpdate Begin(RolloutEngine engine, UpdateManifest manifest, IReadOnlyList<Problem> alsoWrong)
+    public ActiveUpdate Begin(UpdateManifest manifest, IReadOnlyList<Problem> alsoWrong, EngineState state)
     {
-        long started = Stopwatch.GetTimestamp();
-        lock (_seat)
+        lock (_lock)
         {
-            if (_update is { } other)
-                throw new EngineStateException(engine.Status.State, $"'{other.Manifest.Owner}' is updating the weights to version {other.Manifest.NewVersion}");
+            if (_active is { Manifest: var other })
+                throw new EngineStateException(state, $"'{other.Owner}' is updating the weights to version {other.NewVersion}");
             if (_asleep) throw new EngineStateException(EngineState.Sleeping, "the weights are asleep: wake them before an update");
             IReadOnlyList<Problem> problems = [.. alsoWrong, .. UpdatePreflight.Check(manifest, plan, backend.WeightFormat, _version, _poison)];
             if (problems.Count > 0) throw new UpdateRejectedException(problems);
 
             UpdateMode mode = ModeOf(manifest);
-            if (mode == UpdateMode.Staged) _spare ??= WeightSet.Allocate(backend, plan, layers);
-            WeightSet destination = mode == UpdateMode.Staged ? _spare! : _current;
-            double seconds = Stopwatch.GetElapsedTime(started).TotalSeconds;
-            return _update = new WeightUpdate(engine, manifest, mode, plan, backend, destination, seconds);
+            if (mode == UpdateMode.Staged) _spare ??= WeightSet.Allocate(backend, plan);
+            return _active = new ActiveUpdate(manifest, mode, mode == UpdateMode.Staged ? _spare! : _current);
         }
     }
 
     /// <summary>
-    /// Staged, before the first byte: what the update changes counts as unknown from here on, and what it leaves alone is, in the spare set,
-    /// as it is in service.
+    /// Staged, before the first byte: what the update changes counts as unknown from here on, and the spare set gets from the one in
+    /// service what the update leaves alone.
     /// </summary>
-    public void Open(WeightUpdate update)
+    public void PrepareStaging(ActiveUpdate update)
     {
-        WeightSet destination = _spare!;
         if (!update.Manifest.IsFull)
         {
-            WeightSlot[] behind = [.. destination.NotHolding(_current).Except(WholeSlots(update.Manifest))];
+            WeightSlot[] behind = [.. update.Destination.NotHolding(_current).Except(WholeWeights(update.Manifest))];
             AllCores.ForEach([.. behind.OrderByDescending(slot => _current[slot].Bytes)], slot =>
             {
-                backend.CopyWeight(_current[slot], destination[slot]);
-                destination.Holds(slot, _current.VersionOf(slot)!.Value);
+                backend.CopyWeight(_current[slot], update.Destination[slot]);
+                update.Destination.Holds(slot, _current.VersionOf(slot)!.Value);
             });
         }
 
-        MarkUnknown(destination, update.Manifest);
+        MarkUnknown(update);
     }
 
-    /// <summary>On the loop, between two steps: what the update brought is served from here on.</summary>
-    /// <exception cref="UpdateFailedException">It has lost the seat.</exception>
-    public void Commit(WeightUpdate update, IReadOnlyList<DescribedWeight> described)
+    /// <summary>In place, on the loop between two steps: no step may run until the update has ended.</summary>
+    /// <exception cref="UpdateFailedException">It has ended already.</exception>
+    public void BeginWriting(ActiveUpdate update)
     {
-        lock (_seat)
+        lock (_lock)
         {
-            ThrowUnlessSeated(update);
-            if (update.Mode == UpdateMode.Staged) (_spare, _current) = (_current, _spare!);
-            foreach (ManifestTensor tensor in update.Manifest.Tensors)
-                _current.Holds(plan[tensor.Name].Slot, update.Manifest.NewVersion);
-            _described = update.Manifest.Partial ? Merge(_described, described) : described;
-            Volatile.Write(ref _version, update.Manifest.NewVersion);
-            _poison = null; // only a full update gets here while there is one
-            _update = null;
+            ThrowUnlessActive(update);
+            update.WritingSince = Stopwatch.GetTimestamp();
+            _writtenBy = update;
         }
     }
 
-    /// <exception cref="UpdateFailedException">The update has lost the seat.</exception>
-    public void ThrowUnlessSeated(WeightUpdate update)
+    /// <summary>On the loop, between two steps: what the update brought is served from here on.</summary>
+    /// <exception cref="UpdateFailedException">It has ended already.</exception>
+    public void Commit(ActiveUpdate update, IReadOnlyList<DescribedWeight> described)
     {
-        if (_update != update) throw new UpdateFailedException(update.Failure, "the update was ended before its moment came");
+        lock (_lock)
+        {
+            ThrowUnlessActive(update);
+            if (update.Mode == UpdateMode.Staged) (_spare, _current) = (_current, _spare!);
+            foreach (LoadPiece piece in PiecesOf(update.Manifest.Tensors)) _current.Holds(piece.Slot, update.Manifest.NewVersion);
+            _described = update.Manifest.Partial ? Merge(_described, described) : described;
+            Volatile.Write(ref _version, update.Manifest.NewVersion);
+            _poison = null; // only a full update gets here while there is one
+            _active = _writtenBy = null;
+        }
     }
 
-    /// <summary>The seat is free again. What landed in the weights in service poisons them.</summary>
-    public void End(WeightUpdate update)
+    /// <summary>Another update may begin. Bytes that were written to the weights in service poison them.</summary>
+    public void End(ActiveUpdate update, UpdateFailure why)
     {
-        lock (_seat)
+        lock (_lock)
         {
-            if (_update != update) return;
+            if (_active != update) return;
+            update.EndedFor = why;
             if (update.HasTouchedServedWeights)
             {
-                // Not before a byte has landed: what is in service stays known, and partial updates go on building on it.
-                MarkUnknown(_current, update.Manifest);
+                // Not before a byte has been written: until then what is in service stays known, and partial updates can build on it.
+                MarkUnknown(update);
                 _poison = $"the update in place to version {update.Manifest.NewVersion} by '{update.Manifest.Owner}' ended half-way "
-                    + $"({update.Failure.ToString().ToLowerInvariant()})";
+                    + $"({why.ToString().ToLowerInvariant()})";
             }
 
-            _update = null;
+            _active = _writtenBy = null;
         }
     }
 
@@ -120,9 +128,9 @@ internal sealed class ServedWeights(IBackend backend, LoadPlan plan, int layers,
     /// <exception cref="EngineStateException">An update is under way.</exception>
     public long Discard(EngineState state)
     {
-        lock (_seat)
+        lock (_lock)
         {
-            if (_update is { } update) throw new EngineStateException(state, $"'{update.Manifest.Owner}' is updating the weights");
+            if (_active is { } update) throw new EngineStateException(state, $"'{update.Manifest.Owner}' is updating the weights");
             long bytes = _current.Bytes + (_spare?.Bytes ?? 0);
             _current.Discard();
             _spare?.Dispose();
@@ -133,10 +141,10 @@ internal sealed class ServedWeights(IBackend backend, LoadPlan plan, int layers,
     }
 
     /// <summary>Takes the memory of one set again. What it held is gone.</summary>
-    /// <exception cref="OutOfMemoryException">The device has not got it; what sleeps goes on sleeping.</exception>
+    /// <exception cref="OutOfMemoryException">The device does not have it; the weights stay asleep.</exception>
     public void Restore()
     {
-        lock (_seat)
+        lock (_lock)
         {
             _current.Restore();
             _poison = "the weights were discarded by sleep";
@@ -146,9 +154,9 @@ internal sealed class ServedWeights(IBackend backend, LoadPlan plan, int layers,
 
     public void Dispose()
     {
-        // Somebody may still be writing into one of them: that one goes with the process.
-        if (_update is not { Mode: UpdateMode.InPlace }) _current.Dispose();
-        if (_update is not { Mode: UpdateMode.Staged }) _spare?.Dispose();
+        // An update may still be writing into one of them: that one is freed when the process ends.
+        if (_active is not { Mode: UpdateMode.InPlace }) _current.Dispose();
+        if (_active is not { Mode: UpdateMode.Staged }) _spare?.Dispose();
     }
 
     /// <exception cref="NoRoomException">Staging was asked for and there is no memory.</exception>
@@ -156,16 +164,23 @@ internal sealed class ServedWeights(IBackend backend, LoadPlan plan, int layers,
     {
         if (manifest.Mode == UpdateMode.InPlace) return UpdateMode.InPlace;
         long available = _spare is null ? backend.AvailableBytes : long.MaxValue;
-        // A quarter more: what is in flight needs some, too.
+        // A quarter more: samples in flight need some, too.
         if (_current.Bytes / 4 * 5 <= available) return UpdateMode.Staged;
         return manifest.Mode == UpdateMode.Auto ? UpdateMode.InPlace
             : throw new NoRoomException($"staging takes {_current.Bytes} bytes, the device has {available} left: update in place");
     }
 
-    private void MarkUnknown(WeightSet set, UpdateManifest manifest)
+    private void ThrowUnlessActive(ActiveUpdate update)
     {
-        foreach (ManifestTensor tensor in manifest.Tensors) set.Changing(plan[tensor.Name].Slot);
+        if (_active != update) throw new UpdateFailedException(update.EndedFor, "the update was ended before the engine could carry it out");
     }
+
+    private void MarkUnknown(ActiveUpdate update)
+    {
+        foreach (LoadPiece piece in PiecesOf(update.Manifest.Tensors)) update.Destination.Changing(piece.Slot);
+    }
+
+    private IEnumerable<LoadPiece> PiecesOf(IEnumerable<ManifestTensor> tensors) => tensors.SelectMany(tensor => plan[tensor.Name].Pieces);
 
     private DescribedWeight[] Merge(IReadOnlyList<DescribedWeight> old, IReadOnlyList<DescribedWeight> changed)
     {
@@ -174,15 +189,15 @@ internal sealed class ServedWeights(IBackend backend, LoadPlan plan, int layers,
 
         // A tied head that is not sent this time has the bytes, and so the digest, of its original.
         DescribedWeight Follow(DescribedWeight weight)
-            => plan[weight.Name] is { Tied: true } tied && byName.TryGetValue(plan.OriginalOf(tied).Source, out DescribedWeight? original)
+            => plan[weight.Name] is { Tied: true } tied && byName.TryGetValue(tied.TiedTo, out DescribedWeight? original)
                 ? original with { Name = weight.Name }
                 : weight;
     }
 
-    /// <summary>Slots of which the update sends every element.</summary>
-    private IEnumerable<WeightSlot> WholeSlots(UpdateManifest manifest)
-        => manifest.Tensors.Where(tensor => tensor.SparseCount is null && !plan[tensor.Name].Tied)
-            .GroupBy(tensor => plan[tensor.Name].Slot, tensor => tensor.Elements)
+    /// <summary>Weights of which the update sends every element.</summary>
+    private IEnumerable<WeightSlot> WholeWeights(UpdateManifest manifest)
+        => PiecesOf(manifest.Tensors.Where(tensor => tensor.SparseCount is null))
+            .GroupBy(piece => piece.Slot, piece => piece.Elements)
             .Where(sent => sent.Sum() == _current[sent.Key].Outputs * (long)_current[sent.Key].Inputs)
             .Select(sent => sent.Key);
 }

@@ -76,7 +76,7 @@ public sealed record UpdateManifest
     /// <summary>Tensors that are not named keep their bytes; without this, one that is not named is a problem.</summary>
     public bool Partial { get; init; }
 
-    /// <summary>Named to a second updater that is refused.</summary>
+    /// <summary>Named to a second updater, which is refused.</summary>
     public string Owner { get; init; } = "";
 
     /// <summary>Whether every byte of the model is sent, so that nothing of what is in service is needed.</summary>
@@ -129,7 +129,7 @@ public sealed record CommitResult
     /// <summary>Of all that was sent, as weights.proto combines it.</summary>
     public required byte[] Digest { get; init; }
 
-    /// <summary>Checking the manifest and taking the seat.</summary>
+    /// <summary>Checking the manifest, and allocating the spare set at the first staged update.</summary>
     public required double PreflightSeconds { get; init; }
 
     /// <summary>From there to the last byte.</summary>

@@ -47,8 +47,8 @@ internal static class UpdatePreflight
 
         foreach (LoadEntry entry in plan.Entries)
         {
-            if (entry.Tied && seen.Contains(entry.Source) && !seen.Contains(plan.OriginalOf(entry).Source))
-                problems.Add(new(Field(entry.Source), $"is tied to '{plan.OriginalOf(entry).Source}': send that too, or only that"));
+            if (entry.Tied && seen.Contains(entry.Source) && !seen.Contains(entry.TiedTo))
+                problems.Add(new(Field(entry.Source), $"is tied to '{entry.TiedTo}': send that too, or only that"));
             if (!manifest.Partial && !entry.Tied && !seen.Contains(entry.Source)) problems.Add(new(Field(entry.Source), "missing"));
         }
 
@@ -76,11 +76,11 @@ internal static class UpdatePreflight
         }
 
         if (tensor.SparseCount is not { } count) return;
-        if (format == WeightFormat.Int8 && entry.Shape.Count == 2)
+        if (format == WeightFormat.Int8 && entry.RowElements > 1)
             problems.Add(new(Field(tensor.Name), "is stored as int8, where elements share a scale with their row: send it whole"));
         if (entry.Elements > uint.MaxValue) problems.Add(new(Field(tensor.Name), "has more elements than a sparse index can name: send it whole"));
         if (count < 0 || count > entry.Elements) problems.Add(new(Field(tensor.Name), $"sparse_count is {count} of {entry.Elements} elements"));
-        if (entry.Tied) problems.Add(new(Field(tensor.Name), $"is tied to '{plan.OriginalOf(entry).Source}': send it whole or not at all"));
+        if (entry.Tied) problems.Add(new(Field(tensor.Name), $"is tied to '{entry.TiedTo}': send it whole or not at all"));
     }
 
     private static string Field(string tensor) => $"manifest['{tensor}']";

@@ -17,7 +17,7 @@ namespace Rollout.Engine;
 public sealed class WeightUpdate : IDisposable
 {
     private readonly RolloutEngine _engine;
-    private readonly WeightSet _destination;
+    private readonly ActiveUpdate _active;
     private readonly IncomingTensor[] _incoming;
     private readonly PayloadCursor _cursor;
     private readonly double _preflightSeconds;
@@ -28,64 +28,50 @@ public sealed class WeightUpdate : IDisposable
     private bool _stopped; // in the middle of a read
     private volatile bool _ended;
 
-    /// <param name="engine">Gives the moments between two steps.</param>
-    /// <param name="manifest">Has passed the preflight.</param>
-    /// <param name="mode">Decided.</param>
+    /// <param name="engine">Does between two steps what the update wants of it.</param>
+    /// <param name="update">Begun.</param>
     /// <param name="plan">Where each tensor goes.</param>
-    /// <param name="backend">Stores them.</param>
-    /// <param name="destination">The set they land in.</param>
     /// <param name="preflightSeconds">What the preflight took.</param>
-    internal WeightUpdate(RolloutEngine engine, UpdateManifest manifest, UpdateMode mode, LoadPlan plan, IBackend backend,
-        WeightSet destination, double preflightSeconds)
+    internal WeightUpdate(RolloutEngine engine, ActiveUpdate update, LoadPlan plan, double preflightSeconds)
     {
         _engine = engine;
-        _destination = destination;
+        _active = update;
         _preflightSeconds = preflightSeconds;
-        Manifest = manifest;
-        Mode = mode;
-        _incoming = [.. manifest.Tensors.Select(tensor => new IncomingTensor(tensor, plan[tensor.Name], backend, destination))];
+        _incoming = [.. Manifest.Tensors.Select(tensor => new IncomingTensor(tensor, plan[tensor.Name], engine.Backend, update.Destination))];
         _cursor = new PayloadCursor(_incoming, 0, 0);
     }
 
-    public UpdateManifest Manifest { get; }
+    public UpdateManifest Manifest => _active.Manifest;
 
     /// <summary>Staged or in place.</summary>
-    public UpdateMode Mode { get; }
+    public UpdateMode Mode => _active.Mode;
 
     /// <summary>Held beside the weights in service.</summary>
-    public long StagingBytes => Mode == UpdateMode.Staged ? _destination.Bytes : 0;
+    public long StagingBytes => Mode == UpdateMode.Staged ? _active.Destination.Bytes : 0;
 
     /// <summary>Payload bytes taken so far.</summary>
     public long ReceivedBytes => _cursor.Position;
 
+    /// <summary>The set that its bytes are written to.</summary>
+    internal WeightSet Destination => _active.Destination;
+
     /// <summary>Whether the weights in service may hold a byte of it: an end without a commit then poisons the engine.</summary>
-    public bool HasTouchedServedWeights { get; private set; }
-
-    /// <summary>Why it ended, for whoever reads the metrics.</summary>
-    internal UpdateFailure Failure => _failed ?? UpdateFailure.Sender;
-
-    /// <summary>The set that its bytes land in.</summary>
-    internal WeightSet Destination => _destination;
-
-    /// <summary>When the loop stopped for it; in place only.</summary>
-    internal long StandsSince { get; set; }
+    public bool HasTouchedServedWeights => _active.HasTouchedServedWeights;
 
     /// <summary>
     /// Makes the destination ready for bytes. In place: completes when no step runs any more, under DRAIN after what began has ended.
-    /// Staged: brings over what a partial update does not send. May be called again.
+    /// Staged: copies what a partial update does not send into the spare set. May be called again.
     /// </summary>
-    /// <exception cref="UpdateFailedException">
-    /// The moment did not come before <paramref name="cancellation"/>; nothing has happened.
-    /// </exception>
+    /// <exception cref="UpdateFailedException">Steps did not stop before <paramref name="cancellation"/>; nothing has happened.</exception>
     public async Task OpenAsync(CancellationToken cancellation = default)
     {
         ThrowIfOver();
         if (_open) return;
-        if (Mode == UpdateMode.InPlace) await _engine.StandStillAsync(this, cancellation).ConfigureAwait(false);
+        if (Mode == UpdateMode.InPlace) await _engine.StopStepsAsync(_active, cancellation).ConfigureAwait(false);
         else
         {
-            await Task.Run(() => _engine.CarryOver(this), CancellationToken.None).ConfigureAwait(false);
-            _rehearsed = _engine.RehearseAsync(_destination); // while the bytes come
+            await Task.Run(() => _engine.PrepareStaging(_active), CancellationToken.None).ConfigureAwait(false);
+            _rehearsed = _engine.RehearseAsync(_active.Destination); // while the bytes come
         }
 
         _open = true;
@@ -120,7 +106,7 @@ public sealed class WeightUpdate : IDisposable
     /// <summary>Puts the new weights in service between two steps and applies the manifest's policy to the samples in flight.</summary>
     /// <param name="expectedDigest">The combined digest the sender computed (see weights.proto); empty: not compared.</param>
     /// <param name="cancellation">
-    /// Takes the commit back if its moment has not come, as while draining. The answer is true either way: the task ends with the result
+    /// Takes the commit back if the engine has not carried it out, as while draining. The answer is true either way: the task ends with the result
     /// when the weights were swapped, and with an exception when they never will be.
     /// </param>
     /// <exception cref="UpdateFailedException">Bytes are missing, the digest differs, or the commit was taken back.</exception>
@@ -145,7 +131,7 @@ public sealed class WeightUpdate : IDisposable
         await _rehearsed.WaitAsync(cancellation).ConfigureAwait(ConfigureAwaitOptions.SuppressThrowing);
         long committing = Stopwatch.GetTimestamp();
         DescribedWeight[] described = [.. _incoming.Select((tensor, i) => tensor.Describe(digests[i]))];
-        double stall = await _engine.CommitAsync(this, described, cancellation).ConfigureAwait(false);
+        double stall = await _engine.CommitAsync(_active, described, cancellation).ConfigureAwait(false);
         _ended = true;
         CommitResult result = new()
         {
@@ -175,10 +161,10 @@ public sealed class WeightUpdate : IDisposable
         if (_ended) return;
         _ended = true;
         _failed ??= why;
-        _engine.EndUpdate(this);
+        _engine.EndUpdate(_active, _failed.Value);
     }
 
-    /// <summary>Gives the seat back. After a commit this changes nothing.</summary>
+    /// <summary>Ends it. After a commit this changes nothing.</summary>
     public void Dispose() => End(UpdateFailure.Sender);
 
     // ---- Checks.
@@ -195,7 +181,7 @@ public sealed class WeightUpdate : IDisposable
             throw Fail(UpdateFailure.Protocol, $"{received} bytes received of a payload of {Manifest.PayloadBytes}");
         }
 
-        HasTouchedServedWeights |= Mode == UpdateMode.InPlace && length > 0;
+        _active.HasTouchedServedWeights |= Mode == UpdateMode.InPlace && length > 0;
     }
 
     /// <summary>A head sent beside the embedding it is tied to has no place of its own: it must be the same bytes.</summary>
@@ -203,8 +189,8 @@ public sealed class WeightUpdate : IDisposable
     {
         for (int i = 0; i < _incoming.Length; i++)
         {
-            if (!_incoming[i].Entry.Tied) continue;
-            int original = Array.FindIndex(_incoming, other => !other.Entry.Tied && other.Entry.Slot == _incoming[i].Entry.Slot);
+            if (_incoming[i].Entry.TiedTo is not { } name) continue;
+            int original = Array.FindIndex(_incoming, other => other.Name == name);
             if (digests[original].AsSpan().SequenceEqual(digests[i])) continue;
             string tied = $"the model ties '{_incoming[i].Name}' to '{_incoming[original].Name}'";
             throw Fail(UpdateFailure.Digest, $"{tied}, but their bytes differ");

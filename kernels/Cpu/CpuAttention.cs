@@ -94,14 +94,16 @@ internal abstract unsafe class AttentionJob : Job, IDisposable
     public const int ChunkTokens = ChunkBlocks * KvCache.BlockTokens;
 
     /// <summary>Floats from one query's vector to the next; fixed, so that eight of them need one address register.</summary>
-    public const int HeadStride = 512 + 16;
+    public const int HeadStride = MostHeadDim + 16;
+
+    /// <summary>Elements of a key or a value.</summary>
+    public const int MostHeadDim = 512;
 
     public float* Qkv;
     public int Stride;
     public int Group;
     public float Scale;
-    public CpuKvCache Cache = null!;
-    public int Layer;
+    public CpuKvLayer Cache;
     public float* Output;
     public int OutputStride;
     public StepLayout Step = null!;
@@ -162,15 +164,15 @@ internal sealed unsafe class AttentionJob<TLanes> : AttentionJob
     {
         int tile = Tiles.Count - 1 - (unit / Cache.KvHeads);
         int kvHead = unit % Cache.KvHeads;
-        int headDim = Cache.HeadDim;
+        int keyDim = Cache.KeyDim, valueDim = Cache.ValueDim;
         int start = Tiles.Start(tile), end = Tiles.End(tile);
         Scratch scratch = ScratchOf(worker);
 
         int queries = (end - start) * Group;
         for (int q = 0; q < queries; q++)
         {
-            float* source = Qkv + ((long)(start + (q / Group)) * Stride) + (((kvHead * Group) + (q % Group)) * headDim);
-            new ReadOnlySpan<float>(source, headDim).CopyTo(new Span<float>(scratch.Queries + (q * HeadStride), headDim));
+            float* source = Qkv + ((long)(start + (q / Group)) * Stride) + (((kvHead * Group) + (q % Group)) * keyDim);
+            new ReadOnlySpan<float>(source, keyDim).CopyTo(new Span<float>(scratch.Queries + (q * HeadStride), keyDim));
             new Span<float>(scratch.Values + (q * HeadStride), Cache.ValueStride).Clear();
             new Span<float>(scratch.Sums + (q * KvCache.BlockTokens), KvCache.BlockTokens).Clear();
             scratch.Maxima[q] = float.NegativeInfinity;
@@ -193,8 +195,8 @@ internal sealed unsafe class AttentionJob<TLanes> : AttentionJob
 
         for (int q = 0; q < queries; q++)
         {
-            float* output = Output + ((long)(start + (q / Group)) * OutputStride) + (((kvHead * Group) + (q % Group)) * headDim);
-            Finish(scratch.Values + (q * HeadStride), scratch.Sums + (q * KvCache.BlockTokens), output, headDim);
+            float* output = Output + ((long)(start + (q / Group)) * OutputStride) + (((kvHead * Group) + (q % Group)) * valueDim);
+            Finish(scratch.Values + (q * HeadStride), scratch.Sums + (q * KvCache.BlockTokens), output, valueDim);
         }
     }
 
@@ -214,9 +216,9 @@ internal sealed unsafe class AttentionJob<TLanes> : AttentionJob
         long* ahead = stackalloc long[ChunkBlocks];
         for (int b = 0; b < blockCount; b++)
         {
-            keys[b] = Cache.Keys(Layer, blocks[b], kvHead);
-            values[b] = Cache.Values(Layer, blocks[b], kvHead);
-            ahead[b] = Cache.Keys(Layer, blocks[Math.Min(b + 1, blocks.Length - 1)], kvHead) - keys[b];
+            keys[b] = Cache.Keys(blocks[b], kvHead);
+            values[b] = Cache.Values(blocks[b], kvHead);
+            ahead[b] = Cache.Keys(blocks[Math.Min(b + 1, blocks.Length - 1)], kvHead) - keys[b];
         }
 
         for (int q = 0; q < count; q += TLanes.Queries)
@@ -225,9 +227,9 @@ internal sealed unsafe class AttentionJob<TLanes> : AttentionJob
             float* queries = scratch.Queries + ((first + q) * HeadStride);
             int b = 0;
             for (; b + 1 < blockCount && TLanes.Columns > 1; b += 2)
-                Scores<Columns2>(together, queries, keys + b, ahead + b, Cache.HeadDim, scratch.Weights + (b * KvCache.BlockTokens));
+                Scores<Columns2>(together, queries, keys + b, ahead + b, Cache.KeyDim, scratch.Weights + (b * KvCache.BlockTokens));
             for (; b < blockCount; b++)
-                Scores<Columns1>(together, queries, keys + b, ahead + b, Cache.HeadDim, scratch.Weights + (b * KvCache.BlockTokens));
+                Scores<Columns1>(together, queries, keys + b, ahead + b, Cache.KeyDim, scratch.Weights + (b * KvCache.BlockTokens));
             Weigh(scratch, first + q, together, tokens);
             AddValues(together, scratch.Weights, values, ahead, Cache.ValueStride, tokens, scratch.Values + ((first + q) * HeadStride));
             new Span<long>(ahead, ChunkBlocks).Clear(); // asked for once is enough
@@ -289,15 +291,15 @@ internal sealed unsafe class AttentionJob<TLanes> : AttentionJob
     }
 
     [MethodImpl(MethodImplOptions.AggressiveOptimization)]
-    private static void Finish(float* values, float* sums, float* output, int headDim)
+    private static void Finish(float* values, float* sums, float* output, int valueDim)
     {
         // Adding zero turns -0 into +0: the sign of an underflow is the one thing that rescaling could change.
         float inverse = 1f / TLanes.Sum(TLanes.Load(sums));
         TLanes factor = TLanes.Create(inverse);
         int d = 0;
-        for (; d + LaneMemory.Count <= headDim; d += LaneMemory.Count)
+        for (; d + LaneMemory.Count <= valueDim; d += LaneMemory.Count)
             TLanes.Store(output + d, (TLanes.Load(values + d) * factor) + TLanes.Create(0f));
-        for (; d < headDim; d++)
+        for (; d < valueDim; d++)
             output[d] = (values[d] * inverse) + 0f;
     }
 

@@ -1,4 +1,3 @@
-using System.Runtime.CompilerServices;
 using System.Runtime.Intrinsics;
 
 namespace Rollout.Kernels;
@@ -7,7 +6,7 @@ namespace Rollout.Kernels;
 /// The operations on the CPU: bfloat16 or int8 weights in panels, fp32 everywhere else. The same inputs give the same bits with any number of
 /// threads, any vector width, and on any CPU, since every kernel fixes its order of operations and brings its own exp and log.
 /// </summary>
-public sealed unsafe class CpuBackend : IBackend
+public sealed unsafe class CpuBackend : Backend
 {
     /// <summary>Elements below which waking the other threads costs more than it gives.</summary>
     private const long SmallWork = 8192;
@@ -21,11 +20,7 @@ public sealed unsafe class CpuBackend : IBackend
     private readonly EmbedJob _embed = new();
     private readonly AttentionTiles _tiles = new();
     private NativeBuffer _packed = new(1 << 20);
-    private StepLayout? _step;
-    private ContextChecks _contextChecks;
-    private int[] _rowSequence = [];
     private int _tiledFor;
-    private bool _disposed;
 
     /// <param name="threads">Threads, the calling one included; 0 takes all cores.</param>
     /// <param name="vectorBits">512, 256 or 128 forces a code path, 0 takes the widest that the machine runs well.</param>
@@ -64,25 +59,25 @@ public sealed unsafe class CpuBackend : IBackend
             (new NormJob<TLanes>(), new GatedSiluJob<TLanes>(), new RopeJob<TLanes>(), new AttentionJob<TLanes>(), new SampleJob<TLanes>());
     }
 
-    public string Name { get; }
+    public override string Name { get; }
 
-    public WeightFormat WeightFormat { get; }
+    public override WeightFormat WeightFormat { get; }
 
     internal Matrices Matrices { get; }
 
-    public int WriteRows => PanelLayout.Width;
+    public override int WriteRows => PanelLayout.Width;
 
-    public long AvailableBytes => MachineMemory.AvailableBytes();
+    public override long AvailableBytes => MachineMemory.AvailableBytes();
 
-    public long HeldBytes => MachineMemory.HeldBytes();
+    public override long HeldBytes => MachineMemory.HeldBytes();
 
-    public int KvElementBytes => sizeof(float);
+    public override int KvElementBytes => sizeof(float);
 
     /// <summary>39 MB for a vocabulary of 151,936; as many rows keep a matmul busy.</summary>
-    public int LogitRows => 64;
+    public override int LogitRows => 64;
 
     /// <summary>A quarter of the machine's memory.</summary>
-    public long KvCacheBudget => GC.GetGCMemoryInfo().TotalAvailableMemoryBytes / 4;
+    public override long KvCacheBudget => GC.GetGCMemoryInfo().TotalAvailableMemoryBytes / 4;
 
     /// <summary>Whether the machine has vectors this wide; narrower ones are then part of them. 128 bits always run.</summary>
     public static bool IsAccelerated(int vectorBits) => vectorBits switch
@@ -92,11 +87,10 @@ public sealed unsafe class CpuBackend : IBackend
         _ => true,
     };
 
-    public void Dispose()
+    public override int StepsInFlight => 1;
+
+    protected override void DisposeCore()
     {
-        if (_disposed)
-            return;
-        _disposed = true;
         _workers.Dispose();
         _attention.Dispose();
         _sample.Dispose();
@@ -106,12 +100,8 @@ public sealed unsafe class CpuBackend : IBackend
 
     // ---- Memory.
 
-    public Tensor AllocateTensor(int rows, int columns, bool rounded = false)
+    protected override Tensor AllocateTensorCore(int rows, int columns, bool rounded)
     {
-        ThrowIfDisposed();
-        ArgumentOutOfRangeException.ThrowIfLessThan(rows, 1);
-        ArgumentOutOfRangeException.ThrowIfLessThan(columns, 1);
-
         // A matmul's input is at most this large: room to pack it is taken now, not in a step.
         long bytes = Matrices.PackedBytes(rows, columns);
         if (bytes > _packed.Bytes)
@@ -123,41 +113,29 @@ public sealed unsafe class CpuBackend : IBackend
         return new CpuTensor(this, rows, columns);
     }
 
-    public Weight AllocateWeight(int outputs, int inputs)
-    {
-        ThrowIfDisposed();
-        ArgumentOutOfRangeException.ThrowIfLessThan(outputs, 1);
-        ArgumentOutOfRangeException.ThrowIfLessThan(inputs, 1);
-        return new CpuWeight(this, outputs, inputs);
-    }
+    protected override Weight AllocateWeightCore(int outputs, int inputs) => new CpuWeight(this, outputs, inputs);
 
-    public KvCache AllocateKvCache(int layers, int blocks, int kvHeads, int headDim)
+    protected override KvCache AllocateKvCacheCore(int blocks, IReadOnlyList<KvLayout> layers)
     {
-        ThrowIfDisposed();
-        ArgumentOutOfRangeException.ThrowIfLessThan(layers, 1);
-        ArgumentOutOfRangeException.ThrowIfLessThan(blocks, 1);
-        ArgumentOutOfRangeException.ThrowIfLessThan(kvHeads, 1);
-        ArgumentOutOfRangeException.ThrowIfLessThan(headDim, 2);
-        ArgumentOutOfRangeException.ThrowIfGreaterThan(headDim, AttentionJob.HeadStride - 16);
-        if (headDim % 2 != 0)
-            throw new ArgumentException("Rotation pairs the halves of a head, so its dimension is even.", nameof(headDim));
+        foreach (KvLayout layer in layers)
+        {
+            if (Math.Max(layer.KeyDim, layer.ValueDim) > AttentionJob.MostHeadDim)
+                throw new ArgumentOutOfRangeException(nameof(layers), layer, $"Heads have at most {AttentionJob.MostHeadDim} elements.");
+        }
+
         _attention.Reserve(_workers.Count, AttentionJob.TileQueries);
-        return new CpuKvCache(this, layers, blocks, kvHeads, headDim);
+        return new CpuKvCache(this, blocks, layers);
     }
 
-    public RopeTable AllocateRopeTable(ReadOnlySpan<float> inverseFrequencies, int positions, float scale)
-    {
-        ThrowIfDisposed();
-        if (inverseFrequencies.IsEmpty)
-            throw new ArgumentException("No frequencies.", nameof(inverseFrequencies));
-        ArgumentOutOfRangeException.ThrowIfLessThan(positions, 1);
-        return new CpuRopeTable(this, inverseFrequencies, positions, scale);
-    }
+    protected override RopeTable AllocateRopeTableCore(ReadOnlySpan<float> inverseFrequencies, int positions) =>
+        new CpuRopeTable(this, inverseFrequencies, positions);
 
-    public void WriteWeight(Weight destination, long element, ReadOnlySpan<byte> source, DType type)
+    // ---- Weights.
+
+    protected override void WriteWeightCore(Weight destination, long element, ReadOnlySpan<byte> source, DType type)
     {
-        CpuWeight weight = Own(destination);
-        long count = Checks.Write(weight, element, source, type);
+        CpuWeight weight = (CpuWeight)destination;
+        int count = source.Length / type.Size();
         fixed (byte* bytes = source)
         {
             if (weight.IsVector)
@@ -171,10 +149,10 @@ public sealed unsafe class CpuBackend : IBackend
         }
     }
 
-    public void WriteWeightElements(Weight destination, long element, ReadOnlySpan<uint> indices, ReadOnlySpan<byte> values, DType type)
+    protected override void WriteWeightElementsCore(
+        Weight destination, long element, ReadOnlySpan<uint> indices, ReadOnlySpan<byte> values, DType type)
     {
-        CpuWeight weight = Own(destination);
-        Checks.WriteElements(weight, element, indices, values, type);
+        CpuWeight weight = (CpuWeight)destination;
         fixed (byte* bytes = values)
         {
             for (int i = 0; i < indices.Length; i++)
@@ -188,18 +166,15 @@ public sealed unsafe class CpuBackend : IBackend
         }
     }
 
-    public void CopyWeight(Weight source, Weight destination)
+    protected override void CopyWeightCore(Weight source, Weight destination)
     {
-        CpuWeight from = Own(source);
-        CpuWeight to = Own(destination);
-        Checks.SameShape(from, to);
+        (CpuWeight from, CpuWeight to) = ((CpuWeight)source, (CpuWeight)destination);
         Buffer.MemoryCopy(from.Data, to.Data, to.Bytes, from.Bytes);
     }
 
-    public void ReadWeight(Weight source, long element, Span<float> destination)
+    protected override void ReadWeightCore(Weight source, long element, Span<float> destination)
     {
-        CpuWeight weight = Own(source);
-        Checks.Elements(weight, element, destination.Length, nameof(destination));
+        CpuWeight weight = (CpuWeight)source;
         if (weight.IsVector)
             new ReadOnlySpan<float>(weight.Vector + element, destination.Length).CopyTo(destination);
         else
@@ -208,41 +183,23 @@ public sealed unsafe class CpuBackend : IBackend
 
     // ---- One step.
 
-    public int StepsUnderWay => 1;
+    protected override void BeginStepCore(StepLayout step) => _tiledFor = 0;
 
-    public void BeginStep(StepLayout step)
+    protected override void EmbedCore(Weight table, Tensor output)
     {
-        ThrowIfDisposed();
-        ArgumentNullException.ThrowIfNull(step);
-        (_step, _contextChecks) = (null, default);
-        if (_rowSequence.Length < step.TokenIds.Length)
-            _rowSequence = new int[step.TokenIds.Length];
-
-        Checks.Step(step, _rowSequence);
-        _step = step;
-        _tiledFor = 0;
-    }
-
-    public void Embed(Weight table, Tensor output)
-    {
-        StepLayout step = Step();
-        CpuWeight weight = OwnMatrix(table);
-        CpuTensor tensor = Own(output, step.RowCount, weight.Inputs);
-        Checks.Tokens(step, weight);
-        _embed.Step = step;
+        CpuWeight weight = (CpuWeight)table;
+        _embed.Step = Step;
         _embed.Table = weight;
-        _embed.Output = tensor;
-        _workers.Run(_embed, step.RowCount, (long)step.RowCount * weight.Inputs > SmallWork);
+        _embed.Output = (CpuTensor)output;
+        _workers.Run(_embed, Step.RowCount, (long)Step.RowCount * weight.Inputs > SmallWork);
     }
 
-    public void RmsNorm(Tensor input, Weight scale, float epsilon, Tensor output, int rows)
+    protected override void RmsNormCore(Tensor input, Weight scale, float epsilon, Tensor output, int rows)
     {
-        ThrowIfDisposed();
-        CpuTensor source = Own(input, rows);
-        CpuTensor destination = Own(output, rows, source.Columns);
+        (CpuTensor source, CpuTensor destination) = ((CpuTensor)input, (CpuTensor)output);
         _norm.Input = source.Data;
         _norm.InputStride = source.Stride;
-        _norm.Scale = OwnVector(scale, source.Columns);
+        _norm.Scale = ((CpuWeight)scale).Vector;
         _norm.Epsilon = epsilon;
         _norm.Output = destination.Data;
         _norm.OutputStride = destination.Stride;
@@ -250,81 +207,75 @@ public sealed unsafe class CpuBackend : IBackend
         _workers.Run(_norm, rows, (long)rows * source.Columns > SmallWork);
     }
 
-    public void MatMul(Tensor input, Weight weight, Weight? bias, Tensor output, int rows)
+    protected override void MatMulCore(Tensor input, Weight weight, Weight? bias, Tensor output, int rows, bool add)
     {
-        CpuWeight matrix = OwnMatrix(weight);
-        Multiply(Own(input, rows, matrix.Inputs), matrix, bias, Own(output, rows, matrix.Outputs), rows, add: false);
+        (CpuTensor source, CpuWeight matrix, CpuTensor sums) = ((CpuTensor)input, (CpuWeight)weight, (CpuTensor)output);
+        MatMulArguments arguments;
+        arguments.Input = source.Data;
+        arguments.InputStride = source.Stride;
+        arguments.Rows = rows;
+        arguments.Matrix = matrix.Data;
+        arguments.Outputs = matrix.Outputs;
+        arguments.Inputs = matrix.Inputs;
+        arguments.Bias = VectorOf(bias);
+        arguments.Output = sums.Data;
+        arguments.OutputStride = sums.Stride;
+        arguments.Add = add;
+        Matrices.Multiply(_workers, arguments, _packed.Pointer);
     }
 
-    public void MatMulAdd(Tensor input, Weight weight, Weight? bias, Tensor residual, int rows)
+    protected override void AttentionCore(in AttentionCall call)
     {
-        CpuWeight matrix = OwnMatrix(weight);
-        Multiply(Own(input, rows, matrix.Inputs), matrix, bias, Own(residual, rows, matrix.Outputs), rows, add: true);
+        CpuKvLayer cache = ((CpuKvCache)call.Cache).Layer(call.Layer);
+        StoreKeysAndValues(call, cache);
+        Attend(call, cache);
     }
 
-    public void RopeStoreKv(
-        Tensor qkv, int heads, Weight? queryNorm, Weight? keyNorm, float epsilon, RopeTable rope, KvCache cache, int layer)
+    private void StoreKeysAndValues(in AttentionCall call, CpuKvLayer cache)
     {
-        StepLayout step = Step();
-        CpuKvCache keysValues = Own(cache);
-        Checks.Heads(heads, keysValues);
-        Checks.Layer(layer, keysValues);
-        CpuTensor tensor = Own(qkv, step.RowCount, (heads + (2 * keysValues.KvHeads)) * keysValues.HeadDim);
-        CpuRopeTable table = Own(rope);
-        _contextChecks.Check(step, table, keysValues);
-        _rope.Qkv = tensor.Data;
-        _rope.Stride = tensor.Stride;
-        _rope.Heads = heads;
-        _rope.QueryNorm = queryNorm == null ? null : OwnVector(queryNorm, keysValues.HeadDim);
-        _rope.KeyNorm = keyNorm == null ? null : OwnVector(keyNorm, keysValues.HeadDim);
-        _rope.Epsilon = epsilon;
-        _rope.Rope = table;
-        _rope.Cache = keysValues;
-        _rope.Layer = layer;
+        StepLayout step = Step;
+        CpuTensor qkv = (CpuTensor)call.Qkv;
+        _rope.Qkv = qkv.Data;
+        _rope.Stride = qkv.Stride;
+        _rope.Heads = call.Heads;
+        _rope.QueryNorm = VectorOf(call.QueryNorm);
+        _rope.KeyNorm = VectorOf(call.KeyNorm);
+        _rope.Epsilon = call.Epsilon;
+        _rope.Rope = (CpuRopeTable)call.Rope;
+        _rope.Cache = cache;
         _rope.Step = step;
-        _rope.RowSequence = _rowSequence;
+        _rope.RowSequence = RowSequence;
         int units = (step.RowCount + RopeJob.RowsPerUnit - 1) / RopeJob.RowsPerUnit;
-        _workers.Run(_rope, units, (long)step.RowCount * tensor.Columns > SmallWork);
+        _workers.Run(_rope, units, (long)step.RowCount * qkv.Columns > SmallWork);
     }
 
-    public void Attend(Tensor qkv, int heads, float scale, KvCache cache, int layer, Tensor output)
+    private void Attend(in AttentionCall call, CpuKvLayer cache)
     {
-        StepLayout step = Step();
-        CpuKvCache keysValues = Own(cache);
-        Checks.Heads(heads, keysValues);
-        Checks.Layer(layer, keysValues);
-        CpuTensor queries = Own(qkv, step.RowCount);
-        if (queries.Columns < heads * keysValues.HeadDim)
-            throw new ArgumentException($"{queries.Columns} columns, needed at least {heads * keysValues.HeadDim}.", nameof(qkv));
-        CpuTensor destination = Own(output, step.RowCount, heads * keysValues.HeadDim);
-        _contextChecks.Check(step, keysValues);
-        int group = heads / keysValues.KvHeads;
+        (CpuTensor qkv, CpuTensor output) = ((CpuTensor)call.Qkv, (CpuTensor)call.Output);
+        int group = call.Heads / cache.KvHeads;
         if (_tiledFor != group)
         {
-            _tiles.Build(step, _rowSequence, Math.Max(1, AttentionJob.TileQueries / group));
+            _tiles.Build(Step, RowSequence, Math.Max(1, AttentionJob.TileQueries / group));
             _tiledFor = group;
         }
 
         _attention.Reserve(_workers.Count, group);
-        _attention.Qkv = queries.Data;
-        _attention.Stride = queries.Stride;
+        _attention.Qkv = qkv.Data;
+        _attention.Stride = qkv.Stride;
         _attention.Group = group;
-        _attention.Scale = scale;
-        _attention.Cache = keysValues;
-        _attention.Layer = layer;
-        _attention.Output = destination.Data;
-        _attention.OutputStride = destination.Stride;
-        _attention.Step = step;
-        _attention.RowSequence = _rowSequence;
+        _attention.Scale = call.Scale;
+        _attention.Cache = cache;
+        _attention.Output = output.Data;
+        _attention.OutputStride = output.Stride;
+        _attention.Step = Step;
+        _attention.RowSequence = RowSequence;
         _attention.Tiles = _tiles;
         _workers.Run(_attention, _attention.Units);
     }
 
-    public void GatedSilu(Tensor gateUp, Tensor output, int rows)
+    protected override void GatedSiluCore(Tensor gateUp, Tensor output, int rows)
     {
-        ThrowIfDisposed();
-        CpuTensor destination = Own(output, rows);
-        CpuTensor source = Own(gateUp, rows, 2 * destination.Columns);
+        (CpuTensor source, CpuTensor destination) = ((CpuTensor)gateUp, (CpuTensor)output);
         _gatedSilu.Input = source.Data;
         _gatedSilu.InputStride = source.Stride;
         _gatedSilu.Output = destination.Data;
@@ -333,104 +284,45 @@ public sealed unsafe class CpuBackend : IBackend
         _workers.Run(_gatedSilu, rows, (long)rows * source.Columns > SmallWork);
     }
 
-    public void GatherRows(Tensor input, int first, int count, Tensor output)
+    protected override void GatherRowsCore(Tensor input, int first, int count, Tensor output)
     {
-        StepLayout step = Step();
-        Checks.Outputs(step, first, count);
-        CpuTensor source = Own(input, step.RowCount);
-        CpuTensor destination = Own(output, count, source.Columns, nameof(output));
+        (CpuTensor source, CpuTensor destination) = ((CpuTensor)input, (CpuTensor)output);
         for (int k = 0; k < count; k++)
         {
-            new ReadOnlySpan<float>(source.Row(step.OutputRows[first + k]), source.Columns)
+            new ReadOnlySpan<float>(source.Row(Step.OutputRows[first + k]), source.Columns)
                 .CopyTo(new Span<float>(destination.Row(k), source.Columns));
         }
     }
 
-    public void Sample(Tensor logits, int first, int count)
+    protected override void SampleCore(Tensor logits, int first, int count, int begin, int end)
     {
-        StepLayout step = Step();
-        Checks.Outputs(step, first, count);
-        CpuTensor source = Own(logits, count);
-        (int begin, int end) = Checks.Queries(step, first, count, source.Columns);
+        CpuTensor source = (CpuTensor)logits;
         _sample.Reserve(_workers.Count, source.Columns);
         _sample.Logits = source.Data;
         _sample.Stride = source.Stride;
         _sample.Vocabulary = source.Columns;
-        _sample.Step = step;
+        _sample.Step = Step;
         _sample.FirstOutput = first;
         _sample.FirstQuery = begin;
         _workers.Run(_sample, end - begin);
     }
 
-    public void FinishStep(StepLayout step)
+    /// <summary>Sample has answered when it returns.</summary>
+    protected override void FinishStepCore(StepLayout step)
     {
-        // Sample has answered when it returns.
-        ThrowIfDisposed();
-        ArgumentNullException.ThrowIfNull(step);
     }
 
-    public void CopyBlock(KvCache cache, int from, int to)
+    protected override void CopyBlockCore(KvCache cache, int from, int to)
     {
-        ThrowIfDisposed();
-        CpuKvCache keysValues = Own(cache);
-        Checks.Blocks(cache, from, to);
-        long bytes = (long)cache.KvHeads * keysValues.TileFloats * sizeof(float);
         for (int layer = 0; layer < cache.Layers; layer++)
-            Buffer.MemoryCopy(keysValues.Keys(layer, from, 0), keysValues.Keys(layer, to, 0), bytes, bytes);
+        {
+            CpuKvLayer kv = ((CpuKvCache)cache).Layer(layer);
+            long bytes = (long)kv.KvHeads * kv.TileFloats * sizeof(float);
+            Buffer.MemoryCopy(kv.Keys(from, 0), kv.Keys(to, 0), bytes, bytes);
+        }
     }
 
-    private void Multiply(CpuTensor input, CpuWeight weight, Weight? bias, CpuTensor output, int rows, bool add)
-    {
-        ThrowIfDisposed();
-        if (ReferenceEquals(input, output))
-            throw new ArgumentException("Input and output are the same tensor.", nameof(input));
-        float* biasVector = bias == null ? null : OwnVector(bias, weight.Outputs);
-        if (rows == 0)
-            return;
-
-        MatMulArguments arguments;
-        arguments.Input = input.Data;
-        arguments.InputStride = input.Stride;
-        arguments.Rows = rows;
-        arguments.Matrix = weight.Data;
-        arguments.Outputs = weight.Outputs;
-        arguments.Inputs = weight.Inputs;
-        arguments.Bias = biasVector;
-        arguments.Output = output.Data;
-        arguments.OutputStride = output.Stride;
-        arguments.Add = add;
-        Matrices.Multiply(_workers, arguments, _packed.Pointer);
-    }
-
-    private void ThrowIfDisposed() => ObjectDisposedException.ThrowIf(_disposed, this);
-
-    private StepLayout Step()
-    {
-        ThrowIfDisposed();
-        return _step ?? throw new InvalidOperationException($"{nameof(BeginStep)} comes first.");
-    }
-
-    private CpuTensor Own(Tensor tensor, int rows, int columns = 0, [CallerArgumentExpression(nameof(tensor))] string? name = null) =>
-        this.Own<CpuTensor>(tensor, rows, columns, name);
-
-    private CpuWeight Own(Weight weight, [CallerArgumentExpression(nameof(weight))] string? name = null)
-    {
-        ThrowIfDisposed();
-        return this.Own<CpuWeight>(weight, name);
-    }
-
-    private CpuWeight OwnMatrix(Weight weight, [CallerArgumentExpression(nameof(weight))] string? name = null)
-    {
-        ThrowIfDisposed();
-        return this.OwnMatrix<CpuWeight>(weight, name);
-    }
-
-    private float* OwnVector(Weight weight, int length, [CallerArgumentExpression(nameof(weight))] string? name = null) =>
-        this.OwnVector<CpuWeight>(weight, length, name).Vector;
-
-    private CpuKvCache Own(KvCache cache, [CallerArgumentExpression(nameof(cache))] string? name = null) => this.Own<CpuKvCache>(cache, name);
-
-    private CpuRopeTable Own(RopeTable rope, [CallerArgumentExpression(nameof(rope))] string? name = null) => this.Own<CpuRopeTable>(rope, name);
+    private static float* VectorOf(Weight? vector) => vector is null ? null : ((CpuWeight)vector).Vector;
 
     /// <summary>output[row] = table[TokenIds[row]]. Units: rows.</summary>
     private sealed class EmbedJob : Job

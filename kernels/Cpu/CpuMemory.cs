@@ -179,37 +179,31 @@ internal sealed unsafe class CpuWeight : Weight
 }
 
 /// <summary>
-/// fp32 keys and values, [layer][block][kvHead], each a key tile [headDim][16 tokens], so that the scores of 16 tokens are one chain of
-/// fused multiply-adds over headDim, followed by a value tile [16 tokens][headDim padded to 16].
+/// fp32 keys and values, [layer][block][kvHead], each a key tile [keyDim][16 tokens], so that the scores of 16 tokens are one chain of
+/// fused multiply-adds over keyDim, followed by a value tile [16 tokens][valueDim padded to 16].
 /// </summary>
 internal sealed unsafe class CpuKvCache : KvCache
 {
     private readonly NativeBuffer _buffer;
+    private readonly long[] _start; // of each layer, in floats; [Layers + 1]
 
-    public CpuKvCache(CpuBackend owner, int layers, int blocks, int kvHeads, int headDim)
-        : base(layers, blocks, kvHeads, headDim)
+    public CpuKvCache(CpuBackend owner, int blocks, IReadOnlyList<KvLayout> layers)
+        : base(blocks, layers)
     {
         Owner = owner;
-        ValueStride = (headDim + 15) / 16 * 16;
-        TileFloats = BlockTokens * (headDim + ValueStride);
-        _buffer = new NativeBuffer((long)layers * blocks * kvHeads * TileFloats * sizeof(float));
+        _start = new long[layers.Count + 1];
+        for (int layer = 0; layer < layers.Count; layer++)
+            _start[layer + 1] = _start[layer] + ((long)blocks * layers[layer].KvHeads * CpuKvLayer.TileFloatsOf(layers[layer]));
+        _buffer = new NativeBuffer(_start[^1] * sizeof(float));
     }
 
     internal override CpuBackend Owner { get; }
-
-    public int ValueStride { get; }
-
-    /// <summary>Floats of one block of one head: keys, then values.</summary>
-    public int TileFloats { get; }
 
     internal override bool IsGone => _buffer.IsGone;
 
     public override long Bytes => _buffer.Bytes;
 
-    public float* Keys(int layer, int block, int kvHead) =>
-        _buffer.Floats + (((((long)layer * Blocks) + block) * KvHeads) + kvHead) * TileFloats;
-
-    public float* Values(int layer, int block, int kvHead) => Keys(layer, block, kvHead) + (BlockTokens * HeadDim);
+    public CpuKvLayer Layer(int layer) => new(_buffer.Floats + _start[layer], Layout(layer));
 
     public override void Discard() => _buffer.Discard();
 
@@ -218,12 +212,40 @@ internal sealed unsafe class CpuKvCache : KvCache
     public override void Dispose() => _buffer.Dispose();
 }
 
+/// <summary>Keys and values of one layer.</summary>
+internal readonly unsafe struct CpuKvLayer(float* start, KvLayout layout)
+{
+    private readonly float* _start = start;
+
+    public int KvHeads { get; } = layout.KvHeads;
+
+    public int KeyDim { get; } = layout.KeyDim;
+
+    public int ValueDim { get; } = layout.ValueDim;
+
+    /// <summary>Floats from one token's value to the next.</summary>
+    public int ValueStride { get; } = ValueStrideOf(layout);
+
+    /// <summary>Floats of one block of one head: keys, then values.</summary>
+    public int TileFloats { get; } = TileFloatsOf(layout);
+
+    public static int ValueStrideOf(KvLayout layout) => (layout.ValueDim + 15) / 16 * 16;
+
+    public static int TileFloatsOf(KvLayout layout) => KvCache.BlockTokens * (layout.KeyDim + ValueStrideOf(layout));
+
+    /// <summary>[keyDim][16 tokens].</summary>
+    public float* Keys(int block, int kvHead) => _start + ((((long)block * KvHeads) + kvHead) * TileFloats);
+
+    /// <summary>[16 tokens][ValueStride].</summary>
+    public float* Values(int block, int kvHead) => Keys(block, kvHead) + (KvCache.BlockTokens * KeyDim);
+}
+
 /// <summary>cos [positions, headDim / 2], then sin of the same shape.</summary>
 internal sealed unsafe class CpuRopeTable : RopeTable
 {
     private readonly NativeBuffer _buffer;
 
-    public CpuRopeTable(CpuBackend owner, ReadOnlySpan<float> inverseFrequencies, int positions, float scale)
+    public CpuRopeTable(CpuBackend owner, ReadOnlySpan<float> inverseFrequencies, int positions)
         : base(positions, inverseFrequencies.Length * 2)
     {
         Owner = owner;
@@ -236,8 +258,8 @@ internal sealed unsafe class CpuRopeTable : RopeTable
             {
                 float angle = position * inverseFrequencies[i];
                 (double s, double c) = VectorMath.SinCos(angle);
-                cos[i] = (float)c * scale;
-                sin[i] = (float)s * scale;
+                cos[i] = (float)c;
+                sin[i] = (float)s;
             }
         }
     }

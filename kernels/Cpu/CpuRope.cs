@@ -4,7 +4,7 @@ namespace Rollout.Kernels;
 
 /// <summary>
 /// Rotary position embedding (Su et al. 2021, halves paired) of queries in place and of keys on their way into the cache, after an optional
-/// RMS norm of every head; values are copied. Keys land transposed, [headDim][16 tokens]. Units: <see cref="RowsPerUnit"/> rows.
+/// RMS norm of every head; values are copied. Keys land transposed, [keyDim][16 tokens]. Units: <see cref="RowsPerUnit"/> rows.
 /// </summary>
 internal abstract unsafe class RopeJob : Job
 {
@@ -18,8 +18,7 @@ internal abstract unsafe class RopeJob : Job
     public float* KeyNorm;
     public float Epsilon;
     public CpuRopeTable Rope = null!;
-    public CpuKvCache Cache = null!;
-    public int Layer;
+    public CpuKvLayer Cache;
     public StepLayout Step = null!;
     public int[] RowSequence = [];
 }
@@ -39,25 +38,25 @@ internal sealed unsafe class RopeJob<TLanes> : RopeJob
         int position = Step.Positions[row];
         int block = Step.BlockTables[(RowSequence[row] * Step.MaxBlocks) + (position / KvCache.BlockTokens)];
         int slot = position % KvCache.BlockTokens;
-        int headDim = Cache.HeadDim;
+        int keyDim = Cache.KeyDim, valueDim = Cache.ValueDim;
         float* cos = Rope.Cos(position), sin = Rope.Sin(position);
 
         float* head = Qkv + ((long)row * Stride);
-        for (int h = 0; h < Heads; h++, head += headDim)
-            NormAndRotate(head, QueryNorm, Epsilon, cos, sin, headDim);
+        for (int h = 0; h < Heads; h++, head += keyDim)
+            NormAndRotate(head, QueryNorm, Epsilon, cos, sin, keyDim);
 
-        for (int h = 0; h < Cache.KvHeads; h++, head += headDim)
+        for (int h = 0; h < Cache.KvHeads; h++, head += keyDim)
         {
-            NormAndRotate(head, KeyNorm, Epsilon, cos, sin, headDim);
-            float* keys = Cache.Keys(Layer, block, h) + slot;
-            for (int d = 0; d < headDim; d++)
+            NormAndRotate(head, KeyNorm, Epsilon, cos, sin, keyDim);
+            float* keys = Cache.Keys(block, h) + slot;
+            for (int d = 0; d < keyDim; d++)
                 keys[d * KvCache.BlockTokens] = head[d];
         }
 
-        for (int h = 0; h < Cache.KvHeads; h++, head += headDim)
+        for (int h = 0; h < Cache.KvHeads; h++, head += valueDim)
         {
-            float* values = Cache.Values(Layer, block, h) + (slot * Cache.ValueStride);
-            new ReadOnlySpan<float>(head, headDim).CopyTo(new Span<float>(values, headDim));
+            float* values = Cache.Values(block, h) + (slot * Cache.ValueStride);
+            new ReadOnlySpan<float>(head, valueDim).CopyTo(new Span<float>(values, valueDim));
         }
     }
 

@@ -5,10 +5,9 @@ namespace Rollout.Kernels.Cuda;
 /// <summary>Weights on their way in and out, beside the steps, from any thread.</summary>
 public sealed unsafe partial class CudaBackend
 {
-    public void WriteWeight(Weight destination, long element, ReadOnlySpan<byte> source, DType type)
+    protected override void WriteWeightCore(Weight destination, long element, ReadOnlySpan<byte> source, DType type)
     {
-        CudaWeight weight = Own(destination);
-        _ = Checks.Write(weight, element, source, type);
+        CudaWeight weight = (CudaWeight)destination;
         bool asStored = IsStored(weight, type);
         lock (Device.Copies)
         {
@@ -27,11 +26,13 @@ public sealed unsafe partial class CudaBackend
         }
     }
 
-    /// <summary>As <see cref="WriteWeight(Weight, long, ReadOnlySpan{byte}, DType)"/>, of elements that lie on the device, another process's included.</summary>
+    /// <summary>As <see cref="Backend.WriteWeight"/>, of elements that lie on the device, another process's included.</summary>
     internal void WriteWeight(Weight destination, long element, nuint source, int count, DType type)
     {
-        CudaWeight weight = Own(destination);
-        Checks.Elements(weight, element, count, nameof(count));
+        ThrowIfDisposed();
+        Own(destination);
+        Checks.Elements(destination, element, count, nameof(count));
+        CudaWeight weight = (CudaWeight)destination;
         lock (Device.Copies)
         {
             BeginWrite(weight);
@@ -57,10 +58,10 @@ public sealed unsafe partial class CudaBackend
         return new CudaDigest(Device, _kernels, onHost, pieceBytes);
     }
 
-    public void WriteWeightElements(Weight destination, long element, ReadOnlySpan<uint> indices, ReadOnlySpan<byte> values, DType type)
+    protected override void WriteWeightElementsCore(
+        Weight destination, long element, ReadOnlySpan<uint> indices, ReadOnlySpan<byte> values, DType type)
     {
-        CudaWeight weight = Own(destination);
-        Checks.WriteElements(weight, element, indices, values, type);
+        CudaWeight weight = (CudaWeight)destination;
         nint function = weight.IsVector ? _kernels.ScatterVector : _kernels.ScatterMatrix;
         lock (Device.Copies)
         {
@@ -78,11 +79,9 @@ public sealed unsafe partial class CudaBackend
         }
     }
 
-    public void CopyWeight(Weight source, Weight destination)
+    protected override void CopyWeightCore(Weight source, Weight destination)
     {
-        CudaWeight from = Own(source);
-        CudaWeight to = Own(destination);
-        Checks.SameShape(from, to);
+        (CudaWeight from, CudaWeight to) = ((CudaWeight)source, (CudaWeight)destination);
         lock (Device.Copies)
         {
             BeginWrite(to);
@@ -91,10 +90,9 @@ public sealed unsafe partial class CudaBackend
         }
     }
 
-    public void ReadWeight(Weight source, long element, Span<float> destination)
+    protected override void ReadWeightCore(Weight source, long element, Span<float> destination)
     {
-        CudaWeight weight = Own(source);
-        Checks.Elements(weight, element, destination.Length, nameof(destination));
+        CudaWeight weight = (CudaWeight)source;
         Device.MakeCurrent();
         lock (Device.Copies)
             CopyOut(At(weight, element), weight.IsVector || StoresFp32, destination, Device.Beside);

@@ -1,6 +1,5 @@
 using System.Diagnostics.CodeAnalysis;
 using System.Numerics;
-using System.Runtime.CompilerServices;
 
 namespace Rollout.Kernels.Cuda;
 
@@ -8,11 +7,12 @@ namespace Rollout.Kernels.Cuda;
 /// The operations on an NVIDIA GPU. Weights, keys, values and what goes into a matmul are bf16, or all of it fp32; sums and the residual stream are
 /// fp32 either way. A step is queued operation by operation and waited for once, when its answers are read back: by then the next may be queued.
 /// </summary>
-public sealed unsafe partial class CudaBackend : IBackend
+public sealed unsafe partial class CudaBackend : Backend
 {
     private const int Threads = 256;        // a block of all kernels but attention and rope
     private const int WarpThreads = 32;
     private const int StagingBytes = 8 << 20;
+    private const int MostHeadDim = 256;
 
     private readonly CudaKernels _kernels;
     private readonly CudaMatMul _matMul;
@@ -22,18 +22,13 @@ public sealed unsafe partial class CudaBackend : IBackend
     private DeviceBuffer? _partials, _counters;             // of attention that is cut by chunks
     private DeviceBuffer? _sampling;                        // see CudaSampleScratch
     private CudaStep? _place;
-    private StepLayout? _step;
-    private int[] _rowSequence = [];
-    private Rope? _rope;
     private bool _isDecode; // every sequence of the step has one row
     private (int RowsPerItem, int Slots) _cut = (1, 0); // how the last attention's model cuts steps
     private (int RowsPerItem, int Slots) _uploadedFor;
-    private ContextChecks _contextChecks;
     private long _stepsBegun;
     private long _stepsDone;
     private int _answers, _answersBefore; // queries of this step and of the one before that the device has answered, or will have
     private StepLayout? _finishedEarly;
-    private bool _disposed;
 
     /// <param name="ordinal">Which GPU.</param>
     /// <param name="format">bf16, or fp32.</param>
@@ -53,7 +48,7 @@ public sealed unsafe partial class CudaBackend : IBackend
         Name = $"cuda:{ordinal} {Device.Name}, {WeightFormats.NameOf(format)}";
     }
 
-    public string Name { get; }
+    public override string Name { get; }
 
     /// <summary>GPUs that could be used now; 0 where the driver or a library is missing.</summary>
     public static int DeviceCount => CudaDevice.Count;
@@ -61,21 +56,21 @@ public sealed unsafe partial class CudaBackend : IBackend
     /// <summary>Why no GPU could be used now, in one sentence; null where one could.</summary>
     public static string? WhyNoDevice => CudaDevice.WhyNone;
 
-    public WeightFormat WeightFormat { get; }
+    public override WeightFormat WeightFormat { get; }
 
-    public int WriteRows => 1;
+    public override int WriteRows => 1;
 
-    public long AvailableBytes => Device.FreeBytes;
+    public override long AvailableBytes => Device.FreeBytes;
 
-    public long HeldBytes => Device.UsedBytes;
+    public override long HeldBytes => Device.UsedBytes;
 
-    public int KvElementBytes => StoredBytes;
+    public override int KvElementBytes => StoredBytes;
 
     /// <summary>As many as most steps that decode have, so that they read the head once: 311 MB for a vocabulary of 151,936.</summary>
-    public int LogitRows => 512;
+    public override int LogitRows => 512;
 
     /// <summary>Half of what is free: the trainer may share the device, and a staged update takes a second set of weights.</summary>
-    public long KvCacheBudget => Device.FreeBytes / 2;
+    public override long KvCacheBudget => Device.FreeBytes / 2;
 
     /// <summary>Steps, or parts of steps, that went to the device as one graph.</summary>
     public long GraphLaunches => _commands.GraphLaunches;
@@ -90,12 +85,14 @@ public sealed unsafe partial class CudaBackend : IBackend
     /// <summary>Of an element of a matrix, a key or a value.</summary>
     internal int StoredBytes => StoresFp32 ? sizeof(float) : sizeof(ushort);
 
-    public void Dispose()
+    public override int StepsInFlight => 2;
+
+    public override int StepTokens => 4096;
+
+    protected internal override int EarlierAnswers => _answersBefore;
+
+    protected override void DisposeCore()
     {
-        if (_disposed)
-            return;
-        _disposed = true;
-        _rope = null;
         Device.MakeCurrent();
         Device.Stream.Synchronize();
         _commands.Dispose();
@@ -112,57 +109,32 @@ public sealed unsafe partial class CudaBackend : IBackend
 
     // ---- Memory.
 
-    public Tensor AllocateTensor(int rows, int columns, bool rounded = false)
-    {
-        ThrowIfDisposed();
-        ArgumentOutOfRangeException.ThrowIfLessThan(rows, 1);
-        ArgumentOutOfRangeException.ThrowIfLessThan(columns, 1);
-        return new CudaTensor(this, rows, columns, rounded && !StoresFp32);
-    }
+    protected override Tensor AllocateTensorCore(int rows, int columns, bool rounded) =>
+        new CudaTensor(this, rows, columns, rounded && !StoresFp32);
 
-    public Weight AllocateWeight(int outputs, int inputs)
-    {
-        ThrowIfDisposed();
-        ArgumentOutOfRangeException.ThrowIfLessThan(outputs, 1);
-        ArgumentOutOfRangeException.ThrowIfLessThan(inputs, 1);
-        return new CudaWeight(this, outputs, inputs);
-    }
+    protected override Weight AllocateWeightCore(int outputs, int inputs) => new CudaWeight(this, outputs, inputs);
 
-    public WeightArena AllocateWeights(IReadOnlyList<(int Outputs, int Inputs)> shapes)
+    protected override WeightArena AllocateWeightsCore(IReadOnlyList<(int Outputs, int Inputs)> shapes) => CudaWeightArena.Allocate(this, shapes);
+
+    protected override KvCache AllocateKvCacheCore(int blocks, IReadOnlyList<KvLayout> layers)
     {
-        ThrowIfDisposed();
-        foreach ((int outputs, int inputs) in shapes)
+        foreach (KvLayout layer in layers)
         {
-            ArgumentOutOfRangeException.ThrowIfLessThan(outputs, 1);
-            ArgumentOutOfRangeException.ThrowIfLessThan(inputs, 1);
+            if (layer.KeyDim != layer.ValueDim || layer.KeyDim > MostHeadDim)
+            {
+                throw new ArgumentOutOfRangeException(
+                    nameof(layers), layer, $"Attention on a GPU is for keys and values of one width, at most {MostHeadDim}.");
+            }
+
+            _ = _kernels.Attend(layer.KeyDim, 1);
+            _ = _kernels.Attend(layer.KeyDim, AttentionKernel.MostRowTiles(layer.KeyDim));
         }
 
-        return CudaWeightArena.Allocate(this, shapes);
+        return new CudaKvCache(this, blocks, layers);
     }
 
-    public KvCache AllocateKvCache(int layers, int blocks, int kvHeads, int headDim)
-    {
-        ThrowIfDisposed();
-        ArgumentOutOfRangeException.ThrowIfLessThan(layers, 1);
-        ArgumentOutOfRangeException.ThrowIfLessThan(blocks, 1);
-        ArgumentOutOfRangeException.ThrowIfLessThan(kvHeads, 1);
-        ArgumentOutOfRangeException.ThrowIfLessThan(headDim, 2);
-        ArgumentOutOfRangeException.ThrowIfGreaterThan(headDim, 256);
-        if (headDim % 2 != 0)
-            throw new ArgumentException("Rotation pairs the halves of a head, so its dimension is even.", nameof(headDim));
-        _ = _kernels.Attend(headDim, 1);
-        _ = _kernels.Attend(headDim, AttentionKernel.MostRowTiles(headDim));
-        return new CudaKvCache(this, layers, blocks, kvHeads, headDim);
-    }
-
-    public RopeTable AllocateRopeTable(ReadOnlySpan<float> inverseFrequencies, int positions, float scale)
-    {
-        ThrowIfDisposed();
-        if (inverseFrequencies.IsEmpty)
-            throw new ArgumentException("No frequencies.", nameof(inverseFrequencies));
-        ArgumentOutOfRangeException.ThrowIfLessThan(positions, 1);
-        return new CudaRopeTable(this, inverseFrequencies, positions, scale);
-    }
+    protected override RopeTable AllocateRopeTableCore(ReadOnlySpan<float> inverseFrequencies, int positions) =>
+        new CudaRopeTable(this, inverseFrequencies, positions);
 
     /// <summary>
     /// What every algorithm that cuBLASLt proposes for a weight shape computes, and how fast: see <see cref="MatMulCandidate"/>. Nothing is chosen or kept.
@@ -175,11 +147,7 @@ public sealed unsafe partial class CudaBackend : IBackend
 
     // ---- One step.
 
-    public int StepsUnderWay => 2;
-
-    public int StepTokens => 4096;
-
-    public IEnumerable<StepLayout> Rehearsals(StepLayout room)
+    public override IEnumerable<StepLayout> Rehearsals(StepLayout room)
     {
         int sequences = Math.Min(room.RowStart.Length - 1, room.TokenIds.Length);
         // Alone, and where the context is long enough for a shared chunk also sharing one: attention has a kernel for each.
@@ -211,16 +179,14 @@ public sealed unsafe partial class CudaBackend : IBackend
         return step;
     }
 
-    public void BeginStep(StepLayout step)
+    protected override void LeaveStepCore()
     {
-        ThrowIfDisposed();
-        ArgumentNullException.ThrowIfNull(step);
         Device.MakeCurrent();
         Flush();
-        (_step, _contextChecks) = (null, default);
-        if (_rowSequence.Length < step.TokenIds.Length)
-            _rowSequence = new int[step.TokenIds.Length];
-        Checks.Step(step, _rowSequence);
+    }
+
+    protected override void BeginStepCore(StepLayout step)
+    {
         if (_place is null || !_place.Holds(step))
         {
             CudaStep larger = new(Device, step);
@@ -242,150 +208,108 @@ public sealed unsafe partial class CudaBackend : IBackend
         else
         {
             (_answersBefore, _answers) = (_answers, 0);
-            _place.Upload(step, ++_stepsBegun, _rowSequence, _plan, rows, queries);
+            _place.Upload(step, ++_stepsBegun, RowSequence, _plan, rows, queries);
         }
-
-        _step = step;
     }
 
-    public void Embed(Weight table, Tensor output)
+    protected override void EmbedCore(Weight table, Tensor output)
     {
-        StepLayout step = Step();
-        CudaWeight weight = OwnMatrix(table);
-        CudaTensor tensor = Own(output, step.RowCount, weight.Inputs);
-        Checks.Tokens(step, weight, _answersBefore);
+        (CudaWeight weight, CudaTensor tensor) = ((CudaWeight)table, (CudaTensor)output);
         Use(weight);
-        Launch(_kernels.Embed, new Grid(Pad(step.RowCount, tensor)), Threads,
+        Launch(_kernels.Embed, new Grid(Pad(Step.RowCount, tensor)), Threads,
             weight.Pointer, _place!.Tokens, _place.Results, tensor.Fp32, weight.Inputs);
         tensor.IsRounded = false;
     }
 
-    public void RmsNorm(Tensor input, Weight scale, float epsilon, Tensor output, int rows)
+    protected override void RmsNormCore(Tensor input, Weight scale, float epsilon, Tensor output, int rows)
     {
-        ThrowIfDisposed();
-        CudaTensor source = Own(input, rows);
-        CudaTensor destination = Own(output, rows, source.Columns);
-        nuint scales = OwnVector(scale, source.Columns).Pointer;
+        (CudaTensor source, CudaTensor destination) = ((CudaTensor)input, (CudaTensor)output);
+        nuint scales = VectorOf(scale);
         rows = Pad(rows, source, destination);
         Launch(_kernels.RmsNorm, new Grid(rows), Threads, Fp32(source, rows), scales, epsilon, destination.Rounded, source.Columns);
         destination.IsRounded = true;
     }
 
-    public void MatMul(Tensor input, Weight weight, Weight? bias, Tensor output, int rows)
+    protected override void MatMulCore(Tensor input, Weight weight, Weight? bias, Tensor output, int rows, bool add)
     {
-        CudaWeight matrix = OwnMatrix(weight);
-        Multiply(Own(input, rows, matrix.Inputs), matrix, bias, Own(output, rows, matrix.Outputs), rows, add: false);
+        (CudaTensor source, CudaWeight matrix, CudaTensor destination) = ((CudaTensor)input, (CudaWeight)weight, (CudaTensor)output);
+        nuint biases = VectorOf(bias);
+        Use(matrix);
+        Device.MakeCurrent();
+        rows = Pad(rows, source, destination);
+        bool rounds = destination.IsKeptRounded && !add && biases == 0; // cuBLASLt adds to bf16 no bias in fp32
+        MatMulOutput kind = rounds ? MatMulOutput.Stored : add ? MatMulOutput.AddFp32 : MatMulOutput.Fp32;
+        nuint sums = rounds ? destination.Rounded : add ? Fp32(destination, rows) : destination.Fp32, factors = Rounded(source, rows);
+        _matMul.Prepare(matrix.Outputs, matrix.Inputs, kind); // what is noted may be captured
+        if (Notes)
+            _commands.Multiply(factors, matrix.Pointer, biases, sums, rows, matrix.Outputs, matrix.Inputs, kind);
+        else
+            _matMul.Multiply(factors, matrix.Pointer, biases, sums, rows, matrix.Outputs, matrix.Inputs, kind);
+        destination.IsRounded = rounds;
     }
 
-    public void MatMulAdd(Tensor input, Weight weight, Weight? bias, Tensor residual, int rows)
+    protected override void AttentionCore(in AttentionCall call)
     {
-        CudaWeight matrix = OwnMatrix(weight);
-        Multiply(Own(input, rows, matrix.Inputs), matrix, bias, Own(residual, rows, matrix.Outputs), rows, add: true);
-    }
-
-    public void RopeStoreKv(
-        Tensor qkv, int heads, Weight? queryNorm, Weight? keyNorm, float epsilon, RopeTable rope, KvCache cache, int layer)
-    {
-        StepLayout step = Step();
-        CudaKvCache keysValues = Own(cache);
-        Checks.Heads(heads, keysValues);
-        Checks.Layer(layer, keysValues);
-        int headDim = keysValues.HeadDim, allHeads = heads + (2 * keysValues.KvHeads);
-        CudaTensor tensor = Own(qkv, step.RowCount, allHeads * headDim);
-        CudaRopeTable table = this.Own<CudaRopeTable>(rope);
-        _contextChecks.Check(step, table, keysValues);
-        _ = Fp32(tensor, step.RowCount);
-        _rope = new Rope(
-            tensor, heads, queryNorm is null ? 0 : OwnVector(queryNorm, headDim).Pointer, keyNorm is null ? 0 : OwnVector(keyNorm, headDim).Pointer,
-            epsilon, table.Pointer, keysValues, layer);
+        StepLayout step = Step;
+        CudaKvCache cache = (CudaKvCache)call.Cache;
+        (CudaTensor qkv, CudaTensor output) = ((CudaTensor)call.Qkv, (CudaTensor)call.Output);
+        KvLayout layout = cache.Layout(call.Layer);
+        int heads = call.Heads, kvHeads = layout.KvHeads, headDim = layout.KeyDim;
+        (nuint queryNorm, nuint keyNorm, nuint rope) = (VectorOf(call.QueryNorm), VectorOf(call.KeyNorm), ((CudaRopeTable)call.Rope).Pointer);
+        (nuint keys, nuint values) = (cache.Keys(call.Layer), cache.Values(call.Layer));
+        nuint rows = Fp32(qkv, step.RowCount);
         if (!_isDecode)
-            StoreKv();
-    }
+        {
+            Launch(_kernels.RopeStore, new Grid(step.RowCount, heads + (2 * kvHeads)), WarpThreads,
+                rows, qkv.Columns, heads, kvHeads, headDim, queryNorm, keyNorm, call.Epsilon, rope,
+                _place!.Header, _place.Positions, _place.Sequences, KvCache.BlockTokens, keys, values);
+            (queryNorm, keyNorm, rope) = (0, 0, 0); // done; in a step of single rows attention does it on its way
+        }
 
-    /// <summary>A rotation that has been asked for and not done: in a step of single rows attention does it on its way.</summary>
-    private readonly record struct Rope(
-        CudaTensor Qkv, int Heads, nuint QueryNorm, nuint KeyNorm, float Epsilon, nuint Table, CudaKvCache Cache, int Layer);
-
-    /// <summary>Does it by itself, where something else is asked for than the attention that would.</summary>
-    private void StoreKv()
-    {
-        if (_rope is not { } rope)
-            return;
-        _rope = null;
-        int allHeads = rope.Heads + (2 * rope.Cache.KvHeads);
-        Launch(_kernels.RopeStore, new Grid(_step!.RowCount, allHeads), WarpThreads,
-            rope.Qkv.Fp32, rope.Qkv.Columns, rope.Heads, rope.Cache.KvHeads, rope.Cache.HeadDim, rope.QueryNorm, rope.KeyNorm, rope.Epsilon, rope.Table,
-            _place!.Header, _place.Positions, _place.Sequences, KvCache.BlockTokens, rope.Cache.Keys(rope.Layer), rope.Cache.Values(rope.Layer));
-    }
-
-    public void Attend(Tensor qkv, int heads, float scale, KvCache cache, int layer, Tensor output)
-    {
-        StepLayout step = Step();
-        CudaKvCache keysValues = Own(cache);
-        Checks.Heads(heads, keysValues);
-        Checks.Layer(layer, keysValues);
-        CudaTensor queries = Own(qkv, step.RowCount);
-        int headDim = keysValues.HeadDim;
-        if (queries.Columns < heads * headDim)
-            throw new ArgumentException($"{queries.Columns} columns, needed at least {heads * headDim}.", nameof(qkv));
-        CudaTensor destination = Own(output, step.RowCount, heads * headDim);
-        _contextChecks.Check(step, keysValues);
-
-        int group = heads / keysValues.KvHeads, queriesPerItem = AttentionKernel.MostRowTiles(headDim) * AttentionKernel.TileQueries;
+        int group = heads / kvHeads, queriesPerItem = AttentionKernel.MostRowTiles(headDim) * AttentionKernel.TileQueries;
         int slice = Math.Min(group, queriesPerItem), slices = (group + slice - 1) / slice;
         _cut = (queriesPerItem / slice, CudaAttentionPlan.SlotsFor(_place!.MostSequences, step.MaxBlocks, heads, headDim, MostPartBytes));
         if (_uploadedFor != _cut)
         {
+            Flush(); // what was noted goes by the plan before
             _plan.Build(step, _cut.RowsPerItem, _cut.Slots);
             _place!.Upload(step, _plan);
             _uploadedFor = _cut;
         }
 
-        Rope? rope = _rope is { } asked && (asked.Qkv, asked.Heads, asked.Cache, asked.Layer) == (queries, heads, keysValues, layer) ? asked : null;
-        if (rope is not null)
-            _rope = null;
         Reserve(ref _partials, _cut.Slots * CudaAttentionPlan.PartBytes(heads, headDim));
-        Reserve(ref _counters, (long)step.TokenIds.Length * keysValues.KvHeads * slices * sizeof(uint));
+        Reserve(ref _counters, (long)step.TokenIds.Length * kvHeads * slices * sizeof(uint));
 
         // A step that decodes is launched by its number of rows alone, whatever their contexts: blocks take items until there are none.
         AttentionKernel kernel = _kernels.Attend(headDim, _plan.RowTiles(slice, headDim));
-        int blocks = _isDecode ? kernel.BlocksFor(Pad(step.RowCount) + _cut.Slots, keysValues.KvHeads * slices) : _plan.ItemCount;
-        Launch(kernel.Function, new Grid(blocks, keysValues.KvHeads, slices), kernel.Threads, kernel.SharedBytes,
-            [_place.Header, Fp32(queries, step.RowCount), queries.Columns, _place.Positions,
-            keysValues.Keys(layer), keysValues.Values(layer), heads, keysValues.KvHeads, slice, scale, destination.Rounded, _place.RowSlots,
-            _partials.Pointer, _counters.Pointer, rope?.QueryNorm ?? 0, rope?.KeyNorm ?? 0, rope?.Epsilon ?? 0, rope?.Table ?? 0]);
-        destination.IsRounded = true;
+        int blocks = _isDecode ? kernel.BlocksFor(Pad(step.RowCount) + _cut.Slots, kvHeads * slices) : _plan.ItemCount;
+        Launch(kernel.Function, new Grid(blocks, kvHeads, slices), kernel.Threads, kernel.SharedBytes,
+            [_place.Header, rows, qkv.Columns, _place.Positions, keys, values, heads, kvHeads, slice, call.Scale, output.Rounded,
+            _place.RowSlots, _partials.Pointer, _counters.Pointer, queryNorm, keyNorm, rope == 0 ? 0f : call.Epsilon, rope]);
+        output.IsRounded = true;
     }
 
-    public void GatedSilu(Tensor gateUp, Tensor output, int rows)
+    protected override void GatedSiluCore(Tensor gateUp, Tensor output, int rows)
     {
-        ThrowIfDisposed();
-        CudaTensor destination = Own(output, rows);
-        CudaTensor source = Own(gateUp, rows, 2 * destination.Columns);
+        (CudaTensor source, CudaTensor destination) = ((CudaTensor)gateUp, (CudaTensor)output);
         rows = Pad(rows, source, destination);
         Launch(_kernels.GatedSilu, new Grid(rows, Blocks(destination.Columns, 16 / StoredBytes).X), Threads,
             Rounded(source, rows), destination.Rounded, destination.Columns);
         destination.IsRounded = true;
     }
 
-    public void GatherRows(Tensor input, int first, int count, Tensor output)
+    protected override void GatherRowsCore(Tensor input, int first, int count, Tensor output)
     {
-        StepLayout step = Step();
-        Checks.Outputs(step, first, count);
-        CudaTensor source = Own(input, step.RowCount);
-        CudaTensor destination = Own(output, count, source.Columns);
-        count = Math.Min(Pad(count, destination), step.TokenIds.Length - first);
+        (CudaTensor source, CudaTensor destination) = ((CudaTensor)input, (CudaTensor)output);
+        count = Math.Min(Pad(count, destination), Step.TokenIds.Length - first);
         Launch(_kernels.Gather, new Grid(count), Threads,
-            Fp32(source, step.RowCount), _place!.OutputRows + (nuint)(first * sizeof(int)), destination.Fp32, source.Columns);
+            Fp32(source, Step.RowCount), _place!.OutputRows + (nuint)(first * sizeof(int)), destination.Fp32, source.Columns);
         destination.IsRounded = false;
     }
 
-    public void Sample(Tensor logits, int first, int count)
+    protected override void SampleCore(Tensor logits, int first, int count, int begin, int end)
     {
-        StepLayout step = Step();
-        Checks.Outputs(step, first, count);
-        CudaTensor source = Own(logits, count);
-        (int begin, int end) = Checks.Queries(step, first, count, source.Columns);
+        CudaTensor source = (CudaTensor)logits;
         CudaSampleScratch scratch = new(source.Columns);
         Reserve(ref _sampling, scratch.Bytes);
         nuint values = Fp32(source, count), counters = _sampling.Pointer;
@@ -397,23 +321,17 @@ public sealed unsafe partial class CudaBackend : IBackend
                 _place.AlternativeIds, _place.AlternativeLogProbs, counters, counters + (nuint)CudaSampleScratch.Found, counters + (nuint)scratch.Tops);
         }
 
-        if (first + count < step.OutputCount)
-            return; // with the last of the step's answers come all
+        if (first + count < Step.OutputCount)
+            return; // the step is sent, and its answers fetched, once all of it has been asked for
         Flush();
-        if (step.IsRehearsal)
-        {
-            _step = null;
+        if (Step.IsRehearsal)
             return;
-        }
-
         _place!.Download();
-        _answers = step.QueryCount;
+        _answers = Step.QueryCount;
     }
 
-    public void FinishStep(StepLayout step)
+    protected override void FinishStepCore(StepLayout step)
     {
-        ThrowIfDisposed();
-        ArgumentNullException.ThrowIfNull(step);
         Device.MakeCurrent();
         if (_finishedEarly == step)
         {
@@ -428,20 +346,18 @@ public sealed unsafe partial class CudaBackend : IBackend
             Interlocked.Exchange(ref _stepsDone, ordinal);
     }
 
-    public void CopyBlock(KvCache cache, int from, int to)
+    protected override void CopyBlockCore(KvCache cache, int from, int to)
     {
-        ThrowIfDisposed();
-        CudaKvCache keysValues = Own(cache);
-        Checks.Blocks(cache, from, to);
+        CudaKvCache keysValues = (CudaKvCache)cache;
         Flush();
         Device.MakeCurrent();
-        nuint source = (nuint)(from * keysValues.BlockBytes), destination = (nuint)(to * keysValues.BlockBytes);
         for (int layer = 0; layer < cache.Layers; layer++)
         {
+            nuint bytes = (nuint)keysValues.BlockBytes(layer);
             foreach (nuint half in (ReadOnlySpan<nuint>)[keysValues.Keys(layer), keysValues.Values(layer)])
             {
-                Driver.cuMemcpyDtoDAsync_v2(half + destination, half + source, (nuint)keysValues.BlockBytes, Device.Stream.Value)
-                    .ThrowIfFailed(keysValues.BlockBytes);
+                Driver.cuMemcpyDtoDAsync_v2(half + ((nuint)to * bytes), half + ((nuint)from * bytes), bytes, Device.Stream.Value)
+                    .ThrowIfFailed((long)bytes);
             }
         }
     }
@@ -480,29 +396,6 @@ public sealed unsafe partial class CudaBackend : IBackend
         return tensor.Rounded;
     }
 
-    private void Multiply(CudaTensor input, CudaWeight weight, Weight? bias, CudaTensor output, int rows, bool add)
-    {
-        ThrowIfDisposed();
-        if (ReferenceEquals(input, output))
-            throw new ArgumentException("Input and output are the same tensor.", nameof(input));
-        nuint biases = bias is null ? 0 : OwnVector(bias, weight.Outputs).Pointer;
-        if (rows == 0)
-            return;
-        StoreKv();
-        Use(weight);
-        Device.MakeCurrent();
-        rows = Pad(rows, input, output);
-        bool rounds = output.IsKeptRounded && !add && biases == 0; // cuBLASLt adds to bf16 no bias in fp32
-        MatMulOutput kind = rounds ? MatMulOutput.Stored : add ? MatMulOutput.AddFp32 : MatMulOutput.Fp32;
-        nuint sums = rounds ? output.Rounded : add ? Fp32(output, rows) : output.Fp32, factors = Rounded(input, rows);
-        _matMul.Prepare(weight.Outputs, weight.Inputs, kind); // what is noted may be captured
-        if (Notes)
-            _commands.Multiply(factors, weight.Pointer, biases, sums, rows, weight.Outputs, weight.Inputs, kind);
-        else
-            _matMul.Multiply(factors, weight.Pointer, biases, sums, rows, weight.Outputs, weight.Inputs, kind);
-        output.IsRounded = rounds;
-    }
-
     // ---- Launches.
 
     /// <summary>For so many elements, of which a thread takes `each`.</summary>
@@ -513,7 +406,6 @@ public sealed unsafe partial class CudaBackend : IBackend
 
     private void Launch(nint function, Grid grid, int threads, int sharedBytes, ReadOnlySpan<Argument> arguments)
     {
-        StoreKv();
         if (grid.X == 0)
             return;
         if (Notes)
@@ -527,13 +419,12 @@ public sealed unsafe partial class CudaBackend : IBackend
     }
 
     /// <summary>Whether launches wait for the step's answers to be asked for. Of a step without answers nobody would ever send them.</summary>
-    private bool Notes => _step is { OutputCount: > 0 };
+    private bool Notes => StepOrNull is { OutputCount: > 0 };
 
     /// <summary>Sends what was noted, or in a rehearsal keeps it for the steps that will be like this one.</summary>
     internal void Flush()
     {
-        StoreKv();
-        if (_step is { IsRehearsal: true })
+        if (StepOrNull is { IsRehearsal: true })
             _commands.Record();
         else
             _commands.Send();
@@ -571,37 +462,11 @@ public sealed unsafe partial class CudaBackend : IBackend
 
     private void Use(CudaWeight weight) => weight.LastStep = _stepsBegun;
 
-    // ---- Memory is ours.
-
-    private void ThrowIfDisposed() => ObjectDisposedException.ThrowIf(_disposed, this);
-
-    private StepLayout Step()
+    private nuint VectorOf(Weight? vector)
     {
-        ThrowIfDisposed();
-        return _step ?? throw new InvalidOperationException($"{nameof(BeginStep)} comes first.");
-    }
-
-    private CudaTensor Own(Tensor tensor, int rows, int columns = 0, [CallerArgumentExpression(nameof(tensor))] string? name = null) =>
-        this.Own<CudaTensor>(tensor, rows, columns, name);
-
-    private CudaWeight Own(Weight weight, [CallerArgumentExpression(nameof(weight))] string? name = null)
-    {
-        ThrowIfDisposed();
-        return this.Own<CudaWeight>(weight, name);
-    }
-
-    private CudaWeight OwnMatrix(Weight weight, [CallerArgumentExpression(nameof(weight))] string? name = null)
-    {
-        ThrowIfDisposed();
-        return this.OwnMatrix<CudaWeight>(weight, name);
-    }
-
-    private CudaWeight OwnVector(Weight weight, int length, [CallerArgumentExpression(nameof(weight))] string? name = null)
-    {
-        CudaWeight own = this.OwnVector<CudaWeight>(weight, length, name);
+        if (vector is not CudaWeight own)
+            return 0;
         Use(own);
-        return own;
+        return own.Pointer;
     }
-
-    private CudaKvCache Own(KvCache cache, [CallerArgumentExpression(nameof(cache))] string? name = null) => this.Own<CudaKvCache>(cache, name);
 }

@@ -240,25 +240,30 @@ internal sealed class CudaWeightArena : WeightArena
     }
 }
 
-/// <summary>Keys, then values, each [layers][blocks][kvHeads][16 tokens][headDim] in the storage type.</summary>
+/// <summary>A layer after another: its keys, then its values, each [blocks][kvHeads][16 tokens][headDim] in the storage type.</summary>
 internal sealed class CudaKvCache : KvCache
 {
     private readonly CudaStorage _storage;
+    private readonly long[] _start; // of each layer, in bytes; [Layers + 1]
+    private readonly int _elementBytes;
 
-    public CudaKvCache(CudaBackend owner, int layers, int blocks, int kvHeads, int headDim)
-        : base(layers, blocks, kvHeads, headDim)
+    public CudaKvCache(CudaBackend owner, int blocks, IReadOnlyList<KvLayout> layers)
+        : base(blocks, layers)
     {
         Owner = owner;
-        BlockBytes = (long)kvHeads * BlockTokens * headDim * owner.StoredBytes;
-        _storage = new CudaStorage(owner, 2 * layers * blocks * BlockBytes);
+        _elementBytes = owner.StoredBytes;
+        _start = new long[layers.Count + 1];
+        for (int layer = 0; layer < layers.Count; layer++)
+            _start[layer + 1] = _start[layer] + (layers[layer].BlockElements * _elementBytes * blocks);
+        _storage = new CudaStorage(owner, _start[^1]);
     }
 
-    /// <summary>Of the keys, or of the values, of one layer's block.</summary>
-    public long BlockBytes { get; }
+    /// <summary>Of the keys, or of the values, of one of the layer's blocks.</summary>
+    public long BlockBytes(int layer) => Layout(layer).BlockElements * _elementBytes / 2;
 
-    public nuint Keys(int layer) => _storage.Pointer + (nuint)(layer * Blocks * BlockBytes);
+    public nuint Keys(int layer) => _storage.Pointer + (nuint)_start[layer];
 
-    public nuint Values(int layer) => Keys(Layers + layer);
+    public nuint Values(int layer) => Keys(layer) + (nuint)(Blocks * BlockBytes(layer));
 
     public override long Bytes => _storage.Bytes;
 
@@ -279,7 +284,7 @@ internal sealed class CudaRopeTable : RopeTable
     private readonly CudaStorage _storage;
     private readonly float[] _angles;
 
-    public CudaRopeTable(CudaBackend owner, ReadOnlySpan<float> inverseFrequencies, int positions, float scale)
+    public CudaRopeTable(CudaBackend owner, ReadOnlySpan<float> inverseFrequencies, int positions)
         : base(positions, inverseFrequencies.Length * 2)
     {
         Owner = owner;
@@ -291,8 +296,8 @@ internal sealed class CudaRopeTable : RopeTable
             for (int i = 0; i < half; i++)
             {
                 (double sin, double cos) = VectorMath.SinCos(position * inverseFrequencies[i]);
-                row[i] = (float)cos * scale;
-                row[half + i] = (float)sin * scale;
+                row[i] = (float)cos;
+                row[half + i] = (float)sin;
             }
         }
 

@@ -86,7 +86,7 @@ internal static class Machine
         if (headDim > 0)
         {
             start = Stopwatch.GetTimestamp();
-            using KvCache cache = backend.AllocateKvCache(1, 1, 1, headDim);
+            using KvCache cache = backend.AllocateKvCache(1, new KvLayout(1, headDim, headDim));
         }
 
         string column = headDim == 0 ? "start, s" : $"attention, head {headDim}, s";

@@ -30,15 +30,12 @@ internal sealed class RandomWeights : IDisposable
     public static WeightSet Of(CudaBackend backend, ModelSpec model, bool isSmall)
     {
         LoadPlan plan = LoadPlan.Compile(model);
-        WeightSet weights = WeightSet.Allocate(backend, plan, model.Layers);
+        WeightSet weights = WeightSet.Allocate(backend, plan);
         using RandomWeights random = new(backend, isSmall);
-        foreach (WeightShape shape in plan.Weights)
+        foreach ((PlannedWeight planned, Weight weight) in plan.Weights.Zip(weights.All))
         {
-            if (shape.Slot.Kind is WeightKind.InputNorm or WeightKind.PostAttentionNorm or WeightKind.FinalNorm
-                or WeightKind.QueryNorm or WeightKind.KeyNorm)
-                random.FillOnes(weights[shape.Slot]);
-            else
-                random.Fill(weights[shape.Slot]);
+            if (planned.Name.EndsWith("norm", StringComparison.Ordinal)) random.FillOnes(weight);
+            else random.Fill(weight);
         }
 
         return weights;

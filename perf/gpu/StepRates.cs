@@ -33,8 +33,10 @@ internal static class StepRates
         using WeightSet weights = RandomWeights.Of(backend, model, stage.IsSmall);
         double copy = DeviceClock.CopyRate(backend.Device, stage.IsSmall ? 1 << 20 : 1L << 30);
         // A step reads few rows of an embedding that is not the head.
-        long read = weights.Bytes - (ReferenceEquals(weights.Head, weights.Embedding) ? 0 : weights.Embedding.Bytes);
-        double tokenBytes = 2.0 * model.Layers * model.KvHeads * model.HeadDim * backend.KvElementBytes; // keys and values
+        Transformer transformer = new(model);
+        WeightSlot embedding = transformer.Weights["model.embed_tokens.weight"].Pieces[0].Slot;
+        long read = weights.Bytes - (model.TiedHead ? 0 : weights[embedding].Bytes);
+        double tokenBytes = transformer.Kv.Sum(layer => layer.BlockElements) / KvCache.BlockTokens * backend.KvElementBytes;
         foreach ((int batch, int context, int shared) in stage.IsSmall ? [(1, 20, 0), (5, 40, 16)] : s_decode)
         {
             string row = $"{batch} x {context}{(shared > 0 ? $", {shared} of it shared" : "")}";
@@ -75,8 +77,9 @@ internal static class StepRates
             double? target = (name, sequences) == (Shapes.Llama, 4) ? 42_000 : null;
             stage.Write(table, row, "ms a step", seconds * 1e3);
             stage.Write(table, row, "tokens/s", sequences * tokens / seconds, target, atLeast: true);
-            double layer = model.HiddenSize * ((double)model.QkvOutputs + (model.Heads * model.HeadDim) + (3.0 * model.IntermediateSize));
-            double flops = 2 * layer * model.Layers * sequences * tokens;
+            AttentionSpec attention = model.Layers[0].Attention;
+            double layer = model.HiddenSize * (2.0 * (attention.QueryWidth + attention.KvWidth) + (3.0 * model.Layers[0].FeedForward.Width));
+            double flops = 2 * layer * model.Layers.Count * sequences * tokens;
             stage.Write(table, row, "TFLOP/s, matmuls of the layers", flops / seconds / 1e12);
             if ((sequences, tokens) == (4, 2048) || stage.IsSmall) Kernels(work, $"prefill {row}");
         }
@@ -101,6 +104,7 @@ internal static class StepRates
         private readonly WeightSet _weights;
         private readonly KvCache _cache;
         private readonly Transformer _transformer;
+        private readonly Workspace _workspace;
         private readonly StepLayout[] _layouts;
 
         /// <summary>Decoding.</summary>
@@ -122,8 +126,9 @@ internal static class StepRates
         {
             _backend = backend;
             _weights = weights;
-            _cache = backend.AllocateKvCache(model.Layers, blocks, model.KvHeads, model.HeadDim);
-            _transformer = new Transformer(model, backend, rows, context);
+            _transformer = new Transformer(model);
+            _cache = backend.AllocateKvCache(blocks, _transformer.Kv);
+            _workspace = _transformer.AllocateWorkspace(backend, rows, context);
             _layouts = [layout(), layout()];
 
             // As an engine does at its start: a step takes memory, and graphs are captured of what lies where it then lies.
@@ -185,14 +190,14 @@ internal static class StepRates
 
         public void Dispose()
         {
-            _transformer.Dispose();
+            _workspace.Dispose();
             _cache.Dispose();
         }
 
         private void Queue(StepLayout step)
         {
-            _transformer.Forward(step, _weights, _cache);
-            _transformer.Sample(step, _weights);
+            _transformer.Forward(step, _weights, _cache, _workspace);
+            _transformer.Sample(step, _weights, _workspace);
         }
 
         private static StepLayout Prompts(int sequences, int tokens)

@@ -21,13 +21,14 @@ internal static class Survey
     private static Task RunAsync(Stage stage, string name)
     {
         ModelSpec model = Shapes.Load(name, stage.IsSmall);
-        int attention = model.Heads * model.HeadDim;
+        AttentionSpec attention = model.Layers[0].Attention;
+        int width = model.Layers[0].FeedForward.Width;
         (string What, int Outputs, int Inputs, MatMulOutput Kind, int MostRows)[] shapes =
         [
-            ("q, k, v", model.QkvOutputs, model.HiddenSize, MatMulOutput.Fp32, int.MaxValue),
-            ("output", model.HiddenSize, attention, MatMulOutput.AddFp32, int.MaxValue),
-            ("gate, up", 2 * model.IntermediateSize, model.HiddenSize, MatMulOutput.Stored, int.MaxValue),
-            ("down", model.HiddenSize, model.IntermediateSize, MatMulOutput.AddFp32, int.MaxValue),
+            ("q, k, v", attention.QueryWidth + (2 * attention.KvWidth), model.HiddenSize, MatMulOutput.Fp32, int.MaxValue),
+            ("output", model.HiddenSize, attention.QueryWidth, MatMulOutput.AddFp32, int.MaxValue),
+            ("gate, up", 2 * width, model.HiddenSize, MatMulOutput.Stored, int.MaxValue),
+            ("down", model.HiddenSize, width, MatMulOutput.AddFp32, int.MaxValue),
             ("head", model.VocabSize, model.HiddenSize, MatMulOutput.Fp32, MostLogitRows),
         ];
         using CudaBackend backend = new();

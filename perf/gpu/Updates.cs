@@ -73,18 +73,19 @@ internal static class Updates
             stage.Try("Weight updates", "IPC", () =>
             {
                 using WeightSet one = RandomWeights.Of(backend, model, stage.IsSmall);
-                using WeightSet two = WeightSet.Allocate(backend, plan, model.Layers);
+                using WeightSet two = WeightSet.Allocate(backend, plan);
                 int times = stage.IsSmall ? 3 : 200;
                 Report(stage, "copy on the device, weight by weight", bytes, Times(times, () =>
                 {
-                    foreach (WeightShape shape in plan.Weights) backend.CopyWeight(one[shape.Slot], two[shape.Slot]);
+                    foreach ((Weight from, Weight to) in one.All.Zip(two.All)) backend.CopyWeight(from, to);
                 }));
                 Report(stage, $"memory of another process ({all.Who}), tensor by tensor", bytes, Times(times, () =>
                 {
                     nuint at = large.Pointer + (nuint)all.Offset;
                     foreach (LoadEntry entry in entries)
                     {
-                        backend.WriteWeight(two[entry.Slot], entry.FirstElement, at, (int)entry.Elements, DType.BFloat16);
+                        LoadPiece piece = entry.Pieces[0];
+                        backend.WriteWeight(two[piece.Slot], piece.Destination, at, (int)piece.Elements, DType.BFloat16);
                         at += (nuint)(entry.Elements * sizeof(ushort));
                     }
                 }));

@@ -29,7 +29,7 @@ internal static class ShapeSCommand
             Description = "LABEL=PATH of a llama-batched-bench to run beside (llama.cpp=..., ik_llama.cpp=...).",
             HelpName = "LABEL=PATH",
         };
-        Command command = new("shape-s", "Prefill and decode rates of Shape S (performance.md), in process, beside the machine's limits and peers.")
+        Command command = new("shape-s", "Prefill and decode rates of Shape S, in process, beside the machine's limits and peers.")
         {
             json, threads, repetitions, batches, weights, peers,
         };

@@ -12,6 +12,7 @@ public abstract class Attention : IHasLimit
     private KvCache _cache = null!;
     private Tensor _qkv = null!;
     private Tensor _output = null!;
+    private RopeTable _rope = null!;
     private StepLayout _step = null!;
     private int _layer;
 
@@ -27,20 +28,22 @@ public abstract class Attention : IHasLimit
     {
         _backend = new CpuBackend();
         _step = Workload.DecodeStep(Samples, Tokens, SharedTokens);
-        _cache = _backend.AllocateKvCache(Layers, Samples * Workload.BlocksOf(Tokens), Workload.KvHeads, Workload.HeadDim);
+        _cache = _backend.AllocateKvCache(Samples * Workload.BlocksOf(Tokens), Workload.KvLayouts(Layers));
+        _rope = _backend.AllocateRopeTable(new float[Workload.HeadDim / 2], Tokens);
         _qkv = Workload.RandomTensor(_backend, Samples, Workload.QkvOutputs, scale: 1);
         _output = _backend.AllocateTensor(Samples, Workload.Heads * Workload.HeadDim);
         _backend.BeginStep(_step);
     }
 
     [Benchmark]
-    public void Attend() => _backend.Attend(_qkv, Workload.Heads, 0.125f, _cache, _layer++ % Layers, _output);
+    public void Attend() => Workload.Attend(_backend, _qkv, _rope, _cache, _layer++ % Layers, _output);
 
     [GlobalCleanup]
     public void Cleanup()
     {
         _cache.Dispose();
         _qkv.Dispose();
+        _rope.Dispose();
         _output.Dispose();
         _backend.Dispose();
     }

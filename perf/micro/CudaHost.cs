@@ -31,18 +31,18 @@ internal static class CudaHost
         string folder = Directory.CreateTempSubdirectory("rollout-host-").FullName;
         File.WriteAllText(Path.Combine(folder, "config.json"), Config);
         ModelSpec model = ModelSpec.Load(folder);
-        LoadPlan plan = LoadPlan.Compile(model);
+        Transformer transformer = new(model);
         using CudaBackend backend = new(0);
-        using WeightSet weights = WeightSet.Allocate(backend, plan, model.Layers);
-        text.WriteLine($"{backend.Name}, {model.Layers} layers, medians of {steps}.");
+        using WeightSet weights = WeightSet.Allocate(backend, transformer.Weights);
+        text.WriteLine($"{backend.Name}, {model.Layers.Count} layers, medians of {steps}.");
         text.WriteLine();
         text.WriteLine("| batch | context | of it shared | begin, us | operations, us | send, us | finish, us | all, us |");
         text.WriteLine("|--:|--:|--:|--:|--:|--:|--:|--:|");
         foreach ((int batch, int context, int shared) in s_shapes)
         {
             int sharedBlocks = shared / KvCache.BlockTokens, ownBlocks = Workload.BlocksOf(context) - sharedBlocks;
-            using KvCache cache = backend.AllocateKvCache(model.Layers, sharedBlocks + (batch * ownBlocks), model.KvHeads, model.HeadDim);
-            using Transformer transformer = new(model, backend, batch, context);
+            using KvCache cache = backend.AllocateKvCache(sharedBlocks + (batch * ownBlocks), transformer.Kv);
+            using Workspace workspace = transformer.AllocateWorkspace(backend, batch, context);
             StepLayout[] layouts = [Workload.DecodeStep(batch, context, shared), Workload.DecodeStep(batch, context, shared)];
             Queue(layouts[0]); // takes memory
             backend.FinishStep(layouts[0]);
@@ -58,10 +58,10 @@ internal static class CudaHost
                 backend.BeginStep(step);
                 double begun = Stopwatch.GetElapsedTime(start).TotalMicroseconds;
                 start = Stopwatch.GetTimestamp();
-                transformer.Forward(step, weights, cache); // begins again
+                transformer.Forward(step, weights, cache, workspace); // begins again
                 double forward = Stopwatch.GetElapsedTime(start).TotalMicroseconds - begun;
                 long sampled = Stopwatch.GetTimestamp();
-                transformer.Sample(step, weights);
+                transformer.Sample(step, weights, workspace);
                 double sent = Stopwatch.GetElapsedTime(sampled).TotalMicroseconds;
                 long last = Stopwatch.GetTimestamp();
                 backend.FinishStep(step);
@@ -73,8 +73,8 @@ internal static class CudaHost
 
             void Queue(StepLayout step)
             {
-                transformer.Forward(step, weights, cache);
-                transformer.Sample(step, weights);
+                transformer.Forward(step, weights, cache, workspace);
+                transformer.Sample(step, weights, workspace);
             }
 
             string[] medians = [.. seconds.Select(part => part.Order().ElementAt(steps / 2).ToString("F1", CultureInfo.InvariantCulture))];

@@ -15,6 +15,7 @@ public class Step : IHasLimit
 
     private CpuBackend _backend = null!;
     private Transformer _transformer = null!;
+    private Workspace _workspace = null!;
     private WeightSet _weights = null!;
     private KvCache _cache = null!;
     private StepLayout _step = null!;
@@ -26,27 +27,27 @@ public class Step : IHasLimit
     public void Setup()
     {
         ModelSpec model = ModelSpec.Load(ShapeS.Folder());
-        LoadPlan plan = LoadPlan.Compile(model);
+        _transformer = new Transformer(model);
         _backend = new CpuBackend();
-        _weights = WeightSet.Allocate(_backend, plan, model.Layers);
-        foreach (WeightShape shape in plan.Weights) Workload.Fill(_backend, _weights[shape.Slot]);
-        _cache = _backend.AllocateKvCache(model.Layers, Batch * Workload.BlocksOf(Context), model.KvHeads, model.HeadDim);
-        _transformer = new Transformer(model, _backend, Batch, Context);
+        _weights = WeightSet.Allocate(_backend, _transformer.Weights);
+        foreach (Weight weight in _weights.All) Workload.Fill(_backend, weight);
+        _cache = _backend.AllocateKvCache(Batch * Workload.BlocksOf(Context), _transformer.Kv);
+        _workspace = _transformer.AllocateWorkspace(_backend, Batch, Context);
         _step = Workload.DecodeStep(Batch, Context);
     }
 
     [Benchmark]
     public void Decode()
     {
-        _transformer.Forward(_step, _weights, _cache);
-        _transformer.Sample(_step, _weights);
+        _transformer.Forward(_step, _weights, _cache, _workspace);
+        _transformer.Sample(_step, _weights, _workspace);
         _backend.FinishStep(_step);
     }
 
     [GlobalCleanup]
     public void Cleanup()
     {
-        _transformer.Dispose();
+        _workspace.Dispose();
         _cache.Dispose();
         _weights.Dispose();
         _backend.Dispose();

@@ -18,14 +18,14 @@ internal static class Workload
     public const float HiddenScale = 8.6f;
 
     /// <summary>Uniform in ±<paramref name="scale"/>, stored as bf16.</summary>
-    public static Weight RandomWeight(IBackend backend, int outputs, int inputs, float scale = 0.035f)
+    public static Weight RandomWeight(Backend backend, int outputs, int inputs, float scale = 0.035f)
     {
         Weight weight = backend.AllocateWeight(outputs, inputs);
         Fill(backend, weight, scale);
         return weight;
     }
 
-    public static void Fill(IBackend backend, Weight weight, float scale = 0.035f)
+    public static void Fill(Backend backend, Weight weight, float scale = 0.035f)
     {
         ushort[] values = RandomBFloat16((long)weight.Outputs * weight.Inputs, scale);
         backend.WriteWeight(weight, 0, MemoryMarshal.AsBytes<ushort>(values), DType.BFloat16);
@@ -41,7 +41,7 @@ internal static class Workload
     }
 
     /// <summary>Uniform in ±<paramref name="scale"/>.</summary>
-    public static Tensor RandomTensor(IBackend backend, int rows, int columns, float scale = HiddenScale)
+    public static Tensor RandomTensor(Backend backend, int rows, int columns, float scale = HiddenScale)
     {
         Random random = new(2);
         float[] values = new float[rows * columns];
@@ -87,6 +87,20 @@ internal static class Workload
 
         return step;
     }
+
+    public static KvLayout[] KvLayouts(int layers) => [.. Enumerable.Repeat(new KvLayout(KvHeads, HeadDim, HeadDim), layers)];
+
+    /// <summary>One layer's attention, without norms.</summary>
+    public static void Attend(Backend backend, Tensor qkv, RopeTable rope, KvCache cache, int layer, Tensor output) => backend.Attention(new AttentionCall
+    {
+        Qkv = qkv,
+        Heads = Heads,
+        Rope = rope,
+        Scale = 0.125f,
+        Cache = cache,
+        Layer = layer,
+        Output = output,
+    });
 
     public static int BlocksOf(int tokens) => (tokens + KvCache.BlockTokens - 1) / KvCache.BlockTokens;
 }

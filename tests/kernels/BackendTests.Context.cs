@@ -16,32 +16,27 @@ public abstract partial class BackendTests
             : [1, 15, 16, 17, 4099, 32, 33, 63, 64, 65, 66, 127, 128, 129, 300, 1023, 1024, 1025, 2];
         Compare(New(), headDim, 2e-5, bench =>
         {
-            int needed = lengths.Sum(Blocks), next = 0;
-            KvCache cache = bench.Backend.AllocateKvCache(2, needed, kvHeads, headDim);
+            int needed = lengths.Sum(Blocks), next = 0, columns = (heads + (2 * kvHeads)) * headDim;
+            KvCache cache = bench.Cache(2, needed, kvHeads, headDim);
             RopeTable rope = bench.Rope(headDim, lengths.Max());
             int[] scattered = [.. Enumerable.Range(0, needed).OrderBy(b => b * 7919L % 1009).ThenBy(b => b)];
             int[][] tables = [.. lengths.Select(length => scattered[next..(next += Blocks(length))])];
-            bench.Soil(cache, 1);
-            List<float> results = [];
-            foreach (bool last in new[] { false, true })
+
+            // What comes before the last rows of each; behind it, what a sequence that went wrong would have left there.
+            float[] before = bench.Values(needed * KvCache.BlockTokens * columns);
+            for (int s = 0, first = 0; s < lengths.Length; first += Blocks(lengths[s++]) * KvCache.BlockTokens)
             {
-                StepLayout step = Bench.Step(
-                    lengths.Max(Blocks),
-                    [.. lengths.Select((length, s) => last
-                        ? Enumerable.Range(length - Last(s), Last(s)).ToArray()
-                        : Enumerable.Range(0, length - Last(s)).ToArray())],
-                    tables);
-                bench.Backend.BeginStep(step);
-                using Tensor qkv = bench.Tensor(step.RowCount, (heads + (2 * kvHeads)) * headDim);
-                bench.Backend.RopeStoreKv(qkv, heads, null, null, 0f, rope, cache, 1);
-                if (!last)
-                    continue;
-                using Tensor output = bench.Backend.AllocateTensor(step.RowCount, heads * headDim);
-                bench.Backend.Attend(qkv, heads, 0.3f, cache, 1, output);
-                results.AddRange(Bench.Read(output, step.RowCount));
+                int from = first + lengths[s] - Last(s), to = first + (Blocks(lengths[s]) * KvCache.BlockTokens);
+                before.AsSpan(from * columns, (to - from) * columns).Fill(float.NaN);
             }
 
-            return [.. results];
+            bench.StoreBlocks(scattered, bench.Tensor(columns, before), heads, rope, cache, 1);
+            bench.Backend.BeginStep(Bench.Step(
+                lengths.Max(Blocks), [.. lengths.Select((length, s) => Enumerable.Range(length - Last(s), Last(s)).ToArray())], tables));
+            int rows = Enumerable.Range(0, lengths.Length).Sum(Last);
+            Tensor output = bench.Backend.AllocateTensor(rows, heads * headDim);
+            bench.Attend(bench.Tensor(rows, columns), heads, rope, cache, 1, output, 0.3f);
+            return Bench.Read(output, rows);
 
             int Last(int s) => Math.Min(lengths[s], 1 + (s % 3));
         });
@@ -92,40 +87,47 @@ public abstract partial class BackendTests
             }
         }
 
-        KvCache cache = bench.Backend.AllocateKvCache(1, order.Length, kvHeads, headDim);
+        KvCache cache = bench.Cache(1, order.Length, kvHeads, headDim);
         RopeTable rope = bench.Rope(headDim, 300);
         bench.Soil(cache, 0);
-        if (trunk > 0)
-            Store([[.. Enumerable.Range(0, trunk * 16)]], [order[..trunk]]);
-        Store(stored, tables);
 
-        float[] queries = bench.Values(asked.Sum(rows => rows.Length) * heads * headDim);
+        // Keys and values are the block's: a row that is asked again, or by another sequence, stores what was there.
+        int width = heads * headDim, kvWidth = 2 * kvHeads * headDim;
+        float[] contents = bench.Values(order.Length * KvCache.BlockTokens * kvWidth);
+        if (trunk > 0)
+            Attend([[.. Enumerable.Range(0, trunk * 16)]], [order[..trunk]], new float[trunk * 16 * width]);
+        Attend(stored, tables, new float[stored.Sum(rows => rows.Length) * width]);
+
+        float[] queries = bench.Values(asked.Sum(rows => rows.Length) * width);
         float[] whole = Attend(asked, tables, queries);
         for (int s = 0, at = 0; alone && s < sequences; s++)
         {
-            for (int i = 0; i < asked[s].Length; i++, at += heads * headDim)
+            for (int i = 0; i < asked[s].Length; i++, at += width)
             {
-                float[] one = Attend([[asked[s][i]]], [tables[s]], queries.AsSpan(at, heads * headDim).ToArray());
-                Bench.SameBits(one, whole.AsSpan(at, heads * headDim).ToArray(), $"sequence {s}, position {asked[s][i]}");
+                float[] one = Attend([[asked[s][i]]], [tables[s]], queries.AsSpan(at, width).ToArray());
+                Bench.SameBits(one, whole.AsSpan(at, width).ToArray(), $"sequence {s}, position {asked[s][i]}");
             }
         }
 
         return whole;
 
-        void Store(int[][] positions, int[][] blocks)
+        float[] Attend(int[][] positions, int[][] blocks, float[] queries)
         {
             StepLayout step = Bench.Step(24, positions, blocks);
             bench.Backend.BeginStep(step);
-            using Tensor qkv = bench.Tensor(step.RowCount, (heads + (2 * kvHeads)) * headDim);
-            bench.Backend.RopeStoreKv(qkv, heads, null, null, 0f, rope, cache, 0);
-        }
+            List<float> rows = [];
+            for (int s = 0, at = 0; s < positions.Length; s++)
+            {
+                foreach (int position in positions[s])
+                {
+                    int slot = (blocks[s][position / KvCache.BlockTokens] * KvCache.BlockTokens) + (position % KvCache.BlockTokens);
+                    rows.AddRange([.. queries.AsSpan(at, width), .. contents.AsSpan(slot * kvWidth, kvWidth)]);
+                    at += width;
+                }
+            }
 
-        float[] Attend(int[][] positions, int[][] blocks, float[] rows)
-        {
-            StepLayout step = Bench.Step(24, positions, blocks);
-            bench.Backend.BeginStep(step);
-            using Tensor q = bench.Tensor(heads * headDim, rows), output = bench.Backend.AllocateTensor(step.RowCount, heads * headDim);
-            bench.Backend.Attend(q, heads, 0.3f, cache, 0, output);
+            using Tensor qkv = bench.Tensor(width + kvWidth, [.. rows]), output = bench.Backend.AllocateTensor(step.RowCount, width);
+            bench.Attend(qkv, heads, rope, cache, 0, output, 0.3f);
             return Bench.Read(output, step.RowCount);
         }
     }
@@ -137,14 +139,21 @@ public abstract partial class BackendTests
         {
             const int HeadDim = 16, Heads = 4, KvHeads = 2, Tokens = 160;
             int[] table = [4, 9, 0, 7, 2, 8, 1, 6, 3, 5], positions = [159, 70, 127, 64, 128, 63, 159, 143, 0];
-            KvCache cache = bench.Backend.AllocateKvCache(1, 10, KvHeads, HeadDim);
+            const int Width = Heads * HeadDim, KvWidth = 2 * KvHeads * HeadDim;
+            KvCache cache = bench.Cache(1, 10, KvHeads, HeadDim);
             RopeTable rope = bench.Rope(HeadDim, Tokens);
             bench.Backend.BeginStep(Bench.Step(10, [[.. Enumerable.Range(0, Tokens)]], [table]));
-            bench.Backend.RopeStoreKv(bench.Tensor(Tokens, 8 * HeadDim), Heads, null, null, 0f, rope, cache, 0);
+            float[] values = bench.Values(Tokens * (Width + KvWidth));
+            bench.Store(bench.Tensor(Width + KvWidth, values), Heads, rope, cache, 0);
+
+            // Other queries, and the keys and values that the others have stored there.
+            float[] queries = bench.Values(positions.Length * Width);
+            float[] mine = [.. positions.SelectMany((position, row) =>
+                queries[(row * Width)..((row + 1) * Width)].Concat(Bench.Row(values, Width + KvWidth, position)[Width..]))];
             int[][] rows = [.. positions.Select(position => new[] { position })];
             bench.Backend.BeginStep(Bench.Step(10, rows, [.. rows.Select(_ => table)]));
-            Tensor queries = bench.Tensor(rows.Length, Heads * HeadDim), output = bench.Backend.AllocateTensor(rows.Length, Heads * HeadDim);
-            bench.Backend.Attend(queries, Heads, 0.3f, cache, 0, output);
+            Tensor output = bench.Backend.AllocateTensor(rows.Length, Width);
+            bench.Attend(bench.Tensor(Width + KvWidth, mine), Heads, rope, cache, 0, output, 0.3f);
             return Bench.Read(output, positions.Length);
         });
     }
@@ -158,7 +167,7 @@ public abstract partial class BackendTests
         {
             const int HeadDim = 32, MaxBlocks = 131072 / KvCache.BlockTokens;
             int[] far = [4096, 65520, 65536, 100000, 131056];
-            KvCache cache = bench.Backend.AllocateKvCache(1, far.Length, 1, HeadDim);
+            KvCache cache = bench.Cache(1, 2 * far.Length, 1, HeadDim);
             RopeTable rope = bench.Rope(HeadDim, 131072);
             int[][] tables = [.. far.Select((first, s) =>
             {
@@ -167,10 +176,13 @@ public abstract partial class BackendTests
                 return table;
             })];
             bench.Backend.BeginStep(Bench.Step(MaxBlocks, [.. far.Select(first => Enumerable.Range(first, 16).ToArray())], tables));
-            bench.Backend.RopeStoreKv(bench.Tensor(16 * far.Length, 3 * HeadDim), 1, null, null, 0f, rope, cache, 0);
-            bench.Backend.BeginStep(Bench.Step(1, [.. far.Select(_ => new[] { 3, 11, 15 })], [.. far.Select((_, s) => new[] { s })]));
-            Tensor queries = bench.Tensor(3 * far.Length, HeadDim), output = bench.Backend.AllocateTensor(3 * far.Length, HeadDim);
-            bench.Backend.Attend(queries, 1, 0.5f, cache, 0, output);
+            bench.Store(bench.Tensor(16 * far.Length, 3 * HeadDim), 1, rope, cache, 0);
+
+            // The far keys are the first block of each; the near rows' own are in a second.
+            int[][] near = [.. far.Select(_ => new[] { 16, 19, 31 })];
+            bench.Backend.BeginStep(Bench.Step(2, near, [.. far.Select((_, s) => new[] { s, far.Length + s })]));
+            Tensor output = bench.Backend.AllocateTensor(3 * far.Length, HeadDim);
+            bench.Attend(bench.Tensor(3 * far.Length, 3 * HeadDim), 1, rope, cache, 0, output, 0.5f);
             return Bench.Read(output, 3 * far.Length);
         });
     }
@@ -186,14 +198,15 @@ public abstract partial class BackendTests
             {
                 // So small that epsilon decides, after a call that had both norms.
                 const int HeadDim = 16, Heads = 4, KvHeads = 2, Tokens = 21;
-                KvCache cache = bench.Backend.AllocateKvCache(1, 2, KvHeads, HeadDim);
+                KvCache cache = bench.Cache(1, 2, KvHeads, HeadDim);
                 RopeTable rope = bench.Rope(HeadDim, 32);
                 Weight queryNorm = bench.Weight(1, HeadDim), keyNorm = bench.Weight(1, HeadDim);
                 bench.Backend.BeginStep(Bench.Step(1, 2, _ => (0, Tokens), (_, b) => 1 - b));
-                bench.Backend.RopeStoreKv(bench.Tensor(Tokens, 8 * HeadDim), Heads, queryNorm, keyNorm, 1e-6f, rope, cache, 0);
-                Tensor qkv = bench.Tensor(Tokens, 8 * HeadDim, 2e-3f), output = bench.Backend.AllocateTensor(Tokens, Heads * HeadDim);
-                bench.Backend.RopeStoreKv(qkv, Heads, ofQueries ? queryNorm : null, ofKeys ? keyNorm : null, 1e-5f, rope, cache, 0);
-                bench.Backend.Attend(qkv, Heads, ofQueries && ofKeys ? 9f : ofQueries || ofKeys ? 3000f : 1e6f, cache, 0, output);
+                Tensor first = bench.Tensor(Tokens, 8 * HeadDim), qkv = bench.Tensor(Tokens, 8 * HeadDim, 2e-3f);
+                Tensor output = bench.Backend.AllocateTensor(Tokens, Heads * HeadDim);
+                float scale = ofQueries && ofKeys ? 9f : ofQueries || ofKeys ? 3000f : 1e6f;
+                bench.Attend(first, Heads, rope, cache, 0, output, 1f, queryNorm, keyNorm, 1e-6f);
+                bench.Attend(qkv, Heads, rope, cache, 0, output, scale, ofQueries ? queryNorm : null, ofKeys ? keyNorm : null, 1e-5f);
                 return [.. Bench.Read(output, Tokens).Select(v => v * 500)];
             });
         }
@@ -211,8 +224,8 @@ public abstract partial class BackendTests
         {
             // Without rotation a query of one 1 picks the first number of every key.
             const int HeadDim = 16, Tokens = 130;
-            KvCache cache = bench.Backend.AllocateKvCache(1, 9, 1, HeadDim);
-            RopeTable still = bench.Backend.AllocateRopeTable(new float[HeadDim / 2], Tokens, 1f);
+            KvCache cache = bench.Cache(1, 9, 1, HeadDim);
+            RopeTable still = bench.Backend.AllocateRopeTable(new float[HeadDim / 2], Tokens);
             float[] rows = bench.Values(Tokens * 3 * HeadDim);
             for (int t = 0; t < Tokens; t++)
             {
@@ -222,8 +235,7 @@ public abstract partial class BackendTests
 
             bench.Backend.BeginStep(Bench.Step(9, [[.. Enumerable.Range(0, Tokens)]], [[.. Enumerable.Range(0, 9)]]));
             Tensor qkv = bench.Tensor(3 * HeadDim, rows), output = bench.Backend.AllocateTensor(Tokens, HeadDim);
-            bench.Backend.RopeStoreKv(qkv, 1, null, null, 0f, still, cache, 0);
-            bench.Backend.Attend(qkv, 1, 1f, cache, 0, output);
+            bench.Attend(qkv, 1, still, cache, 0, output);
             return Bench.Read(output, Tokens);
         });
     }
@@ -240,53 +252,14 @@ public abstract partial class BackendTests
             bench.Backend.BeginStep(Bench.Step(1, 5, _ => (0, Tokens), (_, b) => b));
             foreach ((int heads, int kvHeads) in new[] { (8, 8), (8, 1), (20, 1), (80, 1), (2, 2) })
             {
-                KvCache cache = bench.Backend.AllocateKvCache(1, 5, kvHeads, HeadDim);
+                KvCache cache = bench.Cache(1, 5, kvHeads, HeadDim);
                 Tensor qkv = bench.Tensor(Tokens, (heads + (2 * kvHeads)) * HeadDim);
                 Tensor output = bench.Backend.AllocateTensor(Tokens, heads * HeadDim);
-                bench.Backend.RopeStoreKv(qkv, heads, null, null, 0f, rope, cache, 0);
-                bench.Backend.Attend(qkv, heads, 0.3f, cache, 0, output);
+                bench.Attend(qkv, heads, rope, cache, 0, output, 0.3f);
                 results.AddRange(Bench.Read(output, Tokens));
             }
 
             return [.. results];
         });
-    }
-
-    [Fact]
-    public void A_copied_block_holds_every_layer_and_head_and_no_other_block_changes()
-    {
-        Bench bench = New();
-        const int HeadDim = 16, Layers = 3, KvHeads = 3, Blocks = 4;
-        KvCache cache = bench.Backend.AllocateKvCache(Layers, Blocks, KvHeads, HeadDim);
-        RopeTable rope = bench.Rope(HeadDim, 16);
-        for (int layer = 0; layer < Layers; layer++)
-        {
-            for (int block = 0; block < Blocks; block++)
-            {
-                bench.Backend.BeginStep(Bench.Step(1, [[.. Enumerable.Range(0, 16)]], [[block]]));
-                bench.Backend.RopeStoreKv(bench.Tensor(16, 3 * KvHeads * HeadDim), KvHeads, null, null, 0f, rope, cache, layer);
-            }
-        }
-
-        Tensor queries = bench.Tensor(1, KvHeads * HeadDim), output = bench.Backend.AllocateTensor(1, KvHeads * HeadDim);
-        float[][] before = [.. Enumerable.Range(0, Blocks).Select(Contents)];
-        bench.Backend.CopyBlock(cache, 3, 1);
-        bench.Backend.CopyBlock(cache, 2, 2);
-        int[] now = [0, 3, 2, 3];
-        for (int block = 0; block < Blocks; block++)
-            Bench.SameBits(before[now[block]], Contents(block), $"block {block}");
-
-        float[] Contents(int block)
-        {
-            bench.Backend.BeginStep(Bench.Step(1, [[15]], [[block]]));
-            List<float> all = [];
-            for (int layer = 0; layer < Layers; layer++)
-            {
-                bench.Backend.Attend(queries, KvHeads, 1f, cache, layer, output);
-                all.AddRange(Bench.Read(output, 1));
-            }
-
-            return [.. all];
-        }
     }
 }

@@ -8,7 +8,7 @@ public abstract partial class BackendTests
     {
         Assert.SkipUnless(AllocatesNothing, "The reference allocates as it likes.");
         Bench bench = New();
-        IBackend backend = bench.Backend;
+        Backend backend = bench.Backend;
         const int Rows = 24, HeadDim = 32, Heads = 4, KvHeads = 2, Hidden = 96, Vocabulary = 1000;
         StepLayout step = new(Rows, Rows, 4, Rows, 50, 4) { SequenceCount = Rows, OutputCount = Rows, QueryCount = Rows };
         for (int s = 0; s < Rows; s++)
@@ -26,7 +26,7 @@ public abstract partial class BackendTests
         Tensor qkv = backend.AllocateTensor(Rows, 256), attended = backend.AllocateTensor(Rows, Heads * HeadDim);
         Tensor gated = backend.AllocateTensor(Rows, 128), logits = backend.AllocateTensor(Rows, Vocabulary);
         Weight output = bench.Weight(Hidden, Heads * HeadDim);
-        KvCache cache = backend.AllocateKvCache(1, Rows * 4, KvHeads, HeadDim);
+        KvCache cache = bench.Cache(1, Rows * 4, KvHeads, HeadDim);
         RopeTable rope = bench.Rope(HeadDim, 64);
 
         void Run()
@@ -35,8 +35,7 @@ public abstract partial class BackendTests
             backend.Embed(table, hidden);
             backend.RmsNorm(hidden, scale, 1e-6f, normed, Rows);
             backend.MatMul(normed, qkvWeight, null, qkv, Rows);
-            backend.RopeStoreKv(qkv, Heads, null, null, 0f, rope, cache, 0);
-            backend.Attend(qkv, Heads, 0.2f, cache, 0, attended);
+            bench.Attend(qkv, Heads, rope, cache, 0, attended, 0.2f);
             backend.MatMulAdd(attended, output, null, hidden, Rows);
             backend.GatedSilu(qkv, gated, Rows);
             backend.GatherRows(hidden, 0, Rows, normed);
@@ -73,12 +72,12 @@ public abstract partial class BackendTests
     public void Wrong_arguments_are_refused_by_name()
     {
         Bench bench = New();
-        IBackend backend = bench.Backend;
+        Backend backend = bench.Backend;
         using var other = new ReferenceBackend();
         Tensor x = bench.Tensor(4, 64), y = bench.Tensor(4, 40), foreign = other.AllocateTensor(4, 64), dead = bench.Tensor(4, 64);
         dead.Dispose();
         Weight w = bench.Weight(40, 64), vector = bench.Weight(1, 64), shortVector = bench.Weight(1, 63);
-        KvCache cache = backend.AllocateKvCache(2, 4, 2, 16);
+        KvCache cache = bench.Cache(2, 4, 2, 16);
         RopeTable rope = bench.Rope(16, 20), otherRope = bench.Rope(32, 20);
         Tensor qkv = bench.Tensor(4, 128), attended = bench.Tensor(4, 64);
         StepLayout step = Bench.Step(2, 2, s => (s, s + 2), (s, b) => s);
@@ -99,14 +98,16 @@ public abstract partial class BackendTests
         Refused("output", () => backend.RmsNorm(x, vector, 0f, y, 1));
         Refused("gateUp", () => backend.GatedSilu(x, y, 1));
         Refused("output", () => backend.Embed(w, y));
-        Refused("heads", () => backend.RopeStoreKv(qkv, 3, null, null, 0f, rope, cache, 0));
-        Refused("layer", () => backend.RopeStoreKv(qkv, 4, null, null, 0f, rope, cache, 2));
-        Refused("layer", () => backend.Attend(qkv, 4, 1f, cache, -1, attended));
-        Refused("qkv", () => backend.RopeStoreKv(x, 4, null, null, 0f, rope, cache, 0));
-        Refused("rope", () => backend.RopeStoreKv(qkv, 4, null, null, 0f, otherRope, cache, 0));
-        Refused("queryNorm", () => backend.RopeStoreKv(qkv, 4, vector, null, 0f, rope, cache, 0));
-        Refused("keyNorm", () => backend.RopeStoreKv(qkv, 4, null, vector, 0f, rope, cache, 0));
-        Refused("output", () => backend.Attend(qkv, 4, 1f, cache, 0, y));
+        Refused("call.Heads", () => bench.Attend(qkv, 3, rope, cache, 0, attended));
+        Refused("call.Layer", () => bench.Attend(qkv, 4, rope, cache, 2, attended));
+        Refused("call.Layer", () => bench.Attend(qkv, 4, rope, cache, -1, attended));
+        Refused("call.Qkv", () => bench.Attend(x, 4, rope, cache, 0, attended));
+        Refused("call.Rope", () => bench.Attend(qkv, 4, otherRope, cache, 0, attended));
+        Refused("call.QueryNorm", () => bench.Attend(qkv, 4, rope, cache, 0, attended, queryNorm: vector));
+        Refused("call.KeyNorm", () => bench.Attend(qkv, 4, rope, cache, 0, attended, keyNorm: vector));
+        Refused("call.Output", () => bench.Attend(qkv, 4, rope, cache, 0, y));
+        Refused("call.Output", () => bench.Attend(qkv, 4, rope, cache, 0, foreign));
+        Refused("call.Cache", () => bench.Attend(qkv, 4, rope, null!, 0, attended));
         Refused("first", () => backend.Sample(y, 3, 0));
         Refused("count", () => backend.Sample(y, 0, 3));
         Refused("count", () => backend.GatherRows(x, 1, 2, x));
@@ -122,7 +123,7 @@ public abstract partial class BackendTests
         Refused("values", () => backend.WriteWeightElements(w, 0, [0, 1], new byte[4], DType.Float32));
         Refused("destination", () => backend.CopyWeight(w, vector));
         Refused("destination", () => backend.ReadWeight(w, 1, new float[40 * 64]));
-        Refused("headDim", () => backend.AllocateKvCache(1, 1, 1, 7));
+        Refused("layers", () => bench.Cache(1, 1, 1, 7));
         Refused(null, () => backend.AllocateTensor(0, 1));
         Refused(null, () => backend.AllocateWeight(1, 0));
 
@@ -130,8 +131,8 @@ public abstract partial class BackendTests
         Refused("table", () => backend.Embed(w, x));
         step.BlockTables[0] = 4;
         backend.BeginStep(step); // a step is not changed once it has begun
-        Refused("cache", () => backend.RopeStoreKv(qkv, 4, null, null, 0f, rope, cache, 0));
-        Refused("cache", () => backend.Attend(qkv, 4, 1f, cache, 0, attended));
+        Refused("call.Cache", () => bench.Attend(qkv, 4, rope, cache, 0, attended));
+        Refused("call.Cache", () => bench.Attend(qkv, 4, rope, cache, 0, attended));
         step.Positions[3] = 40;
         Refused("step", () => backend.BeginStep(step));
 

@@ -4,7 +4,7 @@ namespace Rollout.Kernels.Tests;
 
 public abstract partial class BackendTests
 {
-    internal static SampleResult[] Ask(IBackend backend, float[] logits, int vocabulary, StepLayout step)
+    internal static SampleResult[] Ask(Backend backend, float[] logits, int vocabulary, StepLayout step)
     {
         using Tensor tensor = backend.AllocateTensor(logits.Length / vocabulary, vocabulary);
         tensor.Write(tensor.Rows, logits);

@@ -85,9 +85,9 @@ public abstract partial class BackendTests
     public void Discarded_memory_is_refused_until_restored_and_then_zero()
     {
         Bench bench = New();
-        IBackend backend = bench.Backend;
+        Backend backend = bench.Backend;
         Weight weight = bench.Weight(64, 1024);
-        KvCache cache = backend.AllocateKvCache(2, 64, 2, 16);
+        KvCache cache = bench.Cache(2, 64, 2, 16);
         float[] read = new float[64 * 1024];
         weight.Discard();
         weight.Discard();

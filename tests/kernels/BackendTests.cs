@@ -7,9 +7,9 @@ namespace Rollout.Kernels.Tests;
 /// <summary>What every backend promises. One sealed subclass per backend and configuration.</summary>
 public abstract partial class BackendTests : IDisposable
 {
-    private readonly List<IBackend> _backends = [];
+    private readonly List<Backend> _backends = [];
 
-    protected abstract IBackend Create();
+    protected abstract Backend Create();
 
     /// <summary>How it stores matrices.</summary>
     protected virtual WeightFormat Format => WeightFormat.BFloat16;
@@ -20,19 +20,22 @@ public abstract partial class BackendTests : IDisposable
     /// <summary>Tokens drawn to see how they are distributed.</summary>
     protected virtual int Draws => 20000;
 
+    /// <summary>Whether values may be of another width than keys.</summary>
+    protected virtual bool HasOwnValueWidths => true;
+
     /// <summary>The reference allocates as it likes.</summary>
     protected virtual bool AllocatesNothing => true;
 
     private Bench New(int seed = 1)
     {
-        IBackend backend = Create();
+        Backend backend = Create();
         _backends.Add(backend);
         return new Bench(backend, seed);
     }
 
     public void Dispose()
     {
-        foreach (IBackend backend in _backends)
+        foreach (Backend backend in _backends)
             backend.Dispose();
         GC.SuppressFinalize(this);
     }
@@ -141,7 +144,7 @@ public abstract partial class BackendTests : IDisposable
             {
                 // Three sequences; the second begins in the middle of a block, after a step that stored what comes before.
                 int[] lengths = [5, 37, 16];
-                KvCache cache = bench.Backend.AllocateKvCache(2, 20, kvHeads, headDim);
+                KvCache cache = bench.Cache(2, 20, kvHeads, headDim);
                 RopeTable rope = bench.Rope(headDim, 40);
                 Weight? norm = norms ? bench.Weight(1, headDim) : null;
                 int columns = (heads + (2 * kvHeads)) * headDim;
@@ -156,8 +159,7 @@ public abstract partial class BackendTests : IDisposable
                     bench.Backend.BeginStep(step);
                     Tensor qkv = bench.Tensor(step.RowCount, columns);
                     Tensor output = bench.Backend.AllocateTensor(step.RowCount, heads * headDim);
-                    bench.Backend.RopeStoreKv(qkv, heads, norm, norm, 1e-6f, rope, cache, 1);
-                    bench.Backend.Attend(qkv, heads, 0.3f, cache, 1, output);
+                    bench.Attend(qkv, heads, rope, cache, 1, output, 0.3f, norm, norm, 1e-6f);
                     results.AddRange(Bench.Read(output, step.RowCount));
                 }
 
@@ -214,54 +216,63 @@ public abstract partial class BackendTests : IDisposable
         }
     }
 
-    [Fact]
-    public void Attention_of_a_row_does_not_depend_on_the_batch()
+    [Theory]
+    [InlineData(32, 32)]
+    [InlineData(24, 16)]
+    [InlineData(16, 40)]
+    public void Attention_of_a_row_does_not_depend_on_the_batch(int keyDim, int valueDim)
     {
+        Assert.SkipUnless(keyDim == valueDim || HasOwnValueWidths, "Keys and values have one width.");
         Bench bench = New();
-        const int Sequences = 70, HeadDim = 32, Heads = 6, KvHeads = 2;
-        KvCache cache = bench.Backend.AllocateKvCache(1, Sequences * 4, KvHeads, HeadDim);
-        RopeTable rope = bench.Rope(HeadDim, 64);
+        const int Sequences = 70, Heads = 6, KvHeads = 2;
+        KvLayout layout = new(KvHeads, keyDim, valueDim);
+        int columns = Bench.Columns(Heads, layout), width = Heads * valueDim;
+        KvCache cache = bench.Cache(1, Sequences * 4, layout);
+        RopeTable rope = bench.Rope(keyDim, 64);
         int Length(int s) => 1 + (s * 37 % 60);
         int Block(int s, int b) => ((s * 4) + b) * 11 % (Sequences * 4 - 1);
         bench.Backend.BeginStep(Bench.Step(Sequences, 4, s => (0, Length(s)), Block));
-        int rows = Enumerable.Range(0, Sequences).Sum(Length);
-        bench.Backend.RopeStoreKv(bench.Tensor(rows, (Heads + (2 * KvHeads)) * HeadDim), Heads, null, null, 0f, rope, cache, 0);
+        bench.Store(bench.Tensor(Enumerable.Range(0, Sequences).Sum(Length), columns), Heads, rope, cache, 0);
 
-        float[] queries = bench.Values(Sequences * Heads * HeadDim);
+        float[] rows = bench.Values(Sequences * columns);
         float[] Attend(int first, int count)
         {
             StepLayout step = Bench.Step(count, 4, s => (Length(first + s) - 1, Length(first + s)), (s, b) => Block(first + s, b));
             bench.Backend.BeginStep(step);
-            using Tensor q = bench.Tensor(Heads * HeadDim, queries.AsSpan(first * Heads * HeadDim, count * Heads * HeadDim).ToArray());
-            using Tensor output = bench.Backend.AllocateTensor(count, Heads * HeadDim);
-            bench.Backend.Attend(q, Heads, 0.2f, cache, 0, output);
+            using Tensor qkv = bench.Tensor(columns, rows.AsSpan(first * columns, count * columns).ToArray());
+            using Tensor output = bench.Backend.AllocateTensor(count, width);
+            bench.Attend(qkv, Heads, rope, cache, 0, output, 0.2f);
             return Bench.Read(output, count);
         }
 
         float[] whole = Attend(0, Sequences);
         for (int count = 1; count <= Sequences; count++)
         {
-            Bench.SameBits(whole.AsSpan(0, count * Heads * HeadDim).ToArray(), Attend(0, count), $"{count} rows");
-            float[] last = whole.AsSpan((Sequences - count) * Heads * HeadDim).ToArray();
+            Bench.SameBits(whole.AsSpan(0, count * width).ToArray(), Attend(0, count), $"{count} rows");
+            float[] last = whole.AsSpan((Sequences - count) * width).ToArray();
             Bench.SameBits(last, Attend(Sequences - count, count), $"last {count}");
         }
     }
 
     [Theory]
-    [InlineData(16, 4, 2)]
-    [InlineData(64, 14, 2)]
-    [InlineData(10, 3, 3)]
-    public void Prefill_in_chunks_and_at_once_have_the_same_bits(int headDim, int heads, int kvHeads)
+    [InlineData(16, 16, 4, 2)]
+    [InlineData(64, 64, 14, 2)]
+    [InlineData(10, 10, 3, 3)]
+    [InlineData(24, 16, 4, 2)]
+    [InlineData(16, 40, 3, 1)]
+    public void Prefill_in_chunks_and_at_once_have_the_same_bits(int keyDim, int valueDim, int heads, int kvHeads)
     {
+        Assert.SkipUnless(keyDim == valueDim || HasOwnValueWidths, "Keys and values have one width.");
         Bench bench = New();
         const int Tokens = 75;
-        int columns = (heads + (2 * kvHeads)) * headDim;
+        KvLayout layout = new(kvHeads, keyDim, valueDim);
+        int columns = Bench.Columns(heads, layout);
         float[] qkv = bench.Values(Tokens * columns);
-        RopeTable rope = bench.Rope(headDim, Tokens);
+        RopeTable rope = bench.Rope(keyDim, Tokens);
 
         float[] Prefill(int[] chunks, int shift)
         {
-            using KvCache cache = bench.Backend.AllocateKvCache(1, 11, kvHeads, headDim);
+            using KvCache cache = bench.Cache(1, 11, layout);
             List<float> all = [];
             int start = 0;
             foreach (int chunk in chunks)
@@ -270,9 +281,8 @@ public abstract partial class BackendTests : IDisposable
                 StepLayout step = Bench.Step(1, 5, _ => (start, end), (_, b) => ((b * 3) + shift) % 11);
                 bench.Backend.BeginStep(step);
                 using Tensor x = bench.Tensor(columns, qkv.AsSpan(start * columns, (end - start) * columns).ToArray());
-                using Tensor output = bench.Backend.AllocateTensor(end - start, heads * headDim);
-                bench.Backend.RopeStoreKv(x, heads, null, null, 0f, rope, cache, 0);
-                bench.Backend.Attend(x, heads, 0.2f, cache, 0, output);
+                using Tensor output = bench.Backend.AllocateTensor(end - start, heads * valueDim);
+                bench.Attend(x, heads, rope, cache, 0, output, 0.2f);
                 all.AddRange(Bench.Read(output, end - start));
                 start = end;
             }
@@ -293,12 +303,12 @@ public abstract partial class BackendTests : IDisposable
         Bench bench = New();
         const int HeadDim = 32, Heads = 4, KvHeads = 1, Samples = 20, Prefix = 3;
         int columns = (Heads + (2 * KvHeads)) * HeadDim;
-        KvCache cache = bench.Backend.AllocateKvCache(2, 4 + (Samples * 4), KvHeads, HeadDim);
+        KvCache cache = bench.Cache(2, 4 + (Samples * 4), KvHeads, HeadDim);
         RopeTable rope = bench.Rope(HeadDim, 64);
         float[][] results = [[], []];
         float[] suffix = bench.Values(Samples * 5 * columns);
         bench.Backend.BeginStep(Bench.Step(1, 4, _ => (0, Prefix * 16), (_, b) => b));
-        bench.Backend.RopeStoreKv(bench.Tensor(Prefix * 16, columns), Heads, null, null, 0f, rope, cache, 1);
+        bench.Store(bench.Tensor(Prefix * 16, columns), Heads, rope, cache, 1);
         for (int s = 0; s < Samples; s++)
         {
             for (int b = 0; b < Prefix; b++)
@@ -311,8 +321,7 @@ public abstract partial class BackendTests : IDisposable
                 Samples, 4, _ => (Prefix * 16, (Prefix * 16) + 5), (s, b) => b < Prefix && copied == 0 ? b : 4 + (s * 4) + b);
             bench.Backend.BeginStep(step);
             Tensor qkv = bench.Tensor(columns, suffix), output = bench.Backend.AllocateTensor(Samples * 5, Heads * HeadDim);
-            bench.Backend.RopeStoreKv(qkv, Heads, null, null, 0f, rope, cache, 1);
-            bench.Backend.Attend(qkv, Heads, 0.2f, cache, 1, output);
+            bench.Attend(qkv, Heads, rope, cache, 1, output, 0.2f);
             results[copied] = Bench.Read(output, Samples * 5);
         }
 
@@ -324,17 +333,15 @@ public abstract partial class BackendTests : IDisposable
     {
         Bench bench = New();
         const int HeadDim = 16;
-        KvCache cache = bench.Backend.AllocateKvCache(1, 1, 1, HeadDim);
+        KvCache cache = bench.Cache(1, 1, 1, HeadDim);
         RopeTable rope = bench.Rope(HeadDim, 16);
 
         // A sequence that went wrong leaves its values behind in a block that is then used again.
         bench.Backend.BeginStep(Bench.Step(1, 1, _ => (0, 16), (_, _) => 0));
-        bench.Backend.RopeStoreKv(
-            bench.Tensor(3 * HeadDim, Enumerable.Repeat(float.NaN, 16 * 3 * HeadDim).ToArray()), 1, null, null, 0f, rope, cache, 0);
+        bench.Store(bench.Tensor(3 * HeadDim, Enumerable.Repeat(float.NaN, 16 * 3 * HeadDim).ToArray()), 1, rope, cache, 0);
         bench.Backend.BeginStep(Bench.Step(1, 1, _ => (0, 3), (_, _) => 0));
         Tensor qkv = bench.Tensor(3, 3 * HeadDim), output = bench.Backend.AllocateTensor(3, HeadDim);
-        bench.Backend.RopeStoreKv(qkv, 1, null, null, 0f, rope, cache, 0);
-        bench.Backend.Attend(qkv, 1, 1f, cache, 0, output);
+        bench.Attend(qkv, 1, rope, cache, 0, output);
         Assert.All(Bench.Read(output, 3), v => Assert.True(float.IsFinite(v)));
     }
 }

@@ -3,11 +3,11 @@ using System.Runtime.InteropServices;
 namespace Rollout.Kernels.Tests;
 
 /// <summary>Makes inputs and reads outputs, for any backend.</summary>
-internal sealed class Bench(IBackend backend, int seed = 1)
+internal sealed class Bench(Backend backend, int seed = 1)
 {
     private readonly Random _random = new(seed);
 
-    public IBackend Backend { get; } = backend;
+    public Backend Backend { get; } = backend;
 
     public float[] Values(int count, float scale = 1f) =>
         Enumerable.Range(0, count).Select(_ => ((float)_random.NextDouble() - 0.5f) * 2f * scale).ToArray();
@@ -36,7 +36,57 @@ internal sealed class Bench(IBackend backend, int seed = 1)
     public RopeTable Rope(int headDim, int positions)
     {
         float[] frequencies = Enumerable.Range(0, headDim / 2).Select(i => (float)Math.Pow(10000, -2.0 * i / headDim)).ToArray();
-        return Backend.AllocateRopeTable(frequencies, positions, 1f);
+        return Backend.AllocateRopeTable(frequencies, positions);
+    }
+
+    /// <summary>Keys and values of one width, alike in all layers.</summary>
+    public KvCache Cache(int layers, int blocks, int kvHeads, int headDim) =>
+        Cache(layers, blocks, new KvLayout(kvHeads, headDim, headDim));
+
+    public KvCache Cache(int layers, int blocks, KvLayout layout) =>
+        Backend.AllocateKvCache(blocks, [.. Enumerable.Repeat(layout, layers)]);
+
+    public void Attend(
+        Tensor qkv,
+        int heads,
+        RopeTable rope,
+        KvCache cache,
+        int layer,
+        Tensor output,
+        float scale = 1f,
+        Weight? queryNorm = null,
+        Weight? keyNorm = null,
+        float epsilon = 0f) =>
+        Backend.Attention(new AttentionCall
+        {
+            Qkv = qkv,
+            Heads = heads,
+            QueryNorm = queryNorm,
+            KeyNorm = keyNorm,
+            Epsilon = epsilon,
+            Rope = rope,
+            Scale = scale,
+            Cache = cache,
+            Layer = layer,
+            Output = output,
+        });
+
+    /// <summary>The rows' keys and values into the cache; what they attend to is thrown away.</summary>
+    public void Store(Tensor qkv, int heads, RopeTable rope, KvCache cache, int layer)
+    {
+        using Tensor output = Backend.AllocateTensor(qkv.Rows, heads * cache.Layout(layer).ValueDim);
+        Attend(qkv, heads, rope, cache, layer, output);
+    }
+
+    /// <summary>
+    /// Whole blocks, 16 rows each, as the beginnings of so many sequences: each sees no more than its own block, which makes it cheap to
+    /// fill a long context. Keys are rotated by their places in the blocks.
+    /// </summary>
+    public void StoreBlocks(int[] blocks, Tensor qkv, int heads, RopeTable rope, KvCache cache, int layer)
+    {
+        int[] places = [.. Enumerable.Range(0, KvCache.BlockTokens)];
+        Backend.BeginStep(Step(1, [.. blocks.Select(_ => places)], [.. blocks.Select(block => new[] { block })]));
+        Store(qkv, heads, rope, cache, layer);
     }
 
     public static float[] Read(Tensor tensor, int rows)
@@ -89,12 +139,16 @@ internal sealed class Bench(IBackend backend, int seed = 1)
     /// <summary>Leaves in every slot of a layer what a sequence that went wrong would have left there.</summary>
     public void Soil(KvCache cache, int layer)
     {
-        int tokens = cache.Blocks * KvCache.BlockTokens, columns = 3 * cache.KvHeads * cache.HeadDim;
+        KvLayout layout = cache.Layout(layer);
+        int tokens = cache.Blocks * KvCache.BlockTokens, columns = Columns(layout.KvHeads, layout);
         using Tensor garbage = Tensor(columns, [.. Enumerable.Repeat(float.NaN, tokens * columns)]);
-        using RopeTable rope = Rope(cache.HeadDim, tokens);
-        Backend.BeginStep(Step(1, cache.Blocks, _ => (0, tokens), (_, b) => b));
-        Backend.RopeStoreKv(garbage, cache.KvHeads, null, null, 0f, rope, cache, layer);
+        using RopeTable rope = Rope(layout.KeyDim, KvCache.BlockTokens);
+        StoreBlocks([.. Enumerable.Range(0, cache.Blocks)], garbage, layout.KvHeads, rope, cache, layer);
     }
+
+    /// <summary>Of a row of queries, keys and values.</summary>
+    public static int Columns(int heads, KvLayout layout) =>
+        (heads * layout.KeyDim) + (layout.KvHeads * (layout.KeyDim + layout.ValueDim));
 
     /// <summary>One output row and query for every entry.</summary>
     public static StepLayout Queries(params SampleQuery[] queries) => Queries(queries, []);

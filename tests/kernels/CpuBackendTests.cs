@@ -4,12 +4,12 @@ public sealed class ReferenceBackendTests : BackendTests
 {
     protected override bool AllocatesNothing => false;
 
-    protected override IBackend Create() => new ReferenceBackend();
+    protected override Backend Create() => new ReferenceBackend();
 }
 
 public abstract class CpuBackendTests(int threads, int vectorBits) : BackendTests
 {
-    protected override IBackend Create()
+    protected override Backend Create()
     {
         Assert.SkipUnless(CpuBackend.IsAccelerated(vectorBits), $"This machine has no {vectorBits}-bit vectors.");
         return new CpuBackend(threads, vectorBits);
@@ -40,20 +40,22 @@ public sealed class CpuPathTests
     public void Every_width_and_thread_count_gives_the_same_bits(int vectorBits, int threads)
     {
         Assert.SkipUnless(CpuBackend.IsAccelerated(vectorBits), $"This machine has no {vectorBits}-bit vectors.");
-        foreach ((int rows, int headDim) in new[] { (1, 64), (7, 10), (29, 80), (64, 32) })
+        (int, int, int)[] shapes = [(1, 64, 64), (7, 10, 10), (29, 80, 80), (64, 32, 32), (29, 24, 16), (33, 16, 40)];
+        foreach ((int rows, int keyDim, int valueDim) in shapes)
         {
-            float[] expected = Run(1, 128, rows, headDim);
-            Bench.SameBits(expected, Run(threads, vectorBits, rows, headDim), $"{rows} rows, heads of {headDim}");
+            float[] expected = Run(1, 128, rows, keyDim, valueDim);
+            Bench.SameBits(expected, Run(threads, vectorBits, rows, keyDim, valueDim), $"{rows} rows, {keyDim} and {valueDim}");
         }
     }
 
     /// <summary>One step through every operation; all that it wrote.</summary>
-    private static float[] Run(int threads, int vectorBits, int rows, int headDim)
+    private static float[] Run(int threads, int vectorBits, int rows, int keyDim, int valueDim)
     {
         using var backend = new CpuBackend(threads, vectorBits);
         var bench = new Bench(backend, 5);
         const int Heads = 6, KvHeads = 2, Hidden = 200, Vocabulary = 5003;
-        int columns = (Heads + (2 * KvHeads)) * headDim;
+        KvLayout layout = new(KvHeads, keyDim, valueDim);
+        int columns = Bench.Columns(Heads, layout);
         StepLayout step = new(rows, 2, 5, 4 * rows, 40 * rows, 3)
         {
             SequenceCount = rows == 1 ? 1 : 2,
@@ -78,18 +80,17 @@ public sealed class CpuPathTests
         for (int b = 0; b < step.BlockTables.Length; b++)
             step.BlockTables[b] = b;
         List<float> all = [];
-        Weight table = bench.Weight(Vocabulary, Hidden), norm = bench.Weight(1, headDim);
+        Weight table = bench.Weight(Vocabulary, Hidden), norm = bench.Weight(1, keyDim);
         Tensor hidden = backend.AllocateTensor(rows, Hidden), normed = backend.AllocateTensor(rows, Hidden);
-        Tensor qkv = backend.AllocateTensor(rows, columns), attended = backend.AllocateTensor(rows, Heads * headDim);
+        Tensor qkv = backend.AllocateTensor(rows, columns), attended = backend.AllocateTensor(rows, Heads * valueDim);
         Tensor gated = backend.AllocateTensor(rows, columns / 2), logits = backend.AllocateTensor(rows, Vocabulary);
-        KvCache cache = backend.AllocateKvCache(2, 10, KvHeads, headDim);
+        KvCache cache = bench.Cache(2, 10, layout);
         backend.BeginStep(step);
         backend.Embed(table, hidden);
         backend.RmsNorm(hidden, bench.Weight(1, Hidden), 1e-6f, normed, rows);
         backend.MatMul(normed, bench.Weight(columns, Hidden), bench.Weight(1, columns), qkv, rows);
-        backend.RopeStoreKv(qkv, Heads, norm, norm, 1e-6f, bench.Rope(headDim, 64), cache, 1);
-        backend.Attend(qkv, Heads, 0.2f, cache, 1, attended);
-        backend.MatMulAdd(attended, bench.Weight(Hidden, Heads * headDim), null, hidden, rows);
+        bench.Attend(qkv, Heads, bench.Rope(keyDim, 64), cache, 1, attended, 0.2f, norm, norm, 1e-6f);
+        backend.MatMulAdd(attended, bench.Weight(Hidden, Heads * valueDim), null, hidden, rows);
         backend.GatedSilu(qkv, gated, rows);
         backend.GatherRows(hidden, 0, rows, normed);
         backend.MatMul(normed, table, null, logits, rows);
@@ -110,23 +111,21 @@ public sealed class CpuPathTests
         using var backend = new CpuBackend(1);
         var bench = new Bench(backend);
         const int HeadDim = 128, Half = HeadDim / 2, MaxBlocks = 131072 / KvCache.BlockTokens;
-        const float Scale = 1.2079441f;
         int[] positions = [0, 1, 63, 64, 2047, 4095, 4096, 32767, 65535, 65536, 99_999, 100_000, 100_001, 131_070, 131_071];
         float[] frequencies = [.. Enumerable.Range(0, Half).Select(i => (float)Math.Pow(10000, -2.0 * i / HeadDim))];
-        using RopeTable rope = backend.AllocateRopeTable(frequencies, 131_072, Scale);
-        using KvCache cache = backend.AllocateKvCache(1, 1, 1, HeadDim);
+        using RopeTable rope = backend.AllocateRopeTable(frequencies, 131_072);
+        using KvCache cache = bench.Cache(1, 1, 1, HeadDim);
 
-        // Ones in the first half of a query and zeros in the second: cosines, then sines.
+        // Ones in the first half of a query and zeros in the second: cosines, then sines. The CPU rotates queries where they are.
         float[] rows = [.. Enumerable.Range(0, positions.Length * 3 * HeadDim).Select(i => i % HeadDim < Half ? 1f : 0f)];
         using Tensor qkv = bench.Tensor(3 * HeadDim, rows);
         backend.BeginStep(Bench.Step(MaxBlocks, [positions], [new int[MaxBlocks]]));
-        backend.RopeStoreKv(qkv, 1, null, null, 0f, rope, cache, 0);
+        bench.Store(qkv, 1, rope, cache, 0);
         float[] read = Bench.Read(qkv, positions.Length);
         for (int row = 0; row < positions.Length; row++)
         {
             float[] angles = [.. frequencies.Select(frequency => (float)positions[row] * frequency)];
-            float[] expected =
-                [.. angles.Select(angle => (float)Math.Cos(angle) * Scale), .. angles.Select(angle => (float)Math.Sin(angle) * Scale)];
+            float[] expected = [.. angles.Select(angle => (float)Math.Cos(angle)), .. angles.Select(angle => (float)Math.Sin(angle))];
             Bench.SameBits(expected, Bench.Row(read, 3 * HeadDim, row)[..HeadDim], $"position {positions[row]}");
         }
     }

@@ -47,8 +47,10 @@ public sealed unsafe class CpuMemoryTests
         var bench = new Bench(backend);
         Tensor x = bench.Tensor(3, 40), y = bench.Tensor(3, 70), qkv = bench.Tensor(3, 48);
         Weight matrix = bench.Weight(70, 40), vector = bench.Weight(1, 40), bias = bench.Weight(1, 70), table = bench.Weight(5, 40);
-        KvCache cache = backend.AllocateKvCache(1, 1, 1, 16);
-        RopeTable rope = bench.Rope(16, 16);
+        Weight norm = bench.Weight(1, 16);
+        KvCache cache = bench.Cache(1, 2, 1, 16);
+        RopeTable rope = bench.Rope(16, 32);
+        Tensor output = bench.Tensor(3, 16);
         StepLayout step = Bench.Step(1, 1, _ => (0, 3), (_, _) => 0);
         Refused(x, () => backend.MatMul(x, matrix, bias, y, 3));
         Refused(matrix, () => backend.MatMul(x, matrix, bias, y, 3));
@@ -56,9 +58,8 @@ public sealed unsafe class CpuMemoryTests
         Refused(y, () => backend.MatMul(x, matrix, bias, y, 3));
         Refused(vector, () => backend.RmsNorm(x, vector, 1e-6f, x, 3));
         Refused(table, () => backend.Embed(table, x));
-        Refused(cache, () => backend.RopeStoreKv(qkv, 1, null, null, 0f, rope, cache, 0));
-        Refused(rope, () => backend.RopeStoreKv(qkv, 1, null, null, 0f, rope, cache, 0));
-        Refused(cache, () => backend.Attend(qkv, 1, 1f, cache, 0, bench.Tensor(3, 16)));
+        foreach (DeviceMemory memory in (DeviceMemory[])[cache, rope, output, norm, qkv])
+            Refused(memory, () => bench.Attend(qkv, 1, rope, cache, 0, output, 1f, norm, norm, 1e-6f));
 
         x.Discard();
         Assert.Throws<ObjectDisposedException>(() => x.Read(1, new float[40]));
@@ -78,12 +79,14 @@ public sealed unsafe class CpuMemoryTests
             Assert.Equal(new float[40 * 70], read);
         }
 
-        // Zero keys and values: everything attends to nothing.
+        // Zero keys and values: rows behind them, whose own values are zeros, attend to nothing.
+        qkv.Write(3, bench.Values(3 * 48));
+        bench.Store(qkv, 1, rope, cache, 0);
         cache.Discard();
         cache.Restore();
-        Tensor output = bench.Tensor(3, 16);
-        backend.BeginStep(step);
-        backend.Attend(qkv, 1, 1f, cache, 0, output);
+        qkv.Write(3, [.. bench.Values(3 * 48).Select((value, i) => i % 48 < 32 ? value : 0f)]);
+        backend.BeginStep(Bench.Step(1, 2, _ => (16, 19), (_, b) => b));
+        bench.Attend(qkv, 1, rope, cache, 0, output);
         Assert.Equal(new float[48], Bench.Read(output, 3));
 
         void Refused(DeviceMemory memory, Action action)
@@ -126,34 +129,47 @@ public sealed unsafe class CpuMemoryTests
     {
         using var backend = new CpuBackend(2);
         var bench = new Bench(backend);
-        const int HeadDim = 128, KvHeads = 8, Heads = 8, Blocks = 40000, Tokens = 40;
-        using KvCache huge = Huge(() => backend.AllocateKvCache(2, Blocks, KvHeads, HeadDim));
-        using KvCache small = backend.AllocateKvCache(2, 4, KvHeads, HeadDim);
+        const int HeadDim = 128, Heads = 8, Blocks = 70000, Tokens = 40;
+        KvLayout[] layouts = [new(8, HeadDim, HeadDim), new(1, HeadDim, HeadDim)]; // the first has as many, and the second lies behind them
+        using KvCache huge = Huge(() => backend.AllocateKvCache(Blocks, layouts));
+        using KvCache small = backend.AllocateKvCache(4, layouts);
         using RopeTable rope = bench.Rope(HeadDim, Tokens);
         float[] values = bench.Values(Tokens * 3 * Heads * HeadDim);
-        Assert.Equal(2L * Blocks * KvHeads * 2 * HeadDim * 16 * sizeof(float), huge.Bytes);
-        float[] expected = Attend(small, [2, 0, 1], store: true);
-        Bench.SameBits(expected, Attend(huge, [Blocks - 1, 25537, 0], store: true), "far blocks");
+        Assert.Equal((8L + 1) * Blocks * 2 * HeadDim * 16 * sizeof(float), huge.Bytes);
+        float[] expected = Attend(small, [2, 0, 1]);
+        Bench.SameBits(expected, Attend(huge, [Blocks - 1, 25537, 0]), "far blocks");
         backend.CopyBlock(huge, Blocks - 1, 25538);
-        Bench.SameBits(expected, Attend(huge, [25538, 25537, 0], store: false), "a copy");
 
-        float[] Attend(KvCache cache, int[] table, bool store)
+        // Rows behind the copied block, which none of them stores into.
+        Bench.SameBits(Attend(small, [2, 0, 1], 16), Attend(huge, [25538, 25537, 0], 16), "a copy");
+
+        float[] Attend(KvCache cache, int[] table, int first = 0)
         {
-            int[][] positions = [[.. Enumerable.Range(0, Tokens)]];
+            int rows = Tokens - first;
             List<float> all = [];
+            backend.BeginStep(Bench.Step(3, [[.. Enumerable.Range(first, rows)]], [table]));
             for (int layer = 0; layer < 2; layer++)
             {
-                // The store also rotates the queries: where nothing is to be stored, it goes elsewhere.
-                using Tensor qkv = bench.Tensor(3 * Heads * HeadDim, values), output = backend.AllocateTensor(Tokens, Heads * HeadDim);
-                backend.BeginStep(Bench.Step(3, positions, [store ? table : [2, 0, 1]]));
-                backend.RopeStoreKv(qkv, Heads, null, null, 0f, rope, store ? cache : small, layer);
-                backend.BeginStep(Bench.Step(3, positions, [table]));
-                backend.Attend(qkv, Heads, 0.1f, cache, layer, output);
-                all.AddRange(Bench.Read(output, Tokens));
+                int columns = Bench.Columns(Heads, layouts[layer]);
+                using Tensor qkv = bench.Tensor(columns, values[(first * columns)..(Tokens * columns)]);
+                using Tensor output = backend.AllocateTensor(rows, Heads * HeadDim);
+                bench.Attend(qkv, Heads, rope, cache, layer, output, 0.1f);
+                all.AddRange(Bench.Read(output, rows));
             }
 
             return [.. all];
         }
+    }
+
+    [Fact]
+    public void Layers_of_different_layouts_take_what_each_needs()
+    {
+        using var backend = new CpuBackend(1);
+        const int Blocks = 7;
+        using KvCache cache = backend.AllocateKvCache(Blocks, new KvLayout(2, 24, 16), new KvLayout(1, 16, 40), new KvLayout(3, 10, 10));
+
+        // Values are padded to 16.
+        Assert.Equal(Blocks * 16L * sizeof(float) * ((2 * (24 + 16)) + (16 + 48) + (3 * (10 + 16))), cache.Bytes);
     }
 
     [Theory]
@@ -254,7 +270,7 @@ public sealed unsafe class CpuMemoryTests
     [Fact]
     public void Weights_of_which_the_last_does_not_fit_leave_nothing_taken()
     {
-        using IBackend backend = new CpuBackend(1);
+        using Backend backend = new CpuBackend(1);
         long before = Virtual();
         Assert.Throws<OutOfMemoryException>(() => backend.AllocateWeights([(1 << 15, 1 << 15), (1 << 15, 1 << 15), (1 << 28, 1 << 24)]));
         Assert.InRange(Virtual() - before, long.MinValue, 1L << 30);

@@ -13,7 +13,7 @@ public sealed class CpuRefusalTests : IDisposable
     public CpuRefusalTests()
     {
         _bench = new Bench(_backend);
-        _cache = _backend.AllocateKvCache(2, Blocks, 1, HeadDim);
+        _cache = _bench.Cache(2, Blocks, 1, HeadDim);
         _rope = _bench.Rope(HeadDim, 20);
     }
 
@@ -93,75 +93,87 @@ public sealed class CpuRefusalTests : IDisposable
         for (int round = 0; round < 2; round++)
         {
             _backend.BeginStep(Step());
-            Store(_cache, _rope);
-            Attend(_cache);
+            Attend(_cache, _rope);
             foreach (int block in new[] { Blocks, -1, int.MaxValue, int.MinValue })
             {
                 StepLayout step = Step();
                 step.BlockTables[3] = block; // the second sequence's second block, in which its last row lies
                 _backend.BeginStep(step);
-                Refused("cache", $"Sequence 1 has block {block} of 4", () => Store(_cache, _rope));
-                Refused("cache", $"Sequence 1 has block {block} of 4", () => Attend(_cache));
-                Refused("cache", $"Sequence 1 has block {block} of 4", () => Store(_cache, _rope));
+                Refused("call.Cache", $"Sequence 1 has block {block} of 4", () => Attend(_cache, _rope));
+                Refused("call.Cache", $"Sequence 1 has block {block} of 4", () => Attend(_cache, _rope));
             }
 
             // Blocks behind the last position are nobody's.
             StepLayout near = Step();
             (near.Positions[3], near.Positions[4], near.BlockTables[3], near.BlockTables[1]) = (14, 15, -7, 99);
             _backend.BeginStep(near);
-            Store(_cache, _rope);
-            Attend(_cache);
+            Attend(_cache, _rope);
 
             // A table for positions up to 19; and one for fewer, after this one was good enough.
             StepLayout far = Step();
             (far.Positions[3], far.Positions[4]) = (18, 19);
             _backend.BeginStep(far);
-            Store(_cache, _rope);
+            Attend(_cache, _rope);
             using RopeTable shorter = _bench.Rope(HeadDim, 19), narrower = _bench.Rope(8, 32);
-            Refused("rope", "Row 4 is at position 19 of 19", () => Store(_cache, shorter));
-            Refused("rope", "Row 4 is at position 19 of 19", () => Store(_cache, shorter));
-            Refused("rope", "For heads of 8", () => Store(_cache, narrower));
-            Store(_cache, _rope);
+            Refused("call.Rope", "Row 4 is at position 19 of 19", () => Attend(_cache, shorter));
+            Refused("call.Rope", "Row 4 is at position 19 of 19", () => Attend(_cache, shorter));
+            Refused("call.Rope", "For heads of 8", () => Attend(_cache, narrower));
+            Attend(_cache, _rope);
 
             // Another cache in the same step, with fewer blocks.
-            using KvCache fewer = _backend.AllocateKvCache(2, Blocks - 1, 1, HeadDim);
-            using KvCache other = _backend.AllocateKvCache(2, Blocks, 1, HeadDim);
-            Store(other, _rope);
-            Refused("cache", "Sequence 1 has block 3 of 3", () => Store(fewer, _rope));
-            Refused("cache", "Sequence 1 has block 3 of 3", () => Attend(fewer));
-            Attend(_cache);
+            using KvCache fewer = _bench.Cache(2, Blocks - 1, 1, HeadDim), other = _bench.Cache(2, Blocks, 1, HeadDim);
+            Attend(other, _rope);
+            Refused("call.Cache", "Sequence 1 has block 3 of 3", () => Attend(fewer, _rope));
+            Refused("call.Cache", "Sequence 1 has block 3 of 3", () => Attend(fewer, _rope));
+            Attend(_cache, _rope);
         }
 
-        void Store(KvCache cache, RopeTable rope) => _backend.RopeStoreKv(qkv, 1, null, null, 0f, rope, cache, 0);
-
-        void Attend(KvCache cache) => _backend.Attend(qkv, 1, 1f, cache, 0, output);
+        void Attend(KvCache cache, RopeTable rope) => _bench.Attend(qkv, 1, rope, cache, 0, output);
     }
 
     [Fact]
     public void Heads_and_layers_that_a_cache_has_not_got_are_refused()
     {
-        using KvCache cache = _backend.AllocateKvCache(2, Blocks, 2, HeadDim);
+        using KvCache cache = _bench.Cache(2, Blocks, 2, HeadDim);
         Tensor qkv = _bench.Tensor(5, 6 * HeadDim), output = _bench.Tensor(5, 2 * HeadDim), narrow = _bench.Tensor(5, HeadDim);
         _backend.BeginStep(Step());
-        _backend.RopeStoreKv(qkv, 2, null, null, 0f, _rope, cache, 1);
-        _backend.Attend(qkv, 2, 1f, cache, 1, output);
+        _bench.Attend(qkv, 2, _rope, cache, 1, output);
         foreach (int heads in new[] { 0, -2, 1, 3 })
-        {
-            Refused("heads", "multiple of the cache's 2", () => _backend.RopeStoreKv(qkv, heads, null, null, 0f, _rope, cache, 1));
-            Refused("heads", "multiple of the cache's 2", () => _backend.Attend(qkv, heads, 1f, cache, 1, output));
-        }
-
+            Refused("call.Heads", "multiple of the cache's 2", () => _bench.Attend(qkv, heads, _rope, cache, 1, output));
         foreach (int layer in new[] { -1, 2 })
-        {
-            Refused("layer", "2 layers", () => _backend.RopeStoreKv(qkv, 2, null, null, 0f, _rope, cache, layer));
-            Refused("layer", "2 layers", () => _backend.Attend(qkv, 2, 1f, cache, layer, output));
-        }
-
-        Refused("qkv", "16 columns", () => _backend.Attend(narrow, 2, 1f, cache, 1, output));
+            Refused("call.Layer", "2 layers", () => _bench.Attend(qkv, 2, _rope, cache, layer, output));
+        Refused("call.Qkv", "16 columns", () => _bench.Attend(narrow, 2, _rope, cache, 1, output));
+        Refused("call.Output", "16 columns", () => _bench.Attend(qkv, 2, _rope, cache, 1, narrow));
         Refused("from", "4 blocks", () => _backend.CopyBlock(cache, 4, 0));
         Refused("to", "4 blocks", () => _backend.CopyBlock(cache, 0, 4));
         Refused("from", "4 blocks", () => _backend.CopyBlock(cache, -1, 0));
         _backend.CopyBlock(cache, 3, 0);
+    }
+
+    /// <summary>What fits one layer does not fit another.</summary>
+    [Fact]
+    public void Tensors_and_heads_are_checked_against_the_layout_of_the_layer()
+    {
+        using KvCache cache = _backend.AllocateKvCache(Blocks, new KvLayout(2, 24, 16), new KvLayout(1, 16, 40), new KvLayout(1, 24, 24));
+        Tensor qkv = _bench.Tensor(5, (4 * 24) + (2 * (24 + 16))), output = _bench.Tensor(5, 4 * 16);
+        Tensor other = _bench.Tensor(5, (3 * 16) + 16 + 40), wide = _bench.Tensor(5, 3 * 40), oneWidth = _bench.Tensor(5, 4 * 24);
+        using RopeTable rope = _bench.Rope(24, 20);
+        Weight norm = _bench.Weight(1, 24), otherNorm = _bench.Weight(1, 16);
+        _backend.BeginStep(Step());
+        _bench.Attend(qkv, 4, rope, cache, 0, output, 1f, norm, norm);
+        _bench.Attend(other, 3, _rope, cache, 1, wide, 1f, otherNorm, otherNorm);
+        Refused("call.Qkv", "176 columns, needed 104", () => _bench.Attend(qkv, 3, _rope, cache, 1, wide));
+        Refused("call.Qkv", "176 columns, needed 144", () => _bench.Attend(qkv, 4, rope, cache, 2, oneWidth));
+        Refused("call.Output", "96 columns, needed 64", () => _bench.Attend(qkv, 4, rope, cache, 0, oneWidth));
+        Refused("call.Output", "64 columns, needed 120", () => _bench.Attend(other, 3, _rope, cache, 1, output));
+        Refused("call.Rope", "For heads of 16, the cache has 24", () => _bench.Attend(qkv, 4, _rope, cache, 0, output));
+        Refused("call.Rope", "For heads of 24, the cache has 16", () => _bench.Attend(other, 3, rope, cache, 1, wide));
+        Refused("call.QueryNorm", "needed a vector of 24", () => _bench.Attend(qkv, 4, rope, cache, 0, output, queryNorm: otherNorm));
+        Refused("call.KeyNorm", "needed a vector of 16", () => _bench.Attend(other, 3, _rope, cache, 1, wide, keyNorm: norm));
+        Refused("call.Heads", "multiple of the cache's 2", () => _bench.Attend(qkv, 3, rope, cache, 0, output));
+        Refused("layers", "at most 512", () => _backend.AllocateKvCache(1, new KvLayout(1, 514, 16)));
+        Refused("layers", "at most 512", () => _backend.AllocateKvCache(1, new KvLayout(1, 16, 16), new KvLayout(1, 16, 513)));
+        _backend.AllocateKvCache(1, new KvLayout(1, 512, 512)).Dispose();
     }
 
     [Fact]

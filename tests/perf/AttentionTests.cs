@@ -20,7 +20,8 @@ public sealed class AttentionTests
         using CpuBackend backend = new(threads: 1);
         StepLayout apart = Workload.DecodeStep(Samples, Context);
         StepLayout shared = Workload.DecodeStep(Samples, Context, Prompt);
-        using KvCache cache = backend.AllocateKvCache(Layers, Samples * Workload.BlocksOf(Context), Workload.KvHeads, Workload.HeadDim);
+        using KvCache cache = backend.AllocateKvCache(Samples * Workload.BlocksOf(Context), Workload.KvLayouts(Layers));
+        using RopeTable rope = backend.AllocateRopeTable(new float[Workload.HeadDim / 2], Context);
         using Tensor qkv = Workload.RandomTensor(backend, Samples, Workload.QkvOutputs, scale: 1);
         using Tensor output = backend.AllocateTensor(Samples, Workload.Heads * Workload.HeadDim);
         double[] seconds = Rounds.Best(times => times[0] < Slack * times[1], () => Attend(shared), () => Attend(apart));
@@ -29,7 +30,7 @@ public sealed class AttentionTests
         void Attend(StepLayout step)
         {
             backend.BeginStep(step);
-            for (int layer = 0; layer < Layers; layer++) backend.Attend(qkv, Workload.Heads, 0.125f, cache, layer, output);
+            for (int layer = 0; layer < Layers; layer++) Workload.Attend(backend, qkv, rope, cache, layer, output);
         }
     }
 }

@@ -21,11 +21,11 @@ public sealed class StepTests
         ModelSpec spec = ModelSpec.Parse(TinyModel.Config(Layers, Workload.Hidden, Workload.Intermediate, Workload.Heads, Workload.KvHeads,
             vocabulary: 8192));
         using CpuBackend backend = new(threads: 1);
-        LoadPlan plan = LoadPlan.Compile(spec);
-        using WeightSet weights = WeightSet.Allocate(backend, plan, Layers);
-        foreach (WeightShape shape in plan.Weights) Workload.Fill(backend, weights[shape.Slot]);
-        using KvCache kv = backend.AllocateKvCache(Layers, Most * Workload.BlocksOf(Context), spec.KvHeads, spec.HeadDim);
-        using Transformer transformer = new(spec, backend, maxRows: Most, maxContext: Context);
+        Transformer transformer = new(spec);
+        using WeightSet weights = WeightSet.Allocate(backend, transformer.Weights);
+        foreach (Weight weight in weights.All) Workload.Fill(backend, weight);
+        using KvCache kv = backend.AllocateKvCache(Most * Workload.BlocksOf(Context), transformer.Kv);
+        using Workspace workspace = transformer.AllocateWorkspace(backend, maxRows: Most, maxContext: Context);
         StepLayout one = Workload.DecodeStep(1, Context);
         StepLayout eight = Workload.DecodeStep(Most, Context);
         double[] seconds = Rounds.Best(times => times[1] < Factor * Most * times[0], () => Run(one), () => Run(eight));
@@ -33,8 +33,8 @@ public sealed class StepTests
 
         void Run(StepLayout step)
         {
-            transformer.Forward(step, weights, kv);
-            transformer.Sample(step, weights);
+            transformer.Forward(step, weights, kv, workspace);
+            transformer.Sample(step, weights, workspace);
         }
     }
 }

@@ -43,15 +43,16 @@ internal static class InspectCommand
         long parameters = plan.Weights.Sum(weight => (long)weight.Outputs * weight.Inputs);
 
         // As the CPU keeps them: matrices in bfloat16, vectors and the cache in fp32.
-        long weightBytes = plan.Weights.Sum(weight => (long)weight.Outputs * weight.Inputs * (weight.Outputs == 1 ? 4 : 2));
-        long kvBytes = 2L * spec.Layers * spec.KvHeads * spec.HeadDim * sizeof(float);
+        long weightBytes = plan.Weights.Sum(weight => (long)weight.Outputs * weight.Inputs * (weight.IsVector ? 4 : 2));
+        long kvBytes = spec.Layers.Sum(layer => 2L * layer.Attention.KvWidth) * sizeof(float);
+        (AttentionSpec attention, GatedMlpSpec mlp) = spec.Layers[0];
         string tied = spec.TiedHead ? ", output head tied to the embedding" : "";
         Print(
             ("family", spec.ModelType),
             ("parameters", $"{Digits(parameters)}{tied}"),
-            ("layers", $"{spec.Layers}, hidden {spec.HiddenSize}, MLP {spec.IntermediateSize}"),
-            ("attention", $"{spec.Heads} query heads, {spec.KvHeads} key/value heads of {spec.HeadDim}{Extras(spec)}"),
-            ("positions", $"{Digits(spec.MaxPositions)}, {Rope(spec.Rope)}"),
+            ("layers", $"{spec.Layers.Count}, hidden {spec.HiddenSize}, MLP {mlp.Width}"),
+            ("attention", $"{attention.Heads} query heads, {attention.KvHeads} key/value heads of {attention.HeadDim}{Extras(attention)}"),
+            ("positions", $"{Digits(spec.MaxPositions)}, {Rope(attention.Rope)}"),
             ("vocabulary", $"{Digits(spec.VocabSize)}, end of sequence {string.Join(", ", spec.EosTokenIds)}"),
             ("tokenizer", File.Exists(Path.Combine(folder, "tokenizer.json")) ? "tokenizer.json" : "none: token ids only"),
             ("stored as", string.Join(", ", checkpoint.Tensors.Values.CountBy(t => t.Info.DTypeName).Select(t => $"{t.Value} {t.Key}"))),
@@ -94,7 +95,7 @@ internal static class InspectCommand
         return tensor.DType is null ? $"{tensor.Name}: {tensor.DTypeName}; BF16, F16 and F32 are served" : null;
     }
 
-    private static string Extras(ModelSpec spec)
+    private static string Extras(AttentionSpec spec)
         => string.Concat(spec.QueryKeyNorm ? ", normalised" : "", spec.QkvBias ? ", biased" : "");
 
     private static string Rope(RopeSpec rope)

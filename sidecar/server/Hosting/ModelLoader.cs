@@ -30,7 +30,7 @@ internal static class ModelLoader
 
     private static RolloutEngine Load(ModelSource source, bool cuda, EngineOptions options, IProgress<double>? progress)
     {
-        IBackend backend = Backend(source, cuda);
+        Backend backend = Backend(source, cuda);
         try
         {
             return RolloutEngine.Load(source.Folder, backend, options, Tokenizer(source), progress);
@@ -52,7 +52,7 @@ internal static class ModelLoader
     }
 
     /// <exception cref="BadInputException">The device cannot be used, or does not store this format; says which.</exception>
-    private static IBackend Backend(ModelSource source, bool cuda)
+    private static Backend Backend(ModelSource source, bool cuda)
     {
         bool stores = cuda ? source.Format is WeightFormat.BFloat16 or WeightFormat.Float32 : source.Format is not WeightFormat.Float32;
         if (!stores)

@@ -66,7 +66,7 @@ public sealed class CudaTests
 
         double Off(float[] logProbs) => logProbs.Zip(exact, (one, other) => Math.Abs(one - other)).Average();
 
-        async Task<float[]> LogProbs(IBackend backend)
+        async Task<float[]> LogProbs(Backend backend)
         {
             await using RolloutEngine engine = RolloutEngine.Load(
                 TestModels.Folder(family), backend, new EngineOptions { MaxBatchTokens = 64, MaxSequences = 8 });
@@ -85,7 +85,7 @@ public sealed class CudaTests
     }
 
     /// <summary>Of the log-probabilities of the reference's tokens, given the ones before: the mean distance, and the mean difference.</summary>
-    private static async Task<(double Off, double Mean)> Differences(string family, IBackend backend, bool checkChoices)
+    private static async Task<(double Off, double Mean)> Differences(string family, Backend backend, bool checkChoices)
     {
         TestModels.Golden golden = TestModels.ReadGolden(family);
         await using RolloutEngine engine = RolloutEngine.Load(
@@ -138,13 +138,13 @@ public sealed class CudaTests
         const int Steps = 10;
         const int Around = 5;  // embed, gather, norm, head, sample
         const int MatMuls = 4; // of a layer
-        Assert.Equal(Steps * ((8 * model.Layers) + Around), steps.Launches);
-        Assert.Equal(steps.Launches - (Steps * ((MatMuls * model.Layers) + 1)), steps.EarlyLaunches); // all but matmuls
+        Assert.Equal(Steps * ((8 * model.Layers.Count) + Around), steps.Launches);
+        Assert.Equal(steps.Launches - (Steps * ((MatMuls * model.Layers.Count) + 1)), steps.EarlyLaunches); // all but matmuls
         Assert.Equal(Steps, steps.Synchronisations);
         Assert.Equal(Steps, manyGraphs - fewGraphs);
         Assert.Equal(0, steps.Allocations);
-        long layer = model.HiddenSize * ((long)model.QkvOutputs + (model.Heads * model.HeadDim) + (3L * model.IntermediateSize));
-        Assert.Equal(Steps * sizeof(ushort) * ((model.Layers * layer) + ((long)model.VocabSize * model.HiddenSize)), steps.MatMulWeightBytes);
+        long layer = model.HiddenSize * ((long)model.Attention.QueryWidth + (2 * model.Attention.KvWidth) + model.Attention.QueryWidth + (3L * model.Mlp.Width));
+        Assert.Equal(Steps * sizeof(ushort) * ((model.Layers.Count * layer) + ((long)model.VocabSize * model.HiddenSize)), steps.MatMulWeightBytes);
         Assert.InRange(steps.DeviceToHostBytes / Steps, 1, 12 * n);
 
         async Task<(SimulatedDevice.Counters Counters, long Graphs)> Run(int tokens)
@@ -179,7 +179,7 @@ public sealed class CudaTests
 
         // The step of token i has token i - 1 for its row, which it need not read, and i - 2 own ones before it.
         long own = Enumerable.Range(5, 10).Sum(i => i - 2);
-        long token = 2L * model.Layers * model.KvHeads * model.HeadDim * (format == WeightFormat.Float32 ? sizeof(float) : sizeof(ushort));
+        long token = 2L * model.Layers.Count * model.Attention.KvWidth * (format == WeightFormat.Float32 ? sizeof(float) : sizeof(ushort));
         Assert.Equal(token * ((10 * Prompt) + (n * own)), (many - few).StagedBytes);
 
         async Task<SimulatedDevice.Counters> Run(int tokens)
@@ -323,7 +323,7 @@ public sealed class CudaTests
         long free = backend.AvailableBytes;
         await using RolloutEngine engine = RolloutEngine.Load(TestModels.Folder("qwen3"), backend, new EngineOptions { KvCacheFraction = 0.02, MaxContext = 64 });
         ModelSpec model = engine.Model;
-        long taken = engine.Status.KvBlocksTotal * 2L * model.Layers * model.KvHeads * model.HeadDim * KvCache.BlockTokens * sizeof(ushort);
+        long taken = engine.Status.KvBlocksTotal * 2L * model.Layers.Count * model.Attention.KvWidth * KvCache.BlockTokens * sizeof(ushort);
         Assert.InRange(taken, 0.019 * free, 0.02 * free);
     }
 

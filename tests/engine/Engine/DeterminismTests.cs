@@ -86,7 +86,7 @@ public sealed class DeterminismTests
     /// <param name="way">How it is run.</param>
     /// <param name="noise">Of the neighbours.</param>
     /// <param name="device">Null: the CPU.</param>
-    internal static async Task<string[]> Run(string family, GroupRequest request, Way way, int noise, IBackend? device = null)
+    internal static async Task<string[]> Run(string family, GroupRequest request, Way way, int noise, Backend? device = null)
     {
         int blockBytesPerToken = 2 * 3 * (device?.KvElementBytes ?? sizeof(float)); // keys and values, layers
         EngineOptions options = new()

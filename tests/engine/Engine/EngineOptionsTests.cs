@@ -37,7 +37,7 @@ public sealed class EngineOptionsTests
     public async Task Memory_for_keys_and_values_is_as_stated_or_the_devices_budget(
         long budget, long bytes, double part, int blocks, int maxContext)
     {
-        ScriptedBackend backend = new() { KvCacheBudget = budget, AvailableBytes = 80 * BlockBytes };
+        ScriptedBackend backend = new() { CacheBudget = budget, FreeBytes = 80 * BlockBytes };
         EngineOptions options = new() { MaxSequences = 2, KvCacheBytes = bytes, KvCacheFraction = part };
         await using RolloutEngine engine = RolloutEngine.Load(TestModels.Folder("qwen3"), backend, options);
         Assert.Equal((blocks, maxContext), (engine.Status.KvBlocksTotal, engine.MaxContext));

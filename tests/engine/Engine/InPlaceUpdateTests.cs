@@ -142,12 +142,12 @@ public sealed class InPlaceUpdateTests
     public async Task Without_memory_for_a_second_set_an_update_goes_in_place_unless_it_must_be_staged()
     {
         using UpdatePayload payload = UpdatePayload.Of("qwen3");
-        ScriptedBackend backend = new() { AvailableBytes = 1000 };
+        ScriptedBackend backend = new() { FreeBytes = 1000 };
         await using RolloutEngine engine = RolloutEngine.Load(TestModels.Folder("qwen3"), backend, new EngineOptions());
         NoRoomException e = Assert.Throws<NoRoomException>(() => engine.BeginUpdate(payload.Manifest(0, 1) with { Mode = UpdateMode.Staged }));
         Assert.Contains("1000", e.Message, StringComparison.Ordinal);
         using (WeightUpdate update = engine.BeginUpdate(payload.Manifest(0, 1))) Assert.Equal(UpdateMode.InPlace, update.Mode);
-        backend.AvailableBytes = long.MaxValue;
+        backend.FreeBytes = long.MaxValue;
         using (WeightUpdate update = engine.BeginUpdate(payload.Manifest(0, 1))) Assert.Equal(UpdateMode.Staged, update.Mode);
     }
 

@@ -30,7 +30,7 @@ internal static class TestModels
     /// </summary>
     public static Group SubmitAndHold(this RolloutEngine engine, ScriptedBackend backend, GroupRequest request, int tokens)
     {
-        backend.HoldAfter(tokens + backend.StepsUnderWay - 1);
+        backend.HoldAfter(tokens + backend.StepsInFlight - 1);
         Group group = engine.Submit(request);
         backend.WaitUntilHeld();
         Assert.All(group.Samples, sample => Assert.Equal(tokens, sample.Published));

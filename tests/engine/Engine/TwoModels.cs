@@ -6,16 +6,18 @@ namespace Rollout.Engine.Tests;
 internal sealed class TwoModels : IDisposable
 {
     private readonly ModelSpec _spec;
-    private readonly IBackend _backend;
+    private readonly Backend _backend;
     private readonly Transformer _transformer;
+    private readonly Workspace _workspace;
     private readonly WeightSet _old;
     private readonly WeightSet _new;
 
-    public TwoModels(IBackend backend, string oldFolder, string newFolder)
+    public TwoModels(Backend backend, string oldFolder, string newFolder)
     {
         _backend = backend;
         _spec = ModelSpec.Load(oldFolder);
-        _transformer = new Transformer(_spec, backend, maxRows: 512, _spec.MaxPositions);
+        _transformer = new Transformer(_spec);
+        _workspace = _transformer.AllocateWorkspace(backend, maxRows: 512, _spec.MaxPositions);
         _old = Load(oldFolder);
         _new = Load(newFolder);
     }
@@ -28,7 +30,7 @@ internal sealed class TwoModels : IDisposable
     {
         int total = request.Prompt.Length + request.MaxTokens!.Value;
         int blocks = KvBlocks.CountFor(total);
-        using KvCache kv = _backend.AllocateKvCache(_spec.Layers, blocks, _spec.KvHeads, _spec.HeadDim);
+        using KvCache kv = _backend.AllocateKvCache(blocks, _transformer.Kv);
         StepLayout step = new(512, 1, blocks, 1, 0, 0);
         for (int block = 0; block < blocks; block++) step.BlockTables[block] = block;
         List<int> all = [.. request.Prompt];
@@ -51,8 +53,8 @@ internal sealed class TwoModels : IDisposable
                 Position = all.Count,
             };
             WeightSet weights = logProbs.Count < swap ? _old : _new;
-            _transformer.Forward(step, weights, kv);
-            _transformer.Sample(step, weights);
+            _transformer.Forward(step, weights, kv, _workspace);
+            _transformer.Sample(step, weights, _workspace);
             _backend.FinishStep(step);
             computed = all.Count;
             all.Add(step.Results[0].Token);
@@ -64,7 +66,7 @@ internal sealed class TwoModels : IDisposable
 
     public void Dispose()
     {
-        _transformer.Dispose();
+        _workspace.Dispose();
         _old.Dispose();
         _new.Dispose();
     }
@@ -72,9 +74,8 @@ internal sealed class TwoModels : IDisposable
     private WeightSet Load(string folder)
     {
         using Checkpoint checkpoint = Checkpoint.Open(folder);
-        LoadPlan plan = LoadPlan.Compile(_spec);
-        WeightSet weights = WeightSet.Allocate(_backend, plan, _spec.Layers);
-        ModelLoader.Load(checkpoint, plan, _backend, weights, progress: null);
+        WeightSet weights = WeightSet.Allocate(_backend, _transformer.Weights);
+        ModelLoader.Load(checkpoint, _transformer.Weights, _backend, weights, progress: null);
         return weights;
     }
 }

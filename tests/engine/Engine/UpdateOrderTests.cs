@@ -250,14 +250,14 @@ public sealed class UpdateOrderTests
         UpdateManifest manifest = payload.Manifest(0, 1);
         long bytes;
         using (WeightUpdate update = engine.BeginUpdate(manifest with { Mode = UpdateMode.Staged })) bytes = update.StagingBytes;
-        backend.AvailableBytes = 0; // the second set has it
+        backend.FreeBytes = 0; // the second set has it
         foreach (UpdateMode mode in (UpdateMode[])[UpdateMode.Auto, UpdateMode.Staged])
             using (WeightUpdate update = engine.BeginUpdate(manifest with { Mode = mode })) Assert.Equal(UpdateMode.Staged, update.Mode);
 
         // A quarter more than the weights, or none is taken.
-        await using RolloutEngine other = TestModels.Load("qwen3", backend = new ScriptedBackend { AvailableBytes = bytes / 4 * 5 - 1 });
+        await using RolloutEngine other = TestModels.Load("qwen3", backend = new ScriptedBackend { FreeBytes = bytes / 4 * 5 - 1 });
         using (WeightUpdate update = other.BeginUpdate(manifest)) Assert.Equal(UpdateMode.InPlace, update.Mode);
-        backend.AvailableBytes++;
+        backend.FreeBytes++;
         using (WeightUpdate update = other.BeginUpdate(manifest)) Assert.Equal(UpdateMode.Staged, update.Mode);
     }
 }

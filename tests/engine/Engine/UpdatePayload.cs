@@ -91,7 +91,7 @@ internal static class UpdateExtensions
         CancellationToken cancelled = TestContext.Current.CancellationToken;
         using WeightUpdate update = await engine.OpenUpdateAsync(payload.Manifest(0, 1) with { Policy = policy });
         update.Write(0, payload.Bytes);
-        backend.HoldAfter(heldAfter + backend.StepsUnderWay - 2); // the step that is held ends before the pause
+        backend.HoldAfter(heldAfter + backend.StepsInFlight - 2); // the step that is held ends before the pause
         Group group = engine.Submit(request);
         backend.WaitUntilHeld();
         Task paused = engine.PauseAsync(PauseMode.Keep, "the test", TimeSpan.FromMinutes(10), cancelled);

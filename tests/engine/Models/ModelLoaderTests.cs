@@ -67,7 +67,7 @@ public sealed class ModelLoaderTests
     {
         using Checkpoint checkpoint = Checkpoint.Open(folder.Path);
         using CpuBackend backend = new(1);
-        using WeightSet weights = WeightSet.Allocate(backend, model.Plan, model.Spec.Layers);
+        using WeightSet weights = WeightSet.Allocate(backend, model.Plan);
         Exception? e = Record.Exception(() => ModelLoader.Load(checkpoint, model.Plan, backend, weights, progress: null));
         return e is null ? [] : Assert.IsType<InvalidModelException>(e).Problems;
     }

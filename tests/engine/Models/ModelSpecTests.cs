@@ -20,18 +20,18 @@ public sealed class ModelSpecTests : IDisposable
         Assert.Equal("llama", spec.ModelType);
         Assert.Equal(320, spec.VocabSize);
         Assert.Equal(64, spec.HiddenSize);
-        Assert.Equal(160, spec.IntermediateSize);
-        Assert.Equal(3, spec.Layers);
-        Assert.Equal(8, spec.Heads);
-        Assert.Equal(2, spec.KvHeads);
-        Assert.Equal(16, spec.HeadDim);
-        Assert.Equal(192, spec.QkvOutputs);
+        Assert.Equal(160, spec.Mlp.Width);
+        Assert.Equal(3, spec.Layers.Count);
+        Assert.Single(spec.Layers.Distinct());
+        Assert.Equal(8, spec.Attention.Heads);
+        Assert.Equal(2, spec.Attention.KvHeads);
+        Assert.Equal(16, spec.Attention.HeadDim);
+        Assert.Equal(192, spec.Attention.QueryWidth + 2 * spec.Attention.KvWidth);
         Assert.Equal(512, spec.MaxPositions);
         Assert.Equal(1e-6f, spec.RmsNormEpsilon);
-        Assert.Equal(new RopeSpec(RopeType.Llama3, 500000, 8, 1, 4, 64), spec.Rope);
-        Assert.Equal(1, spec.RopeScale);
+        Assert.Equal(new RopeSpec(RopeType.Llama3, 500000, 8, 1, 4, 64), spec.Attention.Rope);
         Assert.True(spec.TiedHead);
-        Assert.False(spec.QkvBias || spec.OutputBias || spec.MlpBias || spec.QueryKeyNorm);
+        Assert.False(spec.Attention.QkvBias || spec.Attention.OutputBias || spec.Mlp.Bias || spec.Attention.QueryKeyNorm);
         Assert.Equal([2], spec.EosTokenIds);
         Assert.Equal(1, spec.BosTokenId);
     }
@@ -39,15 +39,21 @@ public sealed class ModelSpecTests : IDisposable
     [Fact]
     public void Families_differ_by_facts()
     {
-        var qwen2 = ModelSpec.Load(GoldenFiles.Get("qwen2"));
-        Assert.True(qwen2 is { QkvBias: true, OutputBias: false, MlpBias: false, QueryKeyNorm: false, TiedHead: true, HeadDim: 16 });
-        var qwen3 = ModelSpec.Load(GoldenFiles.Get("qwen3"));
-        Assert.True(qwen3 is { QkvBias: false, OutputBias: false, MlpBias: false, QueryKeyNorm: true, TiedHead: false, HeadDim: 32 });
+        AssertFacts("qwen2", qkv: true, tied: true, headDim: 16);
+        AssertFacts("qwen3", norms: true, headDim: 32);
         var biased = Parse("llama", config => { config["attention_bias"] = true; config["mlp_bias"] = true; });
-        Assert.True(biased is { QkvBias: true, OutputBias: true, MlpBias: true });
+        Assert.True(biased.Attention is { QkvBias: true, OutputBias: true } && biased.Mlp.Bias);
         // Fields of another family mean nothing: transformers does not read them either.
         var ignored = Parse("qwen2", config => { config["attention_bias"] = false; config["mlp_bias"] = true; });
-        Assert.True(ignored is { QkvBias: true, OutputBias: false, MlpBias: false });
+        Assert.True(ignored.Attention is { QkvBias: true, OutputBias: false } && !ignored.Mlp.Bias);
+
+        static void AssertFacts(string family, int headDim, bool qkv = false, bool norms = false, bool tied = false)
+        {
+            var spec = ModelSpec.Load(GoldenFiles.Get(family));
+            Assert.Equal((qkv, false, norms, headDim),
+                (spec.Attention.QkvBias, spec.Attention.OutputBias, spec.Attention.QueryKeyNorm, spec.Attention.HeadDim));
+            Assert.Equal((false, tied), (spec.Mlp.Bias, spec.TiedHead));
+        }
     }
 
     [Theory]
@@ -79,7 +85,7 @@ public sealed class ModelSpecTests : IDisposable
             var bits = reference.GetProperty("bits").EnumerateArray().Select(e => e.GetInt32()).ToArray();
             Assert.Equal(headDim / 2, bits.Length);
             // PyTorch's vectorised pow is not always correctly rounded: some of its numbers are one unit in the last place away.
-            var distances = spec.InverseFrequencies().Zip(bits, (ours, theirs) => Math.Abs(BitConverter.SingleToInt32Bits(ours) - theirs));
+            var distances = spec.Attention.Rope.InverseFrequencies(spec.Attention.HeadDim).Zip(bits, (ours, theirs) => Math.Abs(BitConverter.SingleToInt32Bits(ours) - theirs));
             Assert.All(distances, distance => Assert.InRange(distance, 0, 1));
             Assert.InRange(distances.Count(distance => distance > 0), 0, headDim / 16);
         }
@@ -88,7 +94,7 @@ public sealed class ModelSpecTests : IDisposable
     [Fact]
     public void The_layout_before_transformers_5_is_read_too()
     {
-        var expected = ModelSpec.Load(GoldenFiles.Get("llama3")).Rope;
+        var expected = ModelSpec.Load(GoldenFiles.Get("llama3")).Attention.Rope;
         var old = """
             {"rope_type":"llama3","factor":8.0,"low_freq_factor":1.0,"high_freq_factor":4.0,"original_max_position_embeddings":64}
             """;
@@ -97,24 +103,24 @@ public sealed class ModelSpecTests : IDisposable
             config.Remove("rope_parameters");
             config["rope_theta"] = 500000;
             config["rope_scaling"] = JsonNode.Parse(old);
-        }).Rope);
+        }).Attention.Rope);
         // Both layouts in one file, as a program that wants to be read by old and new ones writes it.
         Assert.Equal(expected, Parse("llama3", config =>
         {
             config["rope_theta"] = 500000;
             config["rope_scaling"] = JsonNode.Parse(old);
-        }).Rope);
+        }).Attention.Rope);
         Assert.Equal(new RopeSpec(RopeType.Default, 5), Parse("qwen2", config =>
         {
             config["rope_parameters"] = null;
             config["rope_theta"] = 5;
             config["rope_scaling"] = null;
-        }).Rope);
+        }).Attention.Rope);
         Assert.Equal(new RopeSpec(RopeType.Linear, 10000, 2), Parse("qwen2", config =>
         {
             config["rope_parameters"] = null;
             config["rope_scaling"] = JsonNode.Parse("""{"type":"linear","factor":2}""");
-        }).Rope);
+        }).Attention.Rope);
     }
 
     [Fact]
@@ -125,13 +131,14 @@ public sealed class ModelSpecTests : IDisposable
         {
             var absent = Parse("llama", config => config.Remove(name));
             var empty = Parse("llama", config => config[name] = null);
-            Assert.Equal(absent with { EosTokenIds = [] }, empty with { EosTokenIds = [] });
+            Assert.Equal(absent with { EosTokenIds = [], Layers = [] }, empty with { EosTokenIds = [], Layers = [] });
+            Assert.Equal(absent.Layers, empty.Layers);
             Assert.Equal(absent.EosTokenIds, empty.EosTokenIds);
         }
-        Assert.Equal(4, Parse("llama", config => config.Remove("num_key_value_heads")).KvHeads);
-        Assert.Equal(16, Parse("qwen2", config => config["head_dim"] = null).HeadDim);
-        Assert.Equal(128, Parse("qwen3", config => config.Remove("head_dim")).HeadDim);
-        Assert.Equal(new RopeSpec(RopeType.Default, 10000), Parse("llama", config => config.Remove("rope_parameters")).Rope);
+        Assert.Equal(4, Parse("llama", config => config.Remove("num_key_value_heads")).Attention.KvHeads);
+        Assert.Equal(16, Parse("qwen2", config => config["head_dim"] = null).Attention.HeadDim);
+        Assert.Equal(128, Parse("qwen3", config => config.Remove("head_dim")).Attention.HeadDim);
+        Assert.Equal(new RopeSpec(RopeType.Default, 10000), Parse("llama", config => config.Remove("rope_parameters")).Attention.Rope);
         Assert.Null(Parse("llama", config => config.Remove("bos_token_id")).BosTokenId);
         Assert.Empty(Parse("llama", config => config.Remove("eos_token_id")).EosTokenIds);
     }
@@ -207,12 +214,13 @@ public sealed class ModelSpecTests : IDisposable
     {
         var spec = Minimal(family, "");
         Assert.Equal((12, headDim, 1e-6f, false, qkv, output, mlp, norms),
-            (spec.KvHeads, spec.HeadDim, spec.RmsNormEpsilon, spec.TiedHead, spec.QkvBias, spec.OutputBias, spec.MlpBias, spec.QueryKeyNorm));
-        Assert.Equal(new RopeSpec(RopeType.Default, 10000), spec.Rope);
+            (spec.Attention.KvHeads, spec.Attention.HeadDim, spec.RmsNormEpsilon, spec.TiedHead, spec.Attention.QkvBias, spec.Attention.OutputBias, spec.Mlp.Bias, spec.Attention.QueryKeyNorm));
+        Assert.Equal(new RopeSpec(RopeType.Default, 10000), spec.Attention.Rope);
         Assert.Equal((0, null), (spec.EosTokenIds.Count, spec.BosTokenId));
         // 28 layers of full attention come before a window unless the config says otherwise; this model has three.
-        Assert.Equal(spec with { EosTokenIds = [] },
-            Minimal(family, ""","use_sliding_window":true,"sliding_window":16""") with { EosTokenIds = [] });
+        var windowed = Minimal(family, ""","use_sliding_window":true,"sliding_window":16""");
+        Assert.Equal(spec with { EosTokenIds = [], Layers = [] }, windowed with { EosTokenIds = [], Layers = [] });
+        Assert.Equal(spec.Layers, windowed.Layers);
     }
 
     [Theory]
@@ -224,7 +232,7 @@ public sealed class ModelSpecTests : IDisposable
     public void Each_kind_of_bias_has_its_own_field(string family, bool attentionField, bool mlpField, bool qkv, bool output, bool mlp)
     {
         var spec = Parse(family, config => { config["attention_bias"] = attentionField; config["mlp_bias"] = mlpField; });
-        Assert.Equal((qkv, output, mlp), (spec.QkvBias, spec.OutputBias, spec.MlpBias));
+        Assert.Equal((qkv, output, mlp), (spec.Attention.QkvBias, spec.Attention.OutputBias, spec.Mlp.Bias));
     }
 
     [Fact]
@@ -281,18 +289,18 @@ public sealed class ModelSpecTests : IDisposable
     {
         var rope = """{"rope_type":"llama3","factor":8,"low_freq_factor":2,"high_freq_factor":4}""";
         Assert.Equal(new RopeSpec(RopeType.Llama3, 10000, 8, 2, 4, 512),
-            Parse("llama", config => config["rope_parameters"] = JsonNode.Parse(rope)).Rope);
+            Parse("llama", config => config["rope_parameters"] = JsonNode.Parse(rope)).Attention.Rope);
         // rope_theta beside it counts where it holds none of its own; the newer of two names of the type counts.
         Assert.Equal(new RopeSpec(RopeType.Linear, 77, 8), Parse("llama", config =>
         {
             config["rope_theta"] = 77;
             config["rope_parameters"] = JsonNode.Parse("""{"rope_type":"linear","type":"llama3","factor":8}""");
-        }).Rope);
+        }).Attention.Rope);
         Assert.Equal(new RopeSpec(RopeType.Default, 5), Parse("llama", config =>
         {
             config["rope_theta"] = 77;
             config["rope_parameters"] = JsonNode.Parse("""{"rope_type":"default","rope_theta":5}""");
-        }).Rope);
+        }).Attention.Rope);
     }
 
     [Fact]
@@ -314,7 +322,7 @@ public sealed class ModelSpecTests : IDisposable
             config["sliding_window"] = 16;
             config["max_window_layers"] = maxWindowLayers;
         }
-        Assert.Equal(3, Parse("qwen2", config => Slide(config, 3)).Layers);
+        Assert.Equal(3, Parse("qwen2", config => Slide(config, 3)).Layers.Count);
         Assert.Contains("use_sliding_window must be false",
             Assert.Throws<InvalidModelException>(() => Parse("qwen2", config => Slide(config, 2))).Message);
     }
@@ -333,7 +341,7 @@ public sealed class ModelSpecTests : IDisposable
                 try
                 {
                     var spec = ModelSpec.Parse(changed);
-                    Assert.Equal(spec.HeadDim / 2, spec.InverseFrequencies().Length);
+                    Assert.Equal(spec.Attention.HeadDim / 2, spec.Attention.Rope.InverseFrequencies(spec.Attention.HeadDim).Length);
                 }
                 catch (InvalidModelException)
                 {

@@ -72,13 +72,14 @@ public sealed class TransformerTests
     private static double[] LogProbs(ModelSpec spec, Dictionary<string, PlainTensor> tensors, int token)
     {
         double[] hidden = [.. Row("model.embed_tokens", token, spec.HiddenSize)];
-        for (int layer = 0; layer < spec.Layers; layer++)
+        for (int layer = 0; layer < spec.Layers.Count; layer++)
         {
             string at = $"model.layers.{layer}.";
             double[] value = Linear(at + "self_attn.v_proj", Norm(at + "input_layernorm", hidden));
             // Every query head reads the one value of its key-value head.
-            double[] attention = [.. Enumerable.Range(0, spec.Heads * spec.HeadDim)
-                .Select(i => value[i / spec.HeadDim / (spec.Heads / spec.KvHeads) * spec.HeadDim + i % spec.HeadDim])];
+            AttentionSpec facts = spec.Attention;
+            double[] attention = [.. Enumerable.Range(0, facts.QueryWidth)
+                .Select(i => value[i / facts.HeadDim / (facts.Heads / facts.KvHeads) * facts.HeadDim + i % facts.HeadDim])];
             hidden = Sum(hidden, Linear(at + "self_attn.o_proj", attention));
             double[] normed = Norm(at + "post_attention_layernorm", hidden);
             double[] gated = [.. Linear(at + "mlp.gate_proj", normed)

@@ -34,6 +34,7 @@ internal sealed class RandomLoad
     private readonly HashSet<Sequence> _seated = [];
     private readonly HashSet<Sequence> _aborted = [];
     private readonly HashSet<Sequence> _counted = [];
+    private readonly EngineMetrics _metrics = new("random load", () => 0);
     private readonly long[] _staleness = new long[9];
     private readonly List<ulong> _versions = [0];
 
@@ -41,7 +42,11 @@ internal sealed class RandomLoad
     {
         _load = load;
         _blocks = new KvBlocks(load.Blocks);
-        _scheduler = new Scheduler(_blocks, load.Seats, load.BatchTokens, group =>
+        _scheduler = new Scheduler(_blocks, load.Seats, load.BatchTokens, sequence =>
+        {
+            Assert.Equal(FinishReason.None, sequence.FinishReason);
+            _metrics.CountTokens(sequence.Versions(0, sequence.Sampled), _scheduler!.Version);
+        }, group =>
         {
             // Whoever sees the end may use the id again: the engine must have forgotten the group by then.
             Assert.Single(group.Samples, sample => sample.FinishReason == FinishReason.None);
@@ -56,6 +61,7 @@ internal sealed class RandomLoad
 
     public void Run()
     {
+        using EngineMetrics metrics = _metrics;
         foreach (int draw in _load.Script)
         {
             Act(draw % 20, new Random(draw));
@@ -185,7 +191,7 @@ internal sealed class RandomLoad
         ScheduledStep step = _underWay == _plans[0] ? _plans[1] : _plans[0];
         if (!_scheduler.Next(step, admitNew))
         {
-            if (_underWay is null) _scheduler.RaiseStreams();
+            if (_underWay is null) _scheduler.WakeStreams();
             Land();
             return;
         }
@@ -220,7 +226,7 @@ internal sealed class RandomLoad
         if (_underWay is not { } step) return;
         _underWay = null;
         _answers!.WriteTo(step.Layout);
-        _scheduler.Complete(step);
+        _scheduler.CollectResults(step);
         CountStaleness();
     }
 
@@ -233,7 +239,7 @@ internal sealed class RandomLoad
         Assert.Equal(open.Length - _scheduler.Running, _scheduler.Waiting);
         if (_underWay is null) Assert.Equal(open.Any(sample => _begun.ContainsKey(sample.Group)), _scheduler.HasBegun);
         CountStaleness();
-        Assert.Equal(_staleness, _scheduler.TokensByStaleness.ToArray());
+        Assert.Equal(_staleness, _metrics.TokensByStaleness.ToArray());
     }
 
     /// <summary>Of samples that have ended since the last call, which was before the version changed.</summary>

@@ -16,8 +16,8 @@ public sealed class IncomingTensorTests
     {
         const string Attention = "model.layers.0.self_attn.";
         using CpuBackend backend = new(1);
-        using WeightSet weights = WeightSet.Allocate(backend, s_large.Plan, 1);
-        Weight qkv = weights[new WeightSlot(0, WeightKind.Qkv)];
+        using WeightSet weights = WeightSet.Allocate(backend, s_large.Plan);
+        Weight qkv = weights[s_large.Plan["model.layers.0.self_attn.q_proj.weight"].Pieces[0].Slot];
         long queries = (1L << 25) * 65;
 
         PlainTensor whole = PlainTensor.Random(new Random(1), 2048 * 65, DType.Float32);
@@ -59,7 +59,7 @@ public sealed class IncomingTensorTests
     {
         PlainModel model = PlainModel.Of("qwen2", 1, heads: 2, kvHeads: 1, headDim: 4, hidden: 6, intermediate: 5, vocabulary: 7);
         using CpuBackend backend = new(1);
-        using WeightSet weights = WeightSet.Allocate(backend, model.Plan, 1);
+        using WeightSet weights = WeightSet.Allocate(backend, model.Plan);
         foreach ((string name, IReadOnlyList<long> shape) in model.Shapes)
         {
             uint elements = (uint)model.Elements(name);
@@ -88,7 +88,7 @@ public sealed class IncomingTensorTests
     public void A_tensor_may_have_more_than_2_to_the_32_bytes()
     {
         ScriptedBackend backend = new() { Writes = [] };
-        using WeightSet weights = WeightSet.Allocate(backend, s_large.Plan, 1);
+        using WeightSet weights = WeightSet.Allocate(backend, s_large.Plan);
         ManifestTensor tensor = new("model.layers.0.self_attn.q_proj.weight", DType.BFloat16, [1 << 25, 65], 0);
         IncomingTensor incoming = Incoming(tensor, backend, weights);
         byte[] piece = new byte[(64 << 20) + 1];
@@ -112,6 +112,6 @@ public sealed class IncomingTensorTests
         Assert.Equal((1L << 25) * 65, next);
     }
 
-    private static IncomingTensor Incoming(ManifestTensor tensor, IBackend backend, WeightSet weights)
+    private static IncomingTensor Incoming(ManifestTensor tensor, Backend backend, WeightSet weights)
         => new(tensor, s_large.Plan[tensor.Name], backend, weights);
 }

@@ -102,21 +102,21 @@ internal sealed class PlainModel
     /// <param name="values">By tensor, as sent.</param>
     /// <param name="weights">The set that holds them.</param>
     /// <param name="backend">It is on.</param>
-    public void AssertHolds(Dictionary<string, float[]> values, WeightSet weights, IBackend backend)
+    public void AssertHolds(Dictionary<string, float[]> values, WeightSet weights, Backend backend)
     {
-        foreach (WeightShape weight in Plan.Weights)
+        foreach ((PlannedWeight weight, WeightSlot slot) in Plan.Weights.Select((weight, i) => (weight, new WeightSlot(i))))
         {
             float[] held = new float[weight.Outputs * weight.Inputs];
-            backend.ReadWeight(weights[weight.Slot], 0, held);
-            float[][] sources = [.. SourcesOf(weight.Slot).Select(name => values[name])];
+            backend.ReadWeight(weights[slot], 0, held);
+            float[][] sources = [.. SourcesOf(weight.Name).Select(name => values[name])];
             float[] expected = sources is [var only] ? only : [.. sources.SelectMany(source => source)];
             Assert.Equal(expected.Length, held.Length);
             for (int i = 0; i < held.Length; i++)
             {
-                float value = weights[weight.Slot].IsVector ? expected[i] : Rounded(expected[i]);
+                float value = weight.IsVector ? expected[i] : Rounded(expected[i]);
                 bool equal = BitConverter.SingleToInt32Bits(value) == BitConverter.SingleToInt32Bits(held[i]);
                 if (!equal && !(float.IsNaN(value) && float.IsNaN(held[i])))
-                    Assert.Fail($"{weight.Slot} element {i} of {held.Length} is {held[i]}, sent was {expected[i]}");
+                    Assert.Fail($"{weight.Name} element {i} of {held.Length} is {held[i]}, sent was {expected[i]}");
             }
         }
     }
@@ -138,27 +138,29 @@ internal sealed class PlainModel
         return BitConverter.UInt32BitsToSingle(up ? below + 0x10000 : below);
     }
 
-    private static string[] SourcesOf(WeightSlot slot)
+    /// <summary>The tensors that a weight is made of, in order, from the engine's name for it.</summary>
+    private static string[] SourcesOf(string weight)
     {
-        string layer = $"model.layers.{slot.Layer}.";
-        return slot.Kind switch
+        (string layer, string kind) = (weight[..(weight.LastIndexOf('.') + 1)], weight[(weight.LastIndexOf('.') + 1)..]);
+        string attention = layer + "self_attn.", mlp = layer + "mlp.";
+        return kind switch
         {
-            WeightKind.Embedding => ["model.embed_tokens.weight"],
-            WeightKind.FinalNorm => ["model.norm.weight"],
-            WeightKind.Head => ["lm_head.weight"],
-            WeightKind.InputNorm => [layer + "input_layernorm.weight"],
-            WeightKind.Qkv => [layer + "self_attn.q_proj.weight", layer + "self_attn.k_proj.weight", layer + "self_attn.v_proj.weight"],
-            WeightKind.QkvBias => [layer + "self_attn.q_proj.bias", layer + "self_attn.k_proj.bias", layer + "self_attn.v_proj.bias"],
-            WeightKind.QueryNorm => [layer + "self_attn.q_norm.weight"],
-            WeightKind.KeyNorm => [layer + "self_attn.k_norm.weight"],
-            WeightKind.AttentionOutput => [layer + "self_attn.o_proj.weight"],
-            WeightKind.AttentionOutputBias => [layer + "self_attn.o_proj.bias"],
-            WeightKind.PostAttentionNorm => [layer + "post_attention_layernorm.weight"],
-            WeightKind.GateUp => [layer + "mlp.gate_proj.weight", layer + "mlp.up_proj.weight"],
-            WeightKind.GateUpBias => [layer + "mlp.gate_proj.bias", layer + "mlp.up_proj.bias"],
-            WeightKind.Down => [layer + "mlp.down_proj.weight"],
-            WeightKind.DownBias => [layer + "mlp.down_proj.bias"],
-            _ => throw new ArgumentOutOfRangeException(nameof(slot)),
+            "embedding" => ["model.embed_tokens.weight"],
+            "final_norm" => ["model.norm.weight"],
+            "head" => ["lm_head.weight"],
+            "attention_norm" => [layer + "input_layernorm.weight"],
+            "qkv" => [attention + "q_proj.weight", attention + "k_proj.weight", attention + "v_proj.weight"],
+            "qkv_bias" => [attention + "q_proj.bias", attention + "k_proj.bias", attention + "v_proj.bias"],
+            "query_norm" => [attention + "q_norm.weight"],
+            "key_norm" => [attention + "k_norm.weight"],
+            "attention_output" => [attention + "o_proj.weight"],
+            "attention_output_bias" => [attention + "o_proj.bias"],
+            "mlp_norm" => [layer + "post_attention_layernorm.weight"],
+            "gate_up" => [mlp + "gate_proj.weight", mlp + "up_proj.weight"],
+            "gate_up_bias" => [mlp + "gate_proj.bias", mlp + "up_proj.bias"],
+            "down" => [mlp + "down_proj.weight"],
+            "down_bias" => [mlp + "down_proj.bias"],
+            _ => throw new ArgumentOutOfRangeException(nameof(weight), weight, null),
         };
     }
 }

@@ -30,7 +30,7 @@ public sealed class WeightBytesTests
         model.Save(folder, tensors, random);
         using Checkpoint checkpoint = Checkpoint.Open(folder.Path);
         using CpuBackend backend = new(1);
-        using WeightSet weights = WeightSet.Allocate(backend, model.Plan, model.Spec.Layers);
+        using WeightSet weights = WeightSet.Allocate(backend, model.Plan);
         IReadOnlyList<DescribedWeight> described = ModelLoader.Load(checkpoint, model.Plan, backend, weights, progress: null);
         model.AssertHolds(tensors.ToDictionary(tensor => tensor.Key, tensor => PlainModel.Values(tensor.Value)), weights, backend);
         Assert.Equal(tensors.Select(tensor => (tensor.Key, tensor.Value.Type, Convert.ToHexString(tensor.Value.Digest()))).Order(),

@@ -91,14 +91,20 @@ public sealed class CudaAttentionTests
         {
             using CudaBackend backend = new(0, format) { MostPartBytes = slots * CudaAttentionPlan.PartBytes(heads, headDim) };
             Bench bench = new(backend);
-            KvCache cache = backend.AllocateKvCache(1, lengths.Length * MaxBlocks, 1, headDim);
+            KvCache cache = bench.Cache(1, lengths.Length * MaxBlocks, 1, headDim);
             RopeTable rope = bench.Rope(headDim, 800);
-            float[] prompts = bench.Values(lengths.Max() * columns), rows = bench.Values(2 * lengths.Length * columns);
+            float[] prompts = bench.Values((lengths.Max() + KvCache.BlockTokens) * columns);
+            float[] rows = bench.Values(2 * lengths.Length * columns);
 
             // The first two have all blocks of three chunks in common, and of the fourth all but the last.
             int Block(int s, int b) => s == 1 && b < 31 ? b : (s * MaxBlocks) + b;
             for (int s = 0; s < lengths.Length; s++)
-                Run(1, _ => (0, lengths[s] - 2), (_, b) => Block(s, b), prompts.AsSpan(0, (lengths[s] - 2) * columns), attends: false);
+            {
+                int blocks = (lengths[s] - 2 + KvCache.BlockTokens - 1) / KvCache.BlockTokens;
+                using Tensor prompt = bench.Tensor(columns, prompts[..(blocks * KvCache.BlockTokens * columns)]);
+                bench.StoreBlocks([.. Enumerable.Range(0, blocks).Select(b => Block(s, b))], prompt, heads, rope, cache, 0);
+            }
+
             float[] two = Run(lengths.Length, s => (lengths[s] - 2, lengths[s]), Block, rows);
             float[] last = Run(lengths.Length, s => (lengths[s] - 1, lengths[s]), Block,
                 [.. Enumerable.Range(0, lengths.Length).SelectMany(s => rows[(((2 * s) + 1) * columns)..(((2 * s) + 2) * columns)])]);
@@ -107,16 +113,13 @@ public sealed class CudaAttentionTests
             expected ??= last;
             Bench.SameBits(expected, last, $"{slots} slots");
 
-            float[] Run(
-                int sequences, Func<int, (int Start, int End)> positions, Func<int, int, int> block, ReadOnlySpan<float> qkv, bool attends = true)
+            float[] Run(int sequences, Func<int, (int Start, int End)> positions, Func<int, int, int> block, float[] qkv)
             {
                 StepLayout step = Bench.Step(sequences, MaxBlocks, positions, block);
                 backend.BeginStep(step);
-                using Tensor x = bench.Tensor(columns, qkv.ToArray()), output = backend.AllocateTensor(step.RowCount, heads * headDim);
-                backend.RopeStoreKv(x, heads, null, null, 0f, rope, cache, 0);
-                if (attends)
-                    backend.Attend(x, heads, 0.2f, cache, 0, output);
-                return attends ? Bench.Read(output, step.RowCount) : [];
+                using Tensor x = bench.Tensor(columns, qkv), output = backend.AllocateTensor(step.RowCount, heads * headDim);
+                bench.Attend(x, heads, rope, cache, 0, output, 0.2f);
+                return Bench.Read(output, step.RowCount);
             }
         }
     }
@@ -134,22 +137,28 @@ public sealed class CudaAttentionTests
         using ReferenceBackend reference = new(WeightFormat.Float32);
         Bench.Close(Results(reference), Results(backend), 2e-5);
 
-        float[] Results(IBackend on)
+        float[] Results(Backend on)
         {
             Bench bench = new(on, headDim);
-            KvCache cache = on.AllocateKvCache(1, 10, kvHeads, headDim);
+            KvCache cache = bench.Cache(1, 10, kvHeads, headDim);
             RopeTable rope = bench.Rope(headDim, tokens);
             float[] values = bench.Values(tokens * columns);
-            return [.. Run(0, tokens - 1, attends: false), .. Run(tokens - 1, tokens), .. Run(tokens - 3, tokens - 1)];
 
-            float[] Run(int from, int to, bool attends = true)
+            // Single rows before any larger step: what such steps count in then has room for one row. What is not stored yet is zero.
+            int[] single = [0, 3, tokens / 2, tokens - 10, tokens - 1];
+            return
+            [
+                .. single.SelectMany(at => Run(at, at + 1)), .. Run(0, tokens - 1), .. Run(tokens - 1, tokens),
+                .. Run(tokens - 3, tokens - 1),
+            ];
+
+            float[] Run(int from, int to)
             {
                 on.BeginStep(Bench.Step(1, 10, _ => (from, to), (_, b) => 9 - b));
-                Tensor x = bench.Tensor(columns, values[(from * columns)..(to * columns)]), output = on.AllocateTensor(to - from, heads * headDim);
-                on.RopeStoreKv(x, heads, null, null, 0f, rope, cache, 0);
-                if (attends)
-                    on.Attend(x, heads, 0.1f, cache, 0, output);
-                return attends ? Bench.Read(output, to - from) : [];
+                Tensor x = bench.Tensor(columns, values[(from * columns)..(to * columns)]);
+                Tensor output = on.AllocateTensor(to - from, heads * headDim);
+                bench.Attend(x, heads, rope, cache, 0, output, 0.1f);
+                return Bench.Read(output, to - from);
             }
         }
     }
@@ -164,15 +173,14 @@ public sealed class CudaAttentionTests
         using ReferenceBackend reference = new(WeightFormat.Float32);
         Bench.Close(Results(reference), Results(backend), 2e-5);
 
-        static float[] Results(IBackend on)
+        static float[] Results(Backend on)
         {
             Bench bench = new(on, 2);
-            KvCache cache = on.AllocateKvCache(1, 2, 1, HeadDim);
+            KvCache cache = bench.Cache(1, 2, 1, HeadDim);
             RopeTable rope = bench.Rope(HeadDim, 4);
             on.BeginStep(Bench.Step(2, 1, s => (0, 2 * s), (s, _) => s));
             Tensor x = bench.Tensor(2, 3 * HeadDim), output = on.AllocateTensor(2, HeadDim);
-            on.RopeStoreKv(x, 1, null, null, 0f, rope, cache, 0);
-            on.Attend(x, 1, 1f, cache, 0, output);
+            bench.Attend(x, 1, rope, cache, 0, output);
             return Bench.Read(output, 2);
         }
     }
@@ -188,20 +196,20 @@ public sealed class CudaAttentionTests
         foreach (int rows in (int[])[1, 2])
             Bench.Close(Results(reference, rows), Results(backend, rows), 3e-4); // sums of 1,024 chunks that are all alike
 
-        float[] Results(IBackend on, int rows)
+        float[] Results(Backend on, int rows)
         {
             Bench bench = new(on, 5);
-            KvCache cache = on.AllocateKvCache(1, 2, 1, HeadDim);
+            KvCache cache = bench.Cache(1, 2, 1, HeadDim);
             RopeTable rope = bench.Rope(HeadDim, Context);
-            Tensor first = bench.Tensor(KvCache.BlockTokens, Columns), last = bench.Tensor(rows, Columns);
-            Tensor output = on.AllocateTensor(KvCache.BlockTokens, HeadDim);
+            float[] values = bench.Values(KvCache.BlockTokens * Columns);
+            Tensor first = bench.Tensor(Columns, values), again = bench.Tensor(Columns, values), last = bench.Tensor(rows, Columns);
+            Tensor output = on.AllocateTensor(rows, HeadDim);
             on.BeginStep(Bench.Step(1, Blocks, _ => (0, KvCache.BlockTokens), (_, _) => 0));
-            on.RopeStoreKv(first, 1, null, null, 0f, rope, cache, 0);
+            bench.Store(first, 1, rope, cache, 0);
             on.BeginStep(Bench.Step(1, Blocks, _ => (Context - KvCache.BlockTokens, Context - 1), (_, _) => 1));
-            on.RopeStoreKv(first, 1, null, null, 0f, rope, cache, 0);
+            bench.Store(again, 1, rope, cache, 0);
             on.BeginStep(Bench.Step(1, Blocks, _ => (Context - rows, Context), (_, b) => b == Blocks - 1 ? 1 : 0));
-            on.RopeStoreKv(last, 1, null, null, 0f, rope, cache, 0);
-            on.Attend(last, 1, 1f, cache, 0, output);
+            bench.Attend(last, 1, rope, cache, 0, output);
             return Bench.Row(Bench.Read(output, rows), HeadDim, rows - 1);
         }
     }
@@ -220,15 +228,14 @@ public sealed class CudaAttentionTests
         {
             using CudaBackend backend = new(0, format) { MostPartBytes = cut << 20 };
             Bench bench = new(backend);
-            KvCache cache = backend.AllocateKvCache(1, (tokens / KvCache.BlockTokens) + 1, 1, HeadDim);
+            int blocks = (tokens / KvCache.BlockTokens) + 1;
+            KvCache cache = bench.Cache(1, blocks, 1, HeadDim);
             RopeTable rope = bench.Rope(HeadDim, tokens);
-            int Block(int s, int b) => (tokens / KvCache.BlockTokens) - b;
-            backend.BeginStep(Bench.Step(1, (tokens / KvCache.BlockTokens) + 1, _ => (0, tokens - 1), Block));
-            backend.RopeStoreKv(bench.Tensor(tokens - 1, Columns), 1, null, null, 0f, rope, cache, 0);
-            backend.BeginStep(Bench.Step(1, (tokens / KvCache.BlockTokens) + 1, _ => (tokens - 1, tokens), Block));
+            int[] table = [.. Enumerable.Range(0, blocks).Reverse()];
+            bench.StoreBlocks(table, bench.Tensor(blocks * KvCache.BlockTokens, Columns), 1, rope, cache, 0);
+            backend.BeginStep(Bench.Step(blocks, [[tokens - 1]], [table]));
             Tensor x = bench.Tensor(1, Columns), output = backend.AllocateTensor(1, HeadDim);
-            backend.RopeStoreKv(x, 1, null, null, 0f, rope, cache, 0);
-            backend.Attend(x, 1, 2f, cache, 0, output);
+            bench.Attend(x, 1, rope, cache, 0, output, 2f);
             results[cut] = Bench.Read(output, 1);
         }
 
@@ -243,7 +250,7 @@ public sealed class CudaAttentionTests
         const int HeadDim = 16, Rows = 3, MaxBlocks = 64;
         using CudaBackend backend = new(0);
         Bench bench = new(backend);
-        KvCache cache = backend.AllocateKvCache(1, Rows * MaxBlocks, 1, HeadDim);
+        KvCache cache = bench.Cache(1, Rows * MaxBlocks, 1, HeadDim);
         RopeTable rope = bench.Rope(HeadDim, MaxBlocks * KvCache.BlockTokens);
         Tensor qkv = bench.Tensor(Rows, 3 * HeadDim), output = backend.AllocateTensor(Rows, HeadDim), logits = bench.Tensor(Rows, 8);
         StepLayout first = Step(5);
@@ -263,8 +270,7 @@ public sealed class CudaAttentionTests
         void Run(StepLayout step)
         {
             backend.BeginStep(step);
-            backend.RopeStoreKv(qkv, 1, null, null, 0f, rope, cache, 0);
-            backend.Attend(qkv, 1, 0.2f, cache, 0, output);
+            bench.Attend(qkv, 1, rope, cache, 0, output, 0.2f);
             backend.Sample(logits, 0, step.OutputCount);
         }
 

@@ -7,13 +7,27 @@ public abstract class CudaBackendTests(WeightFormat format) : BackendTests
 {
     protected override WeightFormat Format => format;
 
+    protected override bool HasOwnValueWidths => false;
+
     /// <summary>A block of 256 fibers each.</summary>
     protected override int Draws => 1000;
 
-    protected override IBackend Create()
+    protected override Backend Create()
     {
         SimulatedDevice.Require();
         return new CudaBackend(0, format);
+    }
+
+    [Fact]
+    public void Keys_and_values_of_different_or_too_large_widths_are_refused()
+    {
+        using Backend backend = Create();
+        KvLayout good = new(1, 16, 16);
+        foreach (KvLayout wrong in (KvLayout[])[new(2, 24, 16), new(1, 16, 40), new(1, 16, 15), new(1, 258, 258)])
+        {
+            Assert.Throws<ArgumentOutOfRangeException>("layers", () => backend.AllocateKvCache(2, wrong));
+            Assert.Throws<ArgumentOutOfRangeException>("layers", () => backend.AllocateKvCache(2, good, wrong));
+        }
     }
 
     [Theory]
@@ -21,7 +35,7 @@ public abstract class CudaBackendTests(WeightFormat format) : BackendTests
     [InlineData(true)]
     public void A_matmul_into_a_tensor_that_is_kept_rounded_is_rounded_once(bool withBias)
     {
-        using IBackend backend = Create();
+        using Backend backend = Create();
         Bench bench = new(backend);
         const int Rows = 5, Inputs = 40, Outputs = 24;
         Tensor input = bench.Tensor(Rows, Inputs), whole = backend.AllocateTensor(Rows, Outputs), rounded = backend.AllocateTensor(Rows, Outputs, rounded: true);

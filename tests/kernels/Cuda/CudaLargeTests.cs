@@ -22,7 +22,7 @@ public sealed class CudaLargeTests
         float[]? expected = null;
         foreach (int[] blocks in (int[][])[[0, 1, 2, 3], [Large - 1, Large - 2, 65_536, 131_072], [131_071, 5, Large - 1, 70_000]])
         {
-            using KvCache cache = backend.AllocateKvCache(1, blocks.Max() < 4 ? 4 : Large, KvHeads, HeadDim);
+            using KvCache cache = bench.Cache(1, blocks.Max() < 4 ? 4 : Large, KvHeads, HeadDim);
             List<float> results = [.. Run(0, 17, blocks[0], blocks[1])];
             backend.CopyBlock(cache, blocks[0], blocks[2]);
             backend.CopyBlock(cache, blocks[1], blocks[3]);
@@ -36,8 +36,7 @@ public sealed class CudaLargeTests
                 backend.BeginStep(Bench.Step(1, 2, _ => (from, to), (_, b) => b == 0 ? first : second));
                 using Tensor x = bench.Tensor(Columns, values[(from * Columns)..(to * Columns)]);
                 using Tensor output = backend.AllocateTensor(to - from, KvHeads * HeadDim);
-                backend.RopeStoreKv(x, KvHeads, null, null, 0f, rope, cache, 0);
-                backend.Attend(x, KvHeads, 0.1f, cache, 0, output);
+                bench.Attend(x, KvHeads, rope, cache, 0, output, 0.1f);
                 return Bench.Read(output, to - from);
             }
         }

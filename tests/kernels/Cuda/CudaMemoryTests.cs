@@ -81,9 +81,9 @@ public sealed class CudaMemoryTests
         SimulatedDevice.Require();
         using CudaBackend backend = new(0);
         long free = backend.Device.FreeBytes;
-        using CudaKvCache cache = (CudaKvCache)backend.AllocateKvCache(2, 3, 1, 16);
+        using CudaKvCache cache = (CudaKvCache)new Bench(backend).Cache(2, 3, 1, 16);
         using CudaTensor tensor = (CudaTensor)backend.AllocateTensor(5, 7);
-        using CudaRopeTable rope = (CudaRopeTable)backend.AllocateRopeTable([1f, 0.5f], 9, 1f);
+        using CudaRopeTable rope = (CudaRopeTable)backend.AllocateRopeTable([1f, 0.5f], 9);
         nuint[] Places() => [cache.Keys(0), cache.Values(1), tensor.Fp32, tensor.Rounded, rope.Pointer];
         nuint[] before = Places();
         byte[] angles = Bytes(rope.Pointer, rope.Bytes), ones = new byte[cache.Bytes];

@@ -60,7 +60,7 @@ public sealed class CudaOrderTests : IDisposable
             Weight bias = bench.Weight(1, 3 * Hidden), queryNorm = bench.Weight(1, Hidden), keyNorm = bench.Weight(1, Hidden);
             Tensor x = _backend.AllocateTensor(1, Hidden), normed = _backend.AllocateTensor(1, Hidden), qkv = _backend.AllocateTensor(1, 3 * Hidden);
             Tensor attended = _backend.AllocateTensor(1, Hidden);
-            KvCache cache = _backend.AllocateKvCache(1, 1, 1, Hidden);
+            KvCache cache = _bench.Cache(1, 1, 1, Hidden);
             RopeTable rope = bench.Rope(Hidden, 4);
             for (int i = 0; i < 2; i++) // the first takes memory and chooses algorithms, which waits
             {
@@ -68,8 +68,7 @@ public sealed class CudaOrderTests : IDisposable
                 _backend.Embed(table, x);
                 _backend.RmsNorm(x, scale, 1e-6f, normed, 1);
                 _backend.MatMul(normed, matrix, bias, qkv, 1);
-                _backend.RopeStoreKv(qkv, 1, queryNorm, keyNorm, 1e-6f, rope, cache, 0);
-                _backend.Attend(qkv, 1, 3f, cache, 0, attended);
+                bench.Attend(qkv, 1, rope, cache, 0, attended, 3f, queryNorm, keyNorm, 1e-6f);
                 _backend.FinishStep(step);
             }
 
@@ -233,7 +232,7 @@ public sealed class CudaOrderTests : IDisposable
     public void A_copied_block_has_what_the_step_under_way_stored_in_every_layer(bool noted)
     {
         const int Layers = 3;
-        KvCache cache = _backend.AllocateKvCache(Layers, 3, 1, Hidden);
+        KvCache cache = _bench.Cache(Layers, 3, 1, Hidden);
         RopeTable rope = _bench.Rope(Hidden, 32);
         float[] values = _bench.Values(2 * 3 * Hidden), next = _bench.Values(3 * Hidden);
         StepLayout step = Bench.Step(1, 2, _ => (0, 2), (_, _) => 0);
@@ -244,8 +243,7 @@ public sealed class CudaOrderTests : IDisposable
         for (int layer = 0; layer < Layers; layer++)
         {
             Tensor own = _bench.Tensor(3 * Hidden, [.. values.Select(value => value * (layer + 1))]);
-            _backend.RopeStoreKv(own, 1, null, null, 0f, rope, cache, layer);
-            _backend.Attend(own, 1, 1f, cache, layer, attended);
+            _bench.Attend(own, 1, rope, cache, layer, attended);
         }
 
         _backend.CopyBlock(cache, 0, 2);
@@ -263,8 +261,7 @@ public sealed class CudaOrderTests : IDisposable
             {
                 _backend.BeginStep(Bench.Step(1, 2, _ => (2, 3), (_, _) => block));
                 Tensor x = _bench.Tensor(3 * Hidden, next), output = _backend.AllocateTensor(1, Hidden);
-                _backend.RopeStoreKv(x, 1, null, null, 0f, rope, cache, layer);
-                _backend.Attend(x, 1, 1f, cache, layer, output);
+                _bench.Attend(x, 1, rope, cache, layer, output);
                 all.AddRange(Bench.Read(output, 1));
             }
 
@@ -281,7 +278,7 @@ public sealed class CudaOrderTests : IDisposable
     public void Memory_that_a_queued_step_uses_goes_when_that_is_done(int which)
     {
         using WeightArena arena = _backend.AllocateWeights([(Tokens, Hidden), (3 * Hidden, Hidden)]);
-        KvCache cache = _backend.AllocateKvCache(1, 1, 1, Hidden);
+        KvCache cache = _bench.Cache(1, 1, 1, Hidden);
         Tensor x = _backend.AllocateTensor(1, Hidden), qkv = _backend.AllocateTensor(1, 3 * Hidden), attended = _backend.AllocateTensor(1, Hidden);
         RopeTable rope = _bench.Rope(Hidden, 4);
         DeviceMemory memory = which switch { 0 => arena, 1 => cache, 2 => rope, _ => qkv };
@@ -290,8 +287,7 @@ public sealed class CudaOrderTests : IDisposable
             StepLayout step = Begin(withAnswer: false, position: i);
             _backend.Embed(arena.Weights[0], x);
             _backend.MatMul(x, arena.Weights[1], null, qkv, 1);
-            _backend.RopeStoreKv(qkv, 1, null, null, 0f, rope, cache, 0);
-            _backend.Attend(qkv, 1, 3f, cache, 0, attended);
+            _bench.Attend(qkv, 1, rope, cache, 0, attended, 3f);
             _backend.FinishStep(step);
         }
 

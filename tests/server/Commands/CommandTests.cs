@@ -178,7 +178,7 @@ public sealed class CommandTests(SharedServer shared)
             "--tokenizer", "bytes", "--dtype", "bf16-fast");
         StatusReply before = await server.Control.StatusAsync(new StatusRequest(), deadline: Calls.Deadline());
         ModelSpec model = ModelSpec.Load(Golden.Folder("qwen3"));
-        int blockBytes = 2 * model.Layers * model.KvHeads * model.HeadDim * 16 * sizeof(float);
+        int blockBytes = model.Layers.Sum(layer => 2 * layer.Attention.KvWidth) * 16 * sizeof(float);
         Assert.Equal((200u, (ulong)((1 << 20) / blockBytes)), (before.MaxContext, before.KvBlocksTotal));
         uint[] prompt = [.. Enumerable.Range(0, 100).Select(i => (uint)i)];
         List<GenerateReply> replies = await server.RepliesAsync(Calls.Greedy(prompt, 1, r => r.ReturnText = true));
