@@ -256,7 +256,7 @@ public sealed partial class RolloutEngine : IAsyncDisposable
     private void GroupEnded(Group group)
     {
         _groups.TryRemove(group.Request.Id, out _);
-        Interlocked.Add(ref _unfinishedSamples, -group.Samples.Count);
+        Interlocked.Add(ref _unfinishedSamples, -group.Sequences.Count);
     }
 
     // ---- Commands, from any thread.
@@ -282,16 +282,16 @@ public sealed partial class RolloutEngine : IAsyncDisposable
         }
 
         int maxTokens = request.MaxTokens ?? MaxContext - request.Prompt.Length;
-        Sequence[] samples = new Sequence[request.N];
-        for (int i = 0; i < samples.Length; i++)
+        Sequence[] sequences = new Sequence[request.N];
+        for (int i = 0; i < sequences.Length; i++)
         {
-            samples[i] = new Sequence(i, request.Prompt, maxTokens, request.TopLogProbs)
+            sequences[i] = new Sequence(i, request.Prompt, maxTokens, request.TopLogProbs)
             {
                 StopStrings = request.StopStrings.Count == 0 ? null : new StopStringMatcher(request.StopStrings, Tokenizer!),
             };
         }
 
-        Group group = new(request, samples, [.. request.StopTokenIds, .. request.IgnoreEos ? [] : Model.EosTokenIds]);
+        Group group = new(request, sequences, [.. request.StopTokenIds, .. request.IgnoreEos ? [] : Model.EosTokenIds]);
         if (!_groups.TryAdd(request.Id, group))
         {
             Interlocked.Add(ref _unfinishedSamples, -request.N);
@@ -420,6 +420,6 @@ public sealed partial class RolloutEngine : IAsyncDisposable
 }
 
 /// <summary>What an abort ended, and the ids that were not in flight.</summary>
-public sealed record AbortCounts(int Groups, int Samples, IReadOnlyList<string> Unknown);
+public sealed record AbortCounts(int Groups, int Sequences, IReadOnlyList<string> Unknown);
 
 public sealed record PauseResult(EngineState State, int AbortedSamples);

@@ -5,7 +5,7 @@ using System.Text;
 namespace Rollout.Engine;
 
 /// <summary>
-/// One prompt and its samples in flight. The loop writes, one reader reads: a sample's arrays are valid up to its
+/// One prompt and the n sequences sampled from it. The loop writes, one reader reads: a sequence's arrays are valid up to its
 /// <see cref="Sequence.Published"/> count, which is written last.
 /// </summary>
 public sealed class Group
@@ -14,15 +14,15 @@ public sealed class Group
     private readonly TaskCompletionSource _completed = new(TaskCreationOptions.RunContinuationsAsynchronously);
     private int _ended;
 
-    internal Group(GroupRequest request, Sequence[] samples, IReadOnlyList<int> endTokens)
+    internal Group(GroupRequest request, Sequence[] sequences, IReadOnlyList<int> endTokens)
     {
         Request = request;
         EndTokens = [.. endTokens];
         Bias = LogitBias.Of(request.LogitBias, []);
         BiasBeforeMinTokens = request.MinTokens == 0 ? Bias : LogitBias.Of(request.LogitBias, endTokens);
         Salt = request.CacheSalt.Length == 0 ? 0 : XxHash128.HashToUInt128(Encoding.UTF8.GetBytes(request.CacheSalt));
-        foreach (Sequence sample in samples) sample.Group = this;
-        Samples = samples;
+        foreach (Sequence sequence in sequences) sequence.Group = this;
+        Sequences = sequences;
         if (request.PromptLogProbs)
         {
             PromptLogProbs = new float[request.Prompt.Length - 1];
@@ -33,7 +33,7 @@ public sealed class Group
 
     public GroupRequest Request { get; }
 
-    public IReadOnlyList<Sequence> Samples { get; }
+    public IReadOnlyList<Sequence> Sequences { get; }
 
     /// <summary>Model log-probability of prompt tokens 1..; valid once a sample has published or ended.</summary>
     public float[] PromptLogProbs { get; } = [];
@@ -77,33 +77,33 @@ public sealed class Group
     internal bool WakeHeld { get; set; }
 
     /// <summary>
-    /// False while siblings wait for the leader to complete the prompt; afterwards they have been sampled from it, or gone their own way.
+    /// False while siblings wait for the leader to complete the prompt; afterwards they have been sampled from it, or were queued on their own.
     /// True at first: a group may end before the scheduler has it and counts its siblings.
     /// </summary>
     internal bool Forked { get; set; } = true;
 
     /// <summary>
-    /// What is new since the last call, until every sample has ended: with StreamTokens as tokens come, otherwise as samples end.
+    /// What is new since the last call, until every sequence has ended: with StreamTokens as tokens come, otherwise as sequences end.
     /// One reader at a time.
     /// </summary>
-    public async IAsyncEnumerable<SampleChunk> ReadAsync([EnumeratorCancellation] CancellationToken cancellation = default)
+    public async IAsyncEnumerable<SequenceChunk> ReadAsync([EnumeratorCancellation] CancellationToken cancellation = default)
     {
         using CancellationTokenRegistration wake = cancellation.UnsafeRegister(static group => ((Group)group!)._signal.Raise(), this);
-        int[] read = new int[Samples.Count];
-        bool[] ended = new bool[Samples.Count];
-        int open = Samples.Count;
+        int[] read = new int[Sequences.Count];
+        bool[] ended = new bool[Sequences.Count];
+        int open = Sequences.Count;
         while (open > 0)
         {
             await _signal.WaitAsync().ConfigureAwait(false);
             cancellation.ThrowIfCancellationRequested();
-            for (int i = 0; i < Samples.Count; i++)
+            for (int i = 0; i < Sequences.Count; i++)
             {
                 if (ended[i]) continue;
-                Sequence sample = Samples[i];
-                FinishReason reason = sample.FinishReason; // before the count: a finished sample's count is final
-                int published = sample.Published;
+                Sequence sequence = Sequences[i];
+                FinishReason reason = sequence.FinishReason; // before the count: a finished sequence's count is final
+                int published = sequence.Published;
                 if (reason == FinishReason.None && (!Request.StreamTokens || published == read[i])) continue;
-                yield return new SampleChunk(sample, read[i], published, reason);
+                yield return new SequenceChunk(sequence, read[i], published, reason);
                 read[i] = published;
                 if (reason == FinishReason.None) continue;
                 ended[i] = true;
@@ -130,12 +130,12 @@ public sealed class Group
     /// <summary>Called by the loop after it has published.</summary>
     internal void Raise() => _signal.Raise();
 
-    /// <summary>Called by the loop, once a sample. Returns how many have ended.</summary>
+    /// <summary>Called by the loop, once a sequence. Returns how many have ended.</summary>
     internal int CountEnded() => ++_ended;
 
-    /// <summary>Called by the loop after the last sample's end is published.</summary>
+    /// <summary>Called by the loop after the last sequence's end is published.</summary>
     internal void Complete() => _completed.TrySetResult();
 }
 
-/// <summary>Tokens [Start, End) of a sample, with the reason if these are its last.</summary>
-public readonly record struct SampleChunk(Sequence Sample, int Start, int End, FinishReason FinishReason);
+/// <summary>Tokens [Start, End) of a sequence, with the reason if these are its last.</summary>
+public readonly record struct SequenceChunk(Sequence Sequence, int Start, int End, FinishReason FinishReason);

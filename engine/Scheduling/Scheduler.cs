@@ -75,9 +75,9 @@ public sealed class Scheduler
     /// <summary>Queues a group. Its first sequence, the leader, computes the prompt for all of them.</summary>
     internal void Submit(Group group)
     {
-        _waiting.AddLast(group.Samples[0]);
-        _unforked += group.Samples.Count - 1;
-        group.Forked = group.Samples.Count == 1;
+        _waiting.AddLast(group.Sequences[0]);
+        _unforked += group.Sequences.Count - 1;
+        group.Forked = group.Sequences.Count == 1;
     }
 
     /// <summary>Fills <paramref name="step"/> with the next tokens to compute. False when there is nothing to do.</summary>
@@ -142,7 +142,7 @@ public sealed class Scheduler
     {
         if (!group.Forked) SetForked(group);
         int ended = 0;
-        foreach (Sequence sequence in group.Samples)
+        foreach (Sequence sequence in group.Sequences)
         {
             if (sequence.FinishReason != FinishReason.None) continue;
             End(sequence, reason, error);
@@ -281,9 +281,9 @@ public sealed class Scheduler
         Group group = leader.Group;
         SetForked(group);
         int seated = 1;
-        while (seated < group.Samples.Count && _running.Count < _maxSequences)
+        while (seated < group.Sequences.Count && _running.Count < _maxSequences)
         {
-            Sequence sibling = group.Samples[seated];
+            Sequence sibling = group.Sequences[seated];
             if (!_blocks.TryFork(leader, sibling, leader.Total, out BlockCopy copy)) break;
             if (copy.From >= 0) step.Copies.Add(copy);
             sibling.Computed = leader.Total;
@@ -300,13 +300,13 @@ public sealed class Scheduler
     private void SetForked(Group group)
     {
         group.Forked = true;
-        _unforked -= group.Samples.Count - 1;
+        _unforked -= group.Sequences.Count - 1;
     }
 
     /// <summary>Sequences of a group go to the front of the queue, in their order.</summary>
     private void QueueFrom(Group group, int first)
     {
-        for (int i = group.Samples.Count - 1; i >= first; i--) _waiting.AddFirst(group.Samples[i]);
+        for (int i = group.Sequences.Count - 1; i >= first; i--) _waiting.AddFirst(group.Sequences[i]);
     }
 
     private void CollectResult(ScheduledStep step, int q)
@@ -344,7 +344,7 @@ public sealed class Scheduler
         }
 
         // The engine forgets the group before anyone can see its end: whoever sees it may use its id again.
-        bool last = group.CountEnded() == group.Samples.Count;
+        bool last = group.CountEnded() == group.Sequences.Count;
         if (last) _groupEnded(group);
         sequence.Finish(reason, error);
         if (last) group.Complete();

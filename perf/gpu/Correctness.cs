@@ -60,7 +60,7 @@ internal static class Correctness
                         for (int t = 0; t < continuation.Tokens.Length; t++)
                             differences.Add(Math.Abs(continuation.LogProbs[t] - score.PromptLogProbs[prompt.Length - 1 + t]));
                         tokens += continuation.Tokens.Length;
-                        same += continuation.Tokens.AsSpan().CommonPrefixLength(greedy.Samples[0].Tokens(0, greedy.Samples[0].Published));
+                        same += continuation.Tokens.AsSpan().CommonPrefixLength(greedy.Sequences[0].Tokens(0, greedy.Sequences[0].Published));
                     }
 
                     bool exact = format == WeightFormat.Float32;
@@ -169,8 +169,8 @@ internal static class Correctness
                 IgnoreEos = true,
             });
             await group.Completed;
-            if (group.Samples.Any(sample => sample.Published != 6))
-                throw new InvalidOperationException($"the small model's samples: {group.Samples[0].Error}");
+            if (group.Sequences.Any(sample => sample.Published != 6))
+                throw new InvalidOperationException($"the small model's samples: {group.Sequences[0].Error}");
         }
     }
 

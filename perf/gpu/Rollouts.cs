@@ -106,7 +106,7 @@ internal static class Rollouts
         Group[] groups = [.. requests.Select(engine.Submit)];
         await Task.WhenAll(groups.Select(group => group.Completed));
         double taken = Stopwatch.GetElapsedTime(start).TotalSeconds;
-        Sequence[] samples = [.. groups.SelectMany(group => group.Samples)];
+        Sequence[] samples = [.. groups.SelectMany(group => group.Sequences)];
         if (samples.FirstOrDefault(sample => sample.FinishReason is FinishReason.Error or FinishReason.Abort) is { } failed)
             throw new InvalidOperationException($"a sample ended with {failed.FinishReason}: {failed.Error}");
         steps = engine.Status.Steps - steps;

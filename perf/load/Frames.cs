@@ -135,7 +135,7 @@ internal static class Frames
                 IgnoreEos = true,
                 StreamTokens = load.Streaming,
             });
-            await foreach (Engine.SampleChunk chunk in samples.ReadAsync(cancellation)) tokens += chunk.End - chunk.Start;
+            await foreach (Engine.SequenceChunk chunk in samples.ReadAsync(cancellation)) tokens += chunk.End - chunk.Start;
             return tokens;
         });
 

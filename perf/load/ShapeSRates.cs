@@ -125,7 +125,7 @@ internal static class ShapeSRates
 
         foreach (Group group in all) await group.Completed;
         double seconds = Stopwatch.GetElapsedTime(started).TotalSeconds;
-        Sequence? failed = all.SelectMany(group => group.Samples).FirstOrDefault(sample => sample.Published != maxTokens);
+        Sequence? failed = all.SelectMany(group => group.Sequences).FirstOrDefault(sample => sample.Published != maxTokens);
         return failed is null ? seconds : throw new InvalidOperationException($"a sample ended early: {failed.FinishReason} {failed.Error}");
     }
 }

@@ -105,17 +105,26 @@ public abstract partial class BackendTests
         Assert.Equal(44, results[3].Token);
     }
 
-    /// <summary>As min_tokens does it: what was to be drawn is forbidden, and nothing else changes.</summary>
+    /// <summary>
+    /// As min_tokens does it: what was to be drawn is forbidden, and nothing else changes. The one bias lies first and last in a vector, in
+    /// the 4096 tokens that a block of a GPU takes, and in the vocabulary.
+    /// </summary>
     [Theory]
-    [InlineData(0)]
-    [InlineData(15)]
-    [InlineData(16)]
-    [InlineData(44)]
-    public void Where_the_most_probable_token_is_forbidden_the_next_one_is_taken(int forbidden)
+    [InlineData(45, 0)]
+    [InlineData(45, 15)]
+    [InlineData(45, 16)]
+    [InlineData(45, 44)]
+    [InlineData(48, 47)]
+    [InlineData(4096, 4095)]
+    [InlineData(8192, 4095)]
+    [InlineData(8192, 4096)]
+    [InlineData(8192, 8191)]
+    [InlineData(8195, 8192)]
+    [InlineData(8195, 8194)]
+    public void Where_the_most_probable_token_is_forbidden_the_next_one_is_taken(int vocabulary, int forbidden)
     {
         Bench bench = New();
-        const int Vocabulary = 45;
-        float[] logits = bench.Values(Vocabulary);
+        float[] logits = bench.Values(vocabulary);
         (logits[forbidden], logits[20]) = (30f, 20f);
         SampleQuery query = Bench.Query(temperature: 0f) with { BiasCount = 1 };
         SampleQuery[] queries =
@@ -124,7 +133,7 @@ public abstract partial class BackendTests
             query with { Temperature = 1f, TopK = 1 }, query with { Temperature = 1f, TopP = 0.5f }, query with { Temperature = 1f, MinP = 0.5f },
         ];
         StepLayout step = Bench.Queries(queries, [(forbidden, float.NegativeInfinity)]);
-        Assert.All(Ask(bench.Backend, logits, Vocabulary, step), result =>
+        Assert.All(Ask(bench.Backend, logits, vocabulary, step), result =>
         {
             Assert.Equal(20, result.Token);
             Assert.Equal(-10.0, result.LogProb, 3);

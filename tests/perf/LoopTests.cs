@@ -77,7 +77,7 @@ public sealed class LoopTests
             Group[] groups = [.. s_requests.Select(engine.Submit)];
             foreach (Group group in groups) await group.Completed.WaitAsync(TestContext.Current.CancellationToken);
             Assert.True(step > WarmUp + Measured, $"{step} steps");
-            Assert.All(groups.SelectMany(group => group.Samples), sample => Assert.Equal(FinishReason.Length, sample.FinishReason));
+            Assert.All(groups.SelectMany(group => group.Sequences), sample => Assert.Equal(FinishReason.Length, sample.FinishReason));
         }
         finally
         {

@@ -30,7 +30,7 @@ internal sealed class InProcessTarget : ITarget
             CacheSalt = $"{_run}",
             StreamTokens = true,
         });
-        await foreach (SampleChunk chunk in group.ReadAsync(cancellation))
+        await foreach (SequenceChunk chunk in group.ReadAsync(cancellation))
         {
             if (chunk.End > chunk.Start) onTokens(chunk.End - chunk.Start);
         }

@@ -11,7 +11,7 @@ namespace Rollout.Server.Generation;
 internal sealed record GroupHead(ulong Seed, int[] PromptIds, float[] PromptLogProbs, int CachedPromptTokens);
 
 /// <summary>New tokens of one sample, and their text: "" unless asked for.</summary>
-internal readonly record struct TextChunk(SampleChunk Chunk, string Text);
+internal readonly record struct TextChunk(SequenceChunk Chunk, string Text);
 
 /// <summary>What has come of a group since its last reply.</summary>
 /// <param name="Head">With the first reply only.</param>
@@ -35,7 +35,7 @@ internal sealed class GroupStream : IAsyncDisposable
         _group = group;
         _promptWasText = promptWasText;
         if (!returnText) return;
-        _texts = new TextStream[group.Samples.Count];
+        _texts = new TextStream[group.Sequences.Count];
         for (int i = 0; i < _texts.Length; i++) _texts[i] = new TextStream(engine.Tokenizer!, group.Request.StopStrings);
     }
 
@@ -70,7 +70,7 @@ internal sealed class GroupStream : IAsyncDisposable
             if (!group.Completed.IsCompleted) await engine.AbortAsync(group); // whoever asked has gone
         }
 
-        Sequence sample = group.Samples[0];
+        Sequence sample = group.Sequences[0];
         if (sample.FinishReason == FinishReason.Abort)
             throw new ScoreFailedException(FinishReason.Abort, "the request was aborted before it was scored");
         if (sample.FinishReason == FinishReason.Error)
@@ -91,9 +91,9 @@ internal sealed class GroupStream : IAsyncDisposable
     /// </exception>
     public async IAsyncEnumerable<GroupReply> ReadAsync([EnumeratorCancellation] CancellationToken cancellation)
     {
-        int most = Request.StreamTokens ? _group.Samples.Count : 1;
+        int most = Request.StreamTokens ? _group.Sequences.Count : 1;
         List<TextChunk> reply = [];
-        await using IAsyncEnumerator<SampleChunk> chunks = _group.ReadAsync(cancellation).GetAsyncEnumerator(cancellation);
+        await using IAsyncEnumerator<SequenceChunk> chunks = _group.ReadAsync(cancellation).GetAsyncEnumerator(cancellation);
         bool more = await chunks.MoveNextAsync();
         for (bool first = true; more; first = false)
         {
@@ -136,7 +136,7 @@ internal sealed class GroupStream : IAsyncDisposable
         if (engine.Status is { State: EngineState.Faulted } status) throw new EngineFaultedException(status.Reason);
     }
 
-    private GroupHead Head(in SampleChunk chunk)
+    private GroupHead Head(in SequenceChunk chunk)
     {
         // A group that ended before its prompt was computed has no log-probabilities, and zeros would look like some.
         bool computed = chunk.End > 0 || chunk.FinishReason is FinishReason.Stop or FinishReason.Length;
@@ -144,9 +144,9 @@ internal sealed class GroupStream : IAsyncDisposable
         return new GroupHead(Request.Seed, _promptWasText ? Request.Prompt : [], logProbs, _group.CachedPromptTokens);
     }
 
-    private TextChunk WithText(in SampleChunk chunk)
+    private TextChunk WithText(in SequenceChunk chunk)
     {
-        Sequence sample = chunk.Sample;
+        Sequence sample = chunk.Sequence;
         bool last = chunk.FinishReason != FinishReason.None;
         string? matched = chunk.FinishReason == FinishReason.Stop ? sample.MatchedStop : null;
         string text = _texts?[sample.Index].Append(sample.Tokens(chunk.Start, chunk.End), last, matched) ?? "";

@@ -34,7 +34,7 @@ internal static class Replies
         return reply;
     }
 
-    private static SampleChunk Chunk(in Engine.SampleChunk chunk, string text)
+    private static SampleChunk Chunk(in Engine.SequenceChunk chunk, string text)
     {
         (Engine.Sequence sample, int start, int end, Engine.FinishReason reason) = chunk;
         SampleChunk reply = new()

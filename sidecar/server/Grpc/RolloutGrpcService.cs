@@ -36,8 +36,8 @@ internal sealed class RolloutGrpcService(EngineHost host, ILogger<RolloutGrpcSer
             _ => throw Invalid("which", "either ids or all must be given"),
         };
         AbortCounts counts = await host.Engine.AbortAsync(ids);
-        Log.Aborted(logger, counts.Groups, counts.Samples, counts.Unknown.Count);
-        return new AbortReply { Groups = (uint)counts.Groups, Samples = (uint)counts.Samples, Unknown = { counts.Unknown } };
+        Log.Aborted(logger, counts.Groups, counts.Sequences, counts.Unknown.Count);
+        return new AbortReply { Groups = (uint)counts.Groups, Samples = (uint)counts.Sequences, Unknown = { counts.Unknown } };
     }
 
     private GroupStream Start(GenerateRequest request)

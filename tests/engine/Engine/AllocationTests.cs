@@ -14,10 +14,10 @@ public sealed class AllocationTests
         GroupRequest request = new() { Id = "a", Prompt = [5, 6, 7, 8, 9], N = 16, MaxTokens = 450, Seed = 3, IgnoreEos = true };
         await engine.RunAsync(request with { Id = "warm-up" });
         Group group = engine.Submit(request);
-        SpinWait.SpinUntil(() => group.Samples[0].Published > 50);
+        SpinWait.SpinUntil(() => group.Sequences[0].Published > 50);
         long before = GC.GetTotalAllocatedBytes(precise: true);
-        int from = group.Samples[0].Published;
-        SpinWait.SpinUntil(() => group.Samples[0].Published > 400);
+        int from = group.Sequences[0].Published;
+        SpinWait.SpinUntil(() => group.Sequences[0].Published > 400);
         long allocated = GC.GetTotalAllocatedBytes(precise: true) - before;
         await group.Completed.WaitAsync(TestContext.Current.CancellationToken);
         // The test's own waiting allocates a little; 350 steps of one object each would be over 8 KB.

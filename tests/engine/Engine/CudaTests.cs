@@ -225,7 +225,7 @@ public sealed class CudaTests
         await group.Completed.WaitAsync(Cancelled);
         using CudaBackend other = new(0);
         using TwoModels models = new(other, TestModels.Folder("qwen3"), payload.Folder);
-        foreach (Sequence sample in group.Samples)
+        foreach (Sequence sample in group.Sequences)
         {
             int swap = Array.IndexOf(sample.Versions(0, 30).ToArray(), 1ul);
             Assert.InRange(swap, 10, 29);
@@ -265,10 +265,10 @@ public sealed class CudaTests
             StopTokenIds = [.. Enumerable.Range(3, 317).Where(_ => random.Next(8) == 0)],
         }))];
         await Task.WhenAll(groups.Select(group => group.Completed)).WaitAsync(TimeSpan.FromSeconds(120), Cancelled);
-        Assert.Contains(groups, group => group.Samples.Any(sample => sample.FinishReason == FinishReason.Stop));
+        Assert.Contains(groups, group => group.Sequences.Any(sample => sample.FinishReason == FinishReason.Stop));
         foreach (Group group in groups)
         {
-            foreach (Sequence sample in group.Samples)
+            foreach (Sequence sample in group.Sequences)
             {
                 int[] prompt = group.Request.Prompt, whole = [.. prompt, .. sample.Tokens(0, sample.Published)];
                 Group score = engine.Submit(new GroupRequest { Id = "score", Prompt = whole, MaxTokens = 0, PromptLogProbs = true });
@@ -300,7 +300,7 @@ public sealed class CudaTests
             await using RolloutEngine engine = Load("qwen3", WeightFormat.BFloat16, new EngineOptions { MaxBatchTokens = 64, MaxSequences = 6 });
             Group[] groups = [engine.Submit(first), engine.Submit(second), engine.Submit(third)];
             await Task.WhenAll(groups.Select(group => group.Completed)).WaitAsync(TimeSpan.FromSeconds(60), Cancelled);
-            return [.. groups.Select(group => group.Samples.Select(sample => sample.Bits()).ToArray())];
+            return [.. groups.Select(group => group.Sequences.Select(sample => sample.Bits()).ToArray())];
         }
     }
 

@@ -120,7 +120,7 @@ public sealed class DeterminismTests
         await Task.WhenAll(neighbours.Select(group => group.Completed)).WaitAsync(TimeSpan.FromSeconds(120), TestContext.Current.CancellationToken);
         Group probe = neighbours.Single(group => group.Request.Id == "probe");
         if (way.KvTokens < 200 && way.Neighbours > 6) Assert.True(engine.Status.Preemptions > 0 || way.BatchTokens == 1 || way.Seats == 2);
-        return [.. probe.Samples.Select(sample => sample.Bits())];
+        return [.. probe.Sequences.Select(sample => sample.Bits())];
     }
 
     private static int KvWidth(string family) => family == "qwen3" ? 2 * 32 : 2 * 16;

@@ -26,15 +26,15 @@ public sealed class EngineTests
         Group group = engine.Submit(s_request with { N = 3, MaxTokens = 60, StreamTokens = true, Prompt = [5, 6, 7, 9] });
         List<int>[] tokens = [[], [], []];
         int ends = 0;
-        await foreach (SampleChunk chunk in group.ReadAsync(Cancelled))
+        await foreach (SequenceChunk chunk in group.ReadAsync(Cancelled))
         {
-            Assert.Equal(tokens[chunk.Sample.Index].Count, chunk.Start);
-            tokens[chunk.Sample.Index].AddRange(chunk.Sample.Tokens(chunk.Start, chunk.End));
+            Assert.Equal(tokens[chunk.Sequence.Index].Count, chunk.Start);
+            tokens[chunk.Sequence.Index].AddRange(chunk.Sequence.Tokens(chunk.Start, chunk.End));
             if (chunk.FinishReason != FinishReason.None) ends++;
         }
 
         Assert.Equal(3, ends);
-        for (int i = 0; i < 3; i++) Assert.Equal(group.Samples[i].Tokens(0, 60).ToArray(), tokens[i]);
+        for (int i = 0; i < 3; i++) Assert.Equal(group.Sequences[i].Tokens(0, 60).ToArray(), tokens[i]);
     }
 
     [Fact]
@@ -75,12 +75,12 @@ public sealed class EngineTests
         Task<AbortCounts> ordered = engine.AbortAsync(["a", "unknown"]);
         backend.LetGo();
         AbortCounts counts = await ordered;
-        Assert.Equal((1, 4, "unknown"), (counts.Groups, counts.Samples, Assert.Single(counts.Unknown)));
+        Assert.Equal((1, 4, "unknown"), (counts.Groups, counts.Sequences, Assert.Single(counts.Unknown)));
         await group.Completed.WaitAsync(Cancelled);
-        Assert.All(group.Samples, sample => Assert.Equal(FinishReason.Abort, sample.FinishReason));
-        Assert.All(group.Samples, sample => Assert.Equal(4, sample.Published)); // the step that was under way counts
+        Assert.All(group.Sequences, sample => Assert.Equal(FinishReason.Abort, sample.FinishReason));
+        Assert.All(group.Sequences, sample => Assert.Equal(4, sample.Published)); // the step that was under way counts
         string whole = (await engine.RunAsync(s_request with { N = 4, MaxTokens = 100 }))[0].Bits();
-        Assert.StartsWith(group.Samples[0].Bits()[..^" Abort".Length], whole);
+        Assert.StartsWith(group.Sequences[0].Bits()[..^" Abort".Length], whole);
     }
 
     [Fact]
@@ -114,7 +114,7 @@ public sealed class EngineTests
         ];
         Assert.Equal(fields.Order(), e.Problems.Select(problem => problem.Field).Order());
         await running.Completed.WaitAsync(Cancelled);
-        Assert.Equal(alone, running.Samples[0].Bits());
+        Assert.Equal(alone, running.Sequences[0].Bits());
     }
 
     [Fact]
@@ -135,13 +135,13 @@ public sealed class EngineTests
         Group group = engine.Submit(s_request with { MaxTokens = 400 });
         await engine.PauseAsync(PauseMode.Keep, "trainer", TimeSpan.FromMinutes(1), Cancelled);
         Assert.Equal((EngineState.Paused, "trainer"), (engine.Status.State, engine.Status.Reason));
-        int published = group.Samples[0].Published;
+        int published = group.Sequences[0].Published;
         long steps = engine.Status.Steps;
         await Task.Delay(50, Cancelled);
-        Assert.Equal((published, steps), (group.Samples[0].Published, engine.Status.Steps));
+        Assert.Equal((published, steps), (group.Sequences[0].Published, engine.Status.Steps));
         Assert.Equal(EngineState.Running, await engine.ResumeAsync());
         await group.Completed.WaitAsync(Cancelled);
-        Assert.Equal(alone, group.Samples[0].Bits());
+        Assert.Equal(alone, group.Sequences[0].Bits());
     }
 
     [Fact]
@@ -149,15 +149,15 @@ public sealed class EngineTests
     {
         await using RolloutEngine engine = TestModels.Load("qwen3");
         Group begun = engine.Submit(s_request with { MaxTokens = 300, StreamTokens = true });
-        await foreach (SampleChunk _ in begun.ReadAsync(Cancelled)) break;
+        await foreach (SequenceChunk _ in begun.ReadAsync(Cancelled)) break;
         Task<PauseResult> pausing = engine.PauseAsync(PauseMode.Wait, "trainer", TimeSpan.FromMinutes(1), Cancelled);
         Group held = engine.Submit(s_request with { Id = "held" });
         await pausing;
         Assert.True(begun.Completed.IsCompleted);
-        Assert.Equal(FinishReason.Length, begun.Samples[0].FinishReason);
+        Assert.Equal(FinishReason.Length, begun.Sequences[0].FinishReason);
         await engine.ResumeAsync();
         await held.Completed.WaitAsync(Cancelled);
-        Assert.Equal(FinishReason.Length, held.Samples[0].FinishReason);
+        Assert.Equal(FinishReason.Length, held.Sequences[0].FinishReason);
     }
 
     [Fact]

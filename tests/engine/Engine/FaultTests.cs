@@ -15,9 +15,9 @@ public sealed class FaultTests
         Group waiting = engine.Submit(request with { Id = "b" });
         await Task.WhenAll(group.Completed, waiting.Completed).WaitAsync(TimeSpan.FromSeconds(30), TestContext.Current.CancellationToken);
 
-        Assert.All(group.Samples.Concat(waiting.Samples), sample => Assert.Equal(FinishReason.Error, sample.FinishReason));
-        Assert.All(group.Samples, sample => Assert.Contains("device lost", sample.Error, StringComparison.Ordinal));
-        Assert.True(group.Samples[0].Published > 10); // what was sampled before is kept
+        Assert.All(group.Sequences.Concat(waiting.Sequences), sample => Assert.Equal(FinishReason.Error, sample.FinishReason));
+        Assert.All(group.Sequences, sample => Assert.Contains("device lost", sample.Error, StringComparison.Ordinal));
+        Assert.True(group.Sequences[0].Published > 10); // what was sampled before is kept
         Assert.Equal(EngineState.Faulted, engine.Status.State);
         Assert.Contains("device lost", engine.Status.Reason, StringComparison.Ordinal);
         Assert.Throws<EngineFaultedException>(() => engine.Submit(request with { Id = "c" }));

@@ -43,21 +43,21 @@ public sealed class InPlaceUpdateTests
             long steps = engine.Status.Steps;
             update.Write(0, payload.Bytes.AsSpan(0, 1000));
             await Task.Delay(50, Cancelled);
-            Assert.Equal((steps, 0), (engine.Status.Steps, waits.Samples[0].Published));
+            Assert.Equal((steps, 0), (engine.Status.Steps, waits.Sequences[0].Published));
             update.Write(1000, payload.Bytes.AsSpan(1000));
             CommitResult result = await update.CommitAsync(payload.Digest, Cancelled);
             Assert.InRange(result.StallSeconds, 0.04, 30); // timers count in milliseconds
             await waits.Completed.WaitAsync(Cancelled);
-            Assert.All(waits.Samples.SelectMany(sample => sample.Versions(0, 200).ToArray()), version => Assert.Equal(1ul, version));
+            Assert.All(waits.Sequences.SelectMany(sample => sample.Versions(0, 200).ToArray()), version => Assert.Equal(1ul, version));
         }
 
         await begun.Completed.WaitAsync(Cancelled);
         FinishReason expected = policy == UpdatePolicy.Abort ? FinishReason.Abort : FinishReason.Length;
-        Assert.All(begun.Samples, sample => Assert.Equal(expected, sample.FinishReason));
+        Assert.All(begun.Sequences, sample => Assert.Equal(expected, sample.FinishReason));
         Assert.Equal(EngineState.Running, engine.Status.State);
         if (policy == UpdatePolicy.Drain)
-            Assert.All(begun.Samples.SelectMany(sample => sample.Versions(0, 200).ToArray()), version => Assert.Equal(0ul, version));
-        foreach (Sequence sample in policy == UpdatePolicy.Recompute ? begun.Samples : [])
+            Assert.All(begun.Sequences.SelectMany(sample => sample.Versions(0, 200).ToArray()), version => Assert.Equal(0ul, version));
+        foreach (Sequence sample in policy == UpdatePolicy.Recompute ? begun.Sequences : [])
         {
             int swap = Array.IndexOf(sample.Versions(0, 200).ToArray(), 1ul);
             GroupRequest rest = s_request with { Prompt = [.. s_request.Prompt, .. sample.Tokens(0, swap)], MaxTokens = 200 - swap };
@@ -94,8 +94,8 @@ public sealed class InPlaceUpdateTests
             EngineStateException refused = Assert.Throws<EngineStateException>(() => engine.Submit(s_request with { Id = "refused" }));
             Assert.Equal(EngineState.Poisoned, refused.State);
             await begun.Completed.WaitAsync(Cancelled);
-            Assert.All(begun.Samples, sample => Assert.Equal(FinishReason.Abort, sample.FinishReason));
-            Assert.All(begun.Samples, sample => Assert.InRange(sample.Published, 20, 199));
+            Assert.All(begun.Sequences, sample => Assert.Equal(FinishReason.Abort, sample.FinishReason));
+            Assert.All(begun.Sequences, sample => Assert.InRange(sample.Published, 20, 199));
 
             UpdateManifest partial = payload.Manifest(version, version + 1) with { Partial = true };
             Assert.Contains("only a full update", Assert.Throws<UpdateRejectedException>(() => engine.BeginUpdate(partial)).Message,

@@ -86,7 +86,7 @@ public sealed class LimitsTests
         Assert.Equal((50, FinishReason.Length, 30), (engine.MaxContext, sample.FinishReason, sample.Published));
         Group scored = engine.Submit(new() { Id = "full", Prompt = [.. Enumerable.Range(5, 50)], MaxTokens = 0, PromptLogProbs = true });
         await scored.Completed.WaitAsync(Cancelled);
-        Assert.Equal((FinishReason.Length, 0), (scored.Samples[0].FinishReason, scored.Samples[0].Published));
+        Assert.Equal((FinishReason.Length, 0), (scored.Sequences[0].FinishReason, scored.Sequences[0].Published));
         Assert.Equal(49, scored.PromptLogProbs.Length);
         Assert.DoesNotContain(0f, scored.PromptLogProbs);
     }
@@ -120,12 +120,12 @@ public sealed class LimitsTests
         backend.WaitUntilHeld();
         Assert.Equal((1, 1, 2), (engine.Status.Preemptions, engine.Status.Running, engine.Status.Waiting));
         // The first took the second's blocks for its third. One is left, which would do for the last: but it is not its turn.
-        Assert.Equal([20, 13, 0], new[] { first, second, third }.Select(group => group.Samples[0].Published));
+        Assert.Equal([20, 13, 0], new[] { first, second, third }.Select(group => group.Sequences[0].Published));
         backend.LetGo();
         foreach (Group group in (Group[])[first, second, third])
         {
             await group.Completed.WaitAsync(TimeSpan.FromSeconds(30), Cancelled);
-            Assert.Equal((await roomy.RunAsync(group.Request))[0].Bits(), group.Samples[0].Bits());
+            Assert.Equal((await roomy.RunAsync(group.Request))[0].Bits(), group.Sequences[0].Bits());
         }
     }
 
@@ -148,7 +148,7 @@ public sealed class LimitsTests
             Task<AbortCounts> aborts = engine.AbortAsync(["nobody", "b", "nobody else"]);
             backend.LetGo();
             AbortCounts counts = await aborts;
-            Assert.Equal((1, 2), (counts.Groups, counts.Samples));
+            Assert.Equal((1, 2), (counts.Groups, counts.Sequences));
             Assert.Equal(["nobody", "nobody else"], counts.Unknown);
             await Task.WhenAll(ends.Completed, aborted.Completed).WaitAsync(TimeSpan.FromSeconds(30), Cancelled);
         }
@@ -156,7 +156,7 @@ public sealed class LimitsTests
         Group[] all = [engine.Submit(request with { N = 2 }), engine.Submit(request with { Id = "b", N = 3 })];
         AbortCounts everything = await engine.AbortAsync(ids: null);
         await Task.WhenAll(all.Select(group => group.Completed)).WaitAsync(TimeSpan.FromSeconds(30), Cancelled);
-        Assert.Equal(all.SelectMany(group => group.Samples).Count(sample => sample.FinishReason == FinishReason.Abort), everything.Samples);
+        Assert.Equal(all.SelectMany(group => group.Sequences).Count(sample => sample.FinishReason == FinishReason.Abort), everything.Sequences);
     }
 
     [Fact]
@@ -202,11 +202,11 @@ public sealed class LimitsTests
             await update.CommitAsync(payload.Digest, Cancelled);
         }
 
-        Assert.All(begun.Samples, sample => Assert.Equal(FinishReason.Abort, sample.FinishReason));
-        Assert.All(queued.Samples, sample => Assert.Equal(FinishReason.None, sample.FinishReason));
+        Assert.All(begun.Sequences, sample => Assert.Equal(FinishReason.Abort, sample.FinishReason));
+        Assert.All(queued.Sequences, sample => Assert.Equal(FinishReason.None, sample.FinishReason));
         await engine.ResumeAsync();
         await queued.Completed.WaitAsync(Cancelled);
-        Assert.Equal((await fresh.RunAsync(request)).Select(sample => sample.Bits()), queued.Samples.Select(sample => sample.Bits()));
+        Assert.Equal((await fresh.RunAsync(request)).Select(sample => sample.Bits()), queued.Sequences.Select(sample => sample.Bits()));
     }
 
     [Fact]
@@ -234,7 +234,7 @@ public sealed class LimitsTests
         Assert.Equal(["0", "1", "2", "3", "4", "5", "6", "7", "8+"], counts.Keys.Order());
         Assert.Equal((30 + 8, 10, 48), (counts["0"], counts["1"], counts.Values.Sum()));
         Assert.Equal(48, engine.Status.GeneratedTokens);
-        Assert.All(group.Samples, sample => Assert.Equal(5, sample.Versions(0, 20).IndexOf(1ul)));
+        Assert.All(group.Sequences, sample => Assert.Equal(5, sample.Versions(0, 20).IndexOf(1ul)));
     }
 
     [Theory]

@@ -45,7 +45,7 @@ public sealed class OnTheWayTests
         backend.LetGo();
         await aborts.WaitAsync(s_patience, Cancelled);
         await late.Completed.WaitAsync(s_patience, Cancelled);
-        Assert.All(late.Samples, sample => Assert.Equal((FinishReason.Abort, 0), (sample.FinishReason, sample.Published)));
+        Assert.All(late.Sequences, sample => Assert.Equal((FinishReason.Abort, 0), (sample.FinishReason, sample.Published)));
         if (how == "by a pause") await engine.ResumeAsync();
         await begun.Completed.WaitAsync(s_patience, Cancelled);
         await AssertServesAsync(engine);
@@ -63,12 +63,12 @@ public sealed class OnTheWayTests
         backend.LetGo();
         await Task.WhenAll(paused, asleep).WaitAsync(s_patience, Cancelled);
         await late.Completed.WaitAsync(s_patience, Cancelled);
-        Assert.All(late.Samples, sample => Assert.Equal((FinishReason.Abort, 0), (sample.FinishReason, sample.Published)));
+        Assert.All(late.Sequences, sample => Assert.Equal((FinishReason.Abort, 0), (sample.FinishReason, sample.Published)));
         Assert.Equal((0, 1), (engine.Status.Running, engine.Status.Waiting)); // what had begun waits for its keys and values
         await engine.WakeUpAsync(MemoryTags.KvCache);
         await engine.ResumeAsync();
         await begun.Completed.WaitAsync(s_patience, Cancelled);
-        Assert.Equal(FinishReason.Length, begun.Samples[0].FinishReason);
+        Assert.Equal(FinishReason.Length, begun.Sequences[0].FinishReason);
         await AssertServesAsync(engine);
     }
 
@@ -87,7 +87,7 @@ public sealed class OnTheWayTests
         slow.LetGo();
         await holds.WaitAsync(s_patience, Cancelled);
         await late.Completed.WaitAsync(s_patience, Cancelled);
-        Assert.All(late.Samples, sample => Assert.Equal((FinishReason.Abort, 0), (sample.FinishReason, sample.Published)));
+        Assert.All(late.Sequences, sample => Assert.Equal((FinishReason.Abort, 0), (sample.FinishReason, sample.Published)));
         Assert.Equal((EngineState.Poisoned, 0), (engine.Status.State, engine.Status.Waiting));
         using (WeightUpdate heals = await engine.OpenUpdateAsync(payload.Manifest(0, 1)))
         {
@@ -113,7 +113,7 @@ public sealed class OnTheWayTests
         backend.LetGo();
         await stops;
         await Task.WhenAll(begun.Completed, late.Completed).WaitAsync(s_patience, Cancelled);
-        Assert.All(begun.Samples.Concat(late.Samples), sample =>
+        Assert.All(begun.Sequences.Concat(late.Sequences), sample =>
         {
             Assert.Equal(FinishReason.Error, sample.FinishReason);
             Assert.Contains(reason, sample.Error, StringComparison.Ordinal);

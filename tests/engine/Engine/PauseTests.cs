@@ -31,7 +31,7 @@ public sealed class PauseTests
         Assert.Equal(new PauseResult(EngineState.Paused, 0), await keeps);
         Assert.Equal(new PauseResult(EngineState.Paused, 0), await waits);
         Assert.Equal((EngineState.Paused, "second"), (engine.Status.State, engine.Status.Reason));
-        Assert.All(group.Samples, sample => Assert.Equal((FinishReason.None, 6), (sample.FinishReason, sample.Published)));
+        Assert.All(group.Sequences, sample => Assert.Equal((FinishReason.None, 6), (sample.FinishReason, sample.Published)));
         await engine.ResumeAsync();
         await group.Completed.WaitAsync(Cancelled);
         Assert.Equal("", engine.Status.Reason);
@@ -47,7 +47,7 @@ public sealed class PauseTests
         backend.LetGo();
         await Task.WhenAll(keeps, waits);
         Assert.Equal((EngineState.Paused, "second"), (engine.Status.State, engine.Status.Reason));
-        Assert.All(group.Samples, sample => Assert.Equal(6, sample.Published));
+        Assert.All(group.Sequences, sample => Assert.Equal(6, sample.Published));
     }
 
     [Fact]
@@ -87,7 +87,7 @@ public sealed class PauseTests
         await engine.ResumeAsync();
         await engine.PauseAsync(PauseMode.Wait, "trainer", TimeSpan.FromMilliseconds(100), Cancelled);
         await held.Completed.WaitAsync(TimeSpan.FromSeconds(30), Cancelled);
-        Assert.All(held.Samples, sample => Assert.Equal(FinishReason.Length, sample.FinishReason));
+        Assert.All(held.Sequences, sample => Assert.Equal(FinishReason.Length, sample.FinishReason));
     }
 
     [Fact]
@@ -102,8 +102,8 @@ public sealed class PauseTests
         Task<PauseResult> waits = engine.PauseAsync(PauseMode.Wait, "trainer", s_long, Cancelled);
         backend.LetGo();
         await waits.WaitAsync(TimeSpan.FromSeconds(30), Cancelled);
-        Assert.All(group.Samples, sample => Assert.Equal((FinishReason.Length, 60), (sample.FinishReason, sample.Published)));
-        Assert.All(next.Samples, sample => Assert.Equal((FinishReason.None, 0), (sample.FinishReason, sample.Published)));
+        Assert.All(group.Sequences, sample => Assert.Equal((FinishReason.Length, 60), (sample.FinishReason, sample.Published)));
+        Assert.All(next.Sequences, sample => Assert.Equal((FinishReason.None, 0), (sample.FinishReason, sample.Published)));
     }
 
     [Fact]
@@ -117,8 +117,8 @@ public sealed class PauseTests
         Assert.Equal(new PauseResult(EngineState.Paused, 5), await aborts);
         foreach (Group ended in (Group[])[group, queued])
         {
-            int open = ended.Samples.Count; // readers are told of every end
-            await foreach (SampleChunk chunk in ended.ReadAsync(Cancelled))
+            int open = ended.Sequences.Count; // readers are told of every end
+            await foreach (SequenceChunk chunk in ended.ReadAsync(Cancelled))
                 if (chunk.FinishReason == FinishReason.Abort) open--;
             Assert.Equal(0, open);
             Assert.True(ended.Completed.IsCompleted);
@@ -138,7 +138,7 @@ public sealed class PauseTests
         backend.HoldAfter(7);
         Group group = engine.Submit(s_request with { N = 3, MaxTokens = 5 }); // one after the other
         backend.WaitUntilHeld();
-        Assert.Equal([5, 2, 0], group.Samples.Select(sample => sample.Published));
+        Assert.Equal([5, 2, 0], group.Sequences.Select(sample => sample.Published));
         Task<int> aborts = how switch
         {
             "a group" => engine.AbortAsync(group),
@@ -148,9 +148,9 @@ public sealed class PauseTests
         backend.LetGo();
         Assert.Equal(2, await aborts);
         await group.Completed.WaitAsync(TimeSpan.FromSeconds(30), Cancelled);
-        Assert.Equal([FinishReason.Length, FinishReason.Abort, FinishReason.Abort], group.Samples.Select(sample => sample.FinishReason));
+        Assert.Equal([FinishReason.Length, FinishReason.Abort, FinishReason.Abort], group.Sequences.Select(sample => sample.FinishReason));
 
-        async Task<int> ById() => (await engine.AbortAsync(["a"])).Samples;
+        async Task<int> ById() => (await engine.AbortAsync(["a"])).Sequences;
 
         async Task<int> ByPause() => (await engine.PauseAsync(PauseMode.Abort, "trainer", s_long, Cancelled)).AbortedSamples;
     }
@@ -165,7 +165,7 @@ public sealed class PauseTests
         backend.LetGo();
         Assert.Equal(EngineState.Pausing, (await Assert.ThrowsAsync<EngineStateException>(() => sleeps)).State);
         await waits;
-        Assert.All(group.Samples, sample => Assert.Equal(FinishReason.Length, sample.FinishReason));
+        Assert.All(group.Sequences, sample => Assert.Equal(FinishReason.Length, sample.FinishReason));
         await engine.SleepAsync(MemoryTags.KvCache);
     }
 

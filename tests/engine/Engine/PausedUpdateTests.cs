@@ -59,7 +59,7 @@ public sealed class PausedUpdateTests
         await paused.WaitAsync(s_patience, Cancelled);
         Assert.Equal((EngineState.Paused, "pauser", 1ul), (engine.Status.State, engine.Status.Reason, engine.Version));
         if (mode == PauseMode.Keep && policy is UpdatePolicy.Keep or UpdatePolicy.Recompute)
-            Assert.All(begun.Samples, sample => Assert.Equal((FinishReason.None, 6), (sample.FinishReason, sample.Published)));
+            Assert.All(begun.Sequences, sample => Assert.Equal((FinishReason.None, 6), (sample.FinishReason, sample.Published)));
         else
             Assert.True(begun.Completed.IsCompleted);
         await engine.ResumeAsync();
@@ -67,13 +67,13 @@ public sealed class PausedUpdateTests
 
         bool aborted = policy == UpdatePolicy.Abort || mode == PauseMode.Abort;
         int old = aborted || policy != UpdatePolicy.Drain ? 6 : 60;
-        Assert.All(begun.Samples, sample =>
+        Assert.All(begun.Sequences, sample =>
         {
             Assert.Equal(aborted ? (FinishReason.Abort, 6) : (FinishReason.Length, 60), (sample.FinishReason, sample.Published));
             ulong[] versions = sample.Versions(0, sample.Published).ToArray();
             Assert.Equal(versions.Select((_, i) => i < old ? 0ul : 1ul), versions);
         });
-        Assert.Equal((await fresh.RunAsync(later.Request)).Select(sample => sample.Bits()), later.Samples.Select(sample => sample.Bits()));
+        Assert.Equal((await fresh.RunAsync(later.Request)).Select(sample => sample.Bits()), later.Sequences.Select(sample => sample.Bits()));
         Assert.Equal((EngineState.Running, 0, 0), (engine.Status.State, engine.Status.Running, engine.Status.Waiting));
     }
 
@@ -87,7 +87,7 @@ public sealed class PausedUpdateTests
         GroupRequest request = s_request with { N = 3, MaxTokens = 8 };
         Group begun = await engine.UpdateWhileAsync(backend, payload, UpdatePolicy.Drain, request, heldAfter: 5);
         Assert.Equal(1ul, engine.Version);
-        Assert.All(begun.Samples, sample => Assert.Equal(new ulong[8], sample.Versions(0, 8).ToArray()));
+        Assert.All(begun.Sequences, sample => Assert.Equal(new ulong[8], sample.Versions(0, 8).ToArray()));
     }
 
     /// <summary>Weights are half written: that the pause is over changes nothing before the commit.</summary>
@@ -111,14 +111,14 @@ public sealed class PausedUpdateTests
             while (Environment.TickCount64 < over || engine.Status.Reason != "trainer") await Task.Delay(1, Cancelled);
             for (int turn = 0; turn < 2; turn++) await engine.AbortAsync(["nobody"]);
             Assert.Equal((EngineState.Updating, "trainer"), (engine.Status.State, engine.Status.Reason));
-            Assert.All(begun.Samples, sample => Assert.Equal(6, sample.Published));
+            Assert.All(begun.Sequences, sample => Assert.Equal(6, sample.Published));
             update.Write(1000, payload.Bytes.AsSpan(1000));
             await update.CommitAsync(payload.Digest, Cancelled);
         }
 
         await begun.Completed.WaitAsync(s_patience, Cancelled); // nobody resumed
         Assert.Equal((EngineState.Running, ""), (engine.Status.State, engine.Status.Reason));
-        foreach (Sequence sample in begun.Samples)
+        foreach (Sequence sample in begun.Sequences)
         {
             GroupRequest rest = s_request with { Prompt = [.. s_request.Prompt, .. sample.Tokens(0, 6)], MaxTokens = 54 };
             Assert.Equal((await fresh.RunAsync(rest))[sample.Index].Tokens(0, 54).ToArray(), sample.Tokens(6, 60).ToArray());
@@ -138,7 +138,7 @@ public sealed class PausedUpdateTests
         await opened.WaitAsync(s_patience, Cancelled);
         Group later = engine.Submit(s_request with { Id = "later" });
         AbortCounts counts = await engine.AbortAsync(["begun"]);
-        Assert.Equal((1, 2), (counts.Groups, counts.Samples));
+        Assert.Equal((1, 2), (counts.Groups, counts.Sequences));
         await begun.Completed.WaitAsync(s_patience, Cancelled);
         Task<PauseResult> waits = engine.PauseAsync(PauseMode.Wait, "pauser", TimeSpan.FromMinutes(10), Cancelled);
         Assert.Equal(new PauseResult(EngineState.Updating, 0), await waits.WaitAsync(s_patience, Cancelled));
@@ -147,10 +147,10 @@ public sealed class PausedUpdateTests
         await update.CommitAsync(payload.Digest, Cancelled);
         update.Dispose();
         Assert.Equal((EngineState.Paused, "pauser"), (engine.Status.State, engine.Status.Reason));
-        Assert.All(later.Samples, sample => Assert.Equal((FinishReason.None, 0), (sample.FinishReason, sample.Published)));
+        Assert.All(later.Sequences, sample => Assert.Equal((FinishReason.None, 0), (sample.FinishReason, sample.Published)));
         await engine.ResumeAsync();
         await later.Completed.WaitAsync(s_patience, Cancelled);
-        Assert.All(later.Samples, sample => Assert.Equal(FinishReason.Length, sample.FinishReason));
+        Assert.All(later.Sequences, sample => Assert.Equal(FinishReason.Length, sample.FinishReason));
     }
 
     [Fact]
@@ -167,12 +167,12 @@ public sealed class PausedUpdateTests
         await opened.WaitAsync(s_patience, Cancelled);
         update.Write(0, payload.Bytes.AsSpan(0, 1000));
         for (int turn = 0; turn < 3; turn++) await engine.AbortAsync(["nobody"]);
-        Assert.All(begun.Samples, sample => Assert.Equal((FinishReason.None, 6), (sample.FinishReason, sample.Published)));
+        Assert.All(begun.Sequences, sample => Assert.Equal((FinishReason.None, 6), (sample.FinishReason, sample.Published)));
         Assert.Equal((EngineState.Updating, false), (engine.Status.State, waits.IsCompleted));
         update.Write(1000, payload.Bytes.AsSpan(1000));
         await update.CommitAsync(payload.Digest, Cancelled);
         Assert.Equal(EngineState.Paused, (await waits.WaitAsync(s_patience, Cancelled)).State);
-        Assert.All(begun.Samples, sample =>
+        Assert.All(begun.Sequences, sample =>
         {
             Assert.Equal((FinishReason.Length, 60), (sample.FinishReason, sample.Published));
             Assert.Equal([.. Enumerable.Repeat(0ul, 6), .. Enumerable.Repeat(1ul, 54)], sample.Versions(0, 60).ToArray());
@@ -207,7 +207,7 @@ public sealed class PausedUpdateTests
         await engine.ResumeAsync();
         await later.Completed.WaitAsync(s_patience, Cancelled);
         Assert.True(begun.Completed.IsCompleted);
-        Assert.Equal((await fresh.RunAsync(s_request)).Select(sample => sample.Bits()), later.Samples.Select(sample => sample.Bits()));
+        Assert.Equal((await fresh.RunAsync(s_request)).Select(sample => sample.Bits()), later.Sequences.Select(sample => sample.Bits()));
     }
 
     public static TheoryData<UpdatePolicy, PauseMode> PoliciesAndModes

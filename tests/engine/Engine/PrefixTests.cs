@@ -52,7 +52,7 @@ public sealed class PrefixTests
         }
 
         await Task.WhenAll(groups.Select(group => group.Completed)).WaitAsync(TimeSpan.FromSeconds(30), Cancelled);
-        return [.. groups.Select(group => string.Join('\n', group.Samples.Select(sample => sample.Bits())) + Scores(group))];
+        return [.. groups.Select(group => string.Join('\n', group.Sequences.Select(sample => sample.Bits())) + Scores(group))];
     }
 
     private static string Scores(Group group) => string.Join(' ', group.PromptLogProbs.Select(BitConverter.SingleToInt32Bits));
@@ -71,10 +71,10 @@ public sealed class PrefixTests
         int[] prompt = [.. Piece(0, 16), .. Piece(1, 16), .. Piece(2, 9)];
         GroupRequest request = new() { Id = "a", Prompt = prompt, N = 3, MaxTokens = 60, Seed = 4, IgnoreEos = true };
         Group kept = await engine.UpdateWhileAsync(backend, payload, UpdatePolicy.Keep, request, heldAfter);
-        Assert.All(kept.Samples, sample => Assert.Equal((FinishReason.Length, 0ul), (sample.FinishReason, sample.OldestKvVersion)));
+        Assert.All(kept.Sequences, sample => Assert.Equal((FinishReason.Length, 0ul), (sample.FinishReason, sample.OldestKvVersion)));
 
         GroupRequest again = request with { Id = "again" };
-        GroupRequest longer = request with { Id = "longer", Prompt = [.. request.Prompt, .. kept.Samples[1].Tokens(0, 60)] };
+        GroupRequest longer = request with { Id = "longer", Prompt = [.. request.Prompt, .. kept.Sequences[1].Tokens(0, 60)] };
         foreach (GroupRequest next in (GroupRequest[])[longer, again, longer])
         {
             string[] expected = [.. (await fresh.RunAsync(next)).Select(sample => sample.Bits())];
@@ -113,7 +113,7 @@ public sealed class PrefixTests
         await engine.WakeUpAsync(MemoryTags.KvCache);
         await engine.ResumeAsync();
         await group.Completed.WaitAsync(TimeSpan.FromSeconds(30), Cancelled);
-        Assert.Equal(1ul, group.Samples[0].OldestKvVersion);
+        Assert.Equal(1ul, group.Sequences[0].OldestKvVersion);
         Group later = engine.Submit(request with { Id = "later" });
         await later.Completed.WaitAsync(TimeSpan.FromSeconds(30), Cancelled);
         Assert.Equal(32, later.CachedPromptTokens);

@@ -50,7 +50,7 @@ public sealed class ScoringTests
         Group group = await engine.UpdateWhileAsync(backend, payload, policy, request, heldAfter: 2);
         if (policy == UpdatePolicy.Abort)
         {
-            Assert.All(group.Samples, sample => Assert.Equal(FinishReason.Abort, sample.FinishReason));
+            Assert.All(group.Sequences, sample => Assert.Equal(FinishReason.Abort, sample.FinishReason));
             return;
         }
 
@@ -61,15 +61,15 @@ public sealed class ScoringTests
         Assert.Equal(expected.PromptLogProbs, group.PromptLogProbs);
         Assert.Equal(expected.PromptTopIds, group.PromptTopIds);
         Assert.Equal(expected.PromptTopLogProbs, group.PromptTopLogProbs);
-        Assert.All(group.Samples, sample => Assert.Equal((FinishReason.Length, maxTokens), (sample.FinishReason, sample.Published)));
+        Assert.All(group.Sequences, sample => Assert.Equal((FinishReason.Length, maxTokens), (sample.FinishReason, sample.Published)));
         if (policy == UpdatePolicy.Drain || chunk < 512)
         {
-            Assert.Equal(expected.Samples.Select(sample => sample.Bits()), group.Samples.Select(sample => sample.Bits()));
+            Assert.Equal(expected.Sequences.Select(sample => sample.Bits()), group.Sequences.Select(sample => sample.Bits()));
             return;
         }
 
-        Assert.All(group.Samples, sample => Assert.Equal([0, 0, 1], sample.Versions(0, 3).ToArray()));
-        Assert.All(group.Samples, sample => Assert.Equal(policy == UpdatePolicy.Keep ? 0ul : 1ul, sample.OldestKvVersion));
+        Assert.All(group.Sequences, sample => Assert.Equal([0, 0, 1], sample.Versions(0, 3).ToArray()));
+        Assert.All(group.Sequences, sample => Assert.Equal(policy == UpdatePolicy.Keep ? 0ul : 1ul, sample.OldestKvVersion));
     }
 
     /// <summary>The first sample computes the prompt for all: when it leaves before that, the others go their own way.</summary>
@@ -93,9 +93,9 @@ public sealed class ScoringTests
         };
         Group group = await engine.UpdateWhileAsync(backend, payload, policy, request, heldAfter: 2);
         FinishReason expected = policy == UpdatePolicy.Keep ? FinishReason.Abort : FinishReason.Length;
-        Assert.Equal(expected, group.Samples[0].FinishReason);
+        Assert.Equal(expected, group.Sequences[0].FinishReason);
         IReadOnlyList<Sequence> others = await fresh.RunAsync(request);
-        Assert.Equal(others.Skip(1).Select(sample => sample.Bits()), group.Samples.Skip(1).Select(sample => sample.Bits()));
+        Assert.Equal(others.Skip(1).Select(sample => sample.Bits()), group.Sequences.Skip(1).Select(sample => sample.Bits()));
         Assert.Equal(0, engine.Status.Waiting);
         await engine.RunAsync(request); // its id is free again
     }
@@ -109,7 +109,7 @@ public sealed class ScoringTests
         int[] prompt = [.. Enumerable.Range(3, 60)];
         GroupRequest request = new() { Id = "a", Prompt = prompt, MaxTokens = 0, PromptLogProbs = true, MaxStaleness = 0 };
         Group group = await engine.UpdateWhileAsync(backend, payload, UpdatePolicy.Keep, request, heldAfter: 2);
-        Assert.Equal((FinishReason.Length, 1ul), (group.Samples[0].FinishReason, group.PromptVersion));
+        Assert.Equal((FinishReason.Length, 1ul), (group.Sequences[0].FinishReason, group.PromptVersion));
     }
 
     [Theory]

@@ -154,7 +154,7 @@ public sealed class SleepTests
         Assert.Equal(EngineState.Sleeping, engine.Status.State);
         await engine.WakeUpAsync(MemoryTags.KvCache);
         await group.Completed.WaitAsync(Cancelled);
-        Assert.Equal((await undisturbed.RunAsync(s_request)).Select(sample => sample.Bits()), group.Samples.Select(sample => sample.Bits()));
+        Assert.Equal((await undisturbed.RunAsync(s_request)).Select(sample => sample.Bits()), group.Sequences.Select(sample => sample.Bits()));
     }
 
     [Fact]

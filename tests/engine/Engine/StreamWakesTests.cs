@@ -99,7 +99,7 @@ public sealed class StreamWakesTests
     private sealed class Reader
     {
         private readonly Group _group;
-        private readonly IAsyncEnumerator<SampleChunk> _chunks;
+        private readonly IAsyncEnumerator<SequenceChunk> _chunks;
         private ValueTask<bool> _next;
 
         public Reader(int id)
@@ -114,8 +114,8 @@ public sealed class StreamWakesTests
 
         public void Sample(StreamWakes wakes)
         {
-            _group.Samples[0].Append(new SampleResult { Token = 3 }, [], [], version: 0);
-            _group.Samples[0].Publish();
+            _group.Sequences[0].Append(new SampleResult { Token = 3 }, [], [], version: 0);
+            _group.Sequences[0].Publish();
             wakes.Add(_group);
         }
 

@@ -33,7 +33,7 @@ internal static class TestModels
         backend.HoldAfter(tokens + backend.StepsInFlight - 1);
         Group group = engine.Submit(request);
         backend.WaitUntilHeld();
-        Assert.All(group.Samples, sample => Assert.Equal(tokens, sample.Published));
+        Assert.All(group.Sequences, sample => Assert.Equal(tokens, sample.Published));
         return group;
     }
 
@@ -42,7 +42,7 @@ internal static class TestModels
     {
         Group group = engine.Submit(request);
         await group.Completed.WaitAsync(TimeSpan.FromSeconds(60), TestContext.Current.CancellationToken);
-        return group.Samples;
+        return group.Sequences;
     }
 
     /// <summary>Tokens and both log-probabilities as bits: equal strings mean equal bits.</summary>

@@ -59,7 +59,7 @@ public sealed class UpdateOrderTests
             backend.LetGo();
             await Assert.ThrowsAsync<UpdateFailedException>(() => commit);
             await begun.Completed.WaitAsync(Cancelled);
-            Assert.All(begun.Samples.SelectMany(s => s.Versions(0, s.Published).ToArray()), version => Assert.Equal(0ul, version));
+            Assert.All(begun.Sequences.SelectMany(s => s.Versions(0, s.Published).ToArray()), version => Assert.Equal(0ul, version));
             Assert.Equal(0ul, engine.Version);
             Assert.Equal(old, (await engine.RunAsync(s_request))[0].Bits());
         }
@@ -80,7 +80,7 @@ public sealed class UpdateOrderTests
         backend.LetGo();
         await Assert.ThrowsAsync<UpdateFailedException>(() => opened);
         await begun.Completed.WaitAsync(TimeSpan.FromMinutes(1), Cancelled);
-        Assert.All(begun.Samples, sample => Assert.Equal(FinishReason.Length, sample.FinishReason));
+        Assert.All(begun.Sequences, sample => Assert.Equal(FinishReason.Length, sample.FinishReason));
         Assert.Equal(EngineState.Running, engine.Status.State);
     }
 

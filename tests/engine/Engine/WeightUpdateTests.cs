@@ -51,7 +51,7 @@ public sealed class WeightUpdateTests
         using UpdatePayload payload = UpdatePayload.Of("qwen3");
         await using RolloutEngine fresh = RolloutEngine.Load(payload.Folder, new CpuBackend(1), new EngineOptions());
         Group group = await UpdateInFlightAsync(payload, UpdatePolicy.Recompute);
-        foreach (Sequence sample in group.Samples)
+        foreach (Sequence sample in group.Sequences)
         {
             int swap = SwapAt(sample);
             Assert.Equal(1ul, sample.OldestKvVersion);
@@ -71,7 +71,7 @@ public sealed class WeightUpdateTests
         await using RolloutEngine fresh = RolloutEngine.Load(payload.Folder, new CpuBackend(1), new EngineOptions());
         Group group = await UpdateInFlightAsync(payload, UpdatePolicy.Keep);
         IReadOnlyList<Sequence> before = await old.RunAsync(s_request);
-        foreach (Sequence sample in group.Samples)
+        foreach (Sequence sample in group.Sequences)
         {
             int swap = SwapAt(sample);
             Assert.Equal(0ul, sample.OldestKvVersion);
@@ -91,7 +91,7 @@ public sealed class WeightUpdateTests
         using CpuBackend backend = new(1);
         using TwoModels models = new(backend, TestModels.Folder("qwen3"), payload.Folder);
         Group group = await UpdateInFlightAsync(payload, UpdatePolicy.Keep, mode);
-        foreach (Sequence sample in group.Samples)
+        foreach (Sequence sample in group.Sequences)
         {
             (int[] tokens, float[] logProbs) = models.Run(s_request, sample.Index, SwapAt(sample));
             Assert.Equal(tokens, sample.Tokens(0, 200).ToArray());
@@ -112,13 +112,13 @@ public sealed class WeightUpdateTests
         await commit.WaitAsync(Cancelled);
         Assert.True(begun.Completed.IsCompleted);
         await later.Completed.WaitAsync(Cancelled);
-        foreach (Sequence sample in begun.Samples)
+        foreach (Sequence sample in begun.Sequences)
         {
             Assert.Equal(FinishReason.Length, sample.FinishReason);
             Assert.All(sample.Versions(0, 200).ToArray(), version => Assert.Equal(0ul, version));
         }
 
-        Assert.All(later.Samples.SelectMany(sample => sample.Versions(0, 200).ToArray()), version => Assert.Equal(1ul, version));
+        Assert.All(later.Sequences.SelectMany(sample => sample.Versions(0, 200).ToArray()), version => Assert.Equal(1ul, version));
         update.Dispose();
     }
 
@@ -155,9 +155,9 @@ public sealed class WeightUpdateTests
         backend.LetGo();
         await commit.WaitAsync(Cancelled);
         await begun.Completed.WaitAsync(Cancelled);
-        Assert.All(begun.Samples, sample => Assert.Equal(FinishReason.Abort, sample.FinishReason));
-        Assert.All(begun.Samples, sample => Assert.InRange(sample.Published, 20, 199));
-        Assert.All(begun.Samples.SelectMany(s => s.Versions(0, s.Published).ToArray()), version => Assert.Equal(0ul, version));
+        Assert.All(begun.Sequences, sample => Assert.Equal(FinishReason.Abort, sample.FinishReason));
+        Assert.All(begun.Sequences, sample => Assert.InRange(sample.Published, 20, 199));
+        Assert.All(begun.Sequences.SelectMany(s => s.Versions(0, s.Published).ToArray()), version => Assert.Equal(0ul, version));
         update.Dispose();
     }
 
@@ -176,7 +176,7 @@ public sealed class WeightUpdateTests
         {
             // Every sample has drawn a token from the weights that are about to be replaced.
             backend.WaitUntilHeld();
-            Assert.All(strict.Samples, sample => Assert.Equal(version - 1, sample.Versions(0, sample.Published)[^1]));
+            Assert.All(strict.Sequences, sample => Assert.Equal(version - 1, sample.Versions(0, sample.Published)[^1]));
             using WeightUpdate update = await engine.OpenUpdateAsync(payload.Manifest(version - 1, version) with { Policy = policy });
             update.Write(0, payload.Bytes);
             Task committed = update.CommitAsync(payload.Digest, Cancelled);
@@ -187,9 +187,9 @@ public sealed class WeightUpdateTests
         backend.LetGo();
 
         await Task.WhenAll(strict.Completed, loose.Completed).WaitAsync(Cancelled);
-        Assert.All(strict.Samples, sample => Assert.Equal(FinishReason.Abort, sample.FinishReason));
-        Assert.All(strict.Samples, sample => Assert.Equal([0ul, 1ul], sample.Versions(0, sample.Published).ToArray().Distinct()));
-        Assert.All(loose.Samples, sample => Assert.Equal(FinishReason.Length, sample.FinishReason));
+        Assert.All(strict.Sequences, sample => Assert.Equal(FinishReason.Abort, sample.FinishReason));
+        Assert.All(strict.Sequences, sample => Assert.Equal([0ul, 1ul], sample.Versions(0, sample.Published).ToArray().Distinct()));
+        Assert.All(loose.Sequences, sample => Assert.Equal(FinishReason.Length, sample.FinishReason));
     }
 
     /// <summary>Two updates while its prompt is half computed, and not a token drawn.</summary>
@@ -223,7 +223,7 @@ public sealed class WeightUpdateTests
 
         await engine.ResumeAsync();
         await group.Completed.WaitAsync(TimeSpan.FromSeconds(30), Cancelled);
-        Sequence sample = group.Samples[0];
+        Sequence sample = group.Sequences[0];
         Assert.Equal(ends ? (FinishReason.Abort, 0) : (FinishReason.Length, 5), (sample.FinishReason, sample.Published));
     }
 

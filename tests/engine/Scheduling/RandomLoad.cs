@@ -49,7 +49,7 @@ internal sealed class RandomLoad
         }, group =>
         {
             // Whoever sees the end may use the id again: the engine must have forgotten the group by then.
-            Assert.Single(group.Samples, sample => sample.FinishReason == FinishReason.None);
+            Assert.Single(group.Sequences, sample => sample.FinishReason == FinishReason.None);
             Assert.False(group.Completed.IsCompleted);
             _ended.Add(group);
         });
@@ -94,13 +94,13 @@ internal sealed class RandomLoad
                 }
 
                 // The engine refuses it on its way.
-                _aborted.UnionWith(group.Samples);
-                Assert.Equal(group.Samples.Count, _scheduler.End(group, FinishReason.Abort));
+                _aborted.UnionWith(group.Sequences);
+                Assert.Equal(group.Sequences.Count, _scheduler.End(group, FinishReason.Abort));
                 break;
             case 6 when _submitted.Count > 0:
                 Land();
                 Group aborted = _submitted[random.Next(_submitted.Count)];
-                Sequence[] left = [.. aborted.Samples.Where(sample => sample.FinishReason == FinishReason.None)];
+                Sequence[] left = [.. aborted.Sequences.Where(sample => sample.FinishReason == FinishReason.None)];
                 _aborted.UnionWith(left);
                 Assert.Equal(left.Length, _scheduler.End(aborted, FinishReason.Abort));
                 break;
@@ -122,7 +122,7 @@ internal sealed class RandomLoad
 
     private void Update(UpdatePolicy policy, ulong version)
     {
-        Sequence[] open = [.. _submitted.SelectMany(group => group.Samples).Where(sample => sample.FinishReason == FinishReason.None)];
+        Sequence[] open = [.. _submitted.SelectMany(group => group.Sequences).Where(sample => sample.FinishReason == FinishReason.None)];
         bool Scoring(Sequence sample) => sample.Group.Request.PromptLogProbs && sample.Index == 0 && sample.Published == 0;
         bool Keeps(Sequence sample) => policy == UpdatePolicy.Keep && sample.Computed > 0 && !Scoring(sample);
         List<Sequence> stale = [];
@@ -211,7 +211,7 @@ internal sealed class RandomLoad
             // Whoever had a seat and lost it comes first, unless it waits for its group's prompt or its last token.
             IReadOnlyList<Sequence> running = _scheduler.RunningSequences;
             Assert.DoesNotContain(_seated, sample => sample.FinishReason == FinishReason.None && !running.Contains(sample)
-                && !sample.Group.Samples.Any(running.Contains) && _underWay?.Sequences.Contains(sample) != true);
+                && !sample.Group.Sequences.Any(running.Contains) && _underWay?.Sequences.Contains(sample) != true);
         }
 
         _seated.UnionWith(_scheduler.RunningSequences);
@@ -235,7 +235,7 @@ internal sealed class RandomLoad
     private void CheckCounts()
     {
         _blocks.CheckInvariant(idle: false);
-        Sequence[] open = [.. _submitted.SelectMany(group => group.Samples).Where(sample => sample.FinishReason == FinishReason.None)];
+        Sequence[] open = [.. _submitted.SelectMany(group => group.Sequences).Where(sample => sample.FinishReason == FinishReason.None)];
         Assert.Equal(open.Length - _scheduler.Running, _scheduler.Waiting);
         if (_underWay is null) Assert.Equal(open.Any(sample => _begun.ContainsKey(sample.Group)), _scheduler.HasBegun);
         CountStaleness();
@@ -245,7 +245,7 @@ internal sealed class RandomLoad
     /// <summary>Of samples that have ended since the last call, which was before the version changed.</summary>
     private void CountStaleness()
     {
-        foreach (Sequence sample in _submitted.SelectMany(group => group.Samples))
+        foreach (Sequence sample in _submitted.SelectMany(group => group.Sequences))
         {
             if (sample.FinishReason == FinishReason.None || !_counted.Add(sample)) continue;
             foreach (ulong version in sample.Versions(0, sample.Published)) _staleness[Math.Min(_scheduler.Version - version, 8)]++;
@@ -257,7 +257,7 @@ internal sealed class RandomLoad
         _blocks.CheckInvariant(idle: true);
         Assert.Equal(0, _scheduler.Waiting);
         Assert.Equal(_submitted.Select(group => group.Request.Id).Order(), _ended.Select(group => group.Request.Id).Order());
-        Assert.Equal(_submitted.SelectMany(group => group.Samples).Sum(sample => sample.Published), _scheduler.GeneratedTokens);
+        Assert.Equal(_submitted.SelectMany(group => group.Sequences).Sum(sample => sample.Published), _scheduler.GeneratedTokens);
         Assert.Equal(_device.PromptRows, _scheduler.PrefilledTokens);
         bool woken = Task.WhenAll(_readers).Wait(s_patience);
         if (!woken) s_patience = TimeSpan.FromMilliseconds(100); // for the search of a smaller load that fails
@@ -267,14 +267,14 @@ internal sealed class RandomLoad
             Assert.True(group.Completed.IsCompletedSuccessfully);
             Assert.Equal(_begun.GetValueOrDefault(group), group.CachedPromptTokens);
             if (group.Request.PromptLogProbs) CheckScores(group);
-            foreach (Sequence sample in group.Samples) CheckSample(group, sample, mixed: _mixed.Contains(group));
+            foreach (Sequence sample in group.Sequences) CheckSample(group, sample, mixed: _mixed.Contains(group));
         }
     }
 
     /// <summary>A prompt's log-probabilities are those of one version, which the group names and its first token was drawn from.</summary>
     private static void CheckScores(Group group)
     {
-        Sequence leader = group.Samples[0];
+        Sequence leader = group.Sequences[0];
         int[] prompt = group.Request.Prompt;
         int top = group.Request.PromptTop;
         if (leader.Published == 0 && leader.FinishReason != FinishReason.Length) return; // it did not come so far
@@ -352,18 +352,18 @@ internal sealed class RandomLoad
     /// <summary>Reads a group as a caller does: the chunks of a sample follow each other and say once how it ended.</summary>
     private static async Task ReadAsync(Group group)
     {
-        int[] read = new int[group.Samples.Count];
+        int[] read = new int[group.Sequences.Count];
         HashSet<int> ended = [];
-        await foreach (SampleChunk chunk in group.ReadAsync())
+        await foreach (SequenceChunk chunk in group.ReadAsync())
         {
-            Assert.DoesNotContain(chunk.Sample.Index, ended);
-            Assert.Equal(read[chunk.Sample.Index], chunk.Start);
+            Assert.DoesNotContain(chunk.Sequence.Index, ended);
+            Assert.Equal(read[chunk.Sequence.Index], chunk.Start);
             bool isNews = group.Request.StreamTokens && chunk.End > chunk.Start;
             Assert.True(isNews || chunk.FinishReason != FinishReason.None, "a chunk of nothing");
-            read[chunk.Sample.Index] = chunk.End;
-            if (chunk.FinishReason != FinishReason.None) ended.Add(chunk.Sample.Index);
+            read[chunk.Sequence.Index] = chunk.End;
+            if (chunk.FinishReason != FinishReason.None) ended.Add(chunk.Sequence.Index);
         }
 
-        Assert.Equal(group.Samples.Select(sample => sample.Published), read);
+        Assert.Equal(group.Sequences.Select(sample => sample.Published), read);
     }
 }

@@ -35,6 +35,22 @@ public sealed class NfcTests
     public void A_mark_composes_with_its_letter_unless_another_stands_between(string text, string expected)
         => Assert.Equal(expected, Nfc.Normalize(text).ToString());
 
+    [Theory] // unicodedata.normalize("NFC", t): the first and the last of leads, vowels and trails compose, their neighbours do not
+    [InlineData("\uAC00\u11A7", "\uAC00\u11A7")]
+    [InlineData("\uAC00\u11A8", "\uAC01")]
+    [InlineData("\uAC00\u11C2", "\uAC1B")]
+    [InlineData("\uAC00\u11C3", "\uAC00\u11C3")]
+    [InlineData("\uAC01\u11A8", "\uAC01\u11A8")]
+    [InlineData("\uD788\u11C2", "\uD7A3")]
+    [InlineData("\uD7A3\u11A8", "\uD7A3\u11A8")]
+    [InlineData("\u1112\u1175\u11C2", "\uD7A3")]
+    [InlineData("\u1100\u1161\u11A7", "\uAC00\u11A7")]
+    [InlineData("\u1113\u1161", "\u1113\u1161")]
+    [InlineData("\u10FF\u1161", "\u10FF\u1161")]
+    [InlineData("\u1100\u1160", "\u1100\u1160")]
+    [InlineData("\u1100\u1176", "\u1100\u1176")]
+    public void Hangul_composes_within_its_ranges(string text, string expected) => Assert.Equal(expected, Nfc.Normalize(text).ToString());
+
     [Fact]
     public void Normalising_twice_changes_nothing() =>
         Gen.OneOf("a", "e", "\u0301", "\u0327", "\u0344", "\u1112", "\u1161", "\u11AB", "\uAC00", "\u212B", "\u0958", "\U0001D15E")

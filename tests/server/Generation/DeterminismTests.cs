@@ -50,7 +50,7 @@ public sealed class DeterminismTests(SharedServer shared)
             await group.Completed.WaitAsync(TimeSpan.FromSeconds(30));
             for (int i = 0; i < remote.Count; i++)
             {
-                Sequence local = group.Samples[i];
+                Sequence local = group.Sequences[i];
                 int tokens = local.Published;
                 Assert.Equal(local.Tokens(0, tokens).ToArray(), remote[i].Ids.Select(id => (int)id));
                 Assert.Equal(Bits(local.LogProbs(0, tokens).ToArray()), Bits(remote[i].Logprobs));

@@ -43,11 +43,11 @@ public sealed class GroupStreamTests
         {
             heads.Add(reply.Head);
             Assert.InRange(reply.Chunks.Count, 1, stream ? 3 : 1);
-            foreach ((Engine.SampleChunk chunk, string text) in reply.Chunks)
+            foreach ((Engine.SequenceChunk chunk, string text) in reply.Chunks)
             {
-                (List<int> ids, string before) = samples.GetValueOrDefault(chunk.Sample.Index, ([], ""));
+                (List<int> ids, string before) = samples.GetValueOrDefault(chunk.Sequence.Index, ([], ""));
                 Assert.Equal(ids.Count, chunk.Start);
-                samples[chunk.Sample.Index] = ([.. ids, .. chunk.Sample.Tokens(chunk.Start, chunk.End)], before + text);
+                samples[chunk.Sequence.Index] = ([.. ids, .. chunk.Sequence.Tokens(chunk.Start, chunk.End)], before + text);
             }
         }
 
@@ -111,10 +111,10 @@ public sealed class GroupStreamTests
 
         protected override string Convert(GroupStream group, in GroupReply reply)
         {
-            (Engine.SampleChunk chunk, _) = Assert.Single(reply.Chunks);
+            (Engine.SequenceChunk chunk, _) = Assert.Single(reply.Chunks);
             Assert.NotEqual(FinishReason.None, chunk.FinishReason);
             return string.Create(
-                CultureInfo.InvariantCulture, $"{group.Request.Id} {chunk.Sample.Index}: {chunk.FinishReason} {chunk.End}");
+                CultureInfo.InvariantCulture, $"{group.Request.Id} {chunk.Sequence.Index}: {chunk.FinishReason} {chunk.End}");
         }
 
         protected override string? Refusal(GroupRequest request, Exception exception)
