@@ -79,7 +79,10 @@ internal static class Checks
                 if (position < 0
                     || position / KvCache.BlockTokens >= step.MaxBlocks
                     || (row > start && position <= step.Positions[row - 1]))
+                {
                     throw new ArgumentException($"Row {row} has position {position}: out of range or not ascending.", nameof(step));
+                }
+
                 rowSequence[row] = s;
             }
         }

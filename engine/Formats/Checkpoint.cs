@@ -32,8 +32,8 @@ public sealed class Checkpoint : IDisposable
     /// <exception cref="InvalidModelException">Files are missing, invalid or disagree; lists every problem of all files.</exception>
     public static Checkpoint Open(string folder)
     {
-        var checkpoint = new Checkpoint(folder);
-        var problems = new List<string>();
+        Checkpoint checkpoint = new Checkpoint(folder);
+        List<string> problems = new List<string>();
         try
         {
             if (File.Exists(Path.Combine(folder, SingleFile)))
@@ -54,7 +54,7 @@ public sealed class Checkpoint : IDisposable
 
     public void Dispose()
     {
-        foreach (var file in _files)
+        foreach (SafetensorsFile file in _files)
             file.Dispose();
     }
 
@@ -71,11 +71,11 @@ public sealed class Checkpoint : IDisposable
             return null;
         }
         _files.Add(file);
-        foreach (var (tensor, info) in file.Tensors)
+        foreach ((string? tensor, TensorInfo? info) in file.Tensors)
         {
             if (!_tensors.TryAdd(tensor, new CheckpointTensor(file, info)))
             {
-                var other = Path.GetFileName(_tensors[tensor].File.Path);
+                string other = Path.GetFileName(_tensors[tensor].File.Path);
                 problems.Add($"tensor {InvalidModelException.Quote(tensor)} is in both {other} and {name}");
             }
         }
@@ -84,23 +84,23 @@ public sealed class Checkpoint : IDisposable
 
     private void OpenShards(List<string> problems)
     {
-        var indexPath = Path.Combine(Folder, IndexFile);
-        var index = JsonFile.ReadObject(indexPath);
-        if (!index.TryGetProperty("weight_map", out var map) || map.ValueKind != JsonValueKind.Object)
+        string indexPath = Path.Combine(Folder, IndexFile);
+        JsonElement index = JsonFile.ReadObject(indexPath);
+        if (!index.TryGetProperty("weight_map", out JsonElement map) || map.ValueKind != JsonValueKind.Object)
             throw new InvalidModelException(indexPath, "weight_map must be an object of tensor names and file names");
 
         // A shard that was refused stays in the table as null: its tensors are not reported a second time as missing.
-        var shards = new Dictionary<string, SafetensorsFile?>();
-        foreach (var entry in map.EnumerateObject())
+        Dictionary<string, SafetensorsFile?> shards = new Dictionary<string, SafetensorsFile?>();
+        foreach (JsonProperty entry in map.EnumerateObject())
         {
-            var tensor = InvalidModelException.Quote(entry.Name);
+            string tensor = InvalidModelException.Quote(entry.Name);
             if (entry.Value.ValueKind != JsonValueKind.String)
             {
                 problems.Add($"{IndexFile}: weight_map {tensor} must be a file name");
                 continue;
             }
-            var shard = entry.Value.GetString()!;
-            if (!shards.TryGetValue(shard, out var file))
+            string shard = entry.Value.GetString()!;
+            if (!shards.TryGetValue(shard, out SafetensorsFile? file))
             {
                 if (IsPlainFileName(shard))
                     file = OpenFile(shard, problems);

@@ -37,7 +37,7 @@ public sealed class InvalidModelException : Exception
     internal static string Quote(string name)
     {
         const int Most = 200;
-        var text = string.Concat(name.Take(Most).Select(c => char.IsControl(c) ? '\uFFFD' : c));
+        string text = string.Concat(name.Take(Most).Select(c => char.IsControl(c) ? '\uFFFD' : c));
         return name.Length > Most ? $"'{text}...'" : $"'{text}'";
     }
 
@@ -45,8 +45,8 @@ public sealed class InvalidModelException : Exception
     {
         if (problems.Count == 1)
             return $"{path}: {problems[0]}";
-        var lines = problems.Take(ProblemsInMessage).Select(problem => "\n  " + problem);
-        var rest = problems.Count > ProblemsInMessage ? $"\n  and {problems.Count - ProblemsInMessage} more" : "";
+        IEnumerable<string> lines = problems.Take(ProblemsInMessage).Select(problem => "\n  " + problem);
+        string rest = problems.Count > ProblemsInMessage ? $"\n  and {problems.Count - ProblemsInMessage} more" : "";
         return $"{path}: {problems.Count} problems{string.Concat(lines)}{rest}";
     }
 }

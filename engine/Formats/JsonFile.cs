@@ -17,7 +17,7 @@ internal static class JsonFile
     {
         try
         {
-            var length = new FileInfo(path).Length;
+            long length = new FileInfo(path).Length;
             if (length > MostBytes)
                 throw new InvalidModelException(path, $"the file has {length} bytes; at most {MostBytes} are read");
             return ParseObject(path, File.ReadAllBytes(path));
@@ -36,7 +36,7 @@ internal static class JsonFile
             if (!Utf8.IsValid(json))
                 throw new InvalidModelException(path, "not valid UTF-8");
             CheckStrings(json);
-            var root = JsonElement.Parse(json, new JsonDocumentOptions { AllowDuplicateProperties = false });
+            JsonElement root = JsonElement.Parse(json, new JsonDocumentOptions { AllowDuplicateProperties = false });
             return root.ValueKind == JsonValueKind.Object ? root : throw new InvalidModelException(path, "not a JSON object");
         }
         catch (JsonException e)
@@ -52,7 +52,7 @@ internal static class JsonFile
     /// <summary>Unescapes every escaped string; the reader throws InvalidOperationException for half a surrogate pair.</summary>
     private static void CheckStrings(ReadOnlySpan<byte> json)
     {
-        var reader = new Utf8JsonReader(json);
+        Utf8JsonReader reader = new Utf8JsonReader(json);
         while (reader.Read())
         {
             if (reader.TokenType is JsonTokenType.String or JsonTokenType.PropertyName && reader.ValueIsEscaped)

@@ -59,7 +59,7 @@ public sealed class SafetensorsFile : IDisposable
         try
         {
             handle = File.OpenHandle(path);
-            var file = new SafetensorsFile(path, handle, ReadHeader(path, handle));
+            SafetensorsFile file = new SafetensorsFile(path, handle, ReadHeader(path, handle));
             handle = null;
             return file;
         }
@@ -99,17 +99,17 @@ public sealed class SafetensorsFile : IDisposable
 
     private static Header ReadHeader(string path, SafeFileHandle handle)
     {
-        var fileBytes = RandomAccess.GetLength(handle);
-        var prefix = (stackalloc byte[LengthBytes]);
+        long fileBytes = RandomAccess.GetLength(handle);
+        Span<byte> prefix = (stackalloc byte[LengthBytes]);
         if (ReadFully(handle, 0, prefix) < LengthBytes)
             throw new InvalidModelException(path, $"the file has {fileBytes} bytes, too few for a safetensors header");
-        var length = BinaryPrimitives.ReadUInt64LittleEndian(prefix);
+        ulong length = BinaryPrimitives.ReadUInt64LittleEndian(prefix);
         if (length > MostHeaderBytes)
             throw new InvalidModelException(path, $"the header claims {length} bytes; the format allows {MostHeaderBytes}");
         if (length > (ulong)(fileBytes - LengthBytes))
             throw new InvalidModelException(path, $"the header claims {length} bytes, the file has {fileBytes}: truncated?");
 
-        var json = new byte[length];
+        byte[] json = new byte[length];
         if (ReadFully(handle, LengthBytes, json) < json.Length)
             throw new InvalidModelException(path, "the file was truncated while being read");
         return ParseHeader(path, json, LengthBytes + json.Length, fileBytes);
@@ -117,10 +117,10 @@ public sealed class SafetensorsFile : IDisposable
 
     private static int ReadFully(SafeFileHandle handle, long offset, Span<byte> destination)
     {
-        var done = 0;
+        int done = 0;
         while (done < destination.Length)
         {
-            var read = RandomAccess.Read(handle, destination[done..], offset + done);
+            int read = RandomAccess.Read(handle, destination[done..], offset + done);
             if (read == 0)
                 break;
             done += read;
@@ -133,10 +133,10 @@ public sealed class SafetensorsFile : IDisposable
     {
         if (!Utf8.IsValid(json))
             throw new InvalidModelException(path, "the header is not valid UTF-8");
-        var header = new Header(path);
+        Header header = new Header(path);
         try
         {
-            var reader = new Utf8JsonReader(json);
+            Utf8JsonReader reader = new Utf8JsonReader(json);
             header.Parse(ref reader, dataStart);
         }
         catch (JsonException e)
@@ -186,10 +186,10 @@ public sealed class SafetensorsFile : IDisposable
                 Report("the header is not a JSON object");
                 return;
             }
-            var hasMetadata = false;
+            bool hasMetadata = false;
             while (reader.Read() && reader.TokenType == JsonTokenType.PropertyName)
             {
-                var name = reader.GetString()!;
+                string name = reader.GetString()!;
                 reader.Read();
                 if (name != "__metadata__")
                     ParseTensor(ref reader, name, dataStart);
@@ -206,11 +206,11 @@ public sealed class SafetensorsFile : IDisposable
         /// <summary>Tensors must tile the rest of the file: no gap, no overlap, nothing left over.</summary>
         public void CheckLayout(long dataStart, long fileBytes)
         {
-            var end = dataStart;
-            var previous = "";
-            foreach (var tensor in Tensors.Values.OrderBy(t => t.Offset).ThenBy(t => t.Bytes))
+            long end = dataStart;
+            string previous = "";
+            foreach (TensorInfo? tensor in Tensors.Values.OrderBy(t => t.Offset).ThenBy(t => t.Bytes))
             {
-                var name = InvalidModelException.Quote(tensor.Name);
+                string name = InvalidModelException.Quote(tensor.Name);
                 if (tensor.Offset < end)
                     Report($"tensor {name} overlaps {previous}");
                 else if (tensor.Offset > end)
@@ -234,7 +234,7 @@ public sealed class SafetensorsFile : IDisposable
             }
             while (reader.Read() && reader.TokenType == JsonTokenType.PropertyName)
             {
-                var key = reader.GetString()!;
+                string key = reader.GetString()!;
                 reader.Read();
                 if (reader.TokenType != JsonTokenType.String)
                 {
@@ -250,8 +250,8 @@ public sealed class SafetensorsFile : IDisposable
 
         private void ParseTensor(ref Utf8JsonReader reader, string name, long dataStart)
         {
-            var quoted = InvalidModelException.Quote(name);
-            var before = Problems.Count;
+            string quoted = InvalidModelException.Quote(name);
+            int before = Problems.Count;
             if (reader.TokenType != JsonTokenType.StartObject)
             {
                 Report($"tensor {quoted} must be an object with dtype, shape and data_offsets");
@@ -262,9 +262,9 @@ public sealed class SafetensorsFile : IDisposable
             long[]? shape = null, offsets = null;
             while (reader.Read() && reader.TokenType == JsonTokenType.PropertyName)
             {
-                var key = reader.GetString()!;
+                string key = reader.GetString()!;
                 reader.Read();
-                var twice = false;
+                bool twice = false;
                 switch (key)
                 {
                     case "dtype":
@@ -318,11 +318,11 @@ public sealed class SafetensorsFile : IDisposable
                 Report($"{what} must be an array of non-negative integers");
                 return null;
             }
-            var numbers = new List<long>(4);
-            var valid = true;
+            List<long> numbers = new List<long>(4);
+            bool valid = true;
             while (reader.Read() && reader.TokenType != JsonTokenType.EndArray)
             {
-                if (reader.TokenType == JsonTokenType.Number && reader.TryGetInt64(out var number) && number >= 0)
+                if (reader.TokenType == JsonTokenType.Number && reader.TryGetInt64(out long number) && number >= 0)
                 {
                     if (numbers.Count <= most)
                         numbers.Add(number);
@@ -348,7 +348,7 @@ public sealed class SafetensorsFile : IDisposable
             if (shape.Contains(0))
                 return 0;
             UInt128 product = 1;
-            foreach (var length in shape)
+            foreach (long length in shape)
             {
                 product *= (ulong)length;
                 if (product > long.MaxValue)

@@ -28,11 +28,11 @@ public sealed class SafetensorsWriter : IDisposable
     public SafetensorsWriter(string path, IReadOnlyList<TensorDeclaration> tensors)
     {
         ArgumentNullException.ThrowIfNull(tensors);
-        var header = Header(tensors);
+        byte[] header = Header(tensors);
         _path = path;
         _left = tensors.Sum(tensor => tensor.Bytes);
         _stream = new FileStream(path, FileMode.Create, FileAccess.Write);
-        var length = (stackalloc byte[8]);
+        Span<byte> length = (stackalloc byte[8]);
         BinaryPrimitives.WriteInt64LittleEndian(length, header.Length);
         _stream.Write(length);
         _stream.Write(header);
@@ -41,14 +41,14 @@ public sealed class SafetensorsWriter : IDisposable
     /// <summary>Writes a whole file from arrays; for small models.</summary>
     public static void Write(string path, IEnumerable<(TensorDeclaration Tensor, byte[] Bytes)> tensors)
     {
-        var all = tensors.ToList();
-        foreach (var (tensor, bytes) in all)
+        List<(TensorDeclaration Tensor, byte[] Bytes)> all = tensors.ToList();
+        foreach ((TensorDeclaration? tensor, byte[]? bytes) in all)
         {
             if (bytes.Length != tensor.Bytes)
                 throw new ArgumentException($"tensor {tensor.Name} needs {tensor.Bytes} bytes, got {bytes.Length}", nameof(tensors));
         }
-        using var writer = new SafetensorsWriter(path, [.. all.Select(entry => entry.Tensor)]);
-        foreach (var (_, bytes) in all)
+        using SafetensorsWriter writer = new SafetensorsWriter(path, [.. all.Select(entry => entry.Tensor)]);
+        foreach ((TensorDeclaration _, byte[]? bytes) in all)
             writer.Write(bytes);
         writer.Complete();
     }
@@ -84,16 +84,16 @@ public sealed class SafetensorsWriter : IDisposable
 
     private static byte[] Header(IReadOnlyList<TensorDeclaration> tensors)
     {
-        var names = new HashSet<string> { "__metadata__" };
-        var buffer = new ArrayBufferWriter<byte>();
-        using (var json = new Utf8JsonWriter(buffer))
+        HashSet<string> names = new HashSet<string> { "__metadata__" };
+        ArrayBufferWriter<byte> buffer = new ArrayBufferWriter<byte>();
+        using (Utf8JsonWriter json = new Utf8JsonWriter(buffer))
         {
             json.WriteStartObject();
             json.WriteStartObject("__metadata__");
             json.WriteString("format", "pt"); // transformers refuses files that do not say it
             json.WriteEndObject();
-            var offset = 0L;
-            foreach (var tensor in tensors)
+            long offset = 0L;
+            foreach (TensorDeclaration tensor in tensors)
             {
                 if (!names.Add(tensor.Name))
                     throw new ArgumentException($"tensor name {tensor.Name} is used twice or reserved", nameof(tensors));
@@ -102,7 +102,7 @@ public sealed class SafetensorsWriter : IDisposable
                 json.WriteStartObject(tensor.Name);
                 json.WriteString("dtype", tensor.Type.SafetensorsName());
                 json.WriteStartArray("shape");
-                foreach (var length in tensor.Shape)
+                foreach (long length in tensor.Shape)
                     json.WriteNumberValue(length);
                 json.WriteEndArray();
                 json.WriteStartArray("data_offsets");
@@ -114,7 +114,7 @@ public sealed class SafetensorsWriter : IDisposable
             json.WriteEndObject();
         }
         // The first tensor starts at a multiple of 8, as the reference writer has it.
-        var padding = -buffer.WrittenCount & 7;
+        int padding = -buffer.WrittenCount & 7;
         buffer.GetSpan(padding)[..padding].Fill((byte)' ');
         buffer.Advance(padding);
         return buffer.WrittenSpan.ToArray();

@@ -15,7 +15,7 @@ internal sealed class ConfigReader(JsonElement config, string prefix, List<strin
     /// <summary>An integer in [least, most]; required when there is no fallback. 0 after a problem.</summary>
     public int Integer(string name, int least, int most, int? fallback = null)
     {
-        var field = Find(name);
+        JsonElement? field = Find(name);
         if (field is null && fallback is { } value)
             return value;
         if (field is { ValueKind: JsonValueKind.Number } number && number.TryGetInt32(out value) && value >= least && value <= most)
@@ -27,7 +27,7 @@ internal sealed class ConfigReader(JsonElement config, string prefix, List<strin
     /// <summary>A finite number above zero; required when there is no fallback. 1 after a problem.</summary>
     public double Positive(string name, double? fallback = null)
     {
-        var field = Find(name);
+        JsonElement? field = Find(name);
         if (field is null && fallback is { } value)
             return value;
         if (field is { ValueKind: JsonValueKind.Number } number && number.TryGetDouble(out value) && value > 0 && double.IsFinite(value))
@@ -52,7 +52,7 @@ internal sealed class ConfigReader(JsonElement config, string prefix, List<strin
     /// <summary>A string, or null when there is none.</summary>
     public string? Text(string name)
     {
-        var field = Find(name);
+        JsonElement? field = Find(name);
         if (field is null or { ValueKind: JsonValueKind.String })
             return field?.GetString();
         Report(name, field, "must be a string");
@@ -62,7 +62,7 @@ internal sealed class ConfigReader(JsonElement config, string prefix, List<strin
     /// <summary>Strings of an array; empty when there is none.</summary>
     public IReadOnlyList<string> Texts(string name)
     {
-        var field = Find(name);
+        JsonElement? field = Find(name);
         if (field is { ValueKind: JsonValueKind.Array } array && array.EnumerateArray().All(e => e.ValueKind == JsonValueKind.String))
             return [.. array.EnumerateArray().Select(e => e.GetString()!)];
         if (field is not null)
@@ -73,14 +73,14 @@ internal sealed class ConfigReader(JsonElement config, string prefix, List<strin
     /// <summary>Token ids below <paramref name="vocabulary"/>: one, an array, or none.</summary>
     public IReadOnlyList<int> TokenIds(string name, int vocabulary)
     {
-        var field = Find(name);
+        JsonElement? field = Find(name);
         if (field is null)
             return [];
-        var ids = new List<int>();
+        List<int> ids = new List<int>();
         JsonElement[] elements = field is { ValueKind: JsonValueKind.Array } array ? [.. array.EnumerateArray()] : [field.Value];
-        foreach (var element in elements)
+        foreach (JsonElement element in elements)
         {
-            if (element.ValueKind == JsonValueKind.Number && element.TryGetInt32(out var id) && id >= 0 && id < vocabulary)
+            if (element.ValueKind == JsonValueKind.Number && element.TryGetInt32(out int id) && id >= 0 && id < vocabulary)
                 ids.Add(id);
             else
                 Report(name, element, $"must be a token id, or an array of them, from 0 to {vocabulary - 1}");
@@ -91,7 +91,7 @@ internal sealed class ConfigReader(JsonElement config, string prefix, List<strin
     /// <summary>A nested object, or null when there is none.</summary>
     public ConfigReader? Nested(string name)
     {
-        var field = Find(name);
+        JsonElement? field = Find(name);
         if (field is { ValueKind: JsonValueKind.Object } nested)
             return new ConfigReader(nested, $"{prefix}{name}.", Problems);
         if (field is not null)
@@ -109,11 +109,11 @@ internal sealed class ConfigReader(JsonElement config, string prefix, List<strin
     private void Report(string name, JsonElement? value, string problem)
     {
         const int Most = 60;
-        var text = value?.GetRawText() ?? "";
-        var found = value is null ? "it is missing" : text.Length > Most ? $"it is {text[..Most]}..." : $"it is {text}";
+        string text = value?.GetRawText() ?? "";
+        string found = value is null ? "it is missing" : text.Length > Most ? $"it is {text[..Most]}..." : $"it is {text}";
         Problems.Add($"{prefix}{name} {problem}; {found}");
     }
 
     private JsonElement? Find(string name) =>
-        config.TryGetProperty(name, out var field) && field.ValueKind != JsonValueKind.Null ? field : null;
+        config.TryGetProperty(name, out JsonElement field) && field.ValueKind != JsonValueKind.Null ? field : null;
 }

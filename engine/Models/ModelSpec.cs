@@ -60,9 +60,9 @@ public sealed record ModelSpec
     /// supported; lists every problem.</exception>
     public static ModelSpec Load(string folder)
     {
-        var path = Path.Combine(folder, "config.json");
-        var config = JsonFile.ReadObject(path);
-        var generationPath = Path.Combine(folder, "generation_config.json");
+        string path = Path.Combine(folder, "config.json");
+        JsonElement config = JsonFile.ReadObject(path);
+        string generationPath = Path.Combine(folder, "generation_config.json");
         JsonElement? generation = File.Exists(generationPath) ? JsonFile.ReadObject(generationPath) : null;
         return Read(path, config, generation);
     }
@@ -72,29 +72,29 @@ public sealed record ModelSpec
 
     private static ModelSpec Read(string path, JsonElement json, JsonElement? generationJson)
     {
-        var problems = new List<string>();
-        var config = new ConfigReader(json, "", problems);
-        var family = ReadFamily(config);
+        List<string> problems = new List<string>();
+        ConfigReader config = new ConfigReader(json, "", problems);
+        Family family = ReadFamily(config);
         // The other fields mean nothing in a family that is not known.
         InvalidModelException.ThrowIfAny(path, problems);
 
-        var vocabulary = config.Integer("vocab_size", 1, MostVocabulary);
-        var hidden = config.Integer("hidden_size", 1, MostHidden);
-        var heads = config.Integer("num_attention_heads", 1, MostHeads);
-        var kvHeads = config.Integer("num_key_value_heads", 1, MostHeads, fallback: heads);
+        int vocabulary = config.Integer("vocab_size", 1, MostVocabulary);
+        int hidden = config.Integer("hidden_size", 1, MostHidden);
+        int heads = config.Integer("num_attention_heads", 1, MostHeads);
+        int kvHeads = config.Integer("num_key_value_heads", 1, MostHeads, fallback: heads);
         if (kvHeads > 0 && heads % kvHeads != 0)
             config.Report("num_key_value_heads", $"must divide num_attention_heads, {heads}");
-        var positions = config.Integer("max_position_embeddings", 1, MostPositions);
-        var layers = config.Integer("num_hidden_layers", 1, MostLayers);
-        var ids = vocabulary > 0 ? vocabulary : MostVocabulary;
-        var eos = config.TokenIds("eos_token_id", ids);
+        int positions = config.Integer("max_position_embeddings", 1, MostPositions);
+        int layers = config.Integer("num_hidden_layers", 1, MostLayers);
+        int ids = vocabulary > 0 ? vocabulary : MostVocabulary;
+        IReadOnlyList<int> eos = config.TokenIds("eos_token_id", ids);
         if (generationJson is { } generation)
             eos = [.. eos.Union(new ConfigReader(generation, "generation_config.json: ", problems).TokenIds("eos_token_id", ids))];
-        var attentionBias = config.Boolean("attention_bias", false);
-        var mlpBias = config.Boolean("mlp_bias", false);
+        bool attentionBias = config.Boolean("attention_bias", false);
+        bool mlpBias = config.Boolean("mlp_bias", false);
         RefuseWhatIsNotSupported(config, layers);
 
-        var attention = new AttentionSpec
+        AttentionSpec attention = new AttentionSpec
         {
             Heads = heads,
             KvHeads = kvHeads,
@@ -104,8 +104,8 @@ public sealed record ModelSpec
             OutputBias = family.OutputBias ?? attentionBias,
             QueryKeyNorm = family.QueryKeyNorm,
         };
-        var mlp = new GatedMlpSpec(config.Integer("intermediate_size", 1, MostIntermediate), family.MlpBias ?? mlpBias);
-        var spec = new ModelSpec
+        GatedMlpSpec mlp = new GatedMlpSpec(config.Integer("intermediate_size", 1, MostIntermediate), family.MlpBias ?? mlpBias);
+        ModelSpec spec = new ModelSpec
         {
             ModelType = config.Text("model_type")!,
             VocabSize = vocabulary,
@@ -123,9 +123,9 @@ public sealed record ModelSpec
 
     private static Family ReadFamily(ConfigReader config)
     {
-        var type = config.Text("model_type") ?? "";
-        var architectures = config.Texts("architectures");
-        if (!Families.TryGetValue(type, out var family))
+        string type = config.Text("model_type") ?? "";
+        IReadOnlyList<string> architectures = config.Texts("architectures");
+        if (!Families.TryGetValue(type, out Family? family))
         {
             if (config.Problems.Count == 0)
                 config.Report("model_type", $"must be one of {string.Join(", ", Families.Keys)}");
@@ -140,14 +140,14 @@ public sealed record ModelSpec
     {
         if (config.Has("head_dim") || family.DefaultHeadDim is not null)
         {
-            var given = config.Integer("head_dim", 1, MostHeadDim, family.DefaultHeadDim);
+            int given = config.Integer("head_dim", 1, MostHeadDim, family.DefaultHeadDim);
             if (given % 2 != 0)
                 config.Report("head_dim", "must be even");
             return given;
         }
         if (hidden == 0 || heads == 0)
             return 0; // reported already
-        var headDim = hidden / heads;
+        int headDim = hidden / heads;
         if (hidden % heads != 0)
             config.Report("head_dim", $"must be given when num_attention_heads, {heads}, does not divide hidden_size, {hidden}");
         else if (headDim % 2 != 0 || headDim > MostHeadDim)
@@ -165,8 +165,8 @@ public sealed record ModelSpec
             config.Report("partial_rotary_factor", "must be 1");
 
         // A window that transformers would really apply: by layer_types where they are given, else beyond max_window_layers.
-        var layerTypes = config.Texts("layer_types");
-        var sliding = config.Boolean("use_sliding_window", false) && config.Has("sliding_window");
+        IReadOnlyList<string> layerTypes = config.Texts("layer_types");
+        bool sliding = config.Boolean("use_sliding_window", false) && config.Has("sliding_window");
         if (layerTypes.Any(type => type != "full_attention"))
         {
             config.Report("layer_types", "must all be full_attention: sliding windows and other kinds are not supported yet");
@@ -183,9 +183,9 @@ public sealed record ModelSpec
     /// </summary>
     private static RopeSpec ReadRope(ConfigReader config, int positions)
     {
-        var theta = config.Positive("rope_theta", 10000);
-        var parameters = config.Nested("rope_parameters") is { } current ? ReadRope(current, theta, positions) : null;
-        var scaling = config.Nested("rope_scaling") is { } old ? ReadRope(old, theta, positions) : null;
+        double theta = config.Positive("rope_theta", 10000);
+        RopeSpec? parameters = config.Nested("rope_parameters") is { } current ? ReadRope(current, theta, positions) : null;
+        RopeSpec? scaling = config.Nested("rope_scaling") is { } old ? ReadRope(old, theta, positions) : null;
         if (parameters is not null && scaling is not null && parameters != scaling)
             config.Report("rope_parameters", "must agree with rope_scaling when both are given");
         return parameters ?? scaling ?? new RopeSpec(RopeType.Default, theta);
@@ -198,10 +198,10 @@ public sealed record ModelSpec
             rope.Report(nested, "must be a number or string: parameters by layer type are not supported");
             return null;
         }
-        var theta = rope.Positive("rope_theta", fallbackTheta);
+        double theta = rope.Positive("rope_theta", fallbackTheta);
         if (rope.Positive("partial_rotary_factor", 1) != 1)
             rope.Report("partial_rotary_factor", "must be 1");
-        var field = rope.Has("rope_type") ? "rope_type" : "type";
+        string field = rope.Has("rope_type") ? "rope_type" : "type";
         switch (rope.Text(field) ?? "default")
         {
             case "default":
@@ -209,8 +209,8 @@ public sealed record ModelSpec
             case "linear":
                 return new RopeSpec(RopeType.Linear, theta, rope.Positive("factor"));
             case "llama3":
-                var low = rope.Positive("low_freq_factor");
-                var high = rope.Positive("high_freq_factor", low + 1);
+                double low = rope.Positive("low_freq_factor");
+                double high = rope.Positive("high_freq_factor", low + 1);
                 if (high <= low || !rope.Has("high_freq_factor"))
                     rope.Report("high_freq_factor", $"must be a number above low_freq_factor, {low}");
                 return new RopeSpec(RopeType.Llama3, theta, rope.Positive("factor"), low, high,

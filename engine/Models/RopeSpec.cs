@@ -24,12 +24,12 @@ public sealed record RopeSpec(
     /// </summary>
     public float[] InverseFrequencies(int headDim)
     {
-        var frequencies = new float[headDim / 2];
-        for (var i = 0; i < frequencies.Length; i++)
+        float[] frequencies = new float[headDim / 2];
+        for (int i = 0; i < frequencies.Length; i++)
         {
             // The power in double, then rounded: a correctly rounded fp32 pow, the same on every machine. PyTorch's own is off by one
             // unit in the last place now and then.
-            var power = (float)Math.Pow((float)Theta, 2 * i / (float)headDim);
+            float power = (float)Math.Pow((float)Theta, 2 * i / (float)headDim);
             frequencies[i] = Scale(1f / power);
         }
         return frequencies;
@@ -37,18 +37,18 @@ public sealed record RopeSpec(
 
     private float Scale(float frequency)
     {
-        var factor = (float)Factor;
+        float factor = (float)Factor;
         if (Type == RopeType.Default)
             return frequency;
         if (Type == RopeType.Linear)
             return frequency / factor;
 
-        var waveLength = (float)(2 * Math.PI) / frequency;
+        float waveLength = (float)(2 * Math.PI) / frequency;
         if (waveLength > (float)(OriginalPositions / LowFrequencyFactor))
             return frequency / factor;
         if (waveLength < (float)(OriginalPositions / HighFrequencyFactor))
             return frequency;
-        var smooth = (OriginalPositions / waveLength - (float)LowFrequencyFactor) / (float)(HighFrequencyFactor - LowFrequencyFactor);
+        float smooth = (OriginalPositions / waveLength - (float)LowFrequencyFactor) / (float)(HighFrequencyFactor - LowFrequencyFactor);
         return (1 - smooth) * frequency / factor + smooth * frequency;
     }
 }

@@ -27,12 +27,12 @@ public sealed class BpeTokenizer : Tokenizer
         _special = data.Special.ToFrozenDictionary(StringComparer.Ordinal);
         _offsets = new int[data.TokenBytes.Keys.Max() + 2];
         _bytes = new byte[data.TokenBytes.Sum(token => token.Value.Length)];
-        foreach (var (id, bytes) in data.TokenBytes)
+        foreach ((int id, byte[]? bytes) in data.TokenBytes)
             _offsets[id + 1] = bytes.Length;
-        for (var id = 0; id + 1 < _offsets.Length; id++)
+        for (int id = 0; id + 1 < _offsets.Length; id++)
         {
             _offsets[id + 1] += _offsets[id];
-            if (data.TokenBytes.TryGetValue(id, out var bytes))
+            if (data.TokenBytes.TryGetValue(id, out byte[]? bytes))
                 bytes.CopyTo(_bytes, _offsets[id]);
         }
         data.TokenBytes.Clear();
@@ -56,10 +56,10 @@ public sealed class BpeTokenizer : Tokenizer
     public override int[] Encode(string text, bool addSpecialTokens)
     {
         ArgumentNullException.ThrowIfNull(text);
-        var ids = new List<int>(text.Length / 3 + 4);
+        List<int> ids = new List<int>(text.Length / 3 + 4);
         if (addSpecialTokens)
             ids.AddRange(_data.Before);
-        using (var merger = new BytePairMerger(_data.Merges))
+        using (BytePairMerger merger = new BytePairMerger(_data.Merges))
             EncodeRaw(ReplaceLoneSurrogates(text), merger, ids);
         if (addSpecialTokens)
             ids.AddRange(_data.After);
@@ -69,7 +69,7 @@ public sealed class BpeTokenizer : Tokenizer
     /// <summary>Takes out the added tokens that are matched before normalisation.</summary>
     private void EncodeRaw(ReadOnlySpan<char> text, BytePairMerger merger, List<int> ids)
     {
-        while (_data.AddedRaw is { } added && added.TryFind(text, out var at, out var length, out var id))
+        while (_data.AddedRaw is { } added && added.TryFind(text, out int at, out int length, out int id))
         {
             EncodeNormalized(Normalize(text[..at]), merger, ids);
             ids.Add(id);
@@ -83,7 +83,7 @@ public sealed class BpeTokenizer : Tokenizer
     /// <summary>Takes out those that are matched after it.</summary>
     private void EncodeNormalized(ReadOnlySpan<char> text, BytePairMerger merger, List<int> ids)
     {
-        while (_data.AddedNormalized is { } added && added.TryFind(text, out var at, out var length, out var id))
+        while (_data.AddedNormalized is { } added && added.TryFind(text, out int at, out int length, out int id))
         {
             EncodeWords(text[..at], 0, merger, ids);
             ids.Add(id);
@@ -108,12 +108,12 @@ public sealed class BpeTokenizer : Tokenizer
     {
         const int OnStack = 256;
         byte[]? rented = null;
-        var most = Encoding.UTF8.GetMaxByteCount(word.Length);
-        var buffer = most <= OnStack ? stackalloc byte[OnStack] : (rented = ArrayPool<byte>.Shared.Rent(most));
-        var bytes = buffer[..Encoding.UTF8.GetBytes(word, buffer)];
+        int most = Encoding.UTF8.GetMaxByteCount(word.Length);
+        Span<byte> buffer = most <= OnStack ? stackalloc byte[OnStack] : (rented = ArrayPool<byte>.Shared.Rent(most));
+        Span<byte> bytes = buffer[..Encoding.UTF8.GetBytes(word, buffer)];
         if (bytes.Length == 1)
             ids.Add(_data.ByteIds[bytes[0]]);
-        else if (_data.WholeWords is { } whole && TryFindWhole(whole, bytes, out var id))
+        else if (_data.WholeWords is { } whole && TryFindWhole(whole, bytes, out int id))
             ids.Add(id);
         else
             merger.Apply(bytes, _data.ByteIds, ids);
@@ -126,8 +126,8 @@ public sealed class BpeTokenizer : Tokenizer
         id = 0;
         if (word.Length > _data.LongestToken)
             return false;
-        var text = word.Length <= 256 ? stackalloc char[256] : new char[word.Length];
-        for (var i = 0; i < word.Length; i++)
+        Span<char> text = word.Length <= 256 ? stackalloc char[256] : new char[word.Length];
+        for (int i = 0; i < word.Length; i++)
             text[i] = ByteAlphabet.ToChar(word[i]);
         return vocabulary.GetAlternateLookup<ReadOnlySpan<char>>().TryGetValue(text[..word.Length], out id);
     }

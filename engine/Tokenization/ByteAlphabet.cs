@@ -17,10 +17,10 @@ internal static class ByteAlphabet
     /// <summary>The bytes of a token, or null when a character stands for none.</summary>
     public static byte[]? ToBytes(string token)
     {
-        var bytes = new byte[token.Length];
-        for (var i = 0; i < bytes.Length; i++)
+        byte[] bytes = new byte[token.Length];
+        for (int i = 0; i < bytes.Length; i++)
         {
-            var value = ToByte(token[i]);
+            int value = ToByte(token[i]);
             if (value < 0)
                 return null;
             bytes[i] = (byte)value;
@@ -30,16 +30,16 @@ internal static class ByteAlphabet
 
     private static char[] MakeChars()
     {
-        var next = (char)0x100;
-        var chars = new char[256];
-        for (var value = 0; value < 256; value++)
+        char next = (char)0x100;
+        char[] chars = new char[256];
+        for (int value = 0; value < 256; value++)
             chars[value] = value is (>= '!' and <= '~') or (>= 0xA1 and not 0xAD) ? (char)value : next++;
         return chars;
     }
 
     private static short[] MakeBytes()
     {
-        var bytes = new short[s_chars.Max() + 1];
+        short[] bytes = new short[s_chars.Max() + 1];
         Array.Fill(bytes, (short)-1);
         for (short value = 0; value < 256; value++)
             bytes[s_chars[value]] = value;

@@ -25,26 +25,26 @@ internal sealed class BytePairMerger(Dictionary<long, BytePairMerger.Merge> merg
     /// <summary>Merges a word given as the tokens of its bytes, and appends what results.</summary>
     public void Apply(ReadOnlySpan<byte> word, ReadOnlySpan<int> byteIds, List<int> output)
     {
-        var count = word.Length;
+        int count = word.Length;
         Reserve(count);
-        for (var i = 0; i < count; i++)
+        for (int i = 0; i < count; i++)
         {
             _ids[i] = byteIds[word[i]];
             _previous[i] = i - 1;
             _next[i] = i + 1;
         }
-        for (var i = 0; i + 1 < count; i++)
+        for (int i = 0; i + 1 < count; i++)
             Consider(i, i + 1);
 
-        while (_candidates.TryDequeue(out var candidate, out _))
+        while (_candidates.TryDequeue(out (int At, long Pair) candidate, out _))
         {
             // Stale when either token has been merged since. A token merged away has id -1, which is in no pair.
-            var (left, right) = (candidate.At, _next[candidate.At]);
+            (int left, int right) = (candidate.At, _next[candidate.At]);
             if (right >= count || Pair(_ids[left], _ids[right]) != candidate.Pair)
                 continue;
             _ids[left] = merges[candidate.Pair].Id;
             _ids[right] = -1;
-            var after = _next[left] = _next[right];
+            int after = _next[left] = _next[right];
             if (after < count)
             {
                 _previous[after] = left;
@@ -53,7 +53,7 @@ internal sealed class BytePairMerger(Dictionary<long, BytePairMerger.Merge> merg
             if (_previous[left] >= 0)
                 Consider(_previous[left], left);
         }
-        for (var i = 0; i < count; i = _next[i])
+        for (int i = 0; i < count; i = _next[i])
             output.Add(_ids[i]);
     }
 
@@ -61,8 +61,8 @@ internal sealed class BytePairMerger(Dictionary<long, BytePairMerger.Merge> merg
 
     private void Consider(int left, int right)
     {
-        var pair = Pair(_ids[left], _ids[right]);
-        if (merges.TryGetValue(pair, out var merge))
+        long pair = Pair(_ids[left], _ids[right]);
+        if (merges.TryGetValue(pair, out Merge merge))
             _candidates.Enqueue((left, pair), (long)merge.Rank << 32 | (uint)left);
     }
 
@@ -78,7 +78,7 @@ internal sealed class BytePairMerger(Dictionary<long, BytePairMerger.Merge> merg
 
     private void Return()
     {
-        foreach (var array in (int[][])[_ids, _next, _previous])
+        foreach (int[] array in (int[][])[_ids, _next, _previous])
         {
             if (array.Length > 0)
                 ArrayPool<int>.Shared.Return(array);

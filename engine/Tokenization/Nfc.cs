@@ -24,21 +24,21 @@ internal static partial class Nfc
         if (text.IndexOfAnyInRange(FirstCombining, char.MaxValue) < 0)
             return text;
 
-        var tables = s_tables.Value;
-        var runes = new List<int>(text.Length);
-        foreach (var rune in text.EnumerateRunes())
+        Tables tables = s_tables.Value;
+        List<int> runes = new List<int>(text.Length);
+        foreach (Rune rune in text.EnumerateRunes())
             Decompose(rune.Value, tables, runes);
         Order(runes, tables);
         Compose(runes, tables);
-        var result = new StringBuilder(runes.Count);
-        foreach (var rune in runes)
+        StringBuilder result = new StringBuilder(runes.Count);
+        foreach (int rune in runes)
             result.Append(new Rune(rune));
         return result.ToString();
     }
 
     private static void Decompose(int rune, Tables tables, List<int> output)
     {
-        var hangul = rune - HangulBase;
+        int hangul = rune - HangulBase;
         if (rune < 0xC0)
         {
             output.Add(rune);
@@ -50,7 +50,7 @@ internal static partial class Nfc
             if (hangul % Trails != 0)
                 output.Add(TrailBase + hangul % Trails);
         }
-        else if (tables.Decompositions.TryGetValue(rune, out var parts))
+        else if (tables.Decompositions.TryGetValue(rune, out (int First, int Second) parts))
         {
             Decompose(parts.First, tables, output);
             if (parts.Second != 0)
@@ -65,17 +65,17 @@ internal static partial class Nfc
     /// <summary>Sorts every run of combining marks by class; marks of one class keep their order.</summary>
     private static void Order(List<int> runes, Tables tables)
     {
-        for (var start = 0; start < runes.Count; start++)
+        for (int start = 0; start < runes.Count; start++)
         {
             if (tables.Class(runes[start]) == 0)
                 continue;
-            var end = start + 1;
+            int end = start + 1;
             while (end < runes.Count && tables.Class(runes[end]) != 0)
                 end++;
             if (end - start > 1)
             {
-                var sorted = runes.GetRange(start, end - start).OrderBy(tables.Class).ToList();
-                for (var i = 0; i < sorted.Count; i++)
+                List<int> sorted = runes.GetRange(start, end - start).OrderBy(tables.Class).ToList();
+                for (int i = 0; i < sorted.Count; i++)
                     runes[start + i] = sorted[i];
             }
             start = end;
@@ -84,14 +84,14 @@ internal static partial class Nfc
 
     private static void Compose(List<int> runes, Tables tables)
     {
-        var (starter, kept) = (-1, 0);
-        var lastClass = 0;
-        for (var i = 0; i < runes.Count; i++)
+        (int starter, int kept) = (-1, 0);
+        int lastClass = 0;
+        for (int i = 0; i < runes.Count; i++)
         {
-            var (rune, combining) = (runes[i], tables.Class(runes[i]));
+            (int rune, int combining) = (runes[i], tables.Class(runes[i]));
             // A mark reaches its starter when nothing between has the same or a higher class.
-            var reaches = starter >= 0 && (kept == starter + 1 || lastClass < combining && lastClass != 0);
-            if (reaches && TryCompose(runes[starter], rune, tables, out var composed))
+            bool reaches = starter >= 0 && (kept == starter + 1 || lastClass < combining && lastClass != 0);
+            if (reaches && TryCompose(runes[starter], rune, tables, out int composed))
             {
                 runes[starter] = composed;
                 continue;
@@ -106,7 +106,7 @@ internal static partial class Nfc
 
     private static bool TryCompose(int first, int second, Tables tables, out int composed)
     {
-        var (lead, vowel, hangul, trail) = (first - LeadBase, second - VowelBase, first - HangulBase, second - TrailBase);
+        (int lead, int vowel, int hangul, int trail) = (first - LeadBase, second - VowelBase, first - HangulBase, second - TrailBase);
         composed = 0;
         if (lead >= 0 && lead < Leads && vowel >= 0 && vowel < Vowels)
             composed = HangulBase + (lead * Vowels + vowel) * Trails;
@@ -123,21 +123,21 @@ internal static partial class Nfc
 
         public Tables()
         {
-            foreach (var entry in Nfc.Decompositions.Split((char[])[' ', '\n'], StringSplitOptions.RemoveEmptyEntries))
+            foreach (string entry in Nfc.Decompositions.Split((char[])[' ', '\n'], StringSplitOptions.RemoveEmptyEntries))
             {
-                var sign = entry.IndexOfAny(['+', '-', '=']);
-                var dot = entry.IndexOf('.');
-                var (from, first) = (Hex(entry.AsSpan(0, sign)), Hex(entry.AsSpan(sign + 1, (dot < 0 ? entry.Length : dot) - sign - 1)));
-                var second = dot < 0 ? 0 : Hex(entry.AsSpan(dot + 1));
+                int sign = entry.IndexOfAny(['+', '-', '=']);
+                int dot = entry.IndexOf('.');
+                (int from, int first) = (Hex(entry.AsSpan(0, sign)), Hex(entry.AsSpan(sign + 1, (dot < 0 ? entry.Length : dot) - sign - 1)));
+                int second = dot < 0 ? 0 : Hex(entry.AsSpan(dot + 1));
                 Decompositions.Add(from, (first, second));
                 if (entry[sign] == '+')
                     Compositions.Add((first, second), from);
             }
-            foreach (var entry in CombiningClasses.Split((char[])[' ', '\n'], StringSplitOptions.RemoveEmptyEntries))
+            foreach (string entry in CombiningClasses.Split((char[])[' ', '\n'], StringSplitOptions.RemoveEmptyEntries))
             {
-                var (dash, colon) = (entry.IndexOf('-'), entry.IndexOf(':'));
-                var last = Hex(entry.AsSpan(dash + 1, colon - dash - 1));
-                for (var rune = Hex(entry.AsSpan(0, dash)); rune <= last; rune++)
+                (int dash, int colon) = (entry.IndexOf('-'), entry.IndexOf(':'));
+                int last = Hex(entry.AsSpan(dash + 1, colon - dash - 1));
+                for (int rune = Hex(entry.AsSpan(0, dash)); rune <= last; rune++)
                     _classes.Add(rune, Hex(entry.AsSpan(colon + 1)));
             }
         }

@@ -35,8 +35,8 @@ public abstract class Tokenizer
     /// </summary>
     public string Decode(ReadOnlySpan<int> ids)
     {
-        var bytes = new ArrayBufferWriter<byte>(Math.Max(16, ids.Length * 4));
-        foreach (var id in ids)
+        ArrayBufferWriter<byte> bytes = new ArrayBufferWriter<byte>(Math.Max(16, ids.Length * 4));
+        foreach (int id in ids)
             bytes.Write(TokenBytes(id));
         return Encoding.UTF8.GetString(bytes.WrittenSpan);
     }
@@ -49,7 +49,7 @@ public abstract class Tokenizer
         return string.Create(text.Length, text, static (result, source) =>
         {
             source.CopyTo(result);
-            for (var i = 0; i < result.Length; i++)
+            for (int i = 0; i < result.Length; i++)
             {
                 if (!char.IsSurrogate(result[i]))
                     continue;

@@ -34,7 +34,7 @@ internal sealed class TokenizerJson
 
     public static BpeTokenizer.Data Read(string path, JsonElement root)
     {
-        var reader = new TokenizerJson();
+        TokenizerJson reader = new TokenizerJson();
         reader.ReadModel(root);
         InvalidModelException.ThrowIfAny(path, reader._problems);
         reader.ReadNormalizer(Get(root, "normalizer"), "normalizer");
@@ -62,7 +62,7 @@ internal sealed class TokenizerJson
     }
 
     private static JsonElement? Get(JsonElement? parent, string name) =>
-        parent is { ValueKind: JsonValueKind.Object } found && found.TryGetProperty(name, out var value)
+        parent is { ValueKind: JsonValueKind.Object } found && found.TryGetProperty(name, out JsonElement value)
         && value.ValueKind != JsonValueKind.Null ? value : null;
 
     private static string? GetText(JsonElement? parent, string name) =>
@@ -89,7 +89,7 @@ internal sealed class TokenizerJson
         // Old files of GPT-2 do not say their type.
         if (Get(model, "type") is { } type && GetText(model, "type") != "BPE")
             _problems.Add($"model.type must be BPE; it is {Shorten(type)}");
-        foreach (var name in (string[])["continuing_subword_prefix", "end_of_word_suffix"])
+        foreach (string name in (string[])["continuing_subword_prefix", "end_of_word_suffix"])
         {
             if (Get(model, name) is { } affix && GetText(model, name) != "")
                 _problems.Add($"model.{name} is not supported; it is {Shorten(affix)}");
@@ -111,9 +111,9 @@ internal sealed class TokenizerJson
             _problems.Add("model.vocab must be an object of tokens and ids");
             return;
         }
-        foreach (var entry in vocabulary.EnumerateObject())
+        foreach (JsonProperty entry in vocabulary.EnumerateObject())
         {
-            if (!TryGetId(entry.Value, out var id))
+            if (!TryGetId(entry.Value, out int id))
             {
                 Report($"model.vocab {InvalidModelException.Quote(entry.Name)} must have an id from 0 to {MostId}");
                 continue;
@@ -121,14 +121,14 @@ internal sealed class TokenizerJson
             _vocabulary.Add(entry.Name, id);
             if (!_textById.TryAdd(id, entry.Name))
             {
-                var (one, other) = (InvalidModelException.Quote(_textById[id]), InvalidModelException.Quote(entry.Name));
+                (string? one, string? other) = (InvalidModelException.Quote(_textById[id]), InvalidModelException.Quote(entry.Name));
                 Report($"model.vocab: {one} and {other} have the same id, {id}");
             }
             // A token with other characters, such as one repeated among the added tokens, is never made by merging.
             _tokenBytes[id] = ByteAlphabet.ToBytes(entry.Name) ?? Encoding.UTF8.GetBytes(entry.Name);
         }
-        var missing = new List<int>();
-        for (var value = 0; value < 256; value++)
+        List<int> missing = new List<int>();
+        for (int value = 0; value < 256; value++)
         {
             if (!_vocabulary.TryGetValue(ByteAlphabet.ToChar((byte)value).ToString(), out _byteIds[value]))
                 missing.Add(value);
@@ -144,15 +144,15 @@ internal sealed class TokenizerJson
             _problems.Add("model.merges must be an array");
             return;
         }
-        var rank = 0;
-        foreach (var merge in Elements(model, "merges"))
+        int rank = 0;
+        foreach (JsonElement merge in Elements(model, "merges"))
         {
             if (SplitMerge(merge) is not var (left, right))
             {
                 Report($"model.merges [{rank}] must be \"a b\" or [\"a\", \"b\"]; it is {Shorten(merge)}");
             }
-            else if (!_vocabulary.TryGetValue(left, out var leftId) || !_vocabulary.TryGetValue(right, out var rightId)
-                || !_vocabulary.TryGetValue(left + right, out var id))
+            else if (!_vocabulary.TryGetValue(left, out int leftId) || !_vocabulary.TryGetValue(right, out int rightId)
+                || !_vocabulary.TryGetValue(left + right, out int id))
             {
                 Report($"model.merges [{rank}], {Shorten(merge)}: both tokens and the merged one must be in model.vocab");
             }
@@ -185,7 +185,7 @@ internal sealed class TokenizerJson
                 _nfc = true;
                 break;
             case "Sequence":
-                foreach (var part in Elements(normalizer, "normalizers"))
+                foreach (JsonElement part in Elements(normalizer, "normalizers"))
                     ReadNormalizer(part, $"{where}.normalizers");
                 break;
             default:
@@ -200,30 +200,30 @@ internal sealed class TokenizerJson
             Report("added_tokens must be an array");
         if (tokens is not { ValueKind: JsonValueKind.Array } array)
             return;
-        var seen = new HashSet<string>(StringComparer.Ordinal);
-        foreach (var token in array.EnumerateArray())
+        HashSet<string> seen = new HashSet<string>(StringComparer.Ordinal);
+        foreach (JsonElement token in array.EnumerateArray())
         {
-            if (GetText(token, "content") is not { Length: > 0 } text || !TryGetId(Get(token, "id"), out var id))
+            if (GetText(token, "content") is not { Length: > 0 } text || !TryGetId(Get(token, "id"), out int id))
             {
                 Report($"added_tokens: {Shorten(token)} must have a content and an id from 0 to {MostId}");
                 continue;
             }
-            var quoted = InvalidModelException.Quote(text);
-            foreach (var option in (string[])["single_word", "lstrip", "rstrip"])
+            string quoted = InvalidModelException.Quote(text);
+            foreach (string option in (string[])["single_word", "lstrip", "rstrip"])
             {
                 if (IsTrue(token, option))
                     Report($"added_tokens {quoted}: {option} is not supported");
             }
             if (!seen.Add(text))
                 Report($"added_tokens {quoted} stands twice");
-            else if (_vocabulary.TryGetValue(text, out var known) && known != id)
+            else if (_vocabulary.TryGetValue(text, out int known) && known != id)
                 Report($"added_tokens {quoted} has id {id}, but {known} in model.vocab");
             else if (!_textById.TryAdd(id, text) && _textById[id] != text)
                 Report($"added_tokens {quoted} has the id of {InvalidModelException.Quote(_textById[id])}, {id}");
 
             // normalized says in which form of the text the token is looked for, and it is decoded in that form.
-            var normalized = IsTrue(token, "normalized");
-            var form = normalized && _nfc ? Nfc.Normalize(text).ToString() : text;
+            bool normalized = IsTrue(token, "normalized");
+            string form = normalized && _nfc ? Nfc.Normalize(text).ToString() : text;
             (normalized ? _addedNormalized : _addedRaw).Add((form, id));
             if (IsTrue(token, "special"))
                 _special[text] = id;
@@ -234,11 +234,11 @@ internal sealed class TokenizerJson
 
     private void ReadPreTokenizer(JsonElement? preTokenizer)
     {
-        var steps = GetText(preTokenizer, "type") == "Sequence" ? Elements(preTokenizer, "pretokenizers").ToList()
+        List<JsonElement> steps = GetText(preTokenizer, "type") == "Sequence" ? Elements(preTokenizer, "pretokenizers").ToList()
             : preTokenizer is { } single ? [single] : [];
-        for (var i = 0; i < steps.Count; i++)
+        for (int i = 0; i < steps.Count; i++)
         {
-            var step = steps[i];
+            JsonElement step = steps[i];
             switch (GetText(step, "type"))
             {
                 case "Split":
@@ -264,13 +264,13 @@ internal sealed class TokenizerJson
 
     private void ReadSplit(JsonElement step)
     {
-        var keepGaps = GetText(step, "behavior") == "Isolated";
+        bool keepGaps = GetText(step, "behavior") == "Isolated";
         if (!keepGaps && !(GetText(step, "behavior") == "Removed" && IsTrue(step, "invert")))
         {
             Report($"pre_tokenizer: behavior of Split must be Isolated, or Removed with invert; it is {Shorten(step)}");
             return;
         }
-        var pattern = Get(step, "pattern");
+        JsonElement? pattern = Get(step, "pattern");
         if (GetText(pattern, "Regex") is { } regex)
             AddSplit(regex, keepGaps);
         else if (GetText(pattern, "String") is { Length: > 0 } literal)
@@ -281,7 +281,7 @@ internal sealed class TokenizerJson
 
     private void AddSplit(string pattern, bool keepGaps)
     {
-        if (WordSplit.TryCreate(pattern, keepGaps, out var problem) is { } split)
+        if (WordSplit.TryCreate(pattern, keepGaps, out string? problem) is { } split)
             _splits.Add(split);
         else
             Report($"pre_tokenizer: the pattern {InvalidModelException.Quote(pattern)} cannot be used: {problem}");
@@ -294,7 +294,7 @@ internal sealed class TokenizerJson
             case "ByteLevel":
                 break; // changes offsets only
             case "Sequence":
-                foreach (var part in Elements(processor, "processors"))
+                foreach (JsonElement part in Elements(processor, "processors"))
                     ReadPostProcessor(part, $"{where}.processors");
                 break;
             case "TemplateProcessing" when _before.Count + _after.Count == 0:
@@ -308,21 +308,21 @@ internal sealed class TokenizerJson
 
     private void ReadTemplate(JsonElement template, string where)
     {
-        var texts = 0;
-        foreach (var part in Elements(template, "single"))
+        int texts = 0;
+        foreach (JsonElement part in Elements(template, "single"))
         {
             if (GetText(Get(part, "Sequence"), "id") == "A")
             {
                 texts++;
                 continue;
             }
-            var name = GetText(Get(part, "SpecialToken"), "id");
-            var ids = name is null ? [] : Elements(Get(Get(template, "special_tokens"), name), "ids").ToList();
+            string? name = GetText(Get(part, "SpecialToken"), "id");
+            List<JsonElement> ids = name is null ? [] : Elements(Get(Get(template, "special_tokens"), name), "ids").ToList();
             if (ids.Count == 0)
                 Report($"{where}.single: {Shorten(part)} must be Sequence A or a token of special_tokens");
-            foreach (var element in ids)
+            foreach (JsonElement element in ids)
             {
-                if (TryGetId(element, out var id) && _textById.ContainsKey(id))
+                if (TryGetId(element, out int id) && _textById.ContainsKey(id))
                     (texts == 0 ? _before : _after).Add(id);
                 else
                     Report($"{where}.special_tokens: {Shorten(element)} is not the id of a token");
@@ -334,7 +334,7 @@ internal sealed class TokenizerJson
 
     private void ReadDecoder(JsonElement? decoder, string where)
     {
-        var type = GetText(decoder, "type");
+        string? type = GetText(decoder, "type");
         if (type == "Sequence" && Elements(decoder, "decoders").ToList() is [var only])
             ReadDecoder(only, $"{where}.decoders");
         else if (type != "ByteLevel")
@@ -352,7 +352,7 @@ internal sealed class TokenizerJson
     private static string Shorten(JsonElement value)
     {
         const int Most = 100;
-        var text = value.GetRawText();
+        string text = value.GetRawText();
         return text.Length > Most ? text[..Most] + "..." : text;
     }
 }

@@ -94,8 +94,8 @@ internal sealed partial class WordSplit
             SplitBeyondBmp(text, receiver);
             return;
         }
-        var at = 0;
-        foreach (var match in _regex.EnumerateMatches(text))
+        int at = 0;
+        foreach (ValueMatch match in _regex.EnumerateMatches(text))
         {
             if (match.Length == 0)
                 continue;
@@ -110,18 +110,18 @@ internal sealed partial class WordSplit
 
     private void SplitBeyondBmp(ReadOnlySpan<char> text, Receiver receiver)
     {
-        var buffer = ArrayPool<char>.Shared.Rent(text.Length);
-        var count = 0;
-        foreach (var rune in text.EnumerateRunes())
+        char[] buffer = ArrayPool<char>.Shared.Rent(text.Length);
+        int count = 0;
+        foreach (Rune rune in text.EnumerateRunes())
             buffer[count++] = rune.IsBmp ? (char)rune.Value : s_stand.GetValueOrDefault(Rune.GetUnicodeCategory(rune), '\uFDD0');
 
         // at counts code points, position the characters of the text up to there.
-        var (at, position) = (0, 0);
-        foreach (var match in _regex.EnumerateMatches(buffer.AsSpan(0, count)))
+        (int at, int position) = (0, 0);
+        foreach (ValueMatch match in _regex.EnumerateMatches(buffer.AsSpan(0, count)))
         {
             if (match.Length == 0)
                 continue;
-            var gap = Take(text, ref position, match.Index - at);
+            ReadOnlySpan<char> gap = Take(text, ref position, match.Index - at);
             if (_keepGaps && gap.Length > 0)
                 receiver(gap);
             receiver(Take(text, ref position, match.Length));
@@ -134,7 +134,7 @@ internal sealed partial class WordSplit
 
     private static ReadOnlySpan<char> Take(ReadOnlySpan<char> text, ref int position, int codePoints)
     {
-        var start = position;
+        int start = position;
         for (; codePoints > 0; codePoints--)
             position += char.IsHighSurrogate(text[position]) ? 2 : 1;
         return text[start..position];
@@ -145,17 +145,17 @@ internal sealed partial class WordSplit
     /// </summary>
     private static string? FindDifference(string pattern)
     {
-        var inClass = false;
-        var quantified = false; // the pattern so far ends with a quantifier
-        for (var i = 0; i < pattern.Length; i++)
+        bool inClass = false;
+        bool quantified = false; // the pattern so far ends with a quantifier
+        for (int i = 0; i < pattern.Length; i++)
         {
-            var afterQuantifier = quantified;
+            bool afterQuantifier = quantified;
             quantified = !inClass && "?*+}".Contains(pattern[i]);
-            var rest = pattern.AsSpan(i);
+            ReadOnlySpan<char> rest = pattern.AsSpan(i);
             switch (pattern[i])
             {
                 case '\\':
-                    var escape = Escapes().Match(pattern, i);
+                    Match escape = Escapes().Match(pattern, i);
                     if (!escape.Success)
                         return $"{rest[..Math.Min(2, rest.Length)]} is not supported";
                     i += escape.Length - 1;

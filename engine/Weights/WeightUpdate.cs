@@ -67,7 +67,10 @@ public sealed class WeightUpdate : IDisposable
     {
         ThrowIfOver();
         if (_open) return;
-        if (Mode == UpdateMode.InPlace) await _engine.StopStepsAsync(_active, cancellation).ConfigureAwait(false);
+        if (Mode == UpdateMode.InPlace)
+        {
+            await _engine.StopStepsAsync(_active, cancellation).ConfigureAwait(false);
+        }
         else
         {
             await Task.Run(() => _engine.PrepareStaging(_active), CancellationToken.None).ConfigureAwait(false);

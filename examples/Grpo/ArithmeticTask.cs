@@ -33,13 +33,13 @@ public sealed class ArithmeticTask
     {
         _random = new Random(seed);
         // The split is the same for every seed, so that accuracies compare.
-        var split = new Random(17);
+        Random split = new Random(17);
         List<Problem> training = [], heldOut = [];
-        for (var a = 10; a < 100; a++)
+        for (int a = 10; a < 100; a++)
         {
-            for (var b = a; b < 100; b++)
+            for (int b = a; b < 100; b++)
             {
-                var list = split.Next(10) == 0 ? heldOut : training;
+                List<Problem> list = split.Next(10) == 0 ? heldOut : training;
                 list.Add(Make(a, b));
                 if (a != b)
                     list.Add(Make(b, a));
@@ -66,7 +66,7 @@ public sealed class ArithmeticTask
 
     private static Problem Make(int a, int b)
     {
-        var sum = (a + b).ToString(CultureInfo.InvariantCulture);
+        string sum = (a + b).ToString(CultureInfo.InvariantCulture);
         return new(string.Create(CultureInfo.InvariantCulture, $"{a}+{b}="), new string([.. sum.Reverse()]));
     }
 }

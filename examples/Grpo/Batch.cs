@@ -14,17 +14,17 @@ public sealed class Batch
 {
     public Batch(IReadOnlyList<BatchRow> rows, Device? device = null)
     {
-        var length = rows.Max(r => r.Prompt.Length + r.Completion.Length);
-        var tokens = new long[rows.Count, length];
-        var weights = new float[rows.Count, length - 1];
-        var behaviour = new float[rows.Count, length - 1];
-        var advantages = new float[rows.Count, 1];
-        for (var row = 0; row < rows.Count; row++)
+        int length = rows.Max(r => r.Prompt.Length + r.Completion.Length);
+        long[,] tokens = new long[rows.Count, length];
+        float[,] weights = new float[rows.Count, length - 1];
+        float[,] behaviour = new float[rows.Count, length - 1];
+        float[,] advantages = new float[rows.Count, 1];
+        for (int row = 0; row < rows.Count; row++)
         {
-            var (prompt, completion, logProbs, advantage, count) = rows[row];
-            for (var i = 0; i < prompt.Length; i++)
+            (int[]? prompt, int[]? completion, float[]? logProbs, float advantage, int count) = rows[row];
+            for (int i = 0; i < prompt.Length; i++)
                 tokens[row, i] = prompt[i];
-            for (var i = 0; i < completion.Length; i++)
+            for (int i = 0; i < completion.Length; i++)
             {
                 tokens[row, prompt.Length + i] = completion[i];
                 weights[row, prompt.Length + i - 1] = count;
@@ -46,8 +46,8 @@ public sealed class Batch
     /// <summary>The log-probability a policy gives every token but the first, given those before it.</summary>
     public Tensor LogProbs(Policy policy)
     {
-        var length = Tokens.shape[1];
-        var logits = policy.forward(Tokens.slice(1, 0, length - 1, 1));
+        long length = Tokens.shape[1];
+        Tensor logits = policy.forward(Tokens.slice(1, 0, length - 1, 1));
         return logits.log_softmax(-1).gather(-1, Tokens.slice(1, 1, length, 1).unsqueeze(-1)).squeeze(-1);
     }
 

@@ -1,3 +1,4 @@
+using TorchSharp;
 using static TorchSharp.torch;
 
 namespace Rollout.Examples.Grpo;
@@ -22,29 +23,29 @@ public sealed class Grpo(Policy policy, Policy reference, MasterWeights weights)
     /// <summary>How much better each sample was than its siblings, in standard deviations of the group; 0 where all were alike.</summary>
     public static float[] Advantages(IReadOnlyList<double> rewards)
     {
-        var mean = rewards.Average();
-        var deviation = Math.Sqrt(rewards.Average(r => (r - mean) * (r - mean)));
+        double mean = rewards.Average();
+        double deviation = Math.Sqrt(rewards.Average(r => (r - mean) * (r - mean)));
         return [.. rewards.Select(r => (float)((r - mean) / (deviation + 1e-4)))];
     }
 
     public GrpoStats Step(IReadOnlyList<RolloutGroup> groups, IReadOnlyList<double[]> rewards)
     {
-        using var scope = NewDisposeScope();
-        var batch = new Batch([.. groups.Zip(rewards, Rows).SelectMany(rows => rows)], policy.Device);
+        using DisposeScope scope = NewDisposeScope();
+        Batch batch = new Batch([.. groups.Zip(rewards, Rows).SelectMany(rows => rows)], policy.Device);
 
-        var logProbs = batch.LogProbs(policy);
-        var ratio = (logProbs - batch.Behaviour).exp();
-        var clipped = ratio.clamp(1 - ClipLow, 1 + ClipHigh);
-        var loss = -batch.Mean(minimum(ratio * batch.Advantages, clipped * batch.Advantages));
+        Tensor logProbs = batch.LogProbs(policy);
+        Tensor ratio = (logProbs - batch.Behaviour).exp();
+        Tensor clipped = ratio.clamp(1 - ClipLow, 1 + ClipHigh);
+        Tensor loss = -batch.Mean(minimum(ratio * batch.Advantages, clipped * batch.Advantages));
         loss.backward();
 
-        using var _ = no_grad();
-        var difference = ((logProbs - batch.Behaviour) * batch.Weights.sign()).abs().max().item<float>();
-        var drift = batch.LogProbs(reference) - logProbs;
-        var kl = batch.Mean(drift.exp() - drift - 1).item<float>();
-        var clippedShare = batch.Mean(ratio.ne(clipped).to(float32)).item<float>();
+        using IDisposable _ = no_grad();
+        float difference = ((logProbs - batch.Behaviour) * batch.Weights.sign()).abs().max().item<float>();
+        Tensor drift = batch.LogProbs(reference) - logProbs;
+        float kl = batch.Mean(drift.exp() - drift - 1).item<float>();
+        float clippedShare = batch.Mean(ratio.ne(clipped).to(float32)).item<float>();
         // The warm start's momentum is kept, but not its pace.
-        var gradientNorm = weights.Step(LearningRate * Math.Min(1, ++_step / 10.0));
+        double gradientNorm = weights.Step(LearningRate * Math.Min(1, ++_step / 10.0));
         return new(loss.item<float>(), kl, clippedShare, gradientNorm, difference);
     }
 

@@ -59,12 +59,12 @@ public static class HuggingFaceFolder
     /// <summary>Byte-level BPE without a single merge: token n is byte n, and one special token ends a text.</summary>
     private static JsonObject Tokenizer()
     {
-        var vocabulary = new JsonObject();
-        var unprintable = 0;
-        for (var b = 0; b < 256; b++)
+        JsonObject vocabulary = new JsonObject();
+        int unprintable = 0;
+        for (int b = 0; b < 256; b++)
         {
             // GPT-2's alphabet: printable Latin-1 stands for itself, the other bytes for the code points from 256 on.
-            var printable = b is (>= '!' and <= '~') or (>= 0xa1 and <= 0xac) or >= 0xae;
+            bool printable = b is (>= '!' and <= '~') or (>= 0xa1 and <= 0xac) or >= 0xae;
             vocabulary[((char)(printable ? b : 256 + unprintable++)).ToString()] = b;
         }
 
@@ -111,9 +111,9 @@ public static class HuggingFaceFolder
 
     private static void WriteSafetensors(string path, IReadOnlyList<TorchTensor> tensors)
     {
-        var header = new JsonObject { ["__metadata__"] = new JsonObject { ["format"] = "pt" } };
+        JsonObject header = new JsonObject { ["__metadata__"] = new JsonObject { ["format"] = "pt" } };
         long offset = 0;
-        foreach (var tensor in tensors)
+        foreach (TorchTensor tensor in tensors)
         {
             header[tensor.Name] = new JsonObject
             {
@@ -125,18 +125,18 @@ public static class HuggingFaceFolder
         }
 
         // Spaces after the header put the data on an 8-byte boundary.
-        var json = JsonSerializer.SerializeToUtf8Bytes(header);
-        var length = (json.Length + 7) / 8 * 8;
-        var start = new byte[8 + length];
+        byte[] json = JsonSerializer.SerializeToUtf8Bytes(header);
+        int length = (json.Length + 7) / 8 * 8;
+        byte[] start = new byte[8 + length];
         start.AsSpan().Fill((byte)' ');
         BinaryPrimitives.WriteInt64LittleEndian(start, length);
         json.CopyTo(start, 8);
 
-        using var file = File.Create(path);
+        using FileStream file = File.Create(path);
         file.Write(start);
-        foreach (var tensor in tensors)
+        foreach (TorchTensor tensor in tensors)
         {
-            var bytes = new byte[tensor.ByteLength];
+            byte[] bytes = new byte[tensor.ByteLength];
             tensor.CopyTo(bytes);
             file.Write(bytes);
         }

@@ -1,4 +1,5 @@
 using ScottPlot;
+using ScottPlot.Plottables;
 
 namespace Rollout.Examples.Grpo;
 
@@ -9,18 +10,18 @@ public static class LearningCurve
         string path, int seed, IReadOnlyList<StepReport> steps, IReadOnlyList<(int Step, double Accuracy)> heldOut)
     {
         PlotFont.Install();
-        using var plot = new Plot();
-        var x = steps.Select(s => (double)s.Step).ToArray();
-        var (blue, orange, green) = (Color.FromHex("#1f77b4"), Color.FromHex("#ff7f0e"), Color.FromHex("#2ca02c"));
+        using Plot plot = new Plot();
+        double[] x = steps.Select(s => (double)s.Step).ToArray();
+        (Color blue, Color orange, Color green) = (Color.FromHex("#1f77b4"), Color.FromHex("#ff7f0e"), Color.FromHex("#2ca02c"));
 
-        var raw = plot.Add.Scatter(x, steps.Select(s => s.Reward).ToArray(), blue.WithAlpha(.3));
+        Scatter raw = plot.Add.Scatter(x, steps.Select(s => s.Reward).ToArray(), blue.WithAlpha(.3));
         (raw.MarkerSize, raw.LineWidth) = (0, 1);
-        var smooth = plot.Add.Scatter(x, Smooth(steps.Select(s => s.Reward)), blue);
+        Scatter smooth = plot.Add.Scatter(x, Smooth(steps.Select(s => s.Reward)), blue);
         (smooth.MarkerSize, smooth.LineWidth, smooth.LegendText) = (0, 3, "mean reward, sampled");
-        var held = plot.Add.Scatter(heldOut.Select(h => (double)h.Step).ToArray(), heldOut.Select(h => h.Accuracy).ToArray(), green);
+        Scatter held = plot.Add.Scatter(heldOut.Select(h => (double)h.Step).ToArray(), heldOut.Select(h => h.Accuracy).ToArray(), green);
         (held.MarkerSize, held.LineWidth, held.LinePattern, held.LegendText) =
             (9, 1.5f, LinePattern.Dotted, "held-out accuracy, greedy");
-        var kl = plot.Add.Scatter(x, Smooth(steps.Select(s => s.Stats.Kl)), orange);
+        Scatter kl = plot.Add.Scatter(x, Smooth(steps.Select(s => s.Stats.Kl)), orange);
         (kl.MarkerSize, kl.LineWidth, kl.LegendText) = (0, 2, "KL from warm start (right axis)");
         kl.Axes.YAxis = plot.Axes.Right;
 
@@ -28,11 +29,11 @@ public static class LearningCurve
         plot.XLabel("step");
         plot.YLabel("reward, accuracy");
         plot.Axes.Right.Label.Text = "KL, nats a token";
-        foreach (var label in (LabelStyle[])[plot.Axes.Bottom.Label, plot.Axes.Left.Label, plot.Axes.Right.Label, plot.Axes.Title.Label])
+        foreach (LabelStyle label in (LabelStyle[])[plot.Axes.Bottom.Label, plot.Axes.Left.Label, plot.Axes.Right.Label, plot.Axes.Title.Label])
             (label.FontSize, label.Bold) = (18, false);
-        foreach (var axis in (IAxis[])[plot.Axes.Bottom, plot.Axes.Left, plot.Axes.Right])
+        foreach (IAxis axis in (IAxis[])[plot.Axes.Bottom, plot.Axes.Left, plot.Axes.Right])
             axis.TickLabelStyle.FontSize = 14;
-        var goal = plot.Add.HorizontalLine(0.9, 1, Colors.Gray, LinePattern.Dashed);
+        HorizontalLine goal = plot.Add.HorizontalLine(0.9, 1, Colors.Gray, LinePattern.Dashed);
         goal.EnableAutoscale = false;
         plot.Axes.Left.TickGenerator = new ScottPlot.TickGenerators.NumericFixedInterval(0.1);
         plot.Axes.SetLimits(-0.01 * x[^1], 1.01 * x[^1], 0, 1.02);
@@ -44,7 +45,7 @@ public static class LearningCurve
 
     private static double[] Smooth(IEnumerable<double> values)
     {
-        var all = values.ToArray();
+        double[] all = values.ToArray();
         return [.. all.Select((_, i) => all[Math.Max(0, i - 4)..(i + 1)].Average())];
     }
 }

@@ -26,16 +26,16 @@ public sealed class MasterWeights : IDisposable
     /// <returns>The gradients' norm before it was clipped to 1.</returns>
     public double Step(double learningRate)
     {
-        var norm = nn.utils.clip_grad_norm_(_rounded, 1);
-        foreach (var group in _optimizer.ParamGroups)
+        double norm = nn.utils.clip_grad_norm_(_rounded, 1);
+        foreach (optim.ILearningRateController? group in _optimizer.ParamGroups)
             group.LearningRate = learningRate;
-        using (var scope = NewDisposeScope())
+        using (DisposeScope scope = NewDisposeScope())
         {
-            foreach (var (rounded, master) in _rounded.Zip(_masters))
+            foreach ((Parameter? rounded, Parameter? master) in _rounded.Zip(_masters))
                 master.grad = rounded.grad;
             using (no_grad())
                 _optimizer.step();
-            foreach (var (rounded, master) in _rounded.Zip(_masters))
+            foreach ((Parameter? rounded, Parameter? master) in _rounded.Zip(_masters))
                 (rounded.grad, master.grad) = (null, null);
         }
 
@@ -46,15 +46,15 @@ public sealed class MasterWeights : IDisposable
     public void Dispose()
     {
         _optimizer.Dispose();
-        foreach (var master in _masters)
+        foreach (Parameter master in _masters)
             master.Dispose();
     }
 
     private void Round()
     {
-        using var scope = NewDisposeScope();
-        using var _ = no_grad();
-        foreach (var (rounded, master) in _rounded.Zip(_masters))
+        using DisposeScope scope = NewDisposeScope();
+        using IDisposable _ = no_grad();
+        foreach ((Parameter? rounded, Parameter? master) in _rounded.Zip(_masters))
             rounded.copy_(master.to(bfloat16));
     }
 }

@@ -9,44 +9,44 @@ public sealed record Options(
     /// <summary>Parses the arguments; help and mistakes are printed, and answered with null and an exit code.</summary>
     public static (Options? Options, int ExitCode) Parse(string[] args)
     {
-        var seed = new Option<int>("--seed")
+        Option<int> seed = new Option<int>("--seed")
         {
             Description = "Seed of the weights, the problems and the samples",
             DefaultValueFactory = _ => 1,
         };
-        var steps = new Option<int>("--steps") { Description = "At most this many GRPO steps", DefaultValueFactory = _ => 600 };
-        var minutes = new Option<double>("--minutes")
+        Option<int> steps = new Option<int>("--steps") { Description = "At most this many GRPO steps", DefaultValueFactory = _ => 600 };
+        Option<double> minutes = new Option<double>("--minutes")
         {
             Description = "Stop after this long, start-up included",
             DefaultValueFactory = _ => 3,
         };
-        var target = new Option<double>("--target")
+        Option<double> target = new Option<double>("--target")
         {
             Description = "Stop once the mean reward of ten steps has reached this",
             DefaultValueFactory = _ => 0.95,
         };
-        var prompts = new Option<int>("--prompts") { Description = "Problems a step", DefaultValueFactory = _ => 32 };
-        var samples = new Option<int>("--samples")
+        Option<int> prompts = new Option<int>("--prompts") { Description = "Problems a step", DefaultValueFactory = _ => 32 };
+        Option<int> samples = new Option<int>("--samples")
         {
             Description = "Samples a problem: the size of a group",
             DefaultValueFactory = _ => 16,
         };
-        var threads = new Option<int>("--threads")
+        Option<int> threads = new Option<int>("--threads")
         {
             Description = "Threads of the trainer",
             DefaultValueFactory = _ => Math.Clamp(Environment.ProcessorCount, 1, 8),
         };
-        var device = new Option<string>("--device")
+        Option<string> device = new Option<string>("--device")
         {
             Description = "Device of the sidecar: cpu, cuda, cuda:N or auto",
             DefaultValueFactory = _ => "cpu",
         };
-        var output = new Option<string>("--out")
+        Option<string> output = new Option<string>("--out")
         {
             Description = "Folder for the model and the plot",
             DefaultValueFactory = _ => "grpo-out",
         };
-        foreach (var count in (Option<int>[])[steps, prompts, samples, threads])
+        foreach (Option<int> count in (Option<int>[])[steps, prompts, samples, threads])
         {
             count.Validators.Add(result =>
             {
@@ -55,7 +55,7 @@ public sealed record Options(
             });
         }
 
-        var command = new RootCommand("Trains a small policy to add, with GRPO, on samples from a Rollout sidecar.")
+        RootCommand command = new RootCommand("Trains a small policy to add, with GRPO, on samples from a Rollout sidecar.")
         {
             seed, steps, minutes, target, prompts, samples, threads, device, output,
         };
@@ -63,7 +63,7 @@ public sealed record Options(
         command.SetAction(parsed => options = new(
             parsed.GetValue(seed), parsed.GetValue(steps), parsed.GetValue(minutes), parsed.GetValue(target), parsed.GetValue(prompts),
             parsed.GetValue(samples), parsed.GetValue(threads), parsed.GetValue(device)!, parsed.GetValue(output)!));
-        var code = command.Parse(args).Invoke();
+        int code = command.Parse(args).Invoke();
         return (options, code);
     }
 }

@@ -26,12 +26,12 @@ internal static class PixelFont
     public static byte[] Build()
     {
         // Glyph 0 is drawn for what is missing: nothing. Glyph n is the n-th character from ' '.
-        var dots = Convert.FromHexString(Dots);
-        var count = Last - First + 2;
-        var glyphs = new Writer();
-        var offsets = new Writer();
-        var points = 0;
-        for (var glyph = 0; glyph < count; glyph++)
+        byte[] dots = Convert.FromHexString(Dots);
+        int count = Last - First + 2;
+        Writer glyphs = new Writer();
+        Writer offsets = new Writer();
+        int points = 0;
+        for (int glyph = 0; glyph < count; glyph++)
         {
             offsets.U32(glyphs.Length);
             if (glyph > 0)
@@ -39,8 +39,8 @@ internal static class PixelFont
         }
 
         offsets.U32(glyphs.Length);
-        var metrics = new Writer();
-        for (var glyph = 0; glyph < count; glyph++)
+        Writer metrics = new Writer();
+        for (int glyph = 0; glyph < count; glyph++)
             metrics.U16(Advance, 0);
 
         const int Ascent = (Rows * Dot) + 100;
@@ -61,15 +61,15 @@ internal static class PixelFont
             ("post", new Writer().U32(0x30000).U32(0).U16(-100, 50).U32(1).U32(0).U32(0).U32(0).U32(0)),
         ];
 
-        var directory = new Writer().U32(0x10000).U16(tables.Length, 128, 3, (tables.Length * 16) - 128);
-        var offset = 12 + (16 * tables.Length);
-        foreach (var (tag, table) in tables)
+        Writer directory = new Writer().U32(0x10000).U16(tables.Length, 128, 3, (tables.Length * 16) - 128);
+        int offset = 12 + (16 * tables.Length);
+        foreach ((string? tag, Writer? table) in tables)
         {
             directory.Text(tag).U32(0).U32(offset).U32(table.Length);
             offset += (table.Length + 3) / 4 * 4;
         }
 
-        foreach (var (_, table) in tables)
+        foreach ((string _, Writer? table) in tables)
             directory.Append(table);
         return directory.ToArray();
     }
@@ -77,10 +77,10 @@ internal static class PixelFont
     /// <summary>Writes a square contour for every dot, and returns the number of points.</summary>
     private static int Glyph(Writer writer, ReadOnlySpan<byte> columns)
     {
-        var corners = new List<(int X, int Y)>();
-        for (var column = 0; column < Columns; column++)
+        List<(int X, int Y)> corners = new List<(int X, int Y)>();
+        for (int column = 0; column < Columns; column++)
         {
-            for (var row = 0; row < 8; row++)
+            for (int row = 0; row < 8; row++)
             {
                 if ((columns[column] >> row & 1) == 0)
                     continue;
@@ -92,16 +92,16 @@ internal static class PixelFont
         if (corners.Count == 0)
             return 0;
         writer.U16(corners.Count / 4, corners.Min(c => c.X), corners.Min(c => c.Y), corners.Max(c => c.X), corners.Max(c => c.Y));
-        for (var last = 3; last < corners.Count; last += 4)
+        for (int last = 3; last < corners.Count; last += 4)
             writer.U16(last);
         writer.U16(0);
-        foreach (var _ in corners)
+        foreach ((int X, int Y) _ in corners)
             writer.U8(1);
-        var before = 0;
-        foreach (var (x, _) in corners)
+        int before = 0;
+        foreach ((int x, int _) in corners)
             (_, before) = (writer.U16(x - before), x);
         before = 0;
-        foreach (var (_, y) in corners)
+        foreach ((int _, int y) in corners)
             (_, before) = (writer.U16(y - before), y);
         writer.Align();
         return corners.Count;
@@ -122,7 +122,7 @@ internal static class PixelFont
 
         public Writer U16(params ReadOnlySpan<int> values)
         {
-            foreach (var value in values)
+            foreach (int value in values)
                 _bytes.AddRange([(byte)(value >> 8), (byte)value]);
             return this;
         }

@@ -11,7 +11,7 @@ public static class PlotFont
 {
     public static void Install()
     {
-        var installed = SKFontManager.Default.FontFamilies.ToHashSet(StringComparer.OrdinalIgnoreCase);
+        HashSet<string> installed = SKFontManager.Default.FontFamilies.ToHashSet(StringComparer.OrdinalIgnoreCase);
         string[] preferred = ["Inter", "Open Sans", "Noto Sans", "DejaVu Sans", "Liberation Sans", "Arial", "Segoe UI"];
         if (preferred.FirstOrDefault(installed.Contains) is { } name)
             Fonts.Default = name;

@@ -50,26 +50,26 @@ public sealed class Policy : nn.Module<Tensor, Tensor>
     /// <summary>Logits [rows, length, vocabulary] for token ids [rows, length].</summary>
     public override Tensor forward(Tensor tokens)
     {
-        var hidden = _model.forward(tokens);
+        Tensor hidden = _model.forward(tokens);
         return _head is null ? nn.functional.linear(hidden, _model.Embedding) : _head.forward(hidden);
     }
 
     /// <summary>Another policy with the same weights, which no training will change.</summary>
     public Policy Freeze()
     {
-        using var _ = no_grad();
-        var copy = new Policy(_config, Device);
-        foreach (var (to, from) in copy.parameters().Zip(parameters()))
+        using IDisposable _ = no_grad();
+        Policy copy = new Policy(_config, Device);
+        foreach ((Parameter? to, Parameter? from) in copy.parameters().Zip(parameters()))
             to.copy_(from).requires_grad_(false);
         return copy;
     }
 
     private void Initialize()
     {
-        using var _ = no_grad();
+        using IDisposable _ = no_grad();
         // The two matrices that write into the residual stream start smaller, so that depth does not grow it.
-        var residual = 1 / Math.Sqrt(2.0 * _config.NumHiddenLayers);
-        foreach (var (name, parameter) in named_parameters())
+        double residual = 1 / Math.Sqrt(2.0 * _config.NumHiddenLayers);
+        foreach ((string? name, Parameter? parameter) in named_parameters())
         {
             if (parameter.dim() == 1)
                 nn.init.ones_(parameter);
@@ -99,9 +99,9 @@ public sealed class Policy : nn.Module<Tensor, Tensor>
             _norm = new RmsNorm(config.HiddenSize, config.RmsNormEps);
 
             // The first half of a head pairs with its second half; both have the same angles.
-            using var scope = NewDisposeScope();
-            var frequencies = pow(config.RopeTheta, arange(0, config.HeadDim, 2, float32) / -config.HeadDim);
-            var angles = outer(arange(config.MaxPositionEmbeddings, float32), frequencies);
+            using DisposeScope scope = NewDisposeScope();
+            Tensor frequencies = pow(config.RopeTheta, arange(0, config.HeadDim, 2, float32) / -config.HeadDim);
+            Tensor angles = outer(arange(config.MaxPositionEmbeddings, float32), frequencies);
             angles = cat([angles, angles], dim: -1);
             (_cos, _sin) = (angles.cos(), angles.sin());
             register_buffer("cos", _cos, persistent: false);
@@ -113,11 +113,11 @@ public sealed class Policy : nn.Module<Tensor, Tensor>
 
         public override Tensor forward(Tensor tokens)
         {
-            var length = tokens.shape[1];
+            long length = tokens.shape[1];
             ArgumentOutOfRangeException.ThrowIfGreaterThan(length, _config.MaxPositionEmbeddings, nameof(tokens));
             Tensor cos = _cos.slice(0, 0, length, 1).to(tokens.device), sin = _sin.slice(0, 0, length, 1).to(tokens.device);
-            var hidden = _embedding.forward(tokens);
-            foreach (var layer in _layers)
+            Tensor hidden = _embedding.forward(tokens);
+            foreach (DecoderLayer layer in _layers)
                 hidden = layer.forward(hidden, cos, sin);
             return _norm.forward(hidden);
         }
@@ -170,13 +170,13 @@ public sealed class Policy : nn.Module<Tensor, Tensor>
         public override Tensor forward(Tensor hidden, Tensor cos, Tensor sin)
         {
             long rows = hidden.shape[0], length = hidden.shape[1];
-            var q = Rotate(_qNorm.forward(Heads(_q.forward(hidden))), cos, sin);
-            var k = Rotate(_kNorm.forward(Heads(_k.forward(hidden))), cos, sin);
-            var v = Heads(_v.forward(hidden));
-            var share = _config.NumAttentionHeads / _config.NumKeyValueHeads;
+            Tensor q = Rotate(_qNorm.forward(Heads(_q.forward(hidden))), cos, sin);
+            Tensor k = Rotate(_kNorm.forward(Heads(_k.forward(hidden))), cos, sin);
+            Tensor v = Heads(_v.forward(hidden));
+            int share = _config.NumAttentionHeads / _config.NumKeyValueHeads;
             if (share > 1)
                 (k, v) = (k.repeat_interleave(share, dim: 1), v.repeat_interleave(share, dim: 1));
-            var mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_casual: true);
+            Tensor mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_casual: true);
             return _o.forward(mixed.transpose(1, 2).reshape(rows, length, -1));
 
             Tensor Heads(Tensor x) => x.view(rows, length, -1, _config.HeadDim).transpose(1, 2);
@@ -184,7 +184,7 @@ public sealed class Policy : nn.Module<Tensor, Tensor>
 
         private static Tensor Rotate(Tensor x, Tensor cos, Tensor sin)
         {
-            var halves = x.chunk(2, dim: -1);
+            Tensor[] halves = x.chunk(2, dim: -1);
             return (x * cos) + (cat([-halves[1], halves[0]], dim: -1) * sin);
         }
     }

@@ -3,51 +3,51 @@ using Rollout.Client.Torch;
 using Rollout.Examples.Grpo;
 using TorchSharp;
 
-var clock = Stopwatch.StartNew();
-var (options, exitCode) = Options.Parse(args);
+Stopwatch clock = Stopwatch.StartNew();
+(Options? options, int exitCode) = Options.Parse(args);
 if (options is null)
     return exitCode;
 
 TorchNative.EnsureLoaded();
 torch.set_num_threads(options.Threads);
 torch.manual_seed(options.Seed);
-var report = new Report(options);
-var task = new ArithmeticTask(options.Seed);
+Report report = new Report(options);
+ArithmeticTask task = new ArithmeticTask(options.Seed);
 
 // A small Qwen3 that has seen just enough right answers to be right now and then: GRPO learns from the difference.
 // It trains on a GPU where TorchSharp has one: built with -p:Torch=cuda.
-var device = torch.cuda.is_available() ? torch.CUDA : torch.CPU;
-using var policy = new Policy(new PolicyConfig { VocabSize = ArithmeticTask.VocabSize }, device);
-using var weights = new MasterWeights(policy);
-var size = policy.parameters().Sum(p => p.numel());
+torch.Device device = torch.cuda.is_available() ? torch.CUDA : torch.CPU;
+using Policy policy = new Policy(new PolicyConfig { VocabSize = ArithmeticTask.VocabSize }, device);
+using MasterWeights weights = new MasterWeights(policy);
+long size = policy.parameters().Sum(p => p.numel());
 report.Line($"seed {options.Seed}: a Qwen3 of {size:n0} parameters, {task.HeldOut.Count} problems held out");
-var (warmSteps, expected) = WarmStart.Run(policy, weights, task);
+(int warmSteps, double expected) = WarmStart.Run(policy, weights, task);
 report.WarmStart(warmSteps, expected, clock.Elapsed);
-using var reference = policy.Freeze();
+using Policy reference = policy.Freeze();
 
-var folder = Path.Combine(options.Out, "model");
+string folder = Path.Combine(options.Out, "model");
 HuggingFaceFolder.Write(folder, policy);
-await using var rollouts = await Rollouts.StartAsync(folder, options.Threads, options.Device);
-var grpo = new Grpo(policy, reference, weights);
+await using Rollouts rollouts = await Rollouts.StartAsync(folder, options.Threads, options.Device);
+Grpo grpo = new Grpo(policy, reference, weights);
 report.HeldOut(0, await AccuracyAsync(task.HeldOut));
 
-for (var step = 1; step <= options.Steps && clock.Elapsed.TotalMinutes < options.Minutes && report.RecentReward < options.Target; step++)
+for (int step = 1; step <= options.Steps && clock.Elapsed.TotalMinutes < options.Minutes && report.RecentReward < options.Target; step++)
 {
-    var problems = task.NextTraining(options.Prompts);
+    Problem[] problems = task.NextTraining(options.Prompts);
 
-    var started = clock.Elapsed;
-    var groups = await rollouts.SampleAsync([.. problems.Select(p => p.Tokens)], options.Samples, ArithmeticTask.MaxAnswerTokens,
+    TimeSpan started = clock.Elapsed;
+    IReadOnlyList<RolloutGroup> groups = await rollouts.SampleAsync([.. problems.Select(p => p.Tokens)], options.Samples, ArithmeticTask.MaxAnswerTokens,
         temperature: 1, seed: SampleSeed(step));
-    var sampled = clock.Elapsed;
+    TimeSpan sampled = clock.Elapsed;
     if (groups.Any(g => g.Samples.Any(s => s.Version != (ulong)step - 1)))
         throw new InvalidOperationException($"step {step} was sampled from weights other than version {step - 1}");
 
-    var rewards = groups.Zip(problems, (g, p) => g.Samples.Select(s => ArithmeticTask.Reward(p, s.Tokens)).ToArray()).ToArray();
-    var stats = grpo.Step(groups, rewards);
-    var trained = clock.Elapsed;
+    double[][] rewards = groups.Zip(problems, (g, p) => g.Samples.Select(s => ArithmeticTask.Reward(p, s.Tokens)).ToArray()).ToArray();
+    GrpoStats stats = grpo.Step(groups, rewards);
+    TimeSpan trained = clock.Elapsed;
 
     await rollouts.PushAsync(policy, version: (ulong)step);
-    var pushed = clock.Elapsed;
+    TimeSpan pushed = clock.Elapsed;
 
     report.Step(new(step, rewards.Average(r => r.Average()), stats, groups.Sum(g => g.Samples.Sum(s => (long)s.Tokens.Length)),
         sampled - started, trained - sampled, pushed - trained, pushed));
@@ -65,7 +65,7 @@ ulong SampleSeed(int step) => ((ulong)(uint)options.Seed << 40) | ((ulong)step <
 
 async Task<double> AccuracyAsync(IReadOnlyList<Problem> problems)
 {
-    var groups = await rollouts.SampleAsync([.. problems.Select(p => p.Tokens)], n: 1, ArithmeticTask.MaxAnswerTokens,
+    IReadOnlyList<RolloutGroup> groups = await rollouts.SampleAsync([.. problems.Select(p => p.Tokens)], n: 1, ArithmeticTask.MaxAnswerTokens,
         temperature: 0, seed: 0);
     return groups.Zip(problems, (g, p) => ArithmeticTask.Reward(p, g.Samples[0].Tokens)).Average();
 }

@@ -37,9 +37,9 @@ public sealed class Report(Options options)
     public void Step(StepReport step)
     {
         _steps.Add(step);
-        var filled = (int)Math.Round(step.Reward * 10);
-        var colour = step.Reward switch { < 0.3 => "red", < 0.9 => "yellow", _ => "green" };
-        var difference = step.Stats.LogProbDifference <= 1e-3 ? "default" : "bold red";
+        int filled = (int)Math.Round(step.Reward * 10);
+        string colour = step.Reward switch { < 0.3 => "red", < 0.9 => "yellow", _ => "green" };
+        string difference = step.Stats.LogProbDifference <= 1e-3 ? "default" : "bold red";
         // Fits 80 columns, which is also what Spectre takes a pipe to have. |dlogp|: the engine's log-probabilities against ours.
         AnsiConsole.MarkupLine(string.Create(CultureInfo.InvariantCulture,
             $"{step.Step,4} {step.Reward,6:f3} [{colour}]{new string('█', filled)}[/][grey]{new string('░', 10 - filled)}[/] "
@@ -51,10 +51,10 @@ public sealed class Report(Options options)
 
     public void Finish(TimeSpan elapsed)
     {
-        var (first, last) = (_steps[0], _steps[^1]);
-        var reached = Enumerable.Range(0, _steps.Count).Where(i => i >= 4 && _steps.GetRange(i - 4, 5).Average(s => s.Reward) > 0.9)
+        (StepReport? first, StepReport? last) = (_steps[0], _steps[^1]);
+        StepReport? reached = Enumerable.Range(0, _steps.Count).Where(i => i >= 4 && _steps.GetRange(i - 4, 5).Average(s => s.Reward) > 0.9)
             .Select(i => (StepReport?)_steps[i]).FirstOrDefault();
-        var table = new Table().Border(TableBorder.Rounded).AddColumn("").AddColumn("before").AddColumn("after");
+        Table table = new Table().Border(TableBorder.Rounded).AddColumn("").AddColumn("before").AddColumn("after");
         table.AddRow("mean reward of a step", Number(first.Reward), Number(_steps.TakeLast(10).Average(s => s.Reward)));
         table.AddRow("held-out accuracy, greedy", Percent(_heldOut[0].Accuracy), Percent(_heldOut[^1].Accuracy));
         table.AddRow("KL from the warm start, nats a token", Number(first.Stats.Kl), Number(last.Stats.Kl));

@@ -1,3 +1,4 @@
+using TorchSharp;
 using static TorchSharp.torch;
 
 namespace Rollout.Examples.Grpo;
@@ -13,12 +14,12 @@ public static class WarmStart
     /// <returns>The steps taken, and the reward that sampling may now expect.</returns>
     public static (int Steps, double ExpectedReward) Run(Policy policy, MasterWeights weights, ArithmeticTask task)
     {
-        var expected = 0.0;
-        for (var step = 1; step <= MaxSteps; step++)
+        double expected = 0.0;
+        for (int step = 1; step <= MaxSteps; step++)
         {
-            using var scope = NewDisposeScope();
-            var batch = new Batch([.. task.NextTraining(BatchSize).Select(p => new BatchRow(p.Tokens, p.AnswerTokens))], policy.Device);
-            var logProbs = batch.LogProbs(policy);
+            using DisposeScope scope = NewDisposeScope();
+            Batch batch = new Batch([.. task.NextTraining(BatchSize).Select(p => new BatchRow(p.Tokens, p.AnswerTokens))], policy.Device);
+            Tensor logProbs = batch.LogProbs(policy);
 
             // A sample is right exactly when every token of the answer is drawn. The mean probability of that is the reward to expect,
             // so the moment to stop is known without sampling.

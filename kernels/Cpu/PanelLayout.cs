@@ -200,13 +200,13 @@ internal static unsafe class PanelLayout
     private static void ZipTransposed(ushort* rows, long stride, uint* lines)
     {
         Transpose16.Four(Zip(rows, stride, 0), Zip(rows, stride, 1), Zip(rows, stride, 2), Zip(rows, stride, 3),
-            out var a0, out var a1, out var a2, out var a3);
+            out Vector512<uint> a0, out Vector512<uint> a1, out Vector512<uint> a2, out Vector512<uint> a3);
         Transpose16.Four(Zip(rows, stride, 4), Zip(rows, stride, 5), Zip(rows, stride, 6), Zip(rows, stride, 7),
-            out var b0, out var b1, out var b2, out var b3);
+            out Vector512<uint> b0, out Vector512<uint> b1, out Vector512<uint> b2, out Vector512<uint> b3);
         Transpose16.Four(Zip(rows, stride, 8), Zip(rows, stride, 9), Zip(rows, stride, 10), Zip(rows, stride, 11),
-            out var c0, out var c1, out var c2, out var c3);
+            out Vector512<uint> c0, out Vector512<uint> c1, out Vector512<uint> c2, out Vector512<uint> c3);
         Transpose16.Four(Zip(rows, stride, 12), Zip(rows, stride, 13), Zip(rows, stride, 14), Zip(rows, stride, 15),
-            out var d0, out var d1, out var d2, out var d3);
+            out Vector512<uint> d0, out Vector512<uint> d1, out Vector512<uint> d2, out Vector512<uint> d3);
         Transpose16.Spread(a0, b0, c0, d0, lines, 16);
         Transpose16.Spread(a1, b1, c1, d1, lines + 16, 16);
         Transpose16.Spread(a2, b2, c2, d2, lines + 32, 16);

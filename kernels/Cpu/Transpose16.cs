@@ -14,13 +14,13 @@ internal static unsafe class Transpose16
     public static void Store(uint* rows, long stride, uint* lines, int lineStride)
     {
         Four(Row(rows, stride, 0), Row(rows, stride, 1), Row(rows, stride, 2), Row(rows, stride, 3),
-            out var a0, out var a1, out var a2, out var a3);
+            out Vector512<uint> a0, out Vector512<uint> a1, out Vector512<uint> a2, out Vector512<uint> a3);
         Four(Row(rows, stride, 4), Row(rows, stride, 5), Row(rows, stride, 6), Row(rows, stride, 7),
-            out var b0, out var b1, out var b2, out var b3);
+            out Vector512<uint> b0, out Vector512<uint> b1, out Vector512<uint> b2, out Vector512<uint> b3);
         Four(Row(rows, stride, 8), Row(rows, stride, 9), Row(rows, stride, 10), Row(rows, stride, 11),
-            out var c0, out var c1, out var c2, out var c3);
+            out Vector512<uint> c0, out Vector512<uint> c1, out Vector512<uint> c2, out Vector512<uint> c3);
         Four(Row(rows, stride, 12), Row(rows, stride, 13), Row(rows, stride, 14), Row(rows, stride, 15),
-            out var d0, out var d1, out var d2, out var d3);
+            out Vector512<uint> d0, out Vector512<uint> d1, out Vector512<uint> d2, out Vector512<uint> d3);
         Spread(a0, b0, c0, d0, lines, lineStride);
         Spread(a1, b1, c1, d1, lines + lineStride, lineStride);
         Spread(a2, b2, c2, d2, lines + (2 * lineStride), lineStride);

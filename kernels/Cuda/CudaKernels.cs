@@ -159,7 +159,7 @@ internal sealed unsafe class CudaKernels : IDisposable
     {
         using Stream stream = Assembly.GetExecutingAssembly().GetManifestResourceStream(file)
             ?? throw new InvalidOperationException($"{file} is not embedded.");
-        using var reader = new StreamReader(stream);
+        using StreamReader reader = new StreamReader(stream);
         return reader.ReadToEnd();
     }
 }

@@ -85,7 +85,7 @@ internal sealed unsafe class CudaStep : IDisposable
     /// <summary>Whether a step as large as this may be has its place here.</summary>
     public bool Holds(StepLayout step)
     {
-        var needed = RoomOf(step);
+        (int Rows, int Sequences, int Blocks, int Queries, int Alternatives) needed = RoomOf(step);
         return needed.Rows <= _room.Rows && needed.Sequences <= _room.Sequences && needed.Blocks == _room.Blocks && needed.Queries <= _room.Queries
             && needed.Alternatives <= _room.Alternatives;
     }
@@ -150,9 +150,12 @@ internal sealed unsafe class CudaStep : IDisposable
         CopyBack(0, (long)step.QueryCount * sizeof(SampleResult));
         int alternatives = 0;
         for (int q = 0; q < step.QueryCount; q++)
+        {
             alternatives = step.Queries[q].AlternativesCount == 0
                 ? alternatives
                 : Math.Max(alternatives, step.Queries[q].AlternativesStart + step.Queries[q].AlternativesCount);
+        }
+
         if (alternatives > 0)
         {
             CopyBack(_alternativeIds, (long)alternatives * sizeof(int));

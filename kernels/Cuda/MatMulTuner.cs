@@ -148,12 +148,15 @@ internal sealed class MatMulTuner
                 return false;
         }
 
-        foreach (var served in choice.Algorithms.Index().GroupBy(entry => Text(entry.Item), entry => entry.Index))
+        foreach (IGrouping<string, int> served in choice.Algorithms.Index().GroupBy(entry => Text(entry.Item), entry => entry.Index))
         {
             ref readonly cublasLtMatmulAlgo algorithm = ref choice.Algorithms[served.First()];
             if (DigestOf(algorithm, out byte[] digest) != cublasStatus.CUBLAS_STATUS_SUCCESS
                 || !digest.AsSpan().SequenceEqual(choice.Digest))
+            {
                 return false;
+            }
+
             int[] verified = [.. s_verified.Where(rows => served.Contains(BucketOf(rows)))];
             if (_probe.WhyNot(algorithm, verified).Any(reason => reason is not null))
                 return false;

@@ -2,6 +2,7 @@ using System.CommandLine;
 using System.Text.Json;
 using Rollout.Examples.Grpo;
 using ScottPlot;
+using ScottPlot.Plottables;
 
 namespace Rollout.Load;
 
@@ -50,7 +51,7 @@ internal static class PlotCommand
         double flops = result.GetProperty("fma_gflops").GetDouble() * 1e9;
         double bandwidth = result.GetProperty("read_gbps").GetDouble() * 1e9;
         double weights = ShapeSReport.LayerWeights + ShapeSReport.HeadWeights;
-        var limit = plot.Add.Scatter(
+        Scatter limit = plot.Add.Scatter(
             batches.Select(Math.Log2).ToArray(), batches.Select(batch => Math.Min(flops / (2 * weights), bandwidth * batch / (2 * weights))).ToArray());
         (limit.Color, limit.LinePattern, limit.LineWidth, limit.MarkerSize) = (Colors.Gray, LinePattern.Dotted, 2, 0);
         limit.LegendText = "limit of bf16 weights, fp32 arithmetic";
@@ -68,7 +69,7 @@ internal static class PlotCommand
     {
         (double Batch, double Rate)[] points =
             [.. run.GetProperty("decode").EnumerateObject().Select(entry => (double.Parse(entry.Name), entry.Value.GetDouble())).OrderBy(point => point.Item1)];
-        var line = plot.Add.Scatter(points.Select(point => Math.Log2(point.Batch)).ToArray(), points.Select(point => point.Rate).ToArray());
+        Scatter line = plot.Add.Scatter(points.Select(point => Math.Log2(point.Batch)).ToArray(), points.Select(point => point.Rate).ToArray());
         (line.Color, line.LinePattern, line.LineWidth, line.MarkerSize) = (Color.FromHex(color), pattern, 2.5f, 7);
         line.LegendText = name;
         return [.. points.Select(point => point.Batch)];

@@ -30,7 +30,7 @@ internal sealed class UpdatePayload
         List<V1.ManifestTensor> manifest = [];
         XxHash128 digests = new();
         int offset = 0;
-        foreach (var tensor in ModelSpec.Load(modelFolder).CheckpointTensors())
+        foreach ((string Name, IReadOnlyList<long> Shape) tensor in ModelSpec.Load(modelFolder).CheckpointTensors())
         {
             V1.ManifestTensor entry = new() { Name = tensor.Name, Dtype = TensorDType.Bf16, Offset = (ulong)offset };
             entry.Shape.AddRange(tensor.Shape.Select(dimension => (ulong)dimension));

@@ -1,4 +1,5 @@
 using BenchmarkDotNet.Columns;
+using BenchmarkDotNet.Parameters;
 using BenchmarkDotNet.Reports;
 using BenchmarkDotNet.Running;
 using Rollout.Kernels;
@@ -63,7 +64,7 @@ internal sealed class LimitColumn : IColumn
         if (summary[benchmarkCase]?.ResultStatistics is not { } statistics) return "";
         object instance = Activator.CreateInstance(benchmarkCase.Descriptor.Type)!;
         if (instance is not IHasLimit limited) return "";
-        foreach (var parameter in benchmarkCase.Parameters.Items)
+        foreach (ParameterInstance parameter in benchmarkCase.Parameters.Items)
             benchmarkCase.Descriptor.Type.GetProperty(parameter.Name)!.SetValue(instance, parameter.Value);
         Work work = limited.WorkOf(benchmarkCase.Descriptor.WorkloadMethod.Name);
         double floor = Machine.FloorSeconds(work);

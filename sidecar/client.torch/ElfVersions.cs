@@ -55,7 +55,7 @@ public sealed class ElfVersions
                 $"{_name} uses '{symbol}' of {need.Name}: it needs a newer {need.Library}, marking the version weak would not help.");
         }
 
-        var flags = _image.AsSpan(need.FlagsOffset, 2);
+        Span<byte> flags = _image.AsSpan(need.FlagsOffset, 2);
         BinaryPrimitives.WriteUInt16LittleEndian(flags, (ushort)(BinaryPrimitives.ReadUInt16LittleEndian(flags) | VerFlgWeak));
     }
 
@@ -70,14 +70,14 @@ public sealed class ElfVersions
         if (U16(16) != 3)
             throw Bad("it is not a shared library (e_type is not ET_DYN)");
 
-        var table = U64(32);
+        ulong table = U64(32);
         int entrySize = U16(54), count = U16(56);
         if (entrySize != 56)
             throw Bad($"its program headers have {entrySize} bytes, not 56");
         (ulong Offset, ulong Size)? dynamic = null;
-        for (var i = 0; i < count; i++)
+        for (int i = 0; i < count; i++)
         {
-            var header = table + (ulong)(i * entrySize);
+            ulong header = table + (ulong)(i * entrySize);
             ulong offset = U64(header + 8), size = U64(header + 32);
             if (offset > (ulong)_image.Length || size > (ulong)_image.Length - offset)
                 throw Bad($"program header {i} points past its end");
@@ -92,25 +92,25 @@ public sealed class ElfVersions
             }
         }
 
-        var (start, length) = dynamic ?? throw Bad("it has no dynamic section");
-        for (var at = start; at + 16 <= start + length && U64(at) != 0; at += 16)
+        (ulong start, ulong length) = dynamic ?? throw Bad("it has no dynamic section");
+        for (ulong at = start; at + 16 <= start + length && U64(at) != 0; at += 16)
             _dynamic[(long)U64(at)] = U64(at + 8);
     }
 
     private List<ElfVersionNeed> ReadNeeds()
     {
         const long VerNeed = 0x6ffffffe, VerNeedNum = 0x6fffffff;
-        var needs = new List<ElfVersionNeed>();
-        if (!_dynamic.TryGetValue(VerNeed, out var address))
+        List<ElfVersionNeed> needs = new List<ElfVersionNeed>();
+        if (!_dynamic.TryGetValue(VerNeed, out ulong address))
             return needs;
-        var at = FileOffset(address);
-        for (var left = _dynamic.GetValueOrDefault(VerNeedNum); left > 0; left--)
+        ulong at = FileOffset(address);
+        for (ulong left = _dynamic.GetValueOrDefault(VerNeedNum); left > 0; left--)
         {
-            var library = Text(U32(at + 4));
-            var entry = at + U32(at + 8);
-            for (var entries = U16(at + 2); entries > 0; entries--)
+            string library = Text(U32(at + 4));
+            ulong entry = at + U32(at + 8);
+            for (ushort entries = U16(at + 2); entries > 0; entries--)
             {
-                var isWeak = (U16(entry + 4) & VerFlgWeak) != 0;
+                bool isWeak = (U16(entry + 4) & VerFlgWeak) != 0;
                 needs.Add(new(library, Text(U32(entry + 8)), U16(entry + 6), isWeak, (int)entry + 4));
                 entry += U32(entry + 12);
             }
@@ -124,17 +124,17 @@ public sealed class ElfVersions
     private string? FirstRelocatedSymbol(int version)
     {
         const long Symbols = 6, Rela = 7, RelaBytes = 8, PltRelaBytes = 2, PltRela = 23, VersionOfSymbol = 0x6ffffff0;
-        if (!_dynamic.TryGetValue(VersionOfSymbol, out var versionsAddress))
+        if (!_dynamic.TryGetValue(VersionOfSymbol, out ulong versionsAddress))
             return null;
         ulong versions = FileOffset(versionsAddress), symbols = FileOffset(_dynamic[Symbols]);
-        foreach (var (table, size) in ((long, long)[])[(Rela, RelaBytes), (PltRela, PltRelaBytes)])
+        foreach ((long table, long size) in ((long, long)[])[(Rela, RelaBytes), (PltRela, PltRelaBytes)])
         {
-            if (!_dynamic.TryGetValue(table, out var address))
+            if (!_dynamic.TryGetValue(table, out ulong address))
                 continue;
-            var start = FileOffset(address);
-            for (var at = start; at < start + _dynamic.GetValueOrDefault(size); at += RelaSize)
+            ulong start = FileOffset(address);
+            for (ulong at = start; at < start + _dynamic.GetValueOrDefault(size); at += RelaSize)
             {
-                var symbol = U64(at + 8) >> 32;
+                ulong symbol = U64(at + 8) >> 32;
                 if (symbol != 0 && (U16(versions + (2 * symbol)) & 0x7fff) == version)
                     return Text(U32(symbols + (SymbolSize * symbol)));
             }
@@ -145,7 +145,7 @@ public sealed class ElfVersions
 
     private ulong FileOffset(ulong address)
     {
-        foreach (var (start, offset, size) in _segments)
+        foreach ((ulong start, ulong offset, ulong size) in _segments)
         {
             if (address >= start && address - start < size)
                 return offset + (address - start);
@@ -157,10 +157,10 @@ public sealed class ElfVersions
     private string Text(uint index)
     {
         const long Strings = 5;
-        if (!_dynamic.TryGetValue(Strings, out var strings))
+        if (!_dynamic.TryGetValue(Strings, out ulong strings))
             throw Bad("it has no string table");
-        var start = At(FileOffset(strings) + index, 1);
-        var end = _image.AsSpan(start).IndexOf((byte)0);
+        int start = At(FileOffset(strings) + index, 1);
+        int end = _image.AsSpan(start).IndexOf((byte)0);
         return end >= 0 ? Encoding.UTF8.GetString(_image, start, end) : throw Bad("a name in its string table has no end");
     }
 

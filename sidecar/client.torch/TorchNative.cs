@@ -38,7 +38,7 @@ public static class TorchNative
     /// <summary>The library as the host would find it, or null: then TorchSharp's own search is left to say what is missing.</summary>
     internal static string? FindLibrary()
     {
-        var directories = (AppContext.GetData("NATIVE_DLL_SEARCH_DIRECTORIES") as string ?? "")
+        IEnumerable<string> directories = (AppContext.GetData("NATIVE_DLL_SEARCH_DIRECTORIES") as string ?? "")
             .Split(Path.PathSeparator, StringSplitOptions.RemoveEmptyEntries)
             .Append(AppContext.BaseDirectory)
             .Append(Path.Combine(AppContext.BaseDirectory, "runtimes", RuntimeInformation.RuntimeIdentifier, "native"));
@@ -49,20 +49,20 @@ public static class TorchNative
     /// <returns>The path of the copy.</returns>
     internal static string Mend(string library, string cache)
     {
-        var image = File.ReadAllBytes(library);
-        var key = Convert.ToHexStringLower(SHA256.HashData(image))[..16];
-        var elf = new ElfVersions(image, library);
-        foreach (var need in elf.Needs.Where(need => need.Name == UnusedVersion))
+        byte[] image = File.ReadAllBytes(library);
+        string key = Convert.ToHexStringLower(SHA256.HashData(image))[..16];
+        ElfVersions elf = new ElfVersions(image, library);
+        foreach (ElfVersionNeed need in elf.Needs.Where(need => need.Name == UnusedVersion))
             elf.MarkWeak(need);
 
-        var directory = Path.Combine(cache, $"torchsharp-{key}");
+        string directory = Path.Combine(cache, $"torchsharp-{key}");
         CreatePrivateDirectory(directory);
-        var copy = Path.Combine(directory, LibraryFile);
+        string copy = Path.Combine(directory, LibraryFile);
         if (File.Exists(copy) && image.AsSpan().SequenceEqual(File.ReadAllBytes(copy)))
             return copy;
 
         // Two processes may be here at once. Each writes its own file; the renames are atomic and leave the same bytes.
-        var partial = Path.Combine(directory, $"{LibraryFile}.{Environment.ProcessId}.{Guid.NewGuid():n}");
+        string partial = Path.Combine(directory, $"{LibraryFile}.{Environment.ProcessId}.{Guid.NewGuid():n}");
         try
         {
             File.WriteAllBytes(partial, image);
@@ -80,7 +80,7 @@ public static class TorchNative
     {
         // libtorch comes first: the copy lives in another folder, where its $ORIGIN finds nothing, but the loader satisfies a
         // needed library with one of that name already in the process. So half a gigabyte of libtorch is not copied.
-        foreach (var name in (string[])["libtorch_cuda.so", "libtorch.so"])
+        foreach (string name in (string[])["libtorch_cuda.so", "libtorch.so"])
         {
             if (FindBeside(path, name) is { } torch)
                 NativeLibrary.Load(torch);
@@ -95,23 +95,23 @@ public static class TorchNative
         {
         }
 
-        var handle = NativeLibrary.Load(MendSomewhere(path));
+        nint handle = NativeLibrary.Load(MendSomewhere(path));
         IsMended = true;
-        var context = AssemblyLoadContext.GetLoadContext(typeof(TorchSharp.torch).Assembly) ?? AssemblyLoadContext.Default;
+        AssemblyLoadContext context = AssemblyLoadContext.GetLoadContext(typeof(TorchSharp.torch).Assembly) ?? AssemblyLoadContext.Default;
         // Asked when the ordinary search has failed, by P/Invoke and by TorchSharp's own start-up alike.
         context.ResolvingUnmanagedDll += (_, name) => name is "LibTorchSharp" or LibraryFile ? handle : 0;
     }
 
     private static string? FindBeside(string library, string name)
     {
-        var directories = (AppContext.GetData("NATIVE_DLL_SEARCH_DIRECTORIES") as string ?? "").Split(Path.PathSeparator);
+        string[] directories = (AppContext.GetData("NATIVE_DLL_SEARCH_DIRECTORIES") as string ?? "").Split(Path.PathSeparator);
         return directories.Prepend(Path.GetDirectoryName(library)!).Where(directory => directory.Length > 0)
             .Select(directory => Path.Combine(directory, name)).FirstOrDefault(File.Exists);
     }
 
     private static string MendSomewhere(string library)
     {
-        var root = Environment.GetEnvironmentVariable("XDG_CACHE_HOME");
+        string? root = Environment.GetEnvironmentVariable("XDG_CACHE_HOME");
         if (string.IsNullOrEmpty(root))
             root = Path.Combine(Environment.GetFolderPath(Environment.SpecialFolder.UserProfile), ".cache");
         try

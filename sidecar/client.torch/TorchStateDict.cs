@@ -50,7 +50,7 @@ public sealed class TorchTensor
     /// <exception cref="ArgumentException">The part cuts an element, or reaches past the end.</exception>
     public void CopyTo(Span<byte> destination, long offset = 0)
     {
-        var size = _dtype.ElementSize();
+        int size = _dtype.ElementSize();
         if (destination.Length % size != 0 || offset % size != 0)
             throw new ArgumentException($"'{Name}' has elements of {size} bytes; this part would cut one.", nameof(destination));
         if (offset < 0 || offset > ByteLength - destination.Length)
@@ -59,9 +59,9 @@ public sealed class TorchTensor
             return;
 
         // Nothing is copied twice where nothing has to change: to(), flatten() and contiguous() then return the tensor itself.
-        using var scope = NewDisposeScope();
-        using var _ = no_grad();
-        var part = _tensor.detach().flatten().narrow(0, offset / size, destination.Length / size);
+        using DisposeScope scope = NewDisposeScope();
+        using IDisposable _ = no_grad();
+        Tensor part = _tensor.detach().flatten().narrow(0, offset / size, destination.Length / size);
         part.to(_dtype).to(CPU).contiguous().bytes.CopyTo(destination);
     }
 
@@ -91,7 +91,7 @@ public static class TorchStateDict
     public static IReadOnlyList<TorchTensor> Of(nn.Module module, PublishedType type = PublishedType.AsIs)
     {
         ArgumentNullException.ThrowIfNull(module);
-        var tensors = new List<TorchTensor>();
+        List<TorchTensor> tensors = new List<TorchTensor>();
         Collect(module, "", new HashSet<string>(), tensors, type);
         return tensors;
     }
@@ -100,11 +100,11 @@ public static class TorchStateDict
     // one module that is right all the same: TorchSharp registers fields by their own name beside the name they were given explicitly.
     private static void Collect(nn.Module module, string prefix, HashSet<string> names, List<TorchTensor> tensors, PublishedType type)
     {
-        foreach (var (name, parameter) in module.named_parameters(recurse: false))
+        foreach ((string? name, TorchSharp.Modules.Parameter? parameter) in module.named_parameters(recurse: false))
             Add(name, parameter);
-        foreach (var (name, buffer) in module.named_buffers(recurse: false, include_nonpersistent: false))
+        foreach ((string? name, Tensor? buffer) in module.named_buffers(recurse: false, include_nonpersistent: false))
             Add(name, buffer);
-        foreach (var (name, child) in module.named_children().DistinctBy(child => child.module, ReferenceEqualityComparer.Instance))
+        foreach ((string? name, nn.Module? child) in module.named_children().DistinctBy(child => child.module, ReferenceEqualityComparer.Instance))
             Collect(child, $"{prefix}{name}.", names, tensors, type);
 
         void Add(string name, Tensor tensor)

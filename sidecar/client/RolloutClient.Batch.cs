@@ -83,11 +83,11 @@ public sealed partial class RolloutClient
         TimeSpan? timeout,
         [EnumeratorCancellation] CancellationToken cancellationToken)
     {
-        using var ended = CancellationTokenSource.CreateLinkedTokenSource(cancellationToken);
+        using CancellationTokenSource ended = CancellationTokenSource.CreateLinkedTokenSource(cancellationToken);
         CancellationToken token = ended.Token;
         CallOptions options = Options(timeout ?? DefaultWorkTimeout, token);
         using AsyncDuplexStreamingCall<V1.GenerateRequest, V1.GenerateReply> call = _rollout.GenerateBatch(options);
-        var batch = new Batch(onRefused);
+        Batch batch = new Batch(onRefused);
         ExceptionDispatchInfo? sendError = null;
         bool allSent = false;
         // Not awaited when the caller leaves early: it may be waiting for the caller's next request.

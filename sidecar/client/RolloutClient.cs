@@ -59,7 +59,7 @@ public sealed partial class RolloutClient : IAsyncDisposable
     /// <exception cref="RolloutTimeoutException">It did not within <paramref name="timeout"/>; the message has its last answer.</exception>
     public async Task WaitUntilReadyAsync(TimeSpan timeout, CancellationToken cancellationToken = default)
     {
-        var clock = Stopwatch.StartNew();
+        Stopwatch clock = Stopwatch.StartNew();
         while (true)
         {
             cancellationToken.ThrowIfCancellationRequested();

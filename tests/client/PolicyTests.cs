@@ -15,19 +15,19 @@ public sealed class PolicyTests
     [Fact]
     public void Equals_Hugging_Face()
     {
-        var folder = GoldenFolder();
-        using var scope = NewDisposeScope();
-        using var _ = no_grad();
-        using var policy = Load(folder);
-        var golden = ReadSafetensors(Path.Combine(folder, "golden.safetensors"));
-        using var document = JsonDocument.Parse(File.ReadAllText(Path.Combine(folder, "golden.json")));
-        var prompts = document.RootElement.GetProperty("prompts").EnumerateArray()
+        string folder = GoldenFolder();
+        using DisposeScope scope = NewDisposeScope();
+        using IDisposable _ = no_grad();
+        using Policy policy = Load(folder);
+        Dictionary<string, Tensor> golden = ReadSafetensors(Path.Combine(folder, "golden.safetensors"));
+        using JsonDocument document = JsonDocument.Parse(File.ReadAllText(Path.Combine(folder, "golden.json")));
+        long[][] prompts = document.RootElement.GetProperty("prompts").EnumerateArray()
             .Select(p => p.EnumerateArray().Select(t => t.GetInt64()).ToArray()).ToArray();
         Assert.NotEmpty(prompts);
-        for (var i = 0; i < prompts.Length; i++)
+        for (int i = 0; i < prompts.Length; i++)
         {
-            var logits = policy.forward(tensor(prompts[i]).unsqueeze(0)).squeeze(0);
-            var difference = (logits - golden[$"logits.{i}"]).abs().max().item<float>();
+            Tensor logits = policy.forward(tensor(prompts[i]).unsqueeze(0)).squeeze(0);
+            float difference = (logits - golden[$"logits.{i}"]).abs().max().item<float>();
             Assert.True(difference < 2e-3, $"prompt {i}: logits differ by {difference}");
         }
     }
@@ -35,16 +35,16 @@ public sealed class PolicyTests
     [Fact]
     public void A_folder_written_and_read_is_the_same_model()
     {
-        var folder = Directory.CreateTempSubdirectory("rollout-test-").FullName;
+        string folder = Directory.CreateTempSubdirectory("rollout-test-").FullName;
         try
         {
-            using var scope = NewDisposeScope();
-            using var _ = no_grad();
-            using var policy = new Policy(new PolicyConfig { VocabSize = ArithmeticTask.VocabSize, NumHiddenLayers = 2, HiddenSize = 64 });
-            using (var weights = new MasterWeights(policy))
+            using DisposeScope scope = NewDisposeScope();
+            using IDisposable _ = no_grad();
+            using Policy policy = new Policy(new PolicyConfig { VocabSize = ArithmeticTask.VocabSize, NumHiddenLayers = 2, HiddenSize = 64 });
+            using (MasterWeights weights = new MasterWeights(policy))
                 HuggingFaceFolder.Write(folder, policy);
-            using var again = Load(folder);
-            var tokens = tensor([.. ArithmeticTask.Encode("12+34=").Select(t => (long)t)]).unsqueeze(0);
+            using Policy again = Load(folder);
+            Tensor tokens = tensor([.. ArithmeticTask.Encode("12+34=").Select(t => (long)t)]).unsqueeze(0);
             Assert.Equal(policy.Config, again.Config);
             Assert.Equal(policy.forward(tokens).data<float>().ToArray(), again.forward(tokens).data<float>().ToArray());
         }
@@ -57,13 +57,13 @@ public sealed class PolicyTests
     [Fact]
     public void The_tokenizer_has_one_token_for_every_byte_and_one_that_ends()
     {
-        var folder = Directory.CreateTempSubdirectory("rollout-test-").FullName;
+        string folder = Directory.CreateTempSubdirectory("rollout-test-").FullName;
         try
         {
-            using var policy = new Policy(new PolicyConfig { VocabSize = ArithmeticTask.VocabSize, NumHiddenLayers = 1, HiddenSize = 32 });
+            using Policy policy = new Policy(new PolicyConfig { VocabSize = ArithmeticTask.VocabSize, NumHiddenLayers = 1, HiddenSize = 32 });
             HuggingFaceFolder.Write(folder, policy);
-            using var document = JsonDocument.Parse(File.ReadAllText(Path.Combine(folder, "tokenizer.json")));
-            var vocabulary = document.RootElement.GetProperty("model").GetProperty("vocab").EnumerateObject()
+            using JsonDocument document = JsonDocument.Parse(File.ReadAllText(Path.Combine(folder, "tokenizer.json")));
+            Dictionary<string, int> vocabulary = document.RootElement.GetProperty("model").GetProperty("vocab").EnumerateObject()
                 .ToDictionary(p => p.Name, p => p.Value.GetInt32());
             Assert.Equal(Enumerable.Range(0, 256), vocabulary.Values.Order());
             Assert.Equal(ArithmeticTask.Encode("0+="), new[] { vocabulary["0"], vocabulary["+"], vocabulary["="] });
@@ -78,10 +78,10 @@ public sealed class PolicyTests
 
     private static Policy Load(string folder)
     {
-        using var document = JsonDocument.Parse(File.ReadAllText(Path.Combine(folder, "config.json")));
-        var json = document.RootElement;
+        using JsonDocument document = JsonDocument.Parse(File.ReadAllText(Path.Combine(folder, "config.json")));
+        JsonElement json = document.RootElement;
         int Number(string name) => json.GetProperty(name).GetInt32();
-        var policy = new Policy(new PolicyConfig
+        Policy policy = new Policy(new PolicyConfig
         {
             VocabSize = Number("vocab_size"),
             HiddenSize = Number("hidden_size"),
@@ -95,9 +95,9 @@ public sealed class PolicyTests
             RopeTheta = json.GetProperty("rope_parameters").GetProperty("rope_theta").GetDouble(),
             TieWordEmbeddings = json.GetProperty("tie_word_embeddings").GetBoolean(),
         });
-        var tensors = ReadSafetensors(Path.Combine(folder, "model.safetensors"));
+        Dictionary<string, Tensor> tensors = ReadSafetensors(Path.Combine(folder, "model.safetensors"));
         Assert.Equal(tensors.Keys.Order(), TorchStateDict.Of(policy).Select(t => t.Name).Order());
-        foreach (var (name, parameter) in policy.named_parameters())
+        foreach ((string? name, TorchSharp.Modules.Parameter? parameter) in policy.named_parameters())
         {
             Assert.Equal(tensors[name].shape, parameter.shape);
             parameter.copy_(tensors[name]);
@@ -108,15 +108,15 @@ public sealed class PolicyTests
 
     private static Dictionary<string, Tensor> ReadSafetensors(string path)
     {
-        var bytes = File.ReadAllBytes(path);
-        var length = (int)BitConverter.ToInt64(bytes);
-        using var document = JsonDocument.Parse(bytes.AsMemory(8, length));
-        var tensors = new Dictionary<string, Tensor>();
-        foreach (var property in document.RootElement.EnumerateObject().Where(p => p.Name != "__metadata__"))
+        byte[] bytes = File.ReadAllBytes(path);
+        int length = (int)BitConverter.ToInt64(bytes);
+        using JsonDocument document = JsonDocument.Parse(bytes.AsMemory(8, length));
+        Dictionary<string, Tensor> tensors = new Dictionary<string, Tensor>();
+        foreach (JsonProperty property in document.RootElement.EnumerateObject().Where(p => p.Name != "__metadata__"))
         {
-            var offsets = property.Value.GetProperty("data_offsets").EnumerateArray().Select(o => o.GetInt32()).ToArray();
-            var data = bytes.AsSpan(8 + length + offsets[0], offsets[1] - offsets[0]);
-            var values = property.Value.GetProperty("dtype").GetString() switch
+            int[] offsets = property.Value.GetProperty("data_offsets").EnumerateArray().Select(o => o.GetInt32()).ToArray();
+            Span<byte> data = bytes.AsSpan(8 + length + offsets[0], offsets[1] - offsets[0]);
+            float[] values = property.Value.GetProperty("dtype").GetString() switch
             {
                 "F32" => MemoryMarshal.Cast<byte, float>(data).ToArray(),
                 "BF16" => [.. MemoryMarshal.Cast<byte, ushort>(data).ToArray().Select(b => BitConverter.UInt32BitsToSingle((uint)b << 16))],
@@ -132,9 +132,9 @@ public sealed class PolicyTests
     // tests/golden, looked for upwards from the build output.
     private static string GoldenFolder()
     {
-        for (var at = new DirectoryInfo(AppContext.BaseDirectory); at is not null; at = at.Parent)
+        for (DirectoryInfo? at = new DirectoryInfo(AppContext.BaseDirectory); at is not null; at = at.Parent)
         {
-            var folder = Path.Combine(at.FullName, "tests", "golden", "qwen3");
+            string folder = Path.Combine(at.FullName, "tests", "golden", "qwen3");
             if (Directory.Exists(folder))
                 return folder;
         }

@@ -12,8 +12,8 @@ public sealed class TorchNativeTests
     {
         TorchNative.EnsureLoaded();
         TorchNative.EnsureLoaded();
-        using var scope = torch.NewDisposeScope();
-        var product = torch.ones(3, 4).matmul(torch.full(4, 5, 2f));
+        using DisposeScope scope = torch.NewDisposeScope();
+        torch.Tensor product = torch.ones(3, 4).matmul(torch.full(4, 5, 2f));
         Assert.Equal(8f, product.min().item<float>());
         Assert.Equal(8f, product.max().item<float>());
     }
@@ -22,9 +22,9 @@ public sealed class TorchNativeTests
     public void Finds_the_needs_of_the_real_library()
     {
         Assert.SkipUnless(OperatingSystem.IsLinux(), "the library is an ELF file on Linux only");
-        var needs = RealLibrary(out _).Needs;
+        IReadOnlyList<ElfVersionNeed> needs = RealLibrary(out _).Needs;
         Assert.Contains(needs, need => need is { Library: "libc.so.6", Name: "GLIBC_2.34", IsWeak: false });
-        var unused = Assert.Single(needs, need => need.Name == TorchNative.UnusedVersion);
+        ElfVersionNeed unused = Assert.Single(needs, need => need.Name == TorchNative.UnusedVersion);
         Assert.Equal("libstdc++.so.6", unused.Library);
         Assert.False(unused.IsWeak);
         Assert.Equal(needs.Count, needs.Select(need => need.Index).Distinct().Count());
@@ -34,14 +34,14 @@ public sealed class TorchNativeTests
     public void Marking_weak_changes_one_flag_and_nothing_else()
     {
         Assert.SkipUnless(OperatingSystem.IsLinux(), "the library is an ELF file on Linux only");
-        var elf = RealLibrary(out var image);
-        var before = image.ToArray();
-        var unused = elf.Needs.Single(need => need.Name == TorchNative.UnusedVersion);
+        ElfVersions elf = RealLibrary(out byte[]? image);
+        byte[] before = image.ToArray();
+        ElfVersionNeed unused = elf.Needs.Single(need => need.Name == TorchNative.UnusedVersion);
         elf.MarkWeak(unused);
-        var changed = Enumerable.Range(0, image.Length).Where(i => image[i] != before[i]).ToArray();
+        int[] changed = Enumerable.Range(0, image.Length).Where(i => image[i] != before[i]).ToArray();
         Assert.Equal([unused.FlagsOffset], changed);
         Assert.Equal(before[unused.FlagsOffset] | 2, image[unused.FlagsOffset]);
-        var again = new ElfVersions(image, "again").Needs;
+        IReadOnlyList<ElfVersionNeed> again = new ElfVersions(image, "again").Needs;
         Assert.Equal([TorchNative.UnusedVersion], again.Where(need => need.IsWeak).Select(need => need.Name));
     }
 
@@ -49,10 +49,10 @@ public sealed class TorchNativeTests
     public void Refuses_to_weaken_a_version_that_is_used()
     {
         Assert.SkipUnless(OperatingSystem.IsLinux(), "the library is an ELF file on Linux only");
-        var elf = RealLibrary(out var image);
-        var before = image.ToArray();
-        var used = elf.Needs.Single(need => need is { Library: "libstdc++.so.6", Name: "GLIBCXX_3.4.21" });
-        var error = Assert.Throws<InvalidOperationException>(() => elf.MarkWeak(used));
+        ElfVersions elf = RealLibrary(out byte[]? image);
+        byte[] before = image.ToArray();
+        ElfVersionNeed used = elf.Needs.Single(need => need is { Library: "libstdc++.so.6", Name: "GLIBCXX_3.4.21" });
+        InvalidOperationException error = Assert.Throws<InvalidOperationException>(() => elf.MarkWeak(used));
         Assert.Contains("GLIBCXX_3.4.21", error.Message);
         Assert.Equal(before, image);
     }
@@ -61,12 +61,12 @@ public sealed class TorchNativeTests
     public async Task Many_writers_at_once_leave_one_whole_copy()
     {
         Assert.SkipUnless(OperatingSystem.IsLinux(), "the library is an ELF file on Linux only");
-        var cache = Directory.CreateTempSubdirectory("rollout-test-").FullName;
+        string cache = Directory.CreateTempSubdirectory("rollout-test-").FullName;
         try
         {
-            var library = TorchNative.FindLibrary()!;
-            var copies = await Task.WhenAll(Enumerable.Range(0, 8).Select(_ => Task.Run(() => TorchNative.Mend(library, cache))));
-            var copy = Assert.Single(copies.Distinct());
+            string library = TorchNative.FindLibrary()!;
+            string[] copies = await Task.WhenAll(Enumerable.Range(0, 8).Select(_ => Task.Run(() => TorchNative.Mend(library, cache))));
+            string copy = Assert.Single(copies.Distinct());
             Assert.Equal([copy], Directory.GetFiles(cache, "*", SearchOption.AllDirectories));
             Assert.True(new ElfVersions(File.ReadAllBytes(copy), copy).Needs.Single(n => n.Name == TorchNative.UnusedVersion).IsWeak);
 
@@ -97,7 +97,7 @@ public sealed class TorchNativeTests
     [MemberData(nameof(NotElf64))]
     public void Refuses_what_is_not_ELF64_and_says_why(string reason, byte[] image)
     {
-        var error = Assert.Throws<BadImageFormatException>(() => new ElfVersions(image, "some.so"));
+        BadImageFormatException error = Assert.Throws<BadImageFormatException>(() => new ElfVersions(image, "some.so"));
         Assert.Contains(reason, error.Message);
         Assert.StartsWith("some.so is not a 64-bit", error.Message);
     }
@@ -106,11 +106,11 @@ public sealed class TorchNativeTests
     public void A_library_cut_anywhere_is_refused_or_read_never_worse()
     {
         Assert.SkipUnless(OperatingSystem.IsLinux(), "the library is an ELF file on Linux only");
-        var whole = RealLibrary(out var image).Needs;
-        for (var length = 0; length < image.Length; length += 40_009)
+        IReadOnlyList<ElfVersionNeed> whole = RealLibrary(out byte[]? image).Needs;
+        for (int length = 0; length < image.Length; length += 40_009)
         {
             // Past the last segment there is nothing the loader reads, so such a cut does no harm.
-            var error = Record.Exception(() => Assert.Equal(whole, new ElfVersions(image[..length], "cut.so").Needs));
+            Exception? error = Record.Exception(() => Assert.Equal(whole, new ElfVersions(image[..length], "cut.so").Needs));
             Assert.True(error is null or BadImageFormatException, $"cut at {length}: {error}");
             Assert.True(error is not null || length > image.Length / 2, $"cut at {length} was accepted");
         }
@@ -118,7 +118,7 @@ public sealed class TorchNativeTests
 
     private static ElfVersions RealLibrary(out byte[] image)
     {
-        var path = TorchNative.FindLibrary();
+        string? path = TorchNative.FindLibrary();
         Assert.NotNull(path);
         image = File.ReadAllBytes(path);
         return new(image, path);
@@ -126,7 +126,7 @@ public sealed class TorchNativeTests
 
     private static byte[] Header(byte bits = 2, byte endian = 1, byte type = 3, byte headerSize = 56, byte headers = 0)
     {
-        var header = new byte[64];
+        byte[] header = new byte[64];
         "\u007fELF"u8.CopyTo(header);
         (header[4], header[5], header[16], header[32], header[54], header[56]) = (bits, endian, type, 64, headerSize, headers);
         return header;

@@ -15,8 +15,8 @@ public sealed class TorchStateDictTests
     [Fact]
     public void Names_types_and_shapes_are_the_modules()
     {
-        using var module = new Tied();
-        var tensors = TorchStateDict.Of(module, PublishedType.BFloat16);
+        using Tied module = new Tied();
+        IReadOnlyList<TorchTensor> tensors = TorchStateDict.Of(module, PublishedType.BFloat16);
         Assert.Equal(["scale", "counts", "embed_tokens.weight", "lm_head.weight"], tensors.Select(t => t.Name));
         Assert.Equal(["BF16", "I64", "BF16", "BF16"], tensors.Select(t => t.DType));
         Assert.Equal([5, 3], tensors[2].Shape);
@@ -27,7 +27,7 @@ public sealed class TorchStateDictTests
     [Fact]
     public void Fields_that_TorchSharp_registers_a_second_time_are_not_published_twice()
     {
-        using var module = new Tied(registerFields: true);
+        using Tied module = new Tied(registerFields: true);
         Assert.Contains("_embedding", module.named_children().Select(child => child.name));
         Assert.Equal(
             ["scale", "counts", "embed_tokens.weight", "lm_head.weight"], TorchStateDict.Of(module).Select(t => t.Name));
@@ -36,8 +36,8 @@ public sealed class TorchStateDictTests
     [Fact]
     public void A_tied_tensor_is_there_under_both_names_with_the_same_bytes()
     {
-        using var module = new Tied();
-        var tensors = TorchStateDict.Of(module, PublishedType.BFloat16);
+        using Tied module = new Tied();
+        IReadOnlyList<TorchTensor> tensors = TorchStateDict.Of(module, PublishedType.BFloat16);
         Assert.Equal(Bytes(tensors[2]), Bytes(tensors[3]));
     }
 
@@ -46,9 +46,9 @@ public sealed class TorchStateDictTests
     [InlineData(PublishedType.BFloat16)]
     public void A_list_made_once_copies_what_the_module_holds_now(PublishedType type)
     {
-        using var module = new Turned();
-        var tensors = TorchStateDict.Of(module, type);
-        for (var value = 7; value < 10; value++)
+        using Turned module = new Turned();
+        IReadOnlyList<TorchTensor> tensors = TorchStateDict.Of(module, type);
+        for (int value = 7; value < 10; value++)
         {
             using (no_grad())
             {
@@ -56,10 +56,10 @@ public sealed class TorchStateDictTests
                 module.Transposed.fill_(value);
             }
 
-            foreach (var tensor in tensors)
+            foreach (TorchTensor tensor in tensors)
             {
-                var bytes = Bytes(tensor);
-                var held = type == PublishedType.AsIs
+                byte[] bytes = Bytes(tensor);
+                float[] held = type == PublishedType.AsIs
                     ? MemoryMarshal.Cast<byte, float>(bytes).ToArray()
                     : [.. MemoryMarshal.Cast<byte, ushort>(bytes).ToArray().Select(Single)];
                 Assert.All(held, element => Assert.Equal(value, element));
@@ -72,8 +72,8 @@ public sealed class TorchStateDictTests
     {
         await using FakeSidecar fake = await FakeSidecar.StartAsync();
         await using RolloutClient client = RolloutClient.Connect(fake.Address);
-        await using var publisher = new WeightPublisher(client);
-        using var module = new Sharing();
+        await using WeightPublisher publisher = new WeightPublisher(client);
+        using Sharing module = new Sharing();
         for (ulong version = 1; version <= 3; version++)
         {
             using (no_grad())
@@ -86,8 +86,8 @@ public sealed class TorchStateDictTests
             Assert.Equal([0, 1, 2, 3, 4, 5], MemoryMarshal.Cast<byte, ushort>(fake.Weights.Tensors["gate"]).ToArray().Select(Single));
         }
 
-        using var counting = new Tied();
-        var error = await Assert.ThrowsAsync<NotSupportedException>(() =>
+        using Tied counting = new Tied();
+        NotSupportedException error = await Assert.ThrowsAsync<NotSupportedException>(() =>
             publisher.PushAsync(counting, cancellationToken: TestContext.Current.CancellationToken));
         Assert.Contains("'counts' holds I64", error.Message, StringComparison.Ordinal);
     }
@@ -96,8 +96,8 @@ public sealed class TorchStateDictTests
     [Fact]
     public void Strides_views_and_gradients_do_not_show()
     {
-        using var scope = NewDisposeScope();
-        var storage = arange(7 * 6 * 5, float32).view(7, 6, 5) - 100.3f;
+        using DisposeScope scope = NewDisposeScope();
+        Tensor storage = arange(7 * 6 * 5, float32).view(7, 6, 5) - 100.3f;
         (string, Func<Tensor, Tensor>)[] views =
         [
             ("whole", t => t),
@@ -112,29 +112,29 @@ public sealed class TorchStateDictTests
             ("a scalar", t => t[4, 3, 2]),
             ("nothing", t => t.narrow(1, 6, 0)),
         ];
-        foreach (var type in (ScalarType[])[ScalarType.Float32, ScalarType.BFloat16, ScalarType.Float16])
+        foreach (ScalarType type in (ScalarType[])[ScalarType.Float32, ScalarType.BFloat16, ScalarType.Float16])
         {
-            foreach (var (name, view) in views)
+            foreach ((string? name, Func<Tensor, Tensor>? view) in views)
             {
-                foreach (var gradient in (bool[])[false, true])
+                foreach (bool gradient in (bool[])[false, true])
                 {
-                    var source = storage.to(type, copy: true);
+                    Tensor source = storage.to(type, copy: true);
                     source.requires_grad = gradient;
-                    var tensor = view(source);
-                    foreach (var published in Enum.GetValues<PublishedType>())
+                    Tensor tensor = view(source);
+                    foreach (PublishedType published in Enum.GetValues<PublishedType>())
                     {
-                        var sent = published == PublishedType.BFloat16 ? ScalarType.BFloat16 : type;
-                        var plain = tensor.numel() == 0 ? [] : tensor.detach().to(float32).reshape(-1).clone().data<float>().ToArray();
-                        var expected = plain.SelectMany(value => sent switch
+                        ScalarType sent = published == PublishedType.BFloat16 ? ScalarType.BFloat16 : type;
+                        float[] plain = tensor.numel() == 0 ? [] : tensor.detach().to(float32).reshape(-1).clone().data<float>().ToArray();
+                        byte[] expected = plain.SelectMany(value => sent switch
                         {
                             ScalarType.Float32 => BitConverter.GetBytes(value),
                             ScalarType.Float16 => BitConverter.GetBytes((Half)value),
                             _ => BitConverter.GetBytes(BFloat16(value)),
                         }).ToArray();
-                        var torchTensor = new TorchTensor("t", tensor, published);
+                        TorchTensor torchTensor = new TorchTensor("t", tensor, published);
                         Assert.Equal((name, tensor.numel() * sent.ElementSize()), (name, torchTensor.ByteLength));
                         Assert.Equal(expected, Bytes(torchTensor));
-                        var parts = new byte[expected.Length];
+                        byte[] parts = new byte[expected.Length];
                         for (int at = 0, size = 3 * sent.ElementSize(); at < parts.Length; at += size)
                             torchTensor.CopyTo(parts.AsSpan(at, Math.Min(size, parts.Length - at)), at);
                         Assert.Equal(expected, parts);
@@ -147,8 +147,8 @@ public sealed class TorchStateDictTests
     [Fact]
     public void Parameters_that_share_a_storage_are_each_read_from_their_own_place()
     {
-        using var module = new Sharing();
-        var tensors = TorchStateDict.Of(module).ToDictionary(t => t.Name, t => MemoryMarshal.Cast<byte, float>(Bytes(t)).ToArray());
+        using Sharing module = new Sharing();
+        Dictionary<string, float[]> tensors = TorchStateDict.Of(module).ToDictionary(t => t.Name, t => MemoryMarshal.Cast<byte, float>(Bytes(t)).ToArray());
         Assert.Equal(["gate", "up"], tensors.Keys.Order());
         Assert.Equal([0, 1, 2, 3, 4, 5], tensors["gate"]);
         Assert.Equal([6, 7, 8, 9, 10, 11], tensors["up"]);
@@ -157,7 +157,7 @@ public sealed class TorchStateDictTests
     [Fact]
     public void A_frozen_parameter_is_part_of_the_model_all_the_same()
     {
-        using var module = new Tied();
+        using Tied module = new Tied();
         module.Scale.requires_grad = false;
         Assert.Contains("scale", TorchStateDict.Of(module).Select(t => t.Name));
     }
@@ -165,9 +165,9 @@ public sealed class TorchStateDictTests
     [Fact]
     public void Rounding_to_bfloat16_is_to_nearest_ties_to_even() => Gen.Float.Array[1, 40].Sample(values =>
     {
-        using var scope = NewDisposeScope();
-        var copied = MemoryMarshal.Cast<byte, ushort>(Bytes(new TorchTensor("t", tensor(values), PublishedType.BFloat16))).ToArray();
-        for (var i = 0; i < values.Length; i++)
+        using DisposeScope scope = NewDisposeScope();
+        ushort[] copied = MemoryMarshal.Cast<byte, ushort>(Bytes(new TorchTensor("t", tensor(values), PublishedType.BFloat16))).ToArray();
+        for (int i = 0; i < values.Length; i++)
         {
             if (float.IsNaN(values[i]) ? (copied[i] & 0x7fff) <= 0x7f80 : copied[i] != BFloat16(values[i]))
                 return false;
@@ -179,10 +179,10 @@ public sealed class TorchStateDictTests
     [Fact]
     public void Parts_put_together_are_the_whole() => Gen.Select(Gen.Int[1, 50], Gen.Int[1, 60]).Sample((elements, part) =>
     {
-        using var scope = NewDisposeScope();
-        var source = new TorchTensor("t", randn(elements), PublishedType.BFloat16);
-        var together = new byte[source.ByteLength];
-        for (var offset = 0; offset < together.Length; offset += 2 * part)
+        using DisposeScope scope = NewDisposeScope();
+        TorchTensor source = new TorchTensor("t", randn(elements), PublishedType.BFloat16);
+        byte[] together = new byte[source.ByteLength];
+        for (int offset = 0; offset < together.Length; offset += 2 * part)
             source.CopyTo(together.AsSpan(offset, Math.Min(2 * part, together.Length - offset)), offset);
         return together.SequenceEqual(Bytes(source));
     });
@@ -195,16 +195,16 @@ public sealed class TorchStateDictTests
     [InlineData(4, -4, "past")]
     public void Parts_that_do_not_fit_are_refused_by_name(int length, long offset, string reason)
     {
-        using var scope = NewDisposeScope();
-        var source = new TorchTensor("some.weight", zeros(2), PublishedType.AsIs);
-        var error = Assert.Throws<ArgumentException>(() => source.CopyTo(new byte[length], offset));
+        using DisposeScope scope = NewDisposeScope();
+        TorchTensor source = new TorchTensor("some.weight", zeros(2), PublishedType.AsIs);
+        ArgumentException error = Assert.Throws<ArgumentException>(() => source.CopyTo(new byte[length], offset));
         Assert.Contains("'some.weight'", error.Message);
         Assert.Contains(reason, error.Message);
     }
 
     private static ushort BFloat16(float value)
     {
-        var bits = BitConverter.SingleToUInt32Bits(value);
+        uint bits = BitConverter.SingleToUInt32Bits(value);
         return (ushort)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
     }
 
@@ -212,7 +212,7 @@ public sealed class TorchStateDictTests
 
     private static byte[] Bytes(TorchTensor tensor)
     {
-        var bytes = new byte[tensor.ByteLength];
+        byte[] bytes = new byte[tensor.ByteLength];
         tensor.CopyTo(bytes);
         return bytes;
     }
@@ -234,7 +234,7 @@ public sealed class TorchStateDictTests
     {
         public Sharing() : base(nameof(Sharing))
         {
-            var fused = arange(12, float32).view(4, 3);
+            Tensor fused = arange(12, float32).view(4, 3);
             register_parameter("gate", new Parameter(fused.narrow(0, 0, 2)));
             register_parameter("up", Up = new Parameter(fused.narrow(0, 2, 2)));
         }

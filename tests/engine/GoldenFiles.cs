@@ -10,9 +10,9 @@ internal static class GoldenFiles
 
     private static string Find()
     {
-        for (var at = new DirectoryInfo(AppContext.BaseDirectory); at is not null; at = at.Parent)
+        for (DirectoryInfo? at = new DirectoryInfo(AppContext.BaseDirectory); at is not null; at = at.Parent)
         {
-            var golden = Path.Combine(at.FullName, "tests", "golden");
+            string golden = Path.Combine(at.FullName, "tests", "golden");
             if (Directory.Exists(golden))
                 return golden;
         }

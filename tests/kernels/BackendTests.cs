@@ -51,7 +51,7 @@ public abstract partial class BackendTests : IDisposable
         if (subject.Backend is ReferenceBackend)
             return; // nothing to compare it with
 
-        using var reference = new ReferenceBackend(Format);
+        using ReferenceBackend reference = new ReferenceBackend(Format);
         float[] expected = work(new Bench(reference, seed));
         double largest = expected.Max(value => Math.Abs((double)value));
         Bench.Close(expected, work(new Bench(subject.Backend, seed)), tolerance + (roundings * Rounding * largest));
@@ -79,9 +79,7 @@ public abstract partial class BackendTests : IDisposable
     {
         Bench subject = New();
         Gen.Select(Gen.Int[1, 40], Gen.Int[1, 150], Gen.Int[2, 140], Gen.Int[0, 1 << 30]).Sample(
-            (rows, inputs, outputs, seed) =>
-            {
-                Compare(subject, seed, inputs * 4e-7, bench =>
+            (rows, inputs, outputs, seed) => Compare(subject, seed, inputs * 4e-7, bench =>
                 {
                     using Tensor x = bench.Tensor(rows + 2, inputs);
                     using Tensor y = bench.Tensor(rows + 2, outputs), z = bench.Tensor(rows + 2, outputs);
@@ -89,8 +87,7 @@ public abstract partial class BackendTests : IDisposable
                     bench.Backend.MatMul(x, w, seed % 2 == 0 ? b : null, y, rows);
                     bench.Backend.MatMulAdd(x, w, seed % 3 == 0 ? b : null, z, rows);
                     return [.. Bench.Read(y, rows + 2), .. Bench.Read(z, rows + 2)];
-                });
-            },
+                }),
             iter: 60,
             threads: 1);
     }

@@ -36,7 +36,7 @@ public sealed partial class ReferenceBackend(WeightFormat format = WeightFormat.
 
     protected override RopeTable AllocateRopeTableCore(ReadOnlySpan<float> inverseFrequencies, int positions)
     {
-        var table = new RefRope(this, positions, inverseFrequencies.Length * 2);
+        RefRope table = new RefRope(this, positions, inverseFrequencies.Length * 2);
         for (int p = 0; p < positions; p++)
         {
             for (int i = 0; i < inverseFrequencies.Length; i++)
@@ -52,7 +52,7 @@ public sealed partial class ReferenceBackend(WeightFormat format = WeightFormat.
 
     protected override void WriteWeightCore(Weight destination, long element, ReadOnlySpan<byte> source, DType type)
     {
-        var weight = (RefWeight)destination;
+        RefWeight weight = (RefWeight)destination;
         for (int i = 0; i < source.Length / type.Size(); i++)
         {
             float value = type switch
@@ -95,7 +95,7 @@ public sealed partial class ReferenceBackend(WeightFormat format = WeightFormat.
 
     protected override void EmbedCore(Weight table, Tensor output)
     {
-        var (weight, tensor) = ((RefWeight)table, (RefTensor)output);
+        (RefWeight? weight, RefTensor? tensor) = ((RefWeight)table, (RefTensor)output);
         for (int row = 0; row < Step.RowCount; row++)
         {
             for (int i = 0; i < table.Inputs; i++)
@@ -105,7 +105,7 @@ public sealed partial class ReferenceBackend(WeightFormat format = WeightFormat.
 
     protected override void RmsNormCore(Tensor input, Weight scale, float epsilon, Tensor output, int rows)
     {
-        var (x, y) = ((RefTensor)input, (RefTensor)output);
+        (RefTensor? x, RefTensor? y) = ((RefTensor)input, (RefTensor)output);
         for (int row = 0; row < rows; row++)
         {
             double[] normed = Norm(Enumerable.Range(0, x.Columns).Select(i => x[row, i]).ToArray(), (RefWeight)scale, epsilon);
@@ -116,7 +116,7 @@ public sealed partial class ReferenceBackend(WeightFormat format = WeightFormat.
 
     protected override void MatMulCore(Tensor input, Weight weight, Weight? bias, Tensor output, int rows, bool add)
     {
-        var (x, w, b, y) = ((RefTensor)input, (RefWeight)weight, (RefWeight?)bias, (RefTensor)output);
+        (RefTensor? x, RefWeight? w, RefWeight? b, RefTensor? y) = ((RefTensor)input, (RefWeight)weight, (RefWeight?)bias, (RefTensor)output);
         for (int row = 0; row < rows; row++)
         {
             for (int o = 0; o < w.Outputs; o++)
@@ -139,7 +139,7 @@ public sealed partial class ReferenceBackend(WeightFormat format = WeightFormat.
 
     private void RotateAndStore(int row, in AttentionCall call)
     {
-        var (x, table, cache) = ((RefTensor)call.Qkv, (RefRope)call.Rope, (RefCache)call.Cache);
+        (RefTensor? x, RefRope? table, RefCache? cache) = ((RefTensor)call.Qkv, (RefRope)call.Rope, (RefCache)call.Cache);
         KvLayout layout = cache.Layout(call.Layer);
         int position = Step.Positions[row], heads = call.Heads, half = layout.KeyDim / 2;
         Span<double> values = x.Row(row);
@@ -166,7 +166,7 @@ public sealed partial class ReferenceBackend(WeightFormat format = WeightFormat.
 
     private void Attend(int row, in AttentionCall call)
     {
-        var (x, y, cache) = ((RefTensor)call.Qkv, (RefTensor)call.Output, (RefCache)call.Cache);
+        (RefTensor? x, RefTensor? y, RefCache? cache) = ((RefTensor)call.Qkv, (RefTensor)call.Output, (RefCache)call.Cache);
         KvLayout layout = cache.Layout(call.Layer);
         int seen = (Step.Positions[row] / KvCache.BlockTokens) + 1;
         int[] blocks = [.. Enumerable.Range(0, seen).Select(b => Block(row, b * KvCache.BlockTokens))];
@@ -200,7 +200,7 @@ public sealed partial class ReferenceBackend(WeightFormat format = WeightFormat.
 
     protected override void GatedSiluCore(Tensor gateUp, Tensor output, int rows)
     {
-        var (x, y) = ((RefTensor)gateUp, (RefTensor)output);
+        (RefTensor? x, RefTensor? y) = ((RefTensor)gateUp, (RefTensor)output);
         for (int row = 0; row < rows; row++)
         {
             for (int i = 0; i < y.Columns; i++)
@@ -210,7 +210,7 @@ public sealed partial class ReferenceBackend(WeightFormat format = WeightFormat.
 
     protected override void GatherRowsCore(Tensor input, int first, int count, Tensor output)
     {
-        var (x, y) = ((RefTensor)input, (RefTensor)output);
+        (RefTensor? x, RefTensor? y) = ((RefTensor)input, (RefTensor)output);
         for (int k = 0; k < count; k++)
         {
             for (int i = 0; i < x.Columns; i++)
@@ -220,7 +220,7 @@ public sealed partial class ReferenceBackend(WeightFormat format = WeightFormat.
 
     protected override void SampleCore(Tensor logits, int first, int count, int begin, int end)
     {
-        var z = (RefTensor)logits;
+        RefTensor z = (RefTensor)logits;
         for (int q = begin; q < end; q++)
         {
             SampleQuery query = Step.Queries[q];
@@ -236,7 +236,7 @@ public sealed partial class ReferenceBackend(WeightFormat format = WeightFormat.
 
     protected override void CopyBlockCore(KvCache cache, int from, int to)
     {
-        var store = (RefCache)cache;
+        RefCache store = (RefCache)cache;
         for (int l = 0; l < cache.Layers; l++)
         {
             for (int h = 0; h < cache.Layout(l).KvHeads; h++)

@@ -12,8 +12,8 @@ public sealed class WorkersTests
     [InlineData(7)]
     public void Every_unit_is_done_once_before_run_returns(int threads)
     {
-        using var workers = new Workers(threads);
-        var job = new CountingJob();
+        using Workers workers = new Workers(threads);
+        CountingJob job = new CountingJob();
         Gen.Select(Gen.Int[0, 300], Gen.Bool, Gen.Int[0, 300]).Sample(
             (units, parallel, slowUnit) =>
             {
@@ -29,8 +29,8 @@ public sealed class WorkersTests
     [Fact]
     public void The_caller_goes_through_units_that_follow_one_another_and_then_helps_from_the_other_end()
     {
-        using var workers = new Workers(2);
-        var job = new BlockedWorkerJob();
+        using Workers workers = new Workers(2);
+        BlockedWorkerJob job = new BlockedWorkerJob();
         workers.Run(job, units: 40);
         Assert.Equal(Enumerable.Range(0, 20).Concat(Enumerable.Range(21, 19).Reverse()), job.OfTheCaller);
     }
@@ -40,13 +40,13 @@ public sealed class WorkersTests
     [InlineData(5)]
     public void An_exception_of_any_thread_is_the_callers_and_the_next_job_runs(int threads)
     {
-        using var workers = new Workers(threads);
-        var job = new CountingJob();
+        using Workers workers = new Workers(threads);
+        CountingJob job = new CountingJob();
         for (int failing = 0; failing < 60; failing++)
         {
             job.Done = new int[60];
             job.FailingUnit = failing;
-            var error = Assert.Throws<InvalidOperationException>(() => workers.Run(job, 60));
+            InvalidOperationException error = Assert.Throws<InvalidOperationException>(() => workers.Run(job, 60));
             Assert.Equal($"unit {failing}", error.Message);
             Assert.All(job.Done, times => Assert.InRange(times, 0, 1));
 

@@ -22,7 +22,7 @@ internal sealed class GroupAssembly(string requestId, int n)
             _prompt = new PromptInfo(prompt.Ids.ToInts(), prompt.Logprobs.ToFloats(), (int)prompt.CachedTokens);
         foreach (V1.SampleChunk message in reply.Samples)
         {
-            var chunk = SampleChunk.From(requestId, message);
+            SampleChunk chunk = SampleChunk.From(requestId, message);
             if (!_open.TryGetValue(chunk.Index, out List<SampleChunk>? parts))
                 _open.Add(chunk.Index, parts = []);
             parts.Add(Checked(chunk, parts));

@@ -1,4 +1,5 @@
 using Google.Protobuf.Collections;
+using Rollout.V1;
 
 namespace Rollout.Client;
 
@@ -23,7 +24,7 @@ public sealed record RolloutRequest
     internal V1.GenerateRequest ToProto(bool stream)
     {
         ThrowIfNegative();
-        var request = new V1.GenerateRequest
+        GenerateRequest request = new V1.GenerateRequest
         {
             RequestId = RequestId,
             N = (uint)Options.N,
@@ -48,7 +49,7 @@ public sealed record RolloutRequest
 
     private V1.SamplingParams Sampling()
     {
-        var sampling = new V1.SamplingParams
+        SamplingParams sampling = new V1.SamplingParams
         {
             Temperature = Options.Temperature,
             TopK = (uint)Options.TopK,
@@ -67,7 +68,7 @@ public sealed record RolloutRequest
 
     private V1.StoppingParams Stopping()
     {
-        var stopping = new V1.StoppingParams { MinTokens = (uint)Options.MinTokens, IgnoreEos = Options.IgnoreEos };
+        StoppingParams stopping = new V1.StoppingParams { MinTokens = (uint)Options.MinTokens, IgnoreEos = Options.IgnoreEos };
         if (Options.MaxTokens is { } max)
             stopping.MaxTokens = (uint)max;
         stopping.StopTokenIds.AddRange(Options.StopTokenIds.Select(id => (uint)id));

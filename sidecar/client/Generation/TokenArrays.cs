@@ -1,4 +1,5 @@
 using Google.Protobuf.Collections;
+using Rollout.V1;
 
 namespace Rollout.Client;
 
@@ -7,7 +8,7 @@ internal static class TokenArrays
 {
     public static V1.TokenIds ToTokenIds(this int[] ids)
     {
-        var message = new V1.TokenIds();
+        TokenIds message = new V1.TokenIds();
         message.Ids.AddRange((uint[])(object)ids);
         return message;
     }
@@ -16,7 +17,7 @@ internal static class TokenArrays
     {
         if (field.Count == 0)
             return [];
-        var ids = new int[field.Count];
+        int[] ids = new int[field.Count];
         field.CopyTo((uint[])(object)ids, 0);
         return ids;
     }
@@ -25,7 +26,7 @@ internal static class TokenArrays
     {
         if (field.Count == 0)
             return [];
-        var values = new float[field.Count];
+        float[] values = new float[field.Count];
         field.CopyTo(values, 0);
         return values;
     }

@@ -29,7 +29,7 @@ internal sealed class ChildProcess : IDisposable
     /// <exception cref="System.ComponentModel.Win32Exception">The program cannot be run.</exception>
     public static async Task<ChildProcess> StartAsync(string program, IEnumerable<string> arguments, Action<string> onLine)
     {
-        var start = new ProcessStartInfo
+        ProcessStartInfo start = new ProcessStartInfo
         {
             FileName = program,
             RedirectStandardInput = true,
@@ -47,11 +47,11 @@ internal sealed class ChildProcess : IDisposable
         foreach (string argument in arguments)
             start.ArgumentList.Add(argument);
 
-        var process = new Process { StartInfo = start };
+        Process process = new Process { StartInfo = start };
         process.OutputDataReceived += (_, e) => Take(e.Data);
         process.ErrorDataReceived += (_, e) => Take(e.Data);
-        var child = new ChildProcess(process);
-        var started = new TaskCompletionSource(TaskCreationOptions.RunContinuationsAsynchronously);
+        ChildProcess child = new ChildProcess(process);
+        TaskCompletionSource started = new TaskCompletionSource(TaskCreationOptions.RunContinuationsAsynchronously);
         // The kernel ties the death signal to the thread that forked, not to the process. So that thread stays until the child has ended.
         new Thread(() => child.Run(started)) { IsBackground = true, Name = "sidecar" }.Start();
         await started.Task;

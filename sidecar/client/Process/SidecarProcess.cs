@@ -56,7 +56,7 @@ public sealed class SidecarProcess : IAsyncDisposable
         if (options.Program.Contains('/') && !File.Exists(options.Program))
             throw new SidecarException($"there is no program {options.Program}", []);
 
-        var lines = new LastLines(LinesKept);
+        LastLines lines = new LastLines(LinesKept);
         (string program, List<string> arguments) = CommandLine(options, socket);
         ChildProcess child;
         try
@@ -72,7 +72,7 @@ public sealed class SidecarProcess : IAsyncDisposable
             throw new SidecarException($"{program} cannot be run: {e.Message}", [], e);
         }
 
-        var sidecar = new SidecarProcess(options, child, lines, socket);
+        SidecarProcess sidecar = new SidecarProcess(options, child, lines, socket);
         try
         {
             await sidecar.WaitUntilReadyAsync(cancellationToken);
@@ -131,7 +131,7 @@ public sealed class SidecarProcess : IAsyncDisposable
     private async Task WaitUntilReadyAsync(CancellationToken cancellationToken)
     {
         await using RolloutClient client = Connect();
-        using var stop = CancellationTokenSource.CreateLinkedTokenSource(cancellationToken);
+        using CancellationTokenSource stop = CancellationTokenSource.CreateLinkedTokenSource(cancellationToken);
         Task ready = client.WaitUntilReadyAsync(_options.ReadyTimeout, stop.Token);
         if (await Task.WhenAny(ready, _child.Exited) != ready)
         {

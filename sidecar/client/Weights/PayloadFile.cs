@@ -58,7 +58,7 @@ internal sealed partial class PayloadFile : IDisposable
         FileStream? file = null;
         try
         {
-            var options = new FileStreamOptions
+            FileStreamOptions options = new FileStreamOptions
             {
                 Mode = FileMode.CreateNew,
                 Access = FileAccess.ReadWrite,
@@ -98,7 +98,7 @@ internal sealed partial class PayloadFile : IDisposable
         {
             if (new FileInfo(segment.Path).LinkTarget != $"/memfd:{segment.Name} (deleted)")
                 return null;
-            var file = new FileStream(segment.Path, FileMode.Open, FileAccess.ReadWrite, FileShare.ReadWrite, bufferSize: 0);
+            FileStream file = new FileStream(segment.Path, FileMode.Open, FileAccess.ReadWrite, FileShare.ReadWrite, bufferSize: 0);
             return new PayloadFile(segment.Path, file, Math.Min((long)segment.Bytes, most));
         }
         catch (Exception e) when (e is IOException or UnauthorizedAccessException)
@@ -126,7 +126,9 @@ internal sealed partial class PayloadFile : IDisposable
             Match name = FileName().Match(System.IO.Path.GetFileName(path));
             if (name.Success && int.TryParse(name.Groups[1].Value, CultureInfo.InvariantCulture, out int pid)
                 && !Lives(pid) && TryLock(path) && TryDelete(path))
+            {
                 removed++;
+            }
         }
 
         return removed;

@@ -1,3 +1,5 @@
+using Rollout.V1;
+
 namespace Rollout.Client;
 
 /// <summary>
@@ -38,12 +40,12 @@ internal sealed class PayloadLayout
         if (twice.Length > 0)
             throw new ArgumentException($"tensors given more than once: {string.Join(", ", twice)}", nameof(tensors));
 
-        var manifest = new List<V1.ManifestTensor>(tensors.Count);
+        List<ManifestTensor> manifest = new List<V1.ManifestTensor>(tensors.Count);
         long end = 0;
         foreach (TensorSource tensor in tensors)
         {
             long offset = (end + alignment - 1) / alignment * alignment;
-            var entry = new V1.ManifestTensor { Name = tensor.Name, Dtype = tensor.DType.ToProto(), Offset = (ulong)offset };
+            ManifestTensor entry = new V1.ManifestTensor { Name = tensor.Name, Dtype = tensor.DType.ToProto(), Offset = (ulong)offset };
             entry.Shape.AddRange(tensor.Shape.Select(dimension => (ulong)dimension));
             if (tensor.SparseCount is { } count)
                 entry.SparseCount = (ulong)count;
@@ -66,7 +68,9 @@ internal sealed class PayloadLayout
             long? sparse = entry.HasSparseCount ? (long)entry.SparseCount : null;
             if (entry.Name != tensor.Name || entry.Dtype != tensor.DType.ToProto() || sparse != tensor.SparseCount
                 || !entry.Shape.SequenceEqual(tensor.Shape.Select(dimension => (ulong)dimension)))
+            {
                 return false;
+            }
         }
 
         return true;

@@ -122,7 +122,9 @@ internal sealed class UpdateCall : IAsyncDisposable
                 _replies.Writer.TryWrite(reply);
                 if (reply.StepCase is V1.UpdateReply.StepOneofCase.Rejected or V1.UpdateReply.StepOneofCase.Failed
                     or V1.UpdateReply.StepOneofCase.Aborted)
+                {
                     await _ended.CancelAsync();
+                }
             }
         }
         catch (Exception e)

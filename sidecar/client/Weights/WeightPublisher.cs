@@ -87,8 +87,8 @@ public sealed class WeightPublisher : IAsyncDisposable
             // Until this push has ended well it is not known what is served.
             _served = null;
             IPayloadSender sender = Sender(options, _layout);
-            using var file = sender as FileSender;
-            var push = new WeightPush(_client, _layout, tensors, options, sender)
+            using FileSender? file = sender as FileSender;
+            WeightPush push = new WeightPush(_client, _layout, tensors, options, sender)
             {
                 BaseVersion = baseVersion,
                 NewVersion = newVersion ?? checked(baseVersion + 1),

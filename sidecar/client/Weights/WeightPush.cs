@@ -33,7 +33,7 @@ internal sealed class WeightPush(
 
     public async Task<PushResult> RunAsync(CancellationToken cancellationToken)
     {
-        var call = new UpdateCall(client.Weights, new CallOptions(deadline: Deadline));
+        UpdateCall call = new UpdateCall(client.Weights, new CallOptions(deadline: Deadline));
         await using (call)
         {
             try
@@ -60,10 +60,10 @@ internal sealed class WeightPush(
         await call.SendAsync(new V1.UpdateRequest { Begin = Begin() }, cancellationToken);
         V1.UpdateReply agreed = await UntilAsync(call, reply => reply.StepCase == V1.UpdateReply.StepOneofCase.Ready, cancellationToken);
         _inPlace = agreed.Ready.Mode == V1.UpdateMode.InPlace;
-        var timings = new PushTimings { Preflight = Lap() };
+        PushTimings timings = new PushTimings { Preflight = Lap() };
 
         // :: Step 2: the bytes leave the trainer. A sidecar that gives up meanwhile ends this at once.
-        using (var stop = CancellationTokenSource.CreateLinkedTokenSource(cancellationToken, call.Ended))
+        using (CancellationTokenSource stop = CancellationTokenSource.CreateLinkedTokenSource(cancellationToken, call.Ended))
         {
             try
             {
@@ -88,7 +88,7 @@ internal sealed class WeightPush(
         V1.Committed committed;
         try
         {
-            var commit = new V1.Commit { Digest = UnsafeByteOperations.UnsafeWrap(digest) };
+            V1.Commit commit = new V1.Commit { Digest = UnsafeByteOperations.UnsafeWrap(digest) };
             await call.SendAsync(new V1.UpdateRequest { Commit = commit });
             V1.UpdateReply reply = await UntilAsync(call, reply => reply.StepCase == V1.UpdateReply.StepOneofCase.Committed, default);
             committed = reply.Committed;
@@ -120,7 +120,7 @@ internal sealed class WeightPush(
 
     private V1.BeginUpdate Begin()
     {
-        var begin = new V1.BeginUpdate
+        V1.BeginUpdate begin = new V1.BeginUpdate
         {
             PayloadBytes = (ulong)layout.PayloadBytes,
             BaseVersion = BaseVersion,
@@ -163,7 +163,7 @@ internal sealed class WeightPush(
     /// <summary>The connection broke after the commit was sent: only the sidecar knows whether it was done.</summary>
     private async Task<PushResult> ResolveAsync(RpcException cause, byte[] digest, PushTimings timings)
     {
-        var asking = Stopwatch.StartNew();
+        Stopwatch asking = Stopwatch.StartNew();
         while (asking.Elapsed < ResolveWithin)
         {
             try
@@ -213,7 +213,7 @@ internal sealed class WeightPush(
     private string CombinedDigest(WeightsDescription served)
     {
         Dictionary<string, string> digests = served.Tensors.ToDictionary(tensor => tensor.Name, tensor => tensor.Digest);
-        var all = new List<byte>();
+        List<byte> all = new List<byte>();
         foreach (V1.ManifestTensor tensor in layout.Manifest)
             all.AddRange(Convert.FromHexString(digests.GetValueOrDefault(tensor.Name, "")));
         return all.Count == layout.Manifest.Count * WeightDigest.Length ? WeightDigest.Show(WeightDigest.Combine([.. all])) : "";

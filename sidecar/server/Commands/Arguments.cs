@@ -13,7 +13,11 @@ internal static class Arguments
         option.CustomParser = result =>
         {
             if (int.TryParse(result.Tokens[0].Value, NumberStyles.AllowLeadingSign, CultureInfo.InvariantCulture, out int value)
-                && value >= least && value <= most) return value;
+                && value >= least && value <= most)
+            {
+                return value;
+            }
+
             string range = most == int.MaxValue ? $"at least {least}" : $"from {least} to {most}";
             result.AddError($"{name}: '{result.Tokens[0].Value}' is not a whole number {range}");
             return null;

@@ -37,7 +37,11 @@ internal sealed class GenerateCommand
         Command command = new("generate", "Draw samples for one prompt.");
         _source.AddTo(command);
         foreach (Option option in (Option[])[_ids, _prompt, _n, _seed, _maxTokens, _minTokens, _temperature, _topK, _topP, _minP, _stop,
-            _stopIds, _bias, _ignoreEos, _json]) command.Add(option);
+            _stopIds, _bias, _ignoreEos, _json])
+        {
+            command.Add(option);
+        }
+
         command.Validators.Add(result =>
         {
             bool ids = result.GetResult(_ids) is not null;

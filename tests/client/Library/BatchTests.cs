@@ -30,7 +30,7 @@ public sealed class BatchTests : IAsyncLifetime
     {
         RolloutRequest[] requests = [Request("a"), Request("bad"), Request("b"), Request("busy"), Request("c", n: -1), Request("d")];
         List<string> ids = [];
-        var error = await Assert.ThrowsAsync<RolloutBatchException>(async () =>
+        RolloutBatchException error = await Assert.ThrowsAsync<RolloutBatchException>(async () =>
         {
             await foreach (Sample sample in _client.GenerateBatchAsync(requests, cancellationToken: Token))
                 ids.Add($"{sample.RequestId}{sample.Index}");
@@ -54,7 +54,7 @@ public sealed class BatchTests : IAsyncLifetime
     [Fact]
     public async Task A_duplicate_in_flight_is_refused_and_an_id_that_has_ended_is_free_again()
     {
-        var firstEnded = new TaskCompletionSource();
+        TaskCompletionSource firstEnded = new TaskCompletionSource();
         async IAsyncEnumerable<RolloutRequest> RequestsAsync()
         {
             yield return Request("a");
@@ -130,7 +130,7 @@ public sealed class BatchTests : IAsyncLifetime
             reply.RequestId = "a";
             await replies.WriteAsync(reply);
         };
-        var error = await Assert.ThrowsAsync<RolloutException>(async () =>
+        RolloutException error = await Assert.ThrowsAsync<RolloutException>(async () =>
             await _client.GenerateBatchAsync([Request("a")], cancellationToken: Token).CountAsync(Token));
         Assert.Contains("'a'", error.Message, StringComparison.Ordinal);
         error = await Assert.ThrowsAsync<RolloutException>(async () =>
@@ -151,7 +151,7 @@ public sealed class BatchTests : IAsyncLifetime
             while (await requests.MoveNext()) { }
             await replies.WriteAsync(Reply(Chunk(0, 0, [5], 7, V1.FinishReason.Stop)));
         };
-        var error = await Assert.ThrowsAsync<RolloutException>(async () =>
+        RolloutException error = await Assert.ThrowsAsync<RolloutException>(async () =>
             await _client.GenerateBatchAsync([Request("a")], cancellationToken: Token).CountAsync(Token));
         Assert.Contains("'id', which is not in flight", error.Message, StringComparison.Ordinal);
     }
@@ -172,7 +172,7 @@ public sealed class BatchTests : IAsyncLifetime
     [Fact]
     public async Task Requests_may_depend_on_samples()
     {
-        var next = Channel.CreateUnbounded<RolloutRequest>();
+        Channel<RolloutRequest> next = Channel.CreateUnbounded<RolloutRequest>();
         next.Writer.TryWrite(Request("0"));
         int turns = 0;
         await foreach (Sample sample in _client.GenerateBatchAsync(next.Reader.ReadAllAsync(Token), cancellationToken: Token))
@@ -197,7 +197,7 @@ public sealed class BatchTests : IAsyncLifetime
             throw new InvalidOperationException("mine");
         }
 
-        var error = await Assert.ThrowsAsync<InvalidOperationException>(async () =>
+        InvalidOperationException error = await Assert.ThrowsAsync<InvalidOperationException>(async () =>
             await _client.GenerateBatchAsync(Requests(), cancellationToken: Token).CountAsync(Token));
         Assert.Equal("mine", error.Message);
     }
@@ -205,7 +205,7 @@ public sealed class BatchTests : IAsyncLifetime
     [Fact]
     public async Task Leaving_early_ends_the_servers_call_even_if_requests_never_end()
     {
-        var ended = new TaskCompletionSource();
+        TaskCompletionSource ended = new TaskCompletionSource();
         _fake.Batch = async (requests, replies, context) =>
         {
             context.CancellationToken.Register(ended.SetResult);
@@ -224,7 +224,7 @@ public sealed class BatchTests : IAsyncLifetime
             await requests.MoveNext();
             throw new RpcException(new Status(StatusCode.Unavailable, "the engine has failed"));
         };
-        var error = await Assert.ThrowsAsync<RolloutUnavailableException>(async () =>
+        RolloutUnavailableException error = await Assert.ThrowsAsync<RolloutUnavailableException>(async () =>
             await _client.GenerateBatchAsync(NeverEnding(), cancellationToken: Token).CountAsync(Token));
         Assert.Contains("the engine has failed", error.Message);
     }
@@ -244,7 +244,7 @@ public sealed class BatchTests : IAsyncLifetime
         while (await requests.MoveNext())
         {
             V1.GenerateRequest request = requests.Current;
-            var refusal = request.RequestId switch
+            V1.Refusal? refusal = request.RequestId switch
             {
                 "bad" => new V1.Refusal { Code = 3, Message = "n: must be at least 1" },
                 "busy" => new V1.Refusal { Code = 8, Message = "no room" },

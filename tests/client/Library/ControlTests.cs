@@ -1,4 +1,6 @@
+using System.Reflection;
 using Google.Protobuf;
+using Google.Protobuf.Reflection;
 using Xunit;
 
 namespace Rollout.Client.Tests;
@@ -27,9 +29,9 @@ public sealed class ControlTests : IAsyncLifetime
     [Fact]
     public async Task Every_field_of_the_status_is_reported_under_its_name()
     {
-        var reply = new V1.StatusReply { State = V1.EngineState.Paused, Asleep = { V1.MemoryTag.KvCache } };
+        V1.StatusReply reply = new V1.StatusReply { State = V1.EngineState.Paused, Asleep = { V1.MemoryTag.KvCache } };
         int number = 100;
-        foreach (var field in V1.StatusReply.Descriptor.Fields.InDeclarationOrder())
+        foreach (FieldDescriptor? field in V1.StatusReply.Descriptor.Fields.InDeclarationOrder())
         {
             number++;
             object? value = field.FieldType switch
@@ -47,7 +49,7 @@ public sealed class ControlTests : IAsyncLifetime
         _fake.Weights.Says = _ => reply;
         SidecarStatus status = await _client.StatusAsync(cancellationToken: Token);
         Assert.Equal((EngineState.Paused, MemoryTags.KvCache), (status.State, status.Asleep));
-        foreach (var property in typeof(SidecarStatus).GetProperties())
+        foreach (PropertyInfo property in typeof(SidecarStatus).GetProperties())
         {
             object? sent = typeof(V1.StatusReply).GetProperty(property.Name)!.GetValue(reply);
             if (property.Name is not (nameof(SidecarStatus.State) or nameof(SidecarStatus.Asleep)))

@@ -51,7 +51,7 @@ internal sealed class FakeSidecar : IAsyncDisposable
 
     public static async Task<FakeSidecar> StartAsync()
     {
-        var fake = new FakeSidecar();
+        FakeSidecar fake = new FakeSidecar();
         await fake.ListenAsync();
         return fake;
     }
@@ -83,7 +83,7 @@ internal sealed class FakeSidecar : IAsyncDisposable
     {
         if (_app is null)
             return;
-        using var now = new CancellationTokenSource();
+        using CancellationTokenSource now = new CancellationTokenSource();
         await now.CancelAsync();
         try
         {

@@ -29,7 +29,7 @@ public sealed class GenerateTests : IAsyncLifetime
     [Fact]
     public async Task Samples_come_as_they_end()
     {
-        var second = new TaskCompletionSource();
+        TaskCompletionSource second = new TaskCompletionSource();
         _fake.Generate = async (request, replies, _) =>
         {
             Assert.False(request.Stream);
@@ -70,8 +70,8 @@ public sealed class GenerateTests : IAsyncLifetime
     public async Task Statuses_are_typed_and_keep_the_message(StatusCode code, Type type)
     {
         _fake.Generate = (_, _, _) => throw new RpcException(new Status(code, "n: must be at least 1; top_p: is NaN"));
-        var request = new RolloutRequest(s_prompt) { RequestId = "mine" };
-        var error = await Assert.ThrowsAnyAsync<RolloutException>(async () =>
+        RolloutRequest request = new RolloutRequest(s_prompt) { RequestId = "mine" };
+        RolloutException error = await Assert.ThrowsAnyAsync<RolloutException>(async () =>
             await _client.GenerateAsync(request, null, Token).CountAsync(Token));
         Assert.IsType(type, error);
         Assert.Equal(("mine", code), (error.RequestId, error.StatusCode));
@@ -81,7 +81,7 @@ public sealed class GenerateTests : IAsyncLifetime
     [Fact]
     public async Task A_timeout_is_the_servers_deadline_too()
     {
-        var deadline = new TaskCompletionSource<DateTime>();
+        TaskCompletionSource<DateTime> deadline = new TaskCompletionSource<DateTime>();
         _fake.Generate = async (_, _, context) =>
         {
             deadline.TrySetResult(context.Deadline);
@@ -98,14 +98,14 @@ public sealed class GenerateTests : IAsyncLifetime
     {
         foreach (bool leave in (bool[])[false, true])
         {
-            var ended = new TaskCompletionSource();
+            TaskCompletionSource ended = new TaskCompletionSource();
             _fake.Generate = async (_, replies, context) =>
             {
                 await replies.WriteAsync(Reply(Chunk(0, 0, [5], 7, V1.FinishReason.Stop)));
                 context.CancellationToken.Register(ended.SetResult);
                 await ended.Task;
             };
-            using var cancel = new CancellationTokenSource();
+            using CancellationTokenSource cancel = new CancellationTokenSource();
             Task read = Task.Run(
                 async () =>
                 {
@@ -166,7 +166,7 @@ public sealed class GenerateTests : IAsyncLifetime
     {
         await _client.WaitUntilReadyAsync(TimeSpan.FromSeconds(20), Token);
         _fake.Health = HealthCheckResponse.Types.ServingStatus.NotServing;
-        var error = await Assert.ThrowsAsync<RolloutTimeoutException>(() => _client.WaitUntilReadyAsync(TimeSpan.FromSeconds(0.3), Token));
+        RolloutTimeoutException error = await Assert.ThrowsAsync<RolloutTimeoutException>(() => _client.WaitUntilReadyAsync(TimeSpan.FromSeconds(0.3), Token));
         Assert.Contains("NotServing", error.Message);
         Assert.Contains(_fake.Address, error.Message);
 
@@ -179,7 +179,7 @@ public sealed class GenerateTests : IAsyncLifetime
     [Fact]
     public async Task A_sidecar_that_starts_late_is_waited_for()
     {
-        await using var late = new FakeSidecar();
+        await using FakeSidecar late = new FakeSidecar();
         await using RolloutClient client = RolloutClient.Connect(late.Address);
         Task ready = client.WaitUntilReadyAsync(TimeSpan.FromSeconds(30), Token);
         await Task.Delay(200, Token);

@@ -43,7 +43,7 @@ public sealed class GroupsTests : IAsyncLifetime
     [Fact]
     public async Task A_group_is_handed_out_while_others_still_run()
     {
-        var seen = new TaskCompletionSource();
+        TaskCompletionSource seen = new TaskCompletionSource();
         _fake.Batch = async (requests, replies, _) =>
         {
             while (await requests.MoveNext()) { }
@@ -67,7 +67,7 @@ public sealed class GroupsTests : IAsyncLifetime
         Answer(("bad", -1), ("a", 0), ("a", 1));
         RolloutRequest[] requests = [Request("bad", n: 2), Request("a", n: 2), Request("c", n: -1)];
         List<string> ids = [];
-        var error = await Assert.ThrowsAsync<RolloutBatchException>(async () =>
+        RolloutBatchException error = await Assert.ThrowsAsync<RolloutBatchException>(async () =>
         {
             await foreach (SampleGroup group in _client.GenerateGroupsAsync(requests, cancellationToken: Token))
                 ids.Add(group.Request.RequestId);
@@ -99,7 +99,7 @@ public sealed class GroupsTests : IAsyncLifetime
     {
         Answer(("a", 0), ("b", 0), ("b", 1));
         List<string> ids = [];
-        var error = await Assert.ThrowsAsync<RolloutException>(async () =>
+        RolloutException error = await Assert.ThrowsAsync<RolloutException>(async () =>
         {
             RolloutRequest[] requests = [Request("a", n: 2), Request("b", n: 2)];
             await foreach (SampleGroup group in _client.GenerateGroupsAsync(requests, cancellationToken: Token))
@@ -120,7 +120,7 @@ public sealed class GroupsTests : IAsyncLifetime
                     await WriteAsync(replies, requests.Current.RequestId, i, V1.FinishReason.Stop);
             }
         };
-        var next = Channel.CreateUnbounded<RolloutRequest>();
+        Channel<RolloutRequest> next = Channel.CreateUnbounded<RolloutRequest>();
         next.Writer.TryWrite(Request("a", n: 1));
         List<int> sizes = [];
         await foreach (SampleGroup group in _client.GenerateGroupsAsync(next.Reader.ReadAllAsync(Token), cancellationToken: Token))
@@ -138,7 +138,7 @@ public sealed class GroupsTests : IAsyncLifetime
     [Fact]
     public async Task Leaving_early_ends_the_servers_call()
     {
-        var ended = new TaskCompletionSource();
+        TaskCompletionSource ended = new TaskCompletionSource();
         _fake.Batch = async (requests, replies, context) =>
         {
             context.CancellationToken.Register(ended.SetResult);

@@ -61,14 +61,14 @@ public sealed class LostAnswerTests : IAsyncLifetime
     public async Task A_request_that_never_arrived_is_unavailable(string call)
     {
         string path = Path.Combine(Path.GetTempPath(), $"deaf-{Guid.NewGuid():n}.sock");
-        using var listener = new Socket(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified);
+        using Socket listener = new Socket(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified);
         listener.Bind(new UnixDomainSocketEndPoint(path));
         listener.Listen();
-        using var stop = new CancellationTokenSource();
+        using CancellationTokenSource stop = new CancellationTokenSource();
         Task deaf = CloseAllAsync();
         await using (RolloutClient client = RolloutClient.Connect($"unix:{path}"))
         {
-            var error = await Assert.ThrowsAsync<RolloutUnavailableException>(
+            RolloutUnavailableException error = await Assert.ThrowsAsync<RolloutUnavailableException>(
                 () => s_calls[call](client, null, Token).WaitAsync(Patience, Token));
             Assert.Equal(StatusCode.Unavailable, error.StatusCode);
         }
@@ -109,7 +109,7 @@ public sealed class LostAnswerTests : IAsyncLifetime
     [Theory, MemberData(nameof(Streams))]
     public async Task A_stream_that_is_cut_after_the_first_sample_hands_that_out_and_then_says_so(string call)
     {
-        var received = new TaskCompletionSource();
+        TaskCompletionSource received = new TaskCompletionSource();
         Answer(async (index, context) =>
         {
             if (index == 0)
@@ -171,7 +171,7 @@ public sealed class LostAnswerTests : IAsyncLifetime
     public async Task A_cancelled_wait_says_it_was_cancelled_and_the_sidecar_is_told()
     {
         (Task arrived, Task ended) = HangAll();
-        using var cancel = new CancellationTokenSource();
+        using CancellationTokenSource cancel = new CancellationTokenSource();
         Task all = Task.WhenAll(s_calls.Select(async call =>
         {
             Exception error = (await Record.ExceptionAsync(() => call.Value(_client, null, cancel.Token).WaitAsync(Patience, Token)))!;
@@ -213,7 +213,7 @@ public sealed class LostAnswerTests : IAsyncLifetime
 
     private async Task<RolloutUnavailableException> UnavailableAsync(string call, int called)
     {
-        var error = await Assert.ThrowsAsync<RolloutUnavailableException>(
+        RolloutUnavailableException error = await Assert.ThrowsAsync<RolloutUnavailableException>(
             () => s_calls[call](_client, null, Token).WaitAsync(Patience, Token));
         Assert.Equal(called, Assert.Single(_fake.Calls).Value);
         return error;

@@ -80,7 +80,7 @@ public sealed class LostUpdateTests : IAsyncLifetime
             await using FakeSidecar fake = await FakeSidecar.StartAsync();
             fake.Weights.Version = Base;
             await using RolloutClient client = RolloutClient.Connect(fake.Address);
-            await using var publisher = new WeightPublisher(client) { ResolveWithin = TimeSpan.FromSeconds(30) };
+            await using WeightPublisher publisher = new WeightPublisher(client) { ResolveWithin = TimeSpan.FromSeconds(30) };
             await BreakAsync(fake, publisher, transport, UpdateMode.Staged, at, Break.Hang);
         }
     }
@@ -119,7 +119,7 @@ public sealed class LostUpdateTests : IAsyncLifetime
             weights.Done = breaks;
         else
             weights.Arrived = breaks;
-        var options = new PushOptions
+        PushOptions options = new PushOptions
         {
             Transport = transport,
             Mode = mode,
@@ -136,7 +136,7 @@ public sealed class LostUpdateTests : IAsyncLifetime
         }
         else
         {
-            var error = await Assert.ThrowsAsync<WeightUpdateFailedException>(() => PushAsync(publisher, options));
+            WeightUpdateFailedException error = await Assert.ThrowsAsync<WeightUpdateFailedException>(() => PushAsync(publisher, options));
             UpdateOutcome expected = mode == UpdateMode.Staged || at == At.Begin ? UpdateOutcome.NotCommitted
                 : at == At.Commit ? UpdateOutcome.Poisoned // as the sidecar says when it is asked
                 : UpdateOutcome.Unknown;
@@ -182,7 +182,7 @@ public sealed class LostUpdateTests : IAsyncLifetime
             int asked = 0;
             weights.Says = _ =>
             {
-                var status = new V1.StatusReply { State = V1.EngineState.Running, Version = Base };
+                V1.StatusReply status = new V1.StatusReply { State = V1.EngineState.Running, Version = Base };
                 switch (said[Math.Min(asked++, said.Length - 1)])
                 {
                     case "updating":
@@ -213,7 +213,7 @@ public sealed class LostUpdateTests : IAsyncLifetime
         }
         else
         {
-            var error = await Assert.ThrowsAsync<WeightUpdateFailedException>(() => PushAsync(new PushOptions()));
+            WeightUpdateFailedException error = await Assert.ThrowsAsync<WeightUpdateFailedException>(() => PushAsync(new PushOptions()));
             Assert.Equal(expected, $"{error.Outcome}");
         }
 
@@ -225,7 +225,7 @@ public sealed class LostUpdateTests : IAsyncLifetime
     [InlineData(false)] // it does not answer at all
     public async Task A_sidecar_that_never_decides_is_asked_no_longer_than_it_takes(bool answers)
     {
-        await using var publisher = new WeightPublisher(_client) { ResolveWithin = TimeSpan.FromSeconds(0.5) };
+        await using WeightPublisher publisher = new WeightPublisher(_client) { ResolveWithin = TimeSpan.FromSeconds(0.5) };
         _fake.Weights.BreakAtCommit = context =>
         {
             _fake.Weights.Says = _ => new V1.StatusReply { State = V1.EngineState.Running, Version = Base, Updating = true };
@@ -234,7 +234,7 @@ public sealed class LostUpdateTests : IAsyncLifetime
             FakeSidecar.Cut(context);
             throw new IOException("cut");
         };
-        var error = await Assert.ThrowsAsync<WeightUpdateFailedException>(() =>
+        WeightUpdateFailedException error = await Assert.ThrowsAsync<WeightUpdateFailedException>(() =>
             publisher.PushAsync(Tensors(), cancellationToken: Token).WaitAsync(TimeSpan.FromSeconds(60), Token));
         Assert.Equal((UpdateOutcome.Unknown, StatusCode.Unavailable), (error.Outcome, error.StatusCode));
         Assert.Contains("did not say within 0.5 s whether version 8 is served", error.Message, StringComparison.Ordinal);
@@ -257,7 +257,7 @@ public sealed class LostUpdateTests : IAsyncLifetime
             FakeSidecar.Cut(context);
             throw new IOException("cut");
         };
-        var error = await Assert.ThrowsAsync<WeightUpdateFailedException>(() => PushAsync(new PushOptions()));
+        WeightUpdateFailedException error = await Assert.ThrowsAsync<WeightUpdateFailedException>(() => PushAsync(new PushOptions()));
         Assert.Equal(UpdateOutcome.Unknown, error.Outcome);
     }
 
@@ -271,7 +271,7 @@ public sealed class LostUpdateTests : IAsyncLifetime
 
     private static byte[] Contents()
     {
-        var bytes = new byte[2_200_000];
+        byte[] bytes = new byte[2_200_000];
         new Random(1).NextBytes(bytes);
         return bytes;
     }

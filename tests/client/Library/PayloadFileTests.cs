@@ -51,7 +51,7 @@ public sealed class PayloadFileTests : IDisposable
     [Fact]
     public void Too_little_room_is_an_error_that_says_what_to_do_and_leaves_nothing()
     {
-        var error = Assert.Throws<IOException>(() => PayloadFile.Create(1L << 55, _folder));
+        IOException error = Assert.Throws<IOException>(() => PayloadFile.Create(1L << 55, _folder));
         Assert.Contains("another folder", error.Message);
         Assert.Contains("PushTransport.Inline", error.Message);
         Assert.Empty(Directory.GetFiles(_folder));

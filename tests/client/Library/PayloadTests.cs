@@ -17,7 +17,7 @@ public sealed class PayloadTests
     [Fact]
     public void Tensors_stand_in_order_at_aligned_offsets()
     {
-        var layout = PayloadLayout.Of([Zeros("a", TensorDType.BF16, 3, 5), Zeros("b", TensorDType.F32, 64), Zeros("c", TensorDType.F16)]);
+        PayloadLayout layout = PayloadLayout.Of([Zeros("a", TensorDType.BF16, 3, 5), Zeros("b", TensorDType.F32, 64), Zeros("c", TensorDType.F16)]);
         Assert.Equal([0UL, 256, 512], layout.Manifest.Select(entry => entry.Offset));
         Assert.Equal([30L, 256, 2], layout.Sizes);
         Assert.Equal(514, layout.PayloadBytes);
@@ -32,7 +32,7 @@ public sealed class PayloadTests
         {
             int alignment = aligned ? PayloadLayout.Alignment : 1;
             TensorSource[] tensors = [.. counts.Select((count, i) => Zeros($"t{i}", (TensorDType)(i % 3), count))];
-            var layout = PayloadLayout.Of(tensors, alignment);
+            PayloadLayout layout = PayloadLayout.Of(tensors, alignment);
             long end = 0;
             for (int i = 0; i < tensors.Length; i++)
             {
@@ -49,7 +49,7 @@ public sealed class PayloadTests
     public void Offsets_go_on_past_what_32_bits_hold()
     {
         long rows = (1L << 31) + 1;
-        var layout = PayloadLayout.Of(
+        PayloadLayout layout = PayloadLayout.Of(
             [Zeros("a", TensorDType.BF16, rows), Zeros("b", TensorDType.F32, rows, 3), Zeros("c", TensorDType.F16, 1)]);
         ulong second = (1UL << 32) + 256;
         Assert.Equal([0UL, second, second + (12UL << 31) + 256], layout.Manifest.Select(entry => entry.Offset));
@@ -62,7 +62,7 @@ public sealed class PayloadTests
     {
         const long Start = 5L << 30;
         List<long> asked = [];
-        var source = new TensorSource("a", TensorDType.BF16, [(Start + 2_000_000) / 2], (offset, destination) =>
+        TensorSource source = new TensorSource("a", TensorDType.BF16, [(Start + 2_000_000) / 2], (offset, destination) =>
         {
             asked.Add(offset);
             for (int i = 0; i < destination.Length; i++)
@@ -71,7 +71,7 @@ public sealed class PayloadTests
         string folder = Directory.CreateTempSubdirectory("payload-").FullName;
         using (PayloadFile file = PayloadFile.Create(2_000_100, folder))
         {
-            var writer = new PayloadWriter(PayloadLayout.Of([source]), [source], hash: false);
+            PayloadWriter writer = new PayloadWriter(PayloadLayout.Of([source]), [source], hash: false);
             await writer.WriteToAsync(file, Start, Start + 2_000_000, 100, 1, TestContext.Current.CancellationToken);
             byte[] written = File.ReadAllBytes(file.Path);
             Assert.Equal([Start, Start + PayloadWriter.Piece], asked);
@@ -95,7 +95,7 @@ public sealed class PayloadTests
     [Fact]
     public void A_layout_fits_the_same_names_types_and_shapes_only()
     {
-        var layout = PayloadLayout.Of([Zeros("a", TensorDType.BF16, 4, 2)]);
+        PayloadLayout layout = PayloadLayout.Of([Zeros("a", TensorDType.BF16, 4, 2)]);
         Assert.True(layout.Fits([Zeros("a", TensorDType.BF16, 4, 2)], PayloadLayout.Alignment));
         Assert.False(layout.Fits([Zeros("b", TensorDType.BF16, 4, 2)], PayloadLayout.Alignment));
         Assert.False(layout.Fits([Zeros("a", TensorDType.F16, 4, 2)], PayloadLayout.Alignment));
@@ -104,7 +104,7 @@ public sealed class PayloadTests
         Assert.False(layout.Fits([Zeros("a", TensorDType.BF16, 8)], PayloadLayout.Alignment));
         Assert.False(layout.Fits([Sparse("a", 4, 2)], PayloadLayout.Alignment));
         Assert.False(layout.Fits([Zeros("a", TensorDType.BF16, 4, 2)], 1));
-        var sparse = PayloadLayout.Of([Sparse("a", 4, 2)]);
+        PayloadLayout sparse = PayloadLayout.Of([Sparse("a", 4, 2)]);
         Assert.True(sparse.Fits([Sparse("a", 4, 2)], PayloadLayout.Alignment));
         Assert.False(sparse.Fits([Sparse("a", 4, 3)], PayloadLayout.Alignment));
         Assert.False(sparse.Fits([Zeros("a", TensorDType.BF16, 4)], PayloadLayout.Alignment));
@@ -114,7 +114,7 @@ public sealed class PayloadTests
     public void Every_name_given_twice_is_listed()
     {
         TensorSource[] tensors = [.. "abba".Select(name => Zeros($"{name}", TensorDType.F32, 1))];
-        var error = Assert.Throws<ArgumentException>(() => PayloadLayout.Of(tensors));
+        ArgumentException error = Assert.Throws<ArgumentException>(() => PayloadLayout.Of(tensors));
         Assert.Contains("a, b", error.Message);
         Assert.Throws<ArgumentException>(() => PayloadLayout.Of([]));
     }
@@ -154,12 +154,12 @@ public sealed class PayloadTests
                 byte[][] contents = [.. sizes.Select((count, i) => Bytes(2 * count, i))];
                 TensorSource[] tensors = [.. contents.Select((bytes, i) =>
                     TensorSource.FromMemory($"t{i}", TensorDType.BF16, [bytes.Length / 2], bytes))];
-                var layout = PayloadLayout.Of(tensors);
+                PayloadLayout layout = PayloadLayout.Of(tensors);
                 byte[] expected = new byte[layout.PayloadBytes];
                 for (int i = 0; i < tensors.Length; i++)
                     contents[i].CopyTo(expected, (int)layout.Manifest[i].Offset);
 
-                var stream = new PayloadWriter(layout, tensors, hash: true);
+                PayloadWriter stream = new PayloadWriter(layout, tensors, hash: true);
                 byte[] streamed = new byte[layout.PayloadBytes];
                 long end = 0;
                 foreach ((long offset, Memory<byte> bytes) in stream.Pieces())
@@ -169,7 +169,7 @@ public sealed class PayloadTests
                     end = offset + bytes.Length;
                 }
 
-                var shared = new PayloadWriter(layout, tensors, hash: true);
+                PayloadWriter shared = new PayloadWriter(layout, tensors, hash: true);
                 byte[] written;
                 using (PayloadFile file = PayloadFile.Create(Math.Max(1, layout.PayloadBytes), folder))
                 {
@@ -214,7 +214,7 @@ public sealed class PayloadTests
     public void Without_hashing_there_is_no_digest()
     {
         TensorSource[] tensors = [TensorSource.FromMemory("a", TensorDType.BF16, [2], Encoding.ASCII.GetBytes("abcd"))];
-        var writer = new PayloadWriter(PayloadLayout.Of(tensors), tensors, hash: false);
+        PayloadWriter writer = new PayloadWriter(PayloadLayout.Of(tensors), tensors, hash: false);
         Assert.Equal(4, writer.Pieces().Sum(piece => piece.Bytes.Length));
         Assert.Empty(writer.Digest());
     }
@@ -250,7 +250,7 @@ public sealed class PayloadTests
 
     private static byte[] Bytes(int count, int seed)
     {
-        var bytes = new byte[count];
+        byte[] bytes = new byte[count];
         new Random(seed).NextBytes(bytes);
         return bytes;
     }

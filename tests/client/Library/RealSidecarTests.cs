@@ -40,8 +40,8 @@ public sealed class RealSidecarTests : IAsyncLifetime
     [InlineData(PushTransport.File, UpdateMode.Staged)]
     public async Task Full_partial_and_sparse_pushes_by_every_transport_say_what_they_did(PushTransport transport, UpdateMode mode)
     {
-        var options = new PushOptions { Transport = transport, Mode = mode, Folder = _folder };
-        await using var publisher = new WeightPublisher(_client) { MaxSharedMemoryBytes = 100_000 }; // a ring
+        PushOptions options = new PushOptions { Transport = transport, Mode = mode, Folder = _folder };
+        await using WeightPublisher publisher = new WeightPublisher(_client) { MaxSharedMemoryBytes = 100_000 }; // a ring
         List<(TensorSource Source, byte[] Bytes)> tensors = Tensors();
         int[] original = await TokensAsync();
 
@@ -61,7 +61,7 @@ public sealed class RealSidecarTests : IAsyncLifetime
 
         byte[] before = Tensors().Single(tensor => tensor.Source.Name == "model.norm.weight").Bytes;
         uint[] all = [.. Enumerable.Range(0, before.Length / 2).Select(i => (uint)i)];
-        var sparse = TensorSource.Sparse(norm.Name, TensorDType.BF16, norm.Shape, all, before);
+        TensorSource sparse = TensorSource.Sparse(norm.Name, TensorDType.BF16, norm.Shape, all, before);
         PushResult last = await publisher.PushAsync([sparse], options: options with { Partial = true }, cancellationToken: Token);
         Assert.Equal(3ul, last.Version);
         Assert.Equal(original, await TokensAsync());
@@ -87,12 +87,12 @@ public sealed class RealSidecarTests : IAsyncLifetime
     [Fact]
     public async Task A_trainer_that_shares_the_machine_puts_the_sidecar_to_sleep_while_it_learns()
     {
-        await using var publisher = new WeightPublisher(_client);
+        await using WeightPublisher publisher = new WeightPublisher(_client);
         int[] original = await TokensAsync();
         SleepResult asleep = await _client.SleepAsync(cancellationToken: Token);
         Assert.Equal((EngineState.Sleeping, MemoryTags.All), (asleep.State, asleep.Asleep));
         Assert.Equal([MemoryTags.Weights, MemoryTags.KvCache], asleep.Freed.Select(freed => freed.Tag));
-        var refused = await Assert.ThrowsAsync<RolloutStateException>(() => TokensAsync());
+        RolloutStateException refused = await Assert.ThrowsAsync<RolloutStateException>(() => TokensAsync());
         Assert.Contains("SLEEPING", refused.Message, StringComparison.Ordinal);
 
         Assert.Equal(MemoryTags.KvCache, await _client.WakeUpAsync(MemoryTags.Weights, cancellationToken: Token));
@@ -104,13 +104,13 @@ public sealed class RealSidecarTests : IAsyncLifetime
     [Fact]
     public async Task A_push_in_place_that_breaks_half_way_poisons_and_the_next_full_one_heals()
     {
-        await using var publisher = new WeightPublisher(_client);
+        await using WeightPublisher publisher = new WeightPublisher(_client);
         int[] original = await TokensAsync();
         List<(TensorSource Source, byte[] Bytes)> tensors = Tensors();
         TensorSource lying = new(tensors[^1].Source.Name, TensorDType.BF16, tensors[^1].Source.Shape,
             (_, _) => throw new InvalidOperationException("the trainer's tensor is gone"));
         // In turns: were there room for all of it, nothing would be sent before all is written, and nothing would have happened.
-        await using (var ring = new WeightPublisher(_client) { MaxSharedMemoryBytes = 50_000 })
+        await using (WeightPublisher ring = new WeightPublisher(_client) { MaxSharedMemoryBytes = 50_000 })
         {
             await Assert.ThrowsAsync<InvalidOperationException>(() => ring.PushAsync(
                 [.. tensors.SkipLast(1).Select(tensor => tensor.Source), lying],
@@ -120,7 +120,7 @@ public sealed class RealSidecarTests : IAsyncLifetime
 
         SidecarStatus status = await _client.StatusAsync(cancellationToken: Token);
         Assert.Equal((EngineState.Poisoned, 0ul), (status.State, status.Version));
-        var refused = await Assert.ThrowsAsync<RolloutStateException>(() => TokensAsync());
+        RolloutStateException refused = await Assert.ThrowsAsync<RolloutStateException>(() => TokensAsync());
         Assert.Contains("POISONED", refused.Message, StringComparison.Ordinal);
         await publisher.PushAsync([.. tensors.Select(tensor => tensor.Source)], cancellationToken: Token);
         Assert.Equal(original, await TokensAsync());
@@ -131,11 +131,11 @@ public sealed class RealSidecarTests : IAsyncLifetime
     public async Task The_sidecars_memory_is_opened_only_where_the_path_leads_to_it()
     {
         List<(TensorSource Source, byte[] Bytes)> tensors = Tensors();
-        var layout = PayloadLayout.Of([.. tensors.Select(tensor => tensor.Source)]);
-        var call = new UpdateCall(_client.Weights, new Grpc.Core.CallOptions(deadline: DateTime.UtcNow.AddMinutes(1)));
+        PayloadLayout layout = PayloadLayout.Of([.. tensors.Select(tensor => tensor.Source)]);
+        UpdateCall call = new UpdateCall(_client.Weights, new Grpc.Core.CallOptions(deadline: DateTime.UtcNow.AddMinutes(1)));
         await using (call)
         {
-            var begin = new V1.BeginUpdate
+            V1.BeginUpdate begin = new V1.BeginUpdate
             {
                 Manifest = { layout.Manifest },
                 PayloadBytes = (ulong)layout.PayloadBytes,
@@ -176,7 +176,7 @@ public sealed class RealSidecarTests : IAsyncLifetime
     {
         byte[] file = File.ReadAllBytes(Path.Combine(s_model, "model.safetensors"));
         int header = (int)BitConverter.ToInt64(file);
-        using var json = JsonDocument.Parse(file.AsMemory(8, header));
+        using JsonDocument json = JsonDocument.Parse(file.AsMemory(8, header));
         List<(TensorSource, byte[])> tensors = [];
         foreach (JsonProperty tensor in json.RootElement.EnumerateObject().Where(entry => entry.Name != "__metadata__"))
         {

@@ -11,7 +11,7 @@ public sealed class RolloutAddressTests
     [InlineData("unix:///run/rollout.sock")]
     public void Unix_sockets_in_both_spellings(string text)
     {
-        var address = RolloutAddress.Parse(text);
+        RolloutAddress address = RolloutAddress.Parse(text);
         Assert.Equal("/run/rollout.sock", Assert.IsType<UnixDomainSocketEndPoint>(address.EndPoint).ToString());
         Assert.Equal(text, address.Text);
     }
@@ -43,7 +43,7 @@ public sealed class RolloutAddressTests
     [Fact]
     public void A_socket_path_the_kernel_cannot_hold_is_refused_by_its_length()
     {
-        var error = Assert.Throws<ArgumentException>(() => RolloutAddress.Parse("unix:/" + new string('x', 107)));
+        ArgumentException error = Assert.Throws<ArgumentException>(() => RolloutAddress.Parse("unix:/" + new string('x', 107)));
         Assert.Contains("107", error.Message);
         RolloutAddress.Parse("unix:/" + new string('x', 106));
         RolloutAddress.Parse("unix:///" + new string('x', 106));

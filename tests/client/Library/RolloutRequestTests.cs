@@ -1,3 +1,4 @@
+using Rollout.V1;
 using Xunit;
 
 namespace Rollout.Client.Tests;
@@ -7,7 +8,7 @@ public sealed class RolloutRequestTests
     [Fact]
     public void Every_option_reaches_its_field()
     {
-        var request = new RolloutRequest(new[] { 1, 2, 3 }, new GenerateOptions
+        RolloutRequest request = new RolloutRequest(new[] { 1, 2, 3 }, new GenerateOptions
         {
             N = 4,
             Seed = ulong.MaxValue,
@@ -33,7 +34,7 @@ public sealed class RolloutRequestTests
         Assert.All(typeof(GenerateOptions).GetProperties(), option =>
             Assert.NotEqual(option.GetValue(new GenerateOptions()), option.GetValue(request.Options)));
 
-        var expected = new V1.GenerateRequest
+        GenerateRequest expected = new V1.GenerateRequest
         {
             RequestId = "id",
             PromptIds = new V1.TokenIds { Ids = { 1, 2, 3 } },
@@ -81,7 +82,7 @@ public sealed class RolloutRequestTests
     [Fact]
     public void All_negative_numbers_are_named_at_once()
     {
-        var request = new RolloutRequest("text", new GenerateOptions
+        RolloutRequest request = new RolloutRequest("text", new GenerateOptions
         {
             N = -1,
             MaxTokens = -2,
@@ -92,7 +93,7 @@ public sealed class RolloutRequestTests
             MaxStaleness = -7,
             LogitBias = new Dictionary<int, float> { [-8] = 1 },
         });
-        var error = Assert.Throws<ArgumentException>(() => request.ToProto(stream: false));
+        ArgumentException error = Assert.Throws<ArgumentException>(() => request.ToProto(stream: false));
         Assert.All(
             [
                 "N: -1", "MaxTokens: -2", "TopK: -3", "StopTokenIds: -4", "MinTokens: -5", "TopLogProbs: -6", "MaxStaleness: -7",
@@ -104,7 +105,7 @@ public sealed class RolloutRequestTests
     [Fact]
     public void A_number_that_is_given_as_zero_is_sent_as_zero()
     {
-        var options = new GenerateOptions { Seed = 0, MaxTokens = 0, MaxStaleness = 0, Temperature = 0, TopP = 0 };
+        GenerateOptions options = new GenerateOptions { Seed = 0, MaxTokens = 0, MaxStaleness = 0, Temperature = 0, TopP = 0 };
         V1.GenerateRequest request = new RolloutRequest("text", options).ToProto(stream: false);
         Assert.True(request.HasSeed && request.Stopping.HasMaxTokens && request.HasMaxStaleness);
         Assert.True(request.Sampling.HasTemperature && request.Sampling.HasTopP);
@@ -113,7 +114,7 @@ public sealed class RolloutRequestTests
     [Fact]
     public void Requests_have_ids_of_their_own()
     {
-        var request = new RolloutRequest("text");
+        RolloutRequest request = new RolloutRequest("text");
         Assert.NotEqual(request.RequestId, new RolloutRequest("text").RequestId);
         Assert.Equal(request.RequestId, request.ToProto(stream: false).RequestId);
     }
@@ -121,7 +122,7 @@ public sealed class RolloutRequestTests
     [Fact]
     public void A_negative_prompt_id_is_named()
     {
-        var error = Assert.Throws<ArgumentException>(() => Prompt.FromIds([5, -7]));
+        ArgumentException error = Assert.Throws<ArgumentException>(() => Prompt.FromIds([5, -7]));
         Assert.Contains("number 1 is -7", error.Message);
     }
 }

@@ -17,7 +17,7 @@ public sealed class SidecarProcessTests : IDisposable
     {
         string program = Script("echo \"got: $*\"; echo 'no such model' >&2; exit 3");
         List<string> lines = [];
-        var error = await Assert.ThrowsAsync<SidecarException>(() => SidecarProcess.StartAsync(
+        SidecarException error = await Assert.ThrowsAsync<SidecarException>(() => SidecarProcess.StartAsync(
             new SidecarOptions
             {
                 Program = program,
@@ -44,7 +44,7 @@ public sealed class SidecarProcessTests : IDisposable
     {
         string pidFile = Path.Combine(_folder, "pid");
         string program = Script($"trap '' TERM; echo $$ > {pidFile}; echo loading; while true; do sleep 0.1; done");
-        var error = await Assert.ThrowsAsync<SidecarException>(() => SidecarProcess.StartAsync(
+        SidecarException error = await Assert.ThrowsAsync<SidecarException>(() => SidecarProcess.StartAsync(
             new SidecarOptions
             {
                 Program = program,
@@ -61,7 +61,7 @@ public sealed class SidecarProcessTests : IDisposable
     [Fact]
     public async Task Cancelling_the_start_ends_it()
     {
-        using var cancel = new CancellationTokenSource();
+        using CancellationTokenSource cancel = new CancellationTokenSource();
         string program = Script("echo $$; exec sleep 100");
         string pid = "";
         await Assert.ThrowsAnyAsync<OperationCanceledException>(() => SidecarProcess.StartAsync(
@@ -83,8 +83,8 @@ public sealed class SidecarProcessTests : IDisposable
     [Fact]
     public async Task A_program_that_is_not_there_is_named()
     {
-        var options = new SidecarOptions { Program = "/no/such/rollout", ModelFolder = "x" };
-        var error = await Assert.ThrowsAsync<SidecarException>(() => SidecarProcess.StartAsync(options, Token));
+        SidecarOptions options = new SidecarOptions { Program = "/no/such/rollout", ModelFolder = "x" };
+        SidecarException error = await Assert.ThrowsAsync<SidecarException>(() => SidecarProcess.StartAsync(options, Token));
         Assert.Contains("/no/such/rollout", error.Message);
     }
 
@@ -106,7 +106,7 @@ public sealed class SidecarProcessTests : IDisposable
     [Fact]
     public async Task Asking_is_enough_for_one_that_listens()
     {
-        var ready = new TaskCompletionSource();
+        TaskCompletionSource ready = new TaskCompletionSource();
         using ChildProcess child = await ChildProcess.StartAsync(
             "/bin/sh", ["-c", "trap 'exit 7' TERM; echo ready; while true; do sleep 0.1; done"], _ => ready.TrySetResult());
         await ready.Task.WaitAsync(TimeSpan.FromSeconds(20), Token);

@@ -36,7 +36,7 @@ public sealed class WeightPublisherTests : IAsyncLifetime
     {
         _fake.Weights.Version = 7;
         byte[][] contents = [Bytes(3_000_000, 1), Bytes(30, 2), Bytes(1 << 20, 3)];
-        var options = new PushOptions { Transport = transport, Policy = UpdatePolicy.Keep, Owner = "me" };
+        PushOptions options = new PushOptions { Transport = transport, Policy = UpdatePolicy.Keep, Owner = "me" };
         PushResult result = await PushAsync(Tensors(contents), options: options);
 
         for (int i = 0; i < contents.Length; i++)
@@ -72,7 +72,7 @@ public sealed class WeightPublisherTests : IAsyncLifetime
     [Fact]
     public async Task Shared_memory_smaller_than_the_payload_is_a_ring()
     {
-        await using var publisher = new WeightPublisher(_client) { MaxSharedMemoryBytes = 300_001 };
+        await using WeightPublisher publisher = new WeightPublisher(_client) { MaxSharedMemoryBytes = 300_001 };
         byte[][] contents = [Bytes(1_000_000, 1), Bytes(2, 2), Bytes(500_000, 3)];
         await publisher.PushAsync(Tensors(contents), cancellationToken: Token);
         await publisher.PushAsync(Tensors(contents), cancellationToken: Token);
@@ -103,7 +103,7 @@ public sealed class WeightPublisherTests : IAsyncLifetime
                 content.AsSpan((int)offset, destination.Length).CopyTo(destination);
             })];
             _fake.Weights.WindowsBehind = (int)places - 1;
-            await using var publisher = new WeightPublisher(_client) { MaxSharedMemoryBytes = capacity };
+            await using WeightPublisher publisher = new WeightPublisher(_client) { MaxSharedMemoryBytes = capacity };
             await publisher.PushAsync(tensors, options: new PushOptions { Parallelism = parallelism }, cancellationToken: Token);
             Assert.Equal((payload, capacity, 0), (payload, capacity, behind));
             Assert.True(content.AsSpan().SequenceEqual(_fake.Weights.Tensors["t0"]), $"{payload} elements through {capacity} bytes");
@@ -122,7 +122,7 @@ public sealed class WeightPublisherTests : IAsyncLifetime
         Assert.Empty(Directory.GetFiles(folder));
         Directory.Delete(folder);
 
-        var fileInNoFolder = new PushOptions { Transport = PushTransport.File };
+        PushOptions fileInNoFolder = new PushOptions { Transport = PushTransport.File };
         await Assert.ThrowsAsync<ArgumentException>(() => PushAsync(Tensors(contents), options: fileInNoFolder));
     }
 
@@ -131,7 +131,7 @@ public sealed class WeightPublisherTests : IAsyncLifetime
     {
         uint[] indices = [.. Enumerable.Range(0, 700_000).Select(i => (uint)(3 * i))];
         byte[] values = Bytes(1_400_000, 5);
-        var sparse = TensorSource.Sparse("s", TensorDType.BF16, [1000, 3000], indices, values);
+        TensorSource sparse = TensorSource.Sparse("s", TensorDType.BF16, [1000, 3000], indices, values);
         await PushAsync([sparse], options: s_inline with { Partial = true });
         V1.ManifestTensor tensor = Assert.Single(_fake.Weights.Begin!.Manifest);
         Assert.Equal((700_000ul, true), (tensor.SparseCount, _fake.Weights.Begin.Partial));
@@ -148,7 +148,7 @@ public sealed class WeightPublisherTests : IAsyncLifetime
             new V1.Problem { Field = "manifest[0].shape", Message = "expected [4, 2]" },
             new V1.Problem { Field = "manifest", Message = "lm_head.weight is missing" },
         ];
-        var error = await Assert.ThrowsAsync<WeightUpdateRejectedException>(() =>
+        WeightUpdateRejectedException error = await Assert.ThrowsAsync<WeightUpdateRejectedException>(() =>
             PushAsync([new TensorSource("t", TensorDType.F32, [1], (_, _) => Assert.Fail("asked for bytes"))]));
         Assert.Equal(
             [new UpdateProblem("manifest[0].shape", "expected [4, 2]"), new UpdateProblem("manifest", "lm_head.weight is missing")],
@@ -171,7 +171,7 @@ public sealed class WeightPublisherTests : IAsyncLifetime
     public async Task A_digest_that_differs_is_thrown(PushTransport transport)
     {
         _fake.Weights.LieAboutDigest = true;
-        var error = await Assert.ThrowsAsync<WeightDigestException>(() =>
+        WeightDigestException error = await Assert.ThrowsAsync<WeightDigestException>(() =>
             PushAsync(Tensors(Bytes(10, 1)), options: new PushOptions { Transport = transport }));
         Assert.Equal((UpdateOutcome.Committed, 1UL), (error.Outcome, error.Version));
         Assert.NotEqual(error.Sent, error.Received);
@@ -185,7 +185,7 @@ public sealed class WeightPublisherTests : IAsyncLifetime
     public async Task Failing_is_known_not_to_have_committed()
     {
         _fake.Weights.FailAtCommit = "the digests differ";
-        var error = await FailsAsync(Tensors(Bytes(10, 1)));
+        WeightUpdateFailedException error = await FailsAsync(Tensors(Bytes(10, 1)));
         Assert.Equal(UpdateOutcome.NotCommitted, error.Outcome);
         Assert.Contains("the digests differ", error.Message);
     }
@@ -200,7 +200,7 @@ public sealed class WeightPublisherTests : IAsyncLifetime
         _fake.Weights.GivesUp = aborted
             ? new V1.UpdateReply { Aborted = new V1.Aborted { Reason = "the server stops", Poisoned = poisoned } }
             : new V1.UpdateReply { Failed = new V1.UpdateFailed { Reason = "the server stops", Poisoned = poisoned } };
-        var error = await FailsAsync(Tensors(Bytes(10, 1)));
+        WeightUpdateFailedException error = await FailsAsync(Tensors(Bytes(10, 1)));
         Assert.Equal(outcome, error.Outcome);
         Assert.Contains("the server stops", error.Message, StringComparison.Ordinal);
     }
@@ -235,7 +235,7 @@ public sealed class WeightPublisherTests : IAsyncLifetime
             asked++;
             bytes.Clear();
         })];
-        var error = await FailsAsync(tensors, s_inline);
+        WeightUpdateFailedException error = await FailsAsync(tensors, s_inline);
         Assert.Contains("out of luck", error.Message);
         Assert.InRange(asked, 2, 400);
     }
@@ -246,7 +246,7 @@ public sealed class WeightPublisherTests : IAsyncLifetime
         TensorSource[] tensors = [new TensorSource("t", TensorDType.F32, [1], (_, _) => throw new NotSupportedException("quantised"))];
         foreach (PushOptions options in (PushOptions[])[s_inline, new()])
         {
-            var error = await Assert.ThrowsAsync<NotSupportedException>(() => PushAsync(tensors, options: options));
+            NotSupportedException error = await Assert.ThrowsAsync<NotSupportedException>(() => PushAsync(tensors, options: options));
             Assert.Equal("quantised", error.Message);
             Assert.Equal("quantised", _fake.Weights.AbortReason);
         }
@@ -257,7 +257,7 @@ public sealed class WeightPublisherTests : IAsyncLifetime
     [Theory, MemberData(nameof(Transports))]
     public async Task Cancelling_commits_nothing(PushTransport transport)
     {
-        using var cancel = new CancellationTokenSource();
+        using CancellationTokenSource cancel = new CancellationTokenSource();
         TensorSource[] tensors = [new TensorSource("t", TensorDType.F32, [1 << 20], (offset, bytes) =>
         {
             if (offset > 0)
@@ -274,7 +274,7 @@ public sealed class WeightPublisherTests : IAsyncLifetime
     [Fact]
     public async Task Cancelling_after_the_commit_was_sent_changes_nothing()
     {
-        using var cancel = new CancellationTokenSource();
+        using CancellationTokenSource cancel = new CancellationTokenSource();
         _fake.Weights.Arrived = async (request, _) =>
         {
             if (request.Commit is not null)
@@ -290,7 +290,7 @@ public sealed class WeightPublisherTests : IAsyncLifetime
     public async Task The_timeout_covers_a_sidecar_that_hangs()
     {
         _fake.Weights.BeforeReady = context => Task.Delay(Timeout.Infinite, context.CancellationToken);
-        var error = await FailsAsync(Tensors(Bytes(10, 1)), new PushOptions { Timeout = TimeSpan.FromSeconds(0.3) });
+        WeightUpdateFailedException error = await FailsAsync(Tensors(Bytes(10, 1)), new PushOptions { Timeout = TimeSpan.FromSeconds(0.3) });
         Assert.Equal((UpdateOutcome.NotCommitted, StatusCode.DeadlineExceeded), (error.Outcome, error.StatusCode));
         Assert.Contains("0.3 s", error.Message);
     }
@@ -309,7 +309,7 @@ public sealed class WeightPublisherTests : IAsyncLifetime
     public async Task An_answer_lost_before_the_commit_was_done_is_a_failure_that_says_so()
     {
         _fake.Weights.BreakAtCommit = context => throw new RpcException(new Status(StatusCode.Unavailable, "gone"));
-        var error = await FailsAsync(Tensors(Bytes(10, 1)));
+        WeightUpdateFailedException error = await FailsAsync(Tensors(Bytes(10, 1)));
         Assert.Equal(UpdateOutcome.NotCommitted, error.Outcome);
         Assert.Contains("gone", error.Message);
     }
@@ -334,7 +334,7 @@ public sealed class WeightPublisherTests : IAsyncLifetime
             _ = Task.Run(_fake.DieAsync, CancellationToken.None);
             await Task.Delay(Timeout.Infinite, context.CancellationToken);
         };
-        var error = await FailsAsync(Tensors(Bytes(10, 1)));
+        WeightUpdateFailedException error = await FailsAsync(Tensors(Bytes(10, 1)));
         Assert.Equal(UpdateOutcome.Unknown, error.Outcome);
     }
 
@@ -367,7 +367,7 @@ public sealed class WeightPublisherTests : IAsyncLifetime
 
     private static byte[] Bytes(int count, int seed)
     {
-        var bytes = new byte[count];
+        byte[] bytes = new byte[count];
         new Random(seed).NextBytes(bytes);
         return bytes;
     }

@@ -12,11 +12,11 @@ public sealed class CheckpointTests : IDisposable
     [Fact]
     public void A_single_file_is_a_checkpoint()
     {
-        using var checkpoint = Checkpoint.Open(GoldenFiles.Get("qwen3"));
+        using Checkpoint checkpoint = Checkpoint.Open(GoldenFiles.Get("qwen3"));
 
-        var norm = checkpoint.Tensors["model.norm.weight"];
+        CheckpointTensor norm = checkpoint.Tensors["model.norm.weight"];
         Assert.Equal([64], norm.Info.Shape);
-        var bytes = new byte[128];
+        byte[] bytes = new byte[128];
         norm.Read(0, bytes);
         Assert.Contains(bytes, b => b != 0);
     }
@@ -27,10 +27,10 @@ public sealed class CheckpointTests : IDisposable
         WriteShard("one.safetensors", "a", "b");
         WriteShard("two.safetensors", "c", "unlisted");
         WriteIndex("""{"weight_map":{"a":"one.safetensors","b":"one.safetensors","c":"two.safetensors"},"metadata":{"total_size":1}}""");
-        using var checkpoint = Checkpoint.Open(_folder.Path);
+        using Checkpoint checkpoint = Checkpoint.Open(_folder.Path);
 
         Assert.Equal(["a", "b", "c", "unlisted"], checkpoint.Tensors.Keys.Order());
-        var bytes = new byte[4];
+        byte[] bytes = new byte[4];
         checkpoint.Tensors["c"].Read(0, bytes);
         Assert.Equal([(byte)'c', (byte)'c', (byte)'c', (byte)'c'], bytes);
     }
@@ -46,7 +46,7 @@ public sealed class CheckpointTests : IDisposable
              "f":"../f.safetensors","g":"/etc/passwd","h":"broken.safetensors","i":"three.safetensors"}}
             """);
 
-        var error = Assert.Throws<InvalidModelException>(() => Checkpoint.Open(_folder.Path));
+        InvalidModelException error = Assert.Throws<InvalidModelException>(() => Checkpoint.Open(_folder.Path));
         Assert.Collection(error.Problems,
             p => Assert.Equal("tensor 'b' is in both one.safetensors and two.safetensors", p),
             p => Assert.Contains("tensor 'c' is not in two.safetensors", p),
@@ -63,7 +63,7 @@ public sealed class CheckpointTests : IDisposable
         WriteShard("model.safetensors", "a");
         WriteShard("one.safetensors", "b");
         WriteIndex("""{"weight_map":{"b":"one.safetensors"}}""");
-        using var checkpoint = Checkpoint.Open(_folder.Path);
+        using Checkpoint checkpoint = Checkpoint.Open(_folder.Path);
 
         Assert.Equal("a", Assert.Single(checkpoint.Tensors.Keys));
     }
@@ -75,16 +75,16 @@ public sealed class CheckpointTests : IDisposable
         WriteShard("two.safetensors", "c");
         WriteIndex("""{"weight_map":{"a":"one.safetensors","b":"two.safetensors","c":"two.safetensors"}}""");
 
-        var error = Assert.Throws<InvalidModelException>(() => Checkpoint.Open(_folder.Path));
+        InvalidModelException error = Assert.Throws<InvalidModelException>(() => Checkpoint.Open(_folder.Path));
         Assert.Contains("tensor 'b' is not in two.safetensors", Assert.Single(error.Problems));
     }
 
     [Fact]
     public void A_json_file_may_have_many_megabytes_and_not_hundreds()
     {
-        var padding = string.Concat(Enumerable.Repeat(" ", 40 << 20));
+        string padding = string.Concat(Enumerable.Repeat(" ", 40 << 20));
         Assert.True(JsonFile.ReadObject(_folder.Write("large.json", $$"""{{{padding}}"a":1}""")).TryGetProperty("a", out _));
-        using (var file = File.Create(_folder["huge.json"])) file.SetLength((256L << 20) + 1);
+        using (FileStream file = File.Create(_folder["huge.json"])) file.SetLength((256L << 20) + 1);
         Assert.Contains("at most", Assert.Throws<InvalidModelException>(() => JsonFile.ReadObject(_folder["huge.json"])).Message);
     }
 

@@ -15,19 +15,19 @@ public sealed class SafetensorsFileTests : IDisposable
     [Fact]
     public void Reads_what_transformers_wrote()
     {
-        using var file = SafetensorsFile.Open(GoldenFiles.Get("llama", "model.safetensors"));
+        using SafetensorsFile file = SafetensorsFile.Open(GoldenFiles.Get("llama", "model.safetensors"));
 
         Assert.Equal("pt", file.Metadata["format"]);
-        var tensor = file.Tensors["model.layers.2.mlp.down_proj.weight"];
+        TensorInfo tensor = file.Tensors["model.layers.2.mlp.down_proj.weight"];
         Assert.Equal([64, 160], tensor.Shape);
         Assert.Equal(DType.BFloat16, tensor.DType);
         Assert.Equal(64 * 160, tensor.Elements);
         Assert.Equal(64 * 160 * 2, tensor.Bytes);
-        var whole = new byte[tensor.Bytes];
+        byte[] whole = new byte[tensor.Bytes];
         file.Read(tensor, 0, whole);
-        var all = File.ReadAllBytes(file.Path);
+        byte[] all = File.ReadAllBytes(file.Path);
         Assert.Equal(all[(int)tensor.Offset..(int)(tensor.Offset + tensor.Bytes)], whole);
-        var part = new byte[10];
+        byte[] part = new byte[10];
         file.Read(tensor, 6, part);
         Assert.Equal(whole[6..16], part);
     }
@@ -35,8 +35,8 @@ public sealed class SafetensorsFileTests : IDisposable
     [Fact]
     public void Read_refuses_bytes_outside_the_tensor()
     {
-        using var file = SafetensorsFile.Open(GoldenFiles.Get("llama", "model.safetensors"));
-        var tensor = file.Tensors["model.norm.weight"];
+        using SafetensorsFile file = SafetensorsFile.Open(GoldenFiles.Get("llama", "model.safetensors"));
+        TensorInfo tensor = file.Tensors["model.norm.weight"];
 
         Assert.Throws<ArgumentOutOfRangeException>(() => file.Read(tensor, 120, new byte[9]));
         Assert.Throws<ArgumentOutOfRangeException>(() => file.Read(tensor, -1, new byte[1]));
@@ -47,25 +47,25 @@ public sealed class SafetensorsFileTests : IDisposable
     [Fact]
     public void Other_dtypes_are_listed_and_not_read()
     {
-        var path = WriteRaw(
+        string path = WriteRaw(
             """{"steps":{"dtype":"I64","shape":[2],"data_offsets":[0,16]},"q":{"dtype":"NF5","shape":[9],"data_offsets":[16,22]}}""", 22);
-        using var file = SafetensorsFile.Open(path);
+        using SafetensorsFile file = SafetensorsFile.Open(path);
 
         Assert.Null(file.Tensors["steps"].DType);
         Assert.Equal(6, file.Tensors["q"].Bytes);
-        var error = Assert.Throws<InvalidModelException>(() => file.Read(file.Tensors["steps"], 0, new byte[16]));
+        InvalidModelException error = Assert.Throws<InvalidModelException>(() => file.Read(file.Tensors["steps"], 0, new byte[16]));
         Assert.Contains("'steps' has dtype I64", error.Message);
     }
 
     [Fact]
     public void A_file_truncated_after_opening_is_an_error_that_says_so()
     {
-        var path = WriteRaw("""{"a":{"dtype":"F32","shape":[100],"data_offsets":[0,400]}}""", 400);
-        using var file = SafetensorsFile.Open(path);
-        using (var other = new FileStream(path, FileMode.Open, FileAccess.Write, FileShare.ReadWrite))
+        string path = WriteRaw("""{"a":{"dtype":"F32","shape":[100],"data_offsets":[0,400]}}""", 400);
+        using SafetensorsFile file = SafetensorsFile.Open(path);
+        using (FileStream other = new FileStream(path, FileMode.Open, FileAccess.Write, FileShare.ReadWrite))
             other.SetLength(100);
 
-        var error = Assert.Throws<InvalidModelException>(() => file.Read(file.Tensors["a"], 0, new byte[400]));
+        InvalidModelException error = Assert.Throws<InvalidModelException>(() => file.Read(file.Tensors["a"], 0, new byte[400]));
         Assert.Contains("'a' is cut off", error.Message);
     }
 
@@ -107,9 +107,9 @@ public sealed class SafetensorsFileTests : IDisposable
     [InlineData("""{"__metadata__":"a"}""", 0, "__metadata__ must be an object of strings")]
     public void A_header_that_lies_is_refused(string header, int dataBytes, string problem)
     {
-        var path = WriteRaw(header, dataBytes);
+        string path = WriteRaw(header, dataBytes);
 
-        var error = Assert.Throws<InvalidModelException>(() => SafetensorsFile.Open(path));
+        InvalidModelException error = Assert.Throws<InvalidModelException>(() => SafetensorsFile.Open(path));
         Assert.Contains(problem, error.Message);
         Assert.Equal(path, error.Path);
     }
@@ -117,10 +117,10 @@ public sealed class SafetensorsFileTests : IDisposable
     [Fact]
     public void All_problems_are_reported_at_once()
     {
-        var path = WriteRaw(
+        string path = WriteRaw(
             """{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[1],"data_offsets":[9,4]}}""", 4);
 
-        var error = Assert.Throws<InvalidModelException>(() => SafetensorsFile.Open(path));
+        InvalidModelException error = Assert.Throws<InvalidModelException>(() => SafetensorsFile.Open(path));
         Assert.Equal(2, error.Problems.Count);
     }
 
@@ -133,7 +133,7 @@ public sealed class SafetensorsFileTests : IDisposable
     [InlineData(new byte[] { 2, 0, 0, 0, 0, 0, 0, 0, 0xC3, 0x28 }, "not valid UTF-8")]
     public void A_header_length_that_lies_is_refused(byte[] bytes, string problem)
     {
-        var error = Assert.Throws<InvalidModelException>(() => SafetensorsFile.Open(_folder.Write("a.safetensors", bytes)));
+        InvalidModelException error = Assert.Throws<InvalidModelException>(() => SafetensorsFile.Open(_folder.Write("a.safetensors", bytes)));
         Assert.Contains(problem, error.Message);
     }
 
@@ -142,31 +142,31 @@ public sealed class SafetensorsFileTests : IDisposable
     public void Tensors_lie_beyond_2_to_the_31_and_2_to_the_32()
     {
         const long Step = (1L << 31) - 200; // so that a tensor lies across each border
-        var header = string.Join(',', Enumerable.Range(0, 3).Select(i =>
+        string header = string.Join(',', Enumerable.Range(0, 3).Select(i =>
             $"\"{i}\":{{\"dtype\":\"F32\",\"shape\":[{Step / 4}],\"data_offsets\":[{i * Step},{(i + 1) * Step}]}}"));
-        var path = WriteRaw("{" + header + "}", 0);
+        string path = WriteRaw("{" + header + "}", 0);
         byte[] Mark(int tensor, long at) => [(byte)(tensor + 1), (byte)at, (byte)(at >> 31), 7];
-        using (var stream = new FileStream(path, FileMode.Open, FileAccess.ReadWrite))
+        using (FileStream stream = new FileStream(path, FileMode.Open, FileAccess.ReadWrite))
         {
-            var start = stream.Length;
+            long start = stream.Length;
             stream.SetLength(start + 3 * Step);
-            for (var tensor = 0; tensor < 3; tensor++)
+            for (int tensor = 0; tensor < 3; tensor++)
             {
-                foreach (var at in (long[])[0, Step / 2 / 4 * 4, Step - 4])
+                foreach (long at in (long[])[0, Step / 2 / 4 * 4, Step - 4])
                 {
                     stream.Position = start + tensor * Step + at;
                     stream.Write(Mark(tensor, at));
                 }
             }
         }
-        using var file = SafetensorsFile.Open(path);
-        for (var tensor = 0; tensor < 3; tensor++)
+        using SafetensorsFile file = SafetensorsFile.Open(path);
+        for (int tensor = 0; tensor < 3; tensor++)
         {
-            var info = file.Tensors[$"{tensor}"];
+            TensorInfo info = file.Tensors[$"{tensor}"];
             Assert.Equal((Step, Step / 4), (info.Bytes, info.Elements));
-            foreach (var at in (long[])[0, Step / 2 / 4 * 4, Step - 4])
+            foreach (long at in (long[])[0, Step / 2 / 4 * 4, Step - 4])
             {
-                var read = new byte[4];
+                byte[] read = new byte[4];
                 file.Read(info, at, read);
                 Assert.Equal(Mark(tensor, at), read);
             }
@@ -181,11 +181,11 @@ public sealed class SafetensorsFileTests : IDisposable
     [Fact]
     public void Empty_tensors_may_lie_where_others_begin()
     {
-        var path = WriteRaw("""
+        string path = WriteRaw("""
             {"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[0,3],"data_offsets":[0,0]},
              "c":{"dtype":"F32","shape":[0],"data_offsets":[4,4]}}
             """, 4);
-        using var file = SafetensorsFile.Open(path);
+        using SafetensorsFile file = SafetensorsFile.Open(path);
         Assert.Equal(3, file.Tensors.Count);
     }
 
@@ -199,9 +199,9 @@ public sealed class SafetensorsFileTests : IDisposable
     [Fact]
     public void A_header_of_nothing_but_problems_is_not_collected_without_end()
     {
-        var header = "{" + string.Join(',', Enumerable.Repeat("\"a\":1", 100_000)) + "}";
+        string header = "{" + string.Join(',', Enumerable.Repeat("\"a\":1", 100_000)) + "}";
 
-        var error = Assert.Throws<InvalidModelException>(() => SafetensorsFile.Open(WriteRaw(header, 0)));
+        InvalidModelException error = Assert.Throws<InvalidModelException>(() => SafetensorsFile.Open(WriteRaw(header, 0)));
         Assert.Equal(1001, error.Problems.Count);
         Assert.InRange(error.Message.Length, 1, 10_000);
     }
@@ -210,16 +210,16 @@ public sealed class SafetensorsFileTests : IDisposable
     public void Anything_written_reads_back() =>
         GenTensors.Sample(tensors =>
         {
-            var path = _folder[Guid.NewGuid().ToString()];
+            string path = _folder[Guid.NewGuid().ToString()];
             SafetensorsWriter.Write(path, tensors);
-            using var file = SafetensorsFile.Open(path);
+            using SafetensorsFile file = SafetensorsFile.Open(path);
             Assert.Equal(tensors.Length, file.Tensors.Count);
-            foreach (var (tensor, bytes) in tensors)
+            foreach ((TensorDeclaration? tensor, byte[]? bytes) in tensors)
             {
-                var info = file.Tensors[tensor.Name];
+                TensorInfo info = file.Tensors[tensor.Name];
                 Assert.Equal(tensor.Shape, info.Shape);
                 Assert.Equal(tensor.Type, info.DType);
-                var read = new byte[info.Bytes];
+                byte[] read = new byte[info.Bytes];
                 file.Read(info, 0, read);
                 Assert.Equal(bytes, read);
             }
@@ -229,19 +229,19 @@ public sealed class SafetensorsFileTests : IDisposable
     public void A_corrupt_header_is_refused_or_describes_tensors_inside_the_file() =>
         Gen.Select(GenTensors, Gen.Select(Gen.UInt, Gen.Byte).Array[1, 4]).Sample((tensors, changes) =>
         {
-            var path = _folder[Guid.NewGuid().ToString()];
+            string path = _folder[Guid.NewGuid().ToString()];
             SafetensorsWriter.Write(path, tensors);
-            var bytes = File.ReadAllBytes(path);
-            var header = 8 + BinaryPrimitives.ReadInt32LittleEndian(bytes);
-            foreach (var (at, value) in changes)
+            byte[] bytes = File.ReadAllBytes(path);
+            int header = 8 + BinaryPrimitives.ReadInt32LittleEndian(bytes);
+            foreach ((uint at, byte value) in changes)
                 bytes[at % header] = value;
             File.WriteAllBytes(path, bytes);
-            var before = GC.GetAllocatedBytesForCurrentThread();
+            long before = GC.GetAllocatedBytesForCurrentThread();
             try
             {
-                using var file = SafetensorsFile.Open(path);
-                var buffer = new byte[16];
-                foreach (var tensor in file.Tensors.Values)
+                using SafetensorsFile file = SafetensorsFile.Open(path);
+                byte[] buffer = new byte[16];
+                foreach (TensorInfo tensor in file.Tensors.Values)
                 {
                     Assert.InRange(tensor.Offset, 8, bytes.Length);
                     Assert.InRange(tensor.Bytes, 0, bytes.Length - tensor.Offset);
@@ -261,8 +261,8 @@ public sealed class SafetensorsFileTests : IDisposable
     [Fact]
     public void A_writer_that_is_not_completed_leaves_no_file()
     {
-        var path = _folder["a.safetensors"];
-        using (var writer = new SafetensorsWriter(path, [new("a", DType.Float32, [2])]))
+        string path = _folder["a.safetensors"];
+        using (SafetensorsWriter writer = new SafetensorsWriter(path, [new("a", DType.Float32, [2])]))
         {
             writer.Write(new byte[4]);
             Assert.Throws<InvalidOperationException>(writer.Complete);
@@ -285,9 +285,9 @@ public sealed class SafetensorsFileTests : IDisposable
         Gen.Select(Gen.String[Gen.Char["ab.\"\\é\u4e2d\n"], 0, 6], Gen.Enum<DType>(), Gen.Long[0, 4].Array[0, 3], Gen.Byte)
             .Select((name, type, shape, fill) =>
             {
-                var tensor = new TensorDeclaration(name, type, shape);
-                var bytes = new byte[tensor.Bytes];
-                for (var i = 0; i < bytes.Length; i++)
+                TensorDeclaration tensor = new TensorDeclaration(name, type, shape);
+                byte[] bytes = new byte[tensor.Bytes];
+                for (int i = 0; i < bytes.Length; i++)
                     bytes[i] = (byte)(fill + i);
                 return (tensor, bytes);
             })
@@ -296,8 +296,8 @@ public sealed class SafetensorsFileTests : IDisposable
 
     private string WriteRaw(string header, int dataBytes)
     {
-        var json = Encoding.UTF8.GetBytes(header);
-        var bytes = new byte[8 + json.Length + dataBytes];
+        byte[] json = Encoding.UTF8.GetBytes(header);
+        byte[] bytes = new byte[8 + json.Length + dataBytes];
         BinaryPrimitives.WriteInt64LittleEndian(bytes, json.Length);
         json.CopyTo(bytes, 8);
         return _folder.Write("raw.safetensors", bytes);

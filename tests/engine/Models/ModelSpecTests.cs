@@ -15,7 +15,7 @@ public sealed class ModelSpecTests : IDisposable
     [Fact]
     public void Llama_config_reads_as_facts()
     {
-        var spec = ModelSpec.Load(GoldenFiles.Get("llama3"));
+        ModelSpec spec = ModelSpec.Load(GoldenFiles.Get("llama3"));
 
         Assert.Equal("llama", spec.ModelType);
         Assert.Equal(320, spec.VocabSize);
@@ -41,15 +41,15 @@ public sealed class ModelSpecTests : IDisposable
     {
         AssertFacts("qwen2", qkv: true, tied: true, headDim: 16);
         AssertFacts("qwen3", norms: true, headDim: 32);
-        var biased = Parse("llama", config => { config["attention_bias"] = true; config["mlp_bias"] = true; });
+        ModelSpec biased = Parse("llama", config => { config["attention_bias"] = true; config["mlp_bias"] = true; });
         Assert.True(biased.Attention is { QkvBias: true, OutputBias: true } && biased.Mlp.Bias);
         // Fields of another family mean nothing: transformers does not read them either.
-        var ignored = Parse("qwen2", config => { config["attention_bias"] = false; config["mlp_bias"] = true; });
+        ModelSpec ignored = Parse("qwen2", config => { config["attention_bias"] = false; config["mlp_bias"] = true; });
         Assert.True(ignored.Attention is { QkvBias: true, OutputBias: false } && !ignored.Mlp.Bias);
 
         static void AssertFacts(string family, int headDim, bool qkv = false, bool norms = false, bool tied = false)
         {
-            var spec = ModelSpec.Load(GoldenFiles.Get(family));
+            ModelSpec spec = ModelSpec.Load(GoldenFiles.Get(family));
             Assert.Equal((qkv, false, norms, headDim),
                 (spec.Attention.QkvBias, spec.Attention.OutputBias, spec.Attention.QueryKeyNorm, spec.Attention.HeadDim));
             Assert.Equal((false, tied), (spec.Mlp.Bias, spec.TiedHead));
@@ -63,29 +63,29 @@ public sealed class ModelSpecTests : IDisposable
     [InlineData("qwen3")]
     public void A_checkpoint_of_transformers_has_the_tensors_that_are_expected(string model)
     {
-        var spec = ModelSpec.Load(GoldenFiles.Get(model));
-        using var checkpoint = Checkpoint.Open(GoldenFiles.Get(model));
+        ModelSpec spec = ModelSpec.Load(GoldenFiles.Get(model));
+        using Checkpoint checkpoint = Checkpoint.Open(GoldenFiles.Get(model));
 
-        var expected = spec.CheckpointTensors().Select(t => $"{t.Name} {string.Join(',', t.Shape)}").Order();
+        IOrderedEnumerable<string> expected = spec.CheckpointTensors().Select(t => $"{t.Name} {string.Join(',', t.Shape)}").Order();
         Assert.Equal(checkpoint.Tensors.Values.Select(t => $"{t.Info.Name} {string.Join(',', t.Info.Shape)}").Order(), expected);
     }
 
     [Fact]
     public void Inverse_frequencies_are_those_of_transformers()
     {
-        using var cases = JsonDocument.Parse(File.ReadAllBytes(GoldenFiles.Get("rope.json")));
-        foreach (var reference in cases.RootElement.EnumerateArray())
+        using JsonDocument cases = JsonDocument.Parse(File.ReadAllBytes(GoldenFiles.Get("rope.json")));
+        foreach (JsonElement reference in cases.RootElement.EnumerateArray())
         {
-            var headDim = reference.GetProperty("head_dim").GetInt32();
-            var spec = Parse("llama", config =>
+            int headDim = reference.GetProperty("head_dim").GetInt32();
+            ModelSpec spec = Parse("llama", config =>
             {
                 config["head_dim"] = headDim;
                 config["rope_parameters"] = JsonNode.Parse(reference.GetProperty("rope_parameters").GetRawText());
             });
-            var bits = reference.GetProperty("bits").EnumerateArray().Select(e => e.GetInt32()).ToArray();
+            int[] bits = reference.GetProperty("bits").EnumerateArray().Select(e => e.GetInt32()).ToArray();
             Assert.Equal(headDim / 2, bits.Length);
             // PyTorch's vectorised pow is not always correctly rounded: some of its numbers are one unit in the last place away.
-            var distances = spec.Attention.Rope.InverseFrequencies(spec.Attention.HeadDim).Zip(bits, (ours, theirs) => Math.Abs(BitConverter.SingleToInt32Bits(ours) - theirs));
+            IEnumerable<int> distances = spec.Attention.Rope.InverseFrequencies(spec.Attention.HeadDim).Zip(bits, (ours, theirs) => Math.Abs(BitConverter.SingleToInt32Bits(ours) - theirs));
             Assert.All(distances, distance => Assert.InRange(distance, 0, 1));
             Assert.InRange(distances.Count(distance => distance > 0), 0, headDim / 16);
         }
@@ -94,8 +94,8 @@ public sealed class ModelSpecTests : IDisposable
     [Fact]
     public void The_layout_before_transformers_5_is_read_too()
     {
-        var expected = ModelSpec.Load(GoldenFiles.Get("llama3")).Attention.Rope;
-        var old = """
+        RopeSpec expected = ModelSpec.Load(GoldenFiles.Get("llama3")).Attention.Rope;
+        string old = """
             {"rope_type":"llama3","factor":8.0,"low_freq_factor":1.0,"high_freq_factor":4.0,"original_max_position_embeddings":64}
             """;
         Assert.Equal(expected, Parse("llama", config =>
@@ -126,11 +126,11 @@ public sealed class ModelSpecTests : IDisposable
     [Fact]
     public void Absent_and_null_mean_the_default()
     {
-        foreach (var name in (string[])["num_key_value_heads", "rms_norm_eps", "rope_parameters", "tie_word_embeddings", "attention_bias",
+        foreach (string name in (string[])["num_key_value_heads", "rms_norm_eps", "rope_parameters", "tie_word_embeddings", "attention_bias",
             "mlp_bias", "head_dim", "hidden_act", "architectures", "eos_token_id", "bos_token_id"])
         {
-            var absent = Parse("llama", config => config.Remove(name));
-            var empty = Parse("llama", config => config[name] = null);
+            ModelSpec absent = Parse("llama", config => config.Remove(name));
+            ModelSpec empty = Parse("llama", config => config[name] = null);
             Assert.Equal(absent with { EosTokenIds = [], Layers = [] }, empty with { EosTokenIds = [], Layers = [] });
             Assert.Equal(absent.Layers, empty.Layers);
             Assert.Equal(absent.EosTokenIds, empty.EosTokenIds);
@@ -192,7 +192,7 @@ public sealed class ModelSpecTests : IDisposable
     [InlineData("rope_scaling", "{\"type\":\"linear\",\"factor\":2}", "rope_parameters must agree with rope_scaling")]
     public void A_bad_field_is_named(string name, string json, string problem)
     {
-        var error = Assert.Throws<InvalidModelException>(() => Parse("llama", config => config[name] = JsonNode.Parse(json)));
+        InvalidModelException error = Assert.Throws<InvalidModelException>(() => Parse("llama", config => config[name] = JsonNode.Parse(json)));
         Assert.Contains(problem, error.Message);
         Assert.Single(error.Problems);
     }
@@ -200,7 +200,7 @@ public sealed class ModelSpecTests : IDisposable
     [Fact]
     public void Llama3_rope_needs_its_bounds_in_order()
     {
-        var error = Assert.Throws<InvalidModelException>(() => Parse("llama", config => config["rope_parameters"] =
+        InvalidModelException error = Assert.Throws<InvalidModelException>(() => Parse("llama", config => config["rope_parameters"] =
             JsonNode.Parse("""{"rope_type":"llama3","factor":8,"low_freq_factor":4,"high_freq_factor":4}""")));
         Assert.Equal("rope_parameters.high_freq_factor must be a number above low_freq_factor, 4; it is 4", Assert.Single(error.Problems));
     }
@@ -212,13 +212,13 @@ public sealed class ModelSpecTests : IDisposable
     [InlineData("qwen3", 128, false, false, false, true)]
     public void What_a_config_does_not_say_is_the_familys_default(string family, int headDim, bool qkv, bool output, bool mlp, bool norms)
     {
-        var spec = Minimal(family, "");
+        ModelSpec spec = Minimal(family, "");
         Assert.Equal((12, headDim, 1e-6f, false, qkv, output, mlp, norms),
             (spec.Attention.KvHeads, spec.Attention.HeadDim, spec.RmsNormEpsilon, spec.TiedHead, spec.Attention.QkvBias, spec.Attention.OutputBias, spec.Mlp.Bias, spec.Attention.QueryKeyNorm));
         Assert.Equal(new RopeSpec(RopeType.Default, 10000), spec.Attention.Rope);
         Assert.Equal((0, null), (spec.EosTokenIds.Count, spec.BosTokenId));
         // 28 layers of full attention come before a window unless the config says otherwise; this model has three.
-        var windowed = Minimal(family, ""","use_sliding_window":true,"sliding_window":16""");
+        ModelSpec windowed = Minimal(family, ""","use_sliding_window":true,"sliding_window":16""");
         Assert.Equal(spec with { EosTokenIds = [], Layers = [] }, windowed with { EosTokenIds = [], Layers = [] });
         Assert.Equal(spec.Layers, windowed.Layers);
     }
@@ -231,16 +231,16 @@ public sealed class ModelSpecTests : IDisposable
     [InlineData("qwen3", false, true, false, false, false)]
     public void Each_kind_of_bias_has_its_own_field(string family, bool attentionField, bool mlpField, bool qkv, bool output, bool mlp)
     {
-        var spec = Parse(family, config => { config["attention_bias"] = attentionField; config["mlp_bias"] = mlpField; });
+        ModelSpec spec = Parse(family, config => { config["attention_bias"] = attentionField; config["mlp_bias"] = mlpField; });
         Assert.Equal((qkv, output, mlp), (spec.Attention.QkvBias, spec.Attention.OutputBias, spec.Mlp.Bias));
     }
 
     [Fact]
     public void Layer_types_are_all_looked_at()
     {
-        foreach (var at in (int[])[0, 1, 2])
+        foreach (int at in (int[])[0, 1, 2])
         {
-            var types = new JsonArray("full_attention", "full_attention", "full_attention");
+            JsonArray types = new JsonArray("full_attention", "full_attention", "full_attention");
             types[at] = "sliding_attention";
             Assert.Throws<InvalidModelException>(() => Parse("qwen3", config => config["layer_types"] = types));
         }
@@ -249,7 +249,7 @@ public sealed class ModelSpecTests : IDisposable
     [Fact]
     public void The_last_token_of_the_vocabulary_may_begin_and_end_a_text()
     {
-        var spec = Parse("llama", config => { config["bos_token_id"] = 319; config["eos_token_id"] = 319; });
+        ModelSpec spec = Parse("llama", config => { config["bos_token_id"] = 319; config["eos_token_id"] = 319; });
         Assert.Equal((319, 319), (spec.BosTokenId!.Value, spec.EosTokenIds.Single()));
         Assert.Throws<InvalidModelException>(() => Parse("llama", config => config["bos_token_id"] = 320));
     }
@@ -263,15 +263,15 @@ public sealed class ModelSpecTests : IDisposable
     public void Low_frequencies_are_divided_high_ones_kept_and_those_between_blended(
         int headDim, double theta, double factor, double low, double high, int original)
     {
-        var ours = new RopeSpec(RopeType.Llama3, theta, factor, low, high, original).InverseFrequencies(headDim);
+        float[] ours = new RopeSpec(RopeType.Llama3, theta, factor, low, high, original).InverseFrequencies(headDim);
         HashSet<string> met = [];
-        for (var i = 0; i < headDim / 2; i++)
+        for (int i = 0; i < headDim / 2; i++)
         {
-            var plain = Math.Pow(theta, -2.0 * i / headDim);
-            var turns = original * plain / (2 * Math.PI);
-            var smooth = (turns - low) / (high - low);
+            double plain = Math.Pow(theta, -2.0 * i / headDim);
+            double turns = original * plain / (2 * Math.PI);
+            double smooth = (turns - low) / (high - low);
             met.Add(turns < low ? "low" : turns > high ? "high" : "between");
-            var expected = turns < low ? plain / factor : turns > high ? plain : (1 - smooth) * plain / factor + smooth * plain;
+            double expected = turns < low ? plain / factor : turns > high ? plain : (1 - smooth) * plain / factor + smooth * plain;
             Assert.Equal(1, ours[i] / expected, 1e-5);
         }
         Assert.Equal(3, met.Count);
@@ -280,14 +280,14 @@ public sealed class ModelSpecTests : IDisposable
     [Fact]
     public void A_linear_factor_divides_every_frequency()
     {
-        var plain = new RopeSpec(RopeType.Default, 10000).InverseFrequencies(128);
+        float[] plain = new RopeSpec(RopeType.Default, 10000).InverseFrequencies(128);
         Assert.Equal(plain.Select(frequency => frequency / 3), new RopeSpec(RopeType.Linear, 10000, 3).InverseFrequencies(128));
     }
 
     [Fact]
     public void Llama3_rope_scales_the_models_own_context_when_it_names_no_other()
     {
-        var rope = """{"rope_type":"llama3","factor":8,"low_freq_factor":2,"high_freq_factor":4}""";
+        string rope = """{"rope_type":"llama3","factor":8,"low_freq_factor":2,"high_freq_factor":4}""";
         Assert.Equal(new RopeSpec(RopeType.Llama3, 10000, 8, 2, 4, 512),
             Parse("llama", config => config["rope_parameters"] = JsonNode.Parse(rope)).Attention.Rope);
         // rope_theta beside it counts where it holds none of its own; the newer of two names of the type counts.
@@ -306,7 +306,7 @@ public sealed class ModelSpecTests : IDisposable
     [Fact]
     public void Every_problem_is_listed()
     {
-        var error = Assert.Throws<InvalidModelException>(() => ModelSpec.Parse("""{"model_type":"llama","hidden_act":"relu"}"""u8));
+        InvalidModelException error = Assert.Throws<InvalidModelException>(() => ModelSpec.Parse("""{"model_type":"llama","hidden_act":"relu"}"""u8));
 
         Assert.Equal(["vocab_size", "hidden_size", "num_attention_heads", "max_position_embeddings", "num_hidden_layers", "hidden_act",
             "intermediate_size"], error.Problems.Select(problem => problem.Split(' ')[0]));
@@ -330,17 +330,17 @@ public sealed class ModelSpecTests : IDisposable
     [Fact]
     public void Any_mutilated_config_is_read_or_refused()
     {
-        var text = File.ReadAllBytes(GoldenFiles.Get("qwen3", "config.json"));
+        byte[] text = File.ReadAllBytes(GoldenFiles.Get("qwen3", "config.json"));
         Gen.Select(Gen.Int[0, text.Length - 1], Gen.OneOf(Gen.Byte, Gen.OneOf("0123456789{}[]\",:-e.tn"u8.ToArray())))
             .Array[1, 5]
             .Sample(changes =>
             {
-                var changed = text.ToArray();
-                foreach (var (at, value) in changes)
+                byte[] changed = text.ToArray();
+                foreach ((int at, byte value) in changes)
                     changed[at] = value;
                 try
                 {
-                    var spec = ModelSpec.Parse(changed);
+                    ModelSpec spec = ModelSpec.Parse(changed);
                     Assert.Equal(spec.Attention.HeadDim / 2, spec.Attention.Rope.InverseFrequencies(spec.Attention.HeadDim).Length);
                 }
                 catch (InvalidModelException)
@@ -356,7 +356,7 @@ public sealed class ModelSpecTests : IDisposable
 
     private static ModelSpec Parse(string golden, Action<JsonObject> change)
     {
-        var config = JsonNode.Parse(File.ReadAllBytes(GoldenFiles.Get(golden, "config.json")))!.AsObject();
+        JsonObject config = JsonNode.Parse(File.ReadAllBytes(GoldenFiles.Get(golden, "config.json")))!.AsObject();
         change(config);
         return ModelSpec.Parse(Encoding.UTF8.GetBytes(config.ToJsonString()));
     }

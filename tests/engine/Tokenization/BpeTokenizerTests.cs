@@ -16,14 +16,14 @@ public class BpeTokenizerTests
     [MemberData(nameof(Makes))]
     public void Ids_and_text_are_those_of_the_reference(string make)
     {
-        var tokenizer = Load(make);
-        using var golden = JsonDocument.Parse(File.ReadAllBytes(GoldenFiles.Get("tokenizers", make, "cases.json")));
-        var wrong = new List<string>();
-        foreach (var reference in golden.RootElement.GetProperty("cases").EnumerateArray())
+        BpeTokenizer tokenizer = Load(make);
+        using JsonDocument golden = JsonDocument.Parse(File.ReadAllBytes(GoldenFiles.Get("tokenizers", make, "cases.json")));
+        List<string> wrong = new List<string>();
+        foreach (JsonElement reference in golden.RootElement.GetProperty("cases").EnumerateArray())
         {
-            var text = reference.GetProperty("text").GetString()!;
-            var written = reference.GetProperty("text").GetRawText();
-            var ids = Ids(reference, "ids");
+            string text = reference.GetProperty("text").GetString()!;
+            string written = reference.GetProperty("text").GetRawText();
+            int[] ids = Ids(reference, "ids");
             if (tokenizer.Encode(text, false) is var ours && !ours.SequenceEqual(ids))
                 wrong.Add($"{written}: [{string.Join(',', ours)}], not [{string.Join(',', ids)}]");
             if (!tokenizer.Encode(text, true).SequenceEqual(Ids(reference, "special")))
@@ -31,9 +31,9 @@ public class BpeTokenizerTests
             if (tokenizer.Decode(ids) != reference.GetProperty("decoded").GetString())
                 wrong.Add($"{written}: decoded");
         }
-        foreach (var reference in golden.RootElement.GetProperty("decode").EnumerateArray())
+        foreach (JsonElement reference in golden.RootElement.GetProperty("decode").EnumerateArray())
         {
-            var decoded = tokenizer.Decode(Ids(reference, "ids"));
+            string decoded = tokenizer.Decode(Ids(reference, "ids"));
             if (decoded != reference.GetProperty("decoded").GetString())
                 wrong.Add($"{reference.GetRawText()}: decoded as {JsonSerializer.Serialize(decoded)}");
         }
@@ -44,10 +44,10 @@ public class BpeTokenizerTests
     [MemberData(nameof(Makes))]
     public void Decoding_gives_back_the_text(string make)
     {
-        var tokenizer = Load(make);
+        BpeTokenizer tokenizer = Load(make);
         GenText.Sample(text =>
         {
-            var expected = make == "qwen2" ? Nfc.Normalize(text).ToString() : text;
+            string expected = make == "qwen2" ? Nfc.Normalize(text).ToString() : text;
             Assert.Equal(expected, tokenizer.Decode(tokenizer.Encode(text, false)));
         }, iter: 1000);
     }
@@ -56,15 +56,15 @@ public class BpeTokenizerTests
     [MemberData(nameof(Makes))]
     public void Lone_surrogates_are_read_as_replacement_characters(string make)
     {
-        var tokenizer = Load(make);
-        var expected = tokenizer.Encode("a\uFFFDb \uFFFD\U0001F642\uFFFD", false);
+        BpeTokenizer tokenizer = Load(make);
+        int[] expected = tokenizer.Encode("a\uFFFDb \uFFFD\U0001F642\uFFFD", false);
         Assert.Equal(expected, tokenizer.Encode("a\uD800b \uDC00\U0001F642\uD83D", false));
     }
 
     [Fact]
     public void Special_tokens_are_known_and_have_no_bytes()
     {
-        var tokenizer = Load("llama3");
+        BpeTokenizer tokenizer = Load("llama3");
         Assert.Equal(707, tokenizer.VocabSize);
         Assert.Equal(702, tokenizer.SpecialTokens["<|begin_of_text|>"]);
         Assert.Equal(5, tokenizer.SpecialTokens.Count);
@@ -72,7 +72,7 @@ public class BpeTokenizerTests
         Assert.Equal([702], tokenizer.Encode("", true));
         Assert.Empty(tokenizer.Encode("", false));
 
-        var added = Load("qwen2");
+        BpeTokenizer added = Load("qwen2");
         Assert.Equal("<tool_call>"u8, added.TokenBytes(added.Encode("<tool_call>", false)[0]));
         Assert.False(added.SpecialTokens.ContainsKey("<tool_call>"));
     }
@@ -80,8 +80,8 @@ public class BpeTokenizerTests
     [Fact]
     public void Ids_that_no_token_has_stand_for_nothing()
     {
-        var tokenizer = Load("llama3");
-        foreach (var id in (int[])[-1, int.MinValue, int.MaxValue, tokenizer.VocabSize])
+        BpeTokenizer tokenizer = Load("llama3");
+        foreach (int id in (int[])[-1, int.MinValue, int.MaxValue, tokenizer.VocabSize])
             Assert.True(tokenizer.TokenBytes(id).IsEmpty);
         Assert.Equal("a", tokenizer.Decode([-1, tokenizer.Encode("a", false)[0], int.MaxValue]));
     }
@@ -89,10 +89,10 @@ public class BpeTokenizerTests
     [Fact]
     public void Token_bytes_take_no_memory()
     {
-        var tokenizer = Load("gpt2");
-        var sum = tokenizer.TokenBytes(300).Length;
-        var before = GC.GetAllocatedBytesForCurrentThread();
-        for (var id = 0; id < 700; id++)
+        BpeTokenizer tokenizer = Load("gpt2");
+        int sum = tokenizer.TokenBytes(300).Length;
+        long before = GC.GetAllocatedBytesForCurrentThread();
+        for (int id = 0; id < 700; id++)
             sum += tokenizer.TokenBytes(id).Length;
         Assert.Equal(0, GC.GetAllocatedBytesForCurrentThread() - before);
         Assert.True(sum > 700);
@@ -110,10 +110,10 @@ public class BpeTokenizerTests
     [InlineData("<|im_start|>")]
     public void Time_grows_with_length_and_not_with_its_square(string unit)
     {
-        var tokenizer = Load("qwen2", WithChains);
-        var text = string.Concat(Enumerable.Repeat(unit, 1_000_000 / unit.Length));
-        var watch = Stopwatch.StartNew();
-        var ids = tokenizer.Encode(text, false);
+        BpeTokenizer tokenizer = Load("qwen2", WithChains);
+        string text = string.Concat(Enumerable.Repeat(unit, 1_000_000 / unit.Length));
+        Stopwatch watch = Stopwatch.StartNew();
+        int[] ids = tokenizer.Encode(text, false);
         // Half a second on a free machine; the square would be many minutes.
         Assert.InRange(watch.Elapsed.TotalSeconds, 0, 30);
         Assert.NotEmpty(ids);
@@ -124,19 +124,19 @@ public class BpeTokenizerTests
     {
         // Against the definition, on words of three letters with many overlapping merges.
         (int Left, int Right)[] pairs = [('a', 'b'), ('b', 'a'), ('a', 'a'), ('c', 256), (256, 257), (258, 258), (258, 'a'), ('b', 'c')];
-        var merges = new Dictionary<long, BytePairMerger.Merge>();
-        for (var rank = 0; rank < pairs.Length; rank++)
+        Dictionary<long, BytePairMerger.Merge> merges = new Dictionary<long, BytePairMerger.Merge>();
+        for (int rank = 0; rank < pairs.Length; rank++)
             merges.Add(BytePairMerger.Pair(pairs[rank].Left, pairs[rank].Right), new(rank, 256 + rank));
         int[] byteIds = [.. Enumerable.Range(0, 256)];
         Gen.Char["abc"].Array[1, 40].Sample(letters =>
         {
-            var expected = letters.Select(letter => (int)letter).ToList();
+            List<int> expected = letters.Select(letter => (int)letter).ToList();
             while (true)
             {
-                var (best, at) = (new BytePairMerger.Merge(int.MaxValue, 0), -1);
-                for (var i = 0; i + 1 < expected.Count; i++)
+                (BytePairMerger.Merge best, int at) = (new BytePairMerger.Merge(int.MaxValue, 0), -1);
+                for (int i = 0; i + 1 < expected.Count; i++)
                 {
-                    if (merges.TryGetValue(BytePairMerger.Pair(expected[i], expected[i + 1]), out var merge) && merge.Rank < best.Rank)
+                    if (merges.TryGetValue(BytePairMerger.Pair(expected[i], expected[i + 1]), out BytePairMerger.Merge merge) && merge.Rank < best.Rank)
                         (best, at) = (merge, i);
                 }
                 if (at < 0)
@@ -144,8 +144,8 @@ public class BpeTokenizerTests
                 expected[at] = best.Id;
                 expected.RemoveAt(at + 1);
             }
-            var ids = new List<int>();
-            using var merger = new BytePairMerger(merges);
+            List<int> ids = new List<int>();
+            using BytePairMerger merger = new BytePairMerger(merges);
             merger.Apply([.. letters.Select(letter => (byte)letter)], byteIds, ids);
             Assert.Equal(expected, ids);
         }, iter: 2000);
@@ -154,8 +154,8 @@ public class BpeTokenizerTests
     [Fact]
     public void A_prefix_space_is_added_where_there_is_none()
     {
-        var plain = Load("gpt2");
-        var prefixed = Load("gpt2", root => root["pre_tokenizer"]!["add_prefix_space"] = true);
+        BpeTokenizer plain = Load("gpt2");
+        BpeTokenizer prefixed = Load("gpt2", root => root["pre_tokenizer"]!["add_prefix_space"] = true);
         Assert.Equal(plain.Encode(" hello", false), prefixed.Encode("hello", false));
         Assert.Equal(plain.Encode(" hello", false), prefixed.Encode(" hello", false));
         Assert.Empty(prefixed.Encode("", false));
@@ -202,12 +202,12 @@ public class BpeTokenizerTests
     [InlineData("added_tokens.0.single_word", "true", "added_tokens '<|begin_of_text|>': single_word is not supported")]
     public void What_is_not_supported_is_refused_by_name(string path, string json, string problem)
     {
-        var error = Assert.Throws<InvalidModelException>(() => Load("llama3", root =>
+        InvalidModelException error = Assert.Throws<InvalidModelException>(() => Load("llama3", root =>
         {
-            var parts = path.Split('.');
+            string[] parts = path.Split('.');
             JsonNode at = root;
-            foreach (var part in parts[..^1])
-                at = (int.TryParse(part, CultureInfo.InvariantCulture, out var index) ? at[index] : at[part])!;
+            foreach (string part in parts[..^1])
+                at = (int.TryParse(part, CultureInfo.InvariantCulture, out int index) ? at[index] : at[part])!;
             at[parts[^1]] = JsonNode.Parse(json);
         }));
         Assert.Contains(problem, error.Message);
@@ -216,12 +216,12 @@ public class BpeTokenizerTests
     [Fact]
     public void Any_mutilated_file_is_read_or_refused()
     {
-        var text = File.ReadAllBytes(GoldenFiles.Get("tokenizers", "llama3", "tokenizer.json"));
+        byte[] text = File.ReadAllBytes(GoldenFiles.Get("tokenizers", "llama3", "tokenizer.json"));
         // The first part holds everything but the vocabulary and merges, which are more of the same.
         Gen.Select(Gen.Int[0, 2500], Gen.OneOf(Gen.Byte, Gen.OneOf("0123456789{}[]\",:-e.tn"u8.ToArray()))).Array[1, 4].Sample(changes =>
         {
-            var changed = text.ToArray();
-            foreach (var (at, value) in changes)
+            byte[] changed = text.ToArray();
+            foreach ((int at, byte value) in changes)
                 changed[at] = value;
             try
             {
@@ -241,9 +241,9 @@ public class BpeTokenizerTests
     /// <summary>Adds merges that make long runs of one letter into longer and longer tokens.</summary>
     private static void WithChains(JsonObject root)
     {
-        var model = root["model"]!;
-        var next = 100_000;
-        for (var token = "a"; token.Length < 64; token += token)
+        JsonNode model = root["model"]!;
+        int next = 100_000;
+        for (string token = "a"; token.Length < 64; token += token)
         {
             model["vocab"]![token + token] = next++;
             model["merges"]!.AsArray().Add(new JsonArray(token, token));
@@ -252,7 +252,7 @@ public class BpeTokenizerTests
 
     private static BpeTokenizer Load(string make, Action<JsonObject> change)
     {
-        var root = JsonNode.Parse(File.ReadAllBytes(GoldenFiles.Get("tokenizers", make, "tokenizer.json")))!.AsObject();
+        JsonObject root = JsonNode.Parse(File.ReadAllBytes(GoldenFiles.Get("tokenizers", make, "tokenizer.json")))!.AsObject();
         change(root);
         return BpeTokenizer.Parse(Encoding.UTF8.GetBytes(root.ToJsonString()));
     }

@@ -13,12 +13,12 @@ public sealed class NfcTests
     [Fact]
     public void Every_character_in_several_contexts_is_as_python_has_it()
     {
-        using var hash = IncrementalHash.CreateHash(HashAlgorithmName.SHA256);
+        using IncrementalHash hash = IncrementalHash.CreateHash(HashAlgorithmName.SHA256);
         // All that have a decomposition or class: the planes 0 and 1, and the compatibility ideographs of plane 2.
-        foreach (var value in Enumerable.Range(0, 0x20000).Where(Rune.IsValid).Concat(Enumerable.Range(0x2F800, 0x220)))
+        foreach (int value in Enumerable.Range(0, 0x20000).Where(Rune.IsValid).Concat(Enumerable.Range(0x2F800, 0x220)))
         {
-            var s = new Rune(value).ToString();
-            foreach (var text in (string[])[s, "A" + s, s + "\u0301", "e\u0327" + s + "\u0300", s + "\u11A8", "\u1100" + s, s + s])
+            string s = new Rune(value).ToString();
+            foreach (string text in (string[])[s, "A" + s, s + "\u0301", "e\u0327" + s + "\u0300", s + "\u11A8", "\u1100" + s, s + s])
                 hash.AppendData(Encoding.UTF8.GetBytes(Nfc.Normalize(text).ToString()));
         }
         Assert.Equal(Reference, Convert.ToHexStringLower(hash.GetHashAndReset()));
@@ -57,7 +57,7 @@ public sealed class NfcTests
             .Array[0, 12].Select(parts => string.Concat(parts))
             .Sample(text =>
             {
-                var once = Nfc.Normalize(text).ToString();
+                string once = Nfc.Normalize(text).ToString();
                 Assert.Equal(once, Nfc.Normalize(once).ToString());
             }, iter: 5000);
 }

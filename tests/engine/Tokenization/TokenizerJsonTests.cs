@@ -11,9 +11,9 @@ public sealed class TokenizerJsonTests
     public void Of_two_merges_the_one_that_is_listed_first_goes_first_however_many_there_are()
     {
         // 2000 merges that nothing in the text needs, then the two that compete.
-        var model = Model(root =>
+        BpeTokenizer model = Model(root =>
         {
-            for (var i = 0; i < 2000; i++)
+            for (int i = 0; i < 2000; i++)
                 Merge(root, $"{(char)('A' + i % 26)}", $"{(char)(0x100 + i / 26 % 60)}{(i >= 1560 ? "!" : "")}");
             Merge(root, "b", "c");
             Merge(root, "a", "b");
@@ -27,7 +27,7 @@ public sealed class TokenizerJsonTests
     [Fact]
     public void A_merge_that_stands_twice_has_its_last_rank()
     {
-        var model = Model(root =>
+        BpeTokenizer model = Model(root =>
         {
             Merge(root, "a", "b");
             Merge(root, "b", "c");
@@ -39,8 +39,8 @@ public sealed class TokenizerJsonTests
     [Fact]
     public void With_ignore_merges_a_word_of_the_vocabulary_is_one_token_the_longest_included()
     {
-        var longest = new string('y', 300); // no merges make it
-        var ignoring = Model(root =>
+        string longest = new string('y', 300); // no merges make it
+        BpeTokenizer ignoring = Model(root =>
         {
             root["model"]!["ignore_merges"] = true;
             Add(root, "abc");
@@ -50,7 +50,7 @@ public sealed class TokenizerJsonTests
         Assert.Equal(["abc"], Texts(ignoring, "abc"));
         Assert.Equal([longest], Texts(ignoring, longest));
         Assert.Equal(301, ignoring.Encode(longest + "y", false).Length);
-        var merging = Model(root =>
+        BpeTokenizer merging = Model(root =>
         {
             Add(root, "abc");
             Merge(root, "a", "b");
@@ -64,9 +64,9 @@ public sealed class TokenizerJsonTests
     [InlineData("<t", "<tool>", "<tool>x")]
     public void Of_added_tokens_that_begin_at_one_place_the_longest_is_taken(params string[] added)
     {
-        var model = Model(root =>
+        BpeTokenizer model = Model(root =>
         {
-            foreach (var text in added)
+            foreach (string text in added)
                 AddToken(root, text);
         });
         Assert.Equal(["a", "<tool>x", "<tool>", "<t", "x", "<"], Texts(model, "a<tool>x<tool><tx<"));
@@ -75,7 +75,7 @@ public sealed class TokenizerJsonTests
     [Fact]
     public void Added_tokens_are_found_before_or_after_normalisation_as_they_say()
     {
-        var model = Model(root =>
+        BpeTokenizer model = Model(root =>
         {
             root["normalizer"] = JsonNode.Parse("""{"type":"NFC"}""");
             AddToken(root, "e\u0301!"); // looked for in the text as it is
@@ -91,7 +91,7 @@ public sealed class TokenizerJsonTests
     [Fact]
     public void A_special_token_has_no_bytes_wherever_its_id_comes_from()
     {
-        var model = Model(root =>
+        BpeTokenizer model = Model(root =>
         {
             Add(root, "<end>");
             AddToken(root, "<end>", special: true, id: 256);
@@ -106,7 +106,7 @@ public sealed class TokenizerJsonTests
     [Fact]
     public void Special_tokens_go_before_and_after_a_text_as_the_template_says()
     {
-        var model = Model(root =>
+        BpeTokenizer model = Model(root =>
         {
             AddToken(root, "<s>", special: true);
             AddToken(root, "</s>", special: true);
@@ -131,9 +131,9 @@ public sealed class TokenizerJsonTests
     public void Text_is_split_as_the_pre_tokenizer_says(string split, string expected)
     {
         // Merges across every border that a split may make.
-        var model = Model(root =>
+        BpeTokenizer model = Model(root =>
         {
-            foreach (var pair in (string[])["2 3", "1 23", "a b", "3 c", "123 c", "ab 123c"])
+            foreach (string pair in (string[])["2 3", "1 23", "a b", "3 c", "123 c", "ab 123c"])
                 Merge(root, pair.Split(' ')[0], pair.Split(' ')[1]);
             root["pre_tokenizer"]!["pretokenizers"]!.AsArray().Insert(0, JsonNode.Parse(split));
         });
@@ -153,7 +153,7 @@ public sealed class TokenizerJsonTests
     [InlineData("""{"type":"ByteLevel","add_prefix_space":false,"use_regex":false}""", false, false)]
     public void Byte_level_adds_a_space_and_splits_words_unless_told_not_to(string byteLevel, bool space, bool regex)
     {
-        var model = Model(root =>
+        BpeTokenizer model = Model(root =>
         {
             Merge(root, "a", "\u0120");
             root["pre_tokenizer"] = JsonNode.Parse(byteLevel);
@@ -168,7 +168,7 @@ public sealed class TokenizerJsonTests
     [Fact]
     public void The_space_goes_before_every_word_of_the_splits_that_come_first()
     {
-        var model = Model(root => root["pre_tokenizer"] = JsonNode.Parse("""
+        BpeTokenizer model = Model(root => root["pre_tokenizer"] = JsonNode.Parse("""
             {"type":"Sequence","pretokenizers":[{"type":"Digits","individual_digits":true},{"type":"ByteLevel","add_prefix_space":true}]}
             """));
         Assert.Equal("a 1 b", string.Concat(Texts(model, "a1b"))[1..]);
@@ -181,11 +181,11 @@ public sealed class TokenizerJsonTests
     /// <summary>A tokenizer of the 256 bytes, each with its own value as id, that splits nothing; and what is added to it.</summary>
     private static BpeTokenizer Model(Action<JsonObject> change)
     {
-        var root = JsonNode.Parse("""
+        JsonObject root = JsonNode.Parse("""
             {"model":{"type":"BPE","vocab":{},"merges":[]},"added_tokens":[],"decoder":{"type":"ByteLevel"},
              "pre_tokenizer":{"type":"Sequence","pretokenizers":[{"type":"ByteLevel","add_prefix_space":false,"use_regex":false}]}}
             """)!.AsObject();
-        for (var value = 0; value < 256; value++)
+        for (int value = 0; value < 256; value++)
             root["model"]!["vocab"]![ByteAlphabet.ToChar((byte)value).ToString()] = value;
         change(root);
         return BpeTokenizer.Parse(Encoding.UTF8.GetBytes(root.ToJsonString()));
@@ -193,7 +193,7 @@ public sealed class TokenizerJsonTests
 
     private static void Add(JsonObject root, string token)
     {
-        var vocabulary = root["model"]!["vocab"]!.AsObject();
+        JsonObject vocabulary = root["model"]!["vocab"]!.AsObject();
         if (!vocabulary.ContainsKey(token))
             vocabulary[token] = vocabulary.Count;
     }
@@ -207,9 +207,9 @@ public sealed class TokenizerJsonTests
 
     private static void AddToken(JsonObject root, string text, bool special = false, bool normalized = false, int? id = null)
     {
-        var tokens = root["added_tokens"]!.AsArray();
-        var vocabulary = root["model"]!["vocab"]!.AsObject();
-        var next = vocabulary.Count + tokens.Count(token => !vocabulary.ContainsKey((string)token!["content"]!));
+        JsonArray tokens = root["added_tokens"]!.AsArray();
+        JsonObject vocabulary = root["model"]!["vocab"]!.AsObject();
+        int next = vocabulary.Count + tokens.Count(token => !vocabulary.ContainsKey((string)token!["content"]!));
         tokens.Add(new JsonObject { ["id"] = id ?? next, ["content"] = text, ["special"] = special, ["normalized"] = normalized });
     }
 }

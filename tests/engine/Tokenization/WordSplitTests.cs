@@ -28,7 +28,7 @@ public sealed class WordSplitTests
     [InlineData(@"[b-a]", "b-a")]
     public void Patterns_that_mean_something_else_in_dotnet_are_refused(string pattern, string problem)
     {
-        Assert.Null(WordSplit.TryCreate(pattern, true, out var found));
+        Assert.Null(WordSplit.TryCreate(pattern, true, out string? found));
         Assert.Contains(problem, found);
     }
 
@@ -40,7 +40,7 @@ public sealed class WordSplitTests
     [InlineData(@"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t)?|a+?b")]
     public void Patterns_of_well_known_models_are_accepted(string pattern)
     {
-        Assert.NotNull(WordSplit.TryCreate(pattern, true, out var problem));
+        Assert.NotNull(WordSplit.TryCreate(pattern, true, out string? problem));
         Assert.Null(problem);
     }
 
@@ -62,14 +62,14 @@ public sealed class WordSplitTests
     [Fact]
     public void Letters_and_digits_beyond_the_bmp_are_letters_and_digits()
     {
-        var split = WordSplit.TryCreate(@"\p{L}+|\p{N}", true, out _)!;
+        WordSplit split = WordSplit.TryCreate(@"\p{L}+|\p{N}", true, out _)!;
         Assert.Equal(["\U0001D400a\U00020BB7", "\U0001D7D8", "\U0001D7D9", "\U0001F642\U0001F642", "x"],
             Split(split, "\U0001D400a\U00020BB7\U0001D7D8\U0001D7D9\U0001F642\U0001F642x"));
     }
 
     private static List<string> Split(WordSplit split, string text)
     {
-        var words = new List<string>();
+        List<string> words = new List<string>();
         split.Split(text, word => words.Add(word.ToString()));
         return words;
     }

@@ -25,8 +25,11 @@ public sealed class UpdatePreflightTests
         {
             TheoryData<Kind, UpdateMode, UpdatePolicy> data = [];
             foreach (Kind kind in Enum.GetValues<Kind>())
+            {
                 foreach (UpdateMode mode in Enum.GetValues<UpdateMode>())
                     foreach (UpdatePolicy policy in Enum.GetValues<UpdatePolicy>()) data.Add(kind, mode, policy);
+            }
+
             return data;
         }
     }

@@ -28,7 +28,7 @@ internal static class SimulatedDevice
     /// <summary>What the device has done since the process began.</summary>
     public static unsafe Counters Count()
     {
-        var count = (delegate* unmanaged<Counters*, void>)Export("cuSimCounters");
+        delegate* unmanaged<Counters*, void> count = (delegate* unmanaged<Counters*, void>)Export("cuSimCounters");
         Counters counters;
         count(&counters);
         return counters;
@@ -58,7 +58,7 @@ internal static class SimulatedDevice
 
     private static unsafe void SetCandidates(string candidates)
     {
-        var set = (delegate* unmanaged<byte*, void>)Export("cuSimMatMul");
+        delegate* unmanaged<byte*, void> set = (delegate* unmanaged<byte*, void>)Export("cuSimMatMul");
         fixed (byte* text = System.Text.Encoding.ASCII.GetBytes(candidates + '\0'))
             set(text);
     }

@@ -22,7 +22,9 @@ internal sealed record Footprint(double ResidentMegabytes, IReadOnlyList<string>
         {
             if (Read(() => File.ResolveLinkTarget(descriptor, returnFinalTarget: false)?.FullName) is { } target
                 && Path.GetExtension(target) is not (".dll" or ".pdb"))
+            {
                 files.Add(Kind(target));
+            }
         }
 
         double megabytes = double.Parse(resident.Split(' ', StringSplitOptions.RemoveEmptyEntries)[1], CultureInfo.InvariantCulture) / 1024;

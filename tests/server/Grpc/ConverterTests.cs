@@ -282,8 +282,10 @@ public sealed class ConverterTests
     private static void AssertSame<T>(T expected, T actual, string field)
     {
         foreach (System.Reflection.PropertyInfo property in typeof(T).GetProperties())
+        {
             Assert.True(Text(property.GetValue(expected)) == Text(property.GetValue(actual)),
                 $"{field}: {property.Name} is {Text(property.GetValue(actual))}, not {Text(property.GetValue(expected))}");
+        }
 
         static string Text(object? value) => value switch
         {

@@ -97,8 +97,11 @@ public sealed class SegmentTests : IAsyncLifetime
         Assert.True(await update.ResponseStream.MoveNext(default));
         Segment segment = update.ResponseStream.Current.Ready.Segment;
         if (segment is not null)
+        {
             Assert.StartsWith(
                 string.Create(CultureInfo.InvariantCulture, $"/proc/{_server.Id}/fd/"), segment.Path, StringComparison.Ordinal);
+        }
+
         return segment!;
     }
 

@@ -1,4 +1,5 @@
 using Google.Protobuf;
+using Rollout.V1;
 
 namespace Rollout.Client;
 
@@ -15,7 +16,7 @@ internal sealed class InlineSender : IPayloadSender
                 await sending;
                 cancellationToken.ThrowIfCancellationRequested();
                 // gRPC has copied the bytes when the write completes, which is before the buffer's next turn.
-                var chunk = new V1.Chunk { Offset = (ulong)offset, Data = UnsafeByteOperations.UnsafeWrap(bytes) };
+                Chunk chunk = new V1.Chunk { Offset = (ulong)offset, Data = UnsafeByteOperations.UnsafeWrap(bytes) };
                 // On another thread, since gRPC serializes on the caller's.
                 sending = Task.Run(() => call.SendAsync(new V1.UpdateRequest { Chunk = chunk }, cancellationToken), CancellationToken.None);
             }

@@ -1,3 +1,5 @@
+using Rollout.V1;
+
 namespace Rollout.Client;
 
 /// <summary>
@@ -37,7 +39,7 @@ internal sealed class SharedMemorySender(long most, Func<PayloadFile> ownFile, i
             if (ring && k >= places)
                 await call.ReceivedAsync((k - places + 1) * window, cancellationToken);
             await payload.WriteToAsync(file, from, to, at, parallelism, cancellationToken);
-            var written = new V1.SharedMemory
+            SharedMemory written = new V1.SharedMemory
             {
                 Path = file.Path,
                 Offset = (ulong)at,
