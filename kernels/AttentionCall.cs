@@ -2,8 +2,8 @@ namespace Rollout.Kernels;
 
 /// <summary>
 /// One layer's attention over the rows of a step. In this order: an RMS norm over each query and key head, where given; rotation of queries
-/// and keys by the row's position (halves paired: i with i + keyDim/2); keys and values into the row's slot of the cache; then every query
-/// attends to positions 0..Positions[row] of its sequence's blocks.
+/// and keys by the row's position (halves paired: i with i + keyDim/2); storing of keys and values in the row's slot of the cache; then
+/// every query attends to positions 0..Positions[row] of its sequence's blocks.
 /// <code>
 ///   Qkv     [rows, heads*keyDim | kvHeads*keyDim | kvHeads*valueDim]
 ///   Output  [rows, heads*valueDim]
@@ -11,7 +11,7 @@ namespace Rollout.Kernels;
 /// </summary>
 public readonly struct AttentionCall
 {
-    /// <summary>Queries, keys and values of the step's rows. What it holds afterwards is undefined.</summary>
+    /// <summary>Queries, keys and values of the step's rows. Its contents afterwards are undefined.</summary>
     public required Tensor Qkv { get; init; }
 
     /// <summary>Query heads: a multiple of the layer's key-value heads.</summary>

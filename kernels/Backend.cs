@@ -3,15 +3,15 @@ using System.Runtime.CompilerServices;
 namespace Rollout.Kernels;
 
 /// <summary>
-/// The arithmetic of one transformer step on one device: a vocabulary of operations, called in order by one thread. The public operations
-/// check their arguments, once and alike for every device, and call the device's core. A new operation is a public method and a core here,
-/// and a core in each device.
+/// The arithmetic of one transformer step on one device: a set of operations, called in order by one thread. The public operations check
+/// their arguments, once and in the same way for every device, and call the device's core. A new operation is a public method and a core
+/// here, and a core in each device.
 /// <para>
-/// What every backend promises, and the abstract test suite checks:
-/// results are within a stated tolerance of a float64 reference; <b>a row's result is bit-identical whatever other rows the step
-/// holds</b> (every reduction runs in an order fixed by the row alone: ascending input index in a matmul, blocks of
-/// <see cref="KvCache.BlockTokens"/> tokens from position 0 in attention); the same inputs give the same bits twice; nothing managed is
-/// allocated per call once memory has been taken; wrong shapes are refused with an <see cref="ArgumentException"/> naming the parameter.
+/// What every backend promises, and the abstract test suite checks: results are within a stated tolerance of a float64 reference; <b>a
+/// row's result is bit-identical whatever other rows the step holds</b> (every reduction runs in an order fixed by the row alone: ascending
+/// input index in a matmul, blocks of <see cref="KvCache.BlockTokens"/> tokens from position 0 in attention); the same inputs give the same
+/// bits twice; nothing managed is allocated per call after start-up; wrong shapes are refused with an <see cref="ArgumentException"/>
+/// naming the parameter.
 /// </para>
 /// <para>Notation: rows = tokens of the step, hidden, heads = query heads, kvHeads, headDim, vocab.</para>
 /// </summary>
@@ -27,7 +27,7 @@ public abstract class Backend : IDisposable
     /// <summary>How matrices are stored.</summary>
     public abstract WeightFormat WeightFormat { get; }
 
-    /// <summary>Bytes the device could still give.</summary>
+    /// <summary>Bytes that can still be allocated on the device.</summary>
     public abstract long AvailableBytes { get; }
 
     /// <summary>Bytes of the device that this process holds, as the system counts them.</summary>
@@ -36,22 +36,24 @@ public abstract class Backend : IDisposable
     /// <summary>Bytes of one element of a key or a value.</summary>
     public abstract int KvElementBytes { get; }
 
-    /// <summary>Most bytes to take for keys and values where the operator does not say.</summary>
+    /// <summary>Most bytes to allocate for keys and values when the operator does not say.</summary>
     public abstract long KvCacheBudget { get; }
 
-    /// <summary>Output rows to compute logits of at a time: every time the whole head is read, and they take [rows, vocabulary] fp32.</summary>
+    /// <summary>
+    /// Output rows whose logits are computed together. Each such batch reads the whole head and needs [rows, vocabulary] fp32 of memory.
+    /// </summary>
     public abstract int LogitRows { get; }
 
-    /// <summary>Outputs in the unit that <see cref="WriteWeight"/> stores fastest: write multiples.</summary>
+    /// <summary><see cref="WriteWeight"/> is fastest for multiples of this many outputs.</summary>
     public abstract int WriteRows { get; }
 
     /// <summary>
-    /// Steps that may have begun and not been finished: 1, or, where the device works beside the host, 2. Then the tokens of the second may be
-    /// answers of the first: see <see cref="StepLayout.TokenIds"/>.
+    /// Steps that may be in flight: 1, or 2 where the device works concurrently with the host. Then tokens of the second may be answers of
+    /// the first: see <see cref="StepLayout.TokenIds"/>.
     /// </summary>
     public abstract int StepsInFlight { get; }
 
-    /// <summary>Tokens of a step where the operator does not say: as many as fill the device.</summary>
+    /// <summary>Tokens of a step when the operator does not say: enough to fill the device.</summary>
     public virtual int StepTokens => 512;
 
     public void Dispose()
@@ -63,13 +65,13 @@ public abstract class Backend : IDisposable
         GC.SuppressFinalize(this);
     }
 
-    // ---- Memory: taken at start, never in a step.
+    // ---- Memory: allocated at start, never in a step.
 
     /// <param name="rows">Capacity.</param>
     /// <param name="columns">Of a row.</param>
     /// <param name="rounded">
-    /// Whether its readers take values as matrices are stored: a GPU then keeps it so, in half the bytes, and rounds what is written to it
-    /// once. A CPU keeps every tensor in fp32.
+    /// Whether its readers take values in the type that matrices are stored in: a GPU then keeps the tensor in that type, in half the
+    /// bytes, and rounds each written value once. A CPU keeps every tensor in fp32.
     /// </param>
     public Tensor AllocateTensor(int rows, int columns, bool rounded = false)
     {
@@ -87,8 +89,10 @@ public abstract class Backend : IDisposable
         return AllocateWeightCore(outputs, inputs);
     }
 
-    /// <summary>All weights of a model: on a GPU one range of addresses, which stays when the memory is given back and taken again.</summary>
-    /// <exception cref="OutOfMemoryException">The device does not have it; none is held.</exception>
+    /// <summary>
+    /// All weights of a model. On a GPU they have one range of addresses, which stays the same when the memory is discarded and restored.
+    /// </summary>
+    /// <exception cref="OutOfMemoryException">The device does not have enough memory; nothing stays allocated.</exception>
     public WeightArena AllocateWeights(IReadOnlyList<(int Outputs, int Inputs)> shapes)
     {
         ThrowIfDisposed();
@@ -102,7 +106,7 @@ public abstract class Backend : IDisposable
     }
 
     /// <param name="blocks">Blocks of <see cref="KvCache.BlockTokens"/> tokens.</param>
-    /// <param name="layers">What each layer keeps of a token.</param>
+    /// <param name="layers">Shape of each layer's keys and values.</param>
     public KvCache AllocateKvCache(int blocks, params IReadOnlyList<KvLayout> layers)
     {
         ThrowIfDisposed();
@@ -111,7 +115,10 @@ public abstract class Backend : IDisposable
         foreach (KvLayout layer in layers)
         {
             if (layer.KvHeads < 1 || layer.KeyDim < 2 || layer.KeyDim % 2 != 0 || layer.ValueDim < 1)
-                throw new ArgumentOutOfRangeException(nameof(layers), layer, "Needed: a head, and an even key width, whose halves rotation pairs.");
+            {
+                throw new ArgumentOutOfRangeException(
+                    nameof(layers), layer, "Needed: a head, and an even key width, whose halves rotation pairs.");
+            }
         }
 
         return AllocateKvCacheCore(blocks, layers);
@@ -132,9 +139,9 @@ public abstract class Backend : IDisposable
     // ---- Weights: from any thread, also while a step runs on other weights, and concurrently for disjoint elements.
 
     /// <summary>
-    /// Stores part of a checkpoint tensor: <paramref name="source"/> holds whole rows of a matrix [outputs, inputs] or elements of a vector,
-    /// the first being element <paramref name="element"/> (= output * inputs + input) of <paramref name="destination"/>. Rounds to nearest
-    /// even.
+    /// Stores part of a checkpoint tensor: <paramref name="source"/> holds whole rows of a matrix [outputs, inputs] or elements of a
+    /// vector, the first being element <paramref name="element"/> (= output * inputs + input) of <paramref name="destination"/>. Rounds to
+    /// nearest even.
     /// </summary>
     public void WriteWeight(Weight destination, long element, ReadOnlySpan<byte> source, DType type)
     {
@@ -145,8 +152,8 @@ public abstract class Backend : IDisposable
     }
 
     /// <summary>
-    /// Stores single elements: value i becomes element <paramref name="element"/> + indices[i]. Exactly what a write of the whole would have
-    /// made of it, which is why an int8 backend refuses it for matrices.
+    /// Stores single elements: value i becomes element <paramref name="element"/> + indices[i]. The result is exactly that of writing the
+    /// whole weight, which is why an int8 backend refuses it for matrices.
     /// </summary>
     public void WriteWeightElements(Weight destination, long element, ReadOnlySpan<uint> indices, ReadOnlySpan<byte> values, DType type)
     {
@@ -156,7 +163,9 @@ public abstract class Backend : IDisposable
         WriteWeightElementsCore(destination, element, indices, values, type);
     }
 
-    /// <summary>Makes <paramref name="destination"/> bit-equal to <paramref name="source"/>. May be called while a step reads the source.</summary>
+    /// <summary>
+    /// Makes <paramref name="destination"/> bit-equal to <paramref name="source"/>. May be called while a step reads the source.
+    /// </summary>
     public void CopyWeight(Weight source, Weight destination)
     {
         ThrowIfDisposed();
@@ -178,10 +187,10 @@ public abstract class Backend : IDisposable
     // ---- One step.
 
     /// <summary>
-    /// Steps to go through once, up to <see cref="Sample"/>, with every set of weights before its first real one: nothing is computed, but
-    /// what steps like these need beside memory is prepared, so that no later one has to. A GPU captures its graphs here.
+    /// Steps to run once, up to <see cref="Sample"/>, with every set of weights before its first real step. Nothing is computed, but what
+    /// such steps need besides memory is prepared, so that no later step has to do it. A GPU captures its graphs here.
     /// </summary>
-    /// <param name="room">Of the size of the steps to come.</param>
+    /// <param name="room">A layout as large as that of the later steps.</param>
     public virtual IEnumerable<StepLayout> Rehearsals(StepLayout room) => [];
 
     /// <summary>Uploads the step's indices. Every later call of the step refers to them.</summary>
@@ -219,8 +228,8 @@ public abstract class Backend : IDisposable
     }
 
     /// <summary>
-    /// output[row, o] = sum_i input[row, i] * weight[o, i] (+ bias[o]), one chain of fused multiply-adds over ascending i; with int8 weights
-    /// exact sums of 128 inputs at a time, and one such chain over them.
+    /// output[row, o] = sum_i input[row, i] * weight[o, i] (+ bias[o]), one chain of fused multiply-adds over ascending i; with int8
+    /// weights exact sums of 128 inputs at a time, and one such chain over them.
     /// </summary>
     public void MatMul(Tensor input, Weight weight, Weight? bias, Tensor output, int rows)
     {
@@ -285,9 +294,9 @@ public abstract class Backend : IDisposable
     }
 
     /// <summary>
-    /// Answers every <see cref="SampleQuery"/> of the step whose OutputIndex lies in [first, first + count), logits[k] being the logits of
-    /// output row first + k, [count, vocab]. The answers are there after <see cref="FinishStep"/>. Logits may be overwritten.
-    /// How a token is chosen, and what the log-probabilities mean, is defined in protos/rollout/v1/DEFINITIONS.md.
+    /// Answers every <see cref="SampleQuery"/> of the step whose OutputIndex is in [first, first + count), logits[k] being the logits of
+    /// output row first + k, [count, vocab]. The answers are available after <see cref="FinishStep"/>. Logits may be overwritten. How a
+    /// token is chosen, and what the log-probabilities mean, is defined in protos/rollout/v1/DEFINITIONS.md.
     /// </summary>
     public void Sample(Tensor logits, int first, int count)
     {
@@ -301,8 +310,8 @@ public abstract class Backend : IDisposable
     }
 
     /// <summary>
-    /// Waits for what <see cref="Sample"/> was asked: from here on <see cref="StepLayout.Results"/> and the alternatives hold it. Steps end
-    /// in the order in which they began.
+    /// Waits for the answers of <see cref="Sample"/>: from here on <see cref="StepLayout.Results"/> and the alternatives hold them. Steps
+    /// end in the order in which they began.
     /// </summary>
     public void FinishStep(StepLayout step)
     {
@@ -311,7 +320,7 @@ public abstract class Backend : IDisposable
         FinishStepCore(step);
     }
 
-    /// <summary>Copies whole blocks (all layers, keys and values) inside a cache; used when samples of a group part ways.</summary>
+    /// <summary>Copies whole blocks (all layers, keys and values) inside a cache; used when samples of a group diverge.</summary>
     public void CopyBlock(KvCache cache, int from, int to)
     {
         ThrowIfDisposed();
@@ -320,7 +329,7 @@ public abstract class Backend : IDisposable
         CopyBlockCore(cache, from, to);
     }
 
-    // ---- What a device brings. Arguments have been checked: memory is the device's own, shapes fit.
+    // ---- What a device implements. Arguments have been checked: memory is the device's own, shapes fit.
 
     protected abstract void DisposeCore();
 
@@ -328,7 +337,7 @@ public abstract class Backend : IDisposable
 
     protected abstract Weight AllocateWeightCore(int outputs, int inputs);
 
-    /// <summary>One by one, where the device does not keep them together.</summary>
+    /// <summary>Allocates them one by one; a device that keeps them together overrides this.</summary>
     protected virtual WeightArena AllocateWeightsCore(IReadOnlyList<(int Outputs, int Inputs)> shapes)
     {
         List<Weight> weights = new(shapes.Count);
@@ -359,7 +368,7 @@ public abstract class Backend : IDisposable
 
     protected abstract void ReadWeightCore(Weight source, long element, Span<float> destination);
 
-    /// <summary>Another step begins: what was asked of this one and not sent yet is sent.</summary>
+    /// <summary>Another step begins: operations of this one that are not queued on the device yet are queued.</summary>
     protected virtual void LeaveStepCore()
     {
     }
@@ -388,14 +397,14 @@ public abstract class Backend : IDisposable
     /// <param name="first">Output row that logits[0] belongs to.</param>
     /// <param name="count">Output rows.</param>
     /// <param name="begin">First of the step's queries about these rows.</param>
-    /// <param name="end">Behind the last of them.</param>
+    /// <param name="end">One past the last of them.</param>
     protected abstract void SampleCore(Tensor logits, int first, int count, int begin, int end);
 
     protected abstract void FinishStepCore(StepLayout step);
 
     protected abstract void CopyBlockCore(KvCache cache, int from, int to);
 
-    // ---- What a device finds here.
+    // ---- What a device can use.
 
     /// <summary>The step that has begun.</summary>
     /// <exception cref="InvalidOperationException">None has.</exception>
@@ -414,12 +423,12 @@ public abstract class Backend : IDisposable
     /// <summary>[rows of the largest step so far]: the sequence of each of the step's rows.</summary>
     protected int[] RowSequence { get; private set; } = [];
 
-    /// <summary>Queries of the step before that the tokens of this one may be answers of.</summary>
+    /// <summary>Number of queries of the previous step whose answers may be tokens of this one.</summary>
     protected internal virtual int EarlierAnswers => 0;
 
     protected void ThrowIfDisposed() => ObjectDisposedException.ThrowIf(_disposed, this);
 
-    // ---- Memory is this backend's, alive, and of the shape that is needed.
+    // ---- Checks that memory is this backend's, not disposed or discarded, and of the needed shape.
 
     internal virtual bool Owns(DeviceMemory memory) => ReferenceEquals(memory.Owner, this);
 

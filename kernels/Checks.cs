@@ -2,7 +2,9 @@ using System.Runtime.CompilerServices;
 
 namespace Rollout.Kernels;
 
-/// <summary>Shapes that do not fit and indices out of range, which every backend refuses. Names are those of the caller's parameters.</summary>
+/// <summary>
+/// Checks for mismatched shapes and indices out of range, which every backend refuses. Names are those of the caller's parameters.
+/// </summary>
 internal static class Checks
 {
     // ---- Weights.
@@ -63,7 +65,7 @@ internal static class Checks
 
     // ---- The step.
 
-    /// <summary>Refuses a step whose parts do not fit together, and notes the sequence of every row.</summary>
+    /// <summary>Refuses a step whose parts are inconsistent, and records the sequence of every row.</summary>
     public static void Step(StepLayout step, int[] rowSequence)
     {
         if (step.SequenceCount < 0 || step.SequenceCount >= step.RowStart.Length || step.RowStart[0] != 0)
@@ -102,7 +104,7 @@ internal static class Checks
 
     /// <param name="step">The step.</param>
     /// <param name="table">Of embeddings.</param>
-    /// <param name="answers">Queries of the step before that tokens may be answers of.</param>
+    /// <param name="answers">Number of queries of the previous step whose answers may be tokens.</param>
     public static void Tokens(StepLayout step, Weight table, int answers = 0)
     {
         for (int row = 0; row < step.RowCount; row++)
@@ -139,7 +141,7 @@ internal static class Checks
             throw new ArgumentException($"For heads of {rope.HeadDim}, the cache has {layout.KeyDim}.", name);
     }
 
-    /// <summary>Every row's position has its angles.</summary>
+    /// <summary>Every row's position is within the table.</summary>
     public static void Angles(StepLayout step, RopeTable rope, string name)
     {
         for (int row = 0; row < step.RowCount; row++)
@@ -149,7 +151,7 @@ internal static class Checks
         }
     }
 
-    /// <summary>All that a sequence's rows look back at, their own slots included, lies in the cache.</summary>
+    /// <summary>All blocks that a sequence's rows attend to, their own slots included, are in the cache.</summary>
     public static void Context(StepLayout step, KvCache cache, string name)
     {
         for (int s = 0; s < step.SequenceCount; s++)
@@ -220,7 +222,7 @@ internal static class Checks
     }
 }
 
-/// <summary>What a step looks back at, checked once: at its first layer, since all others have the same tables.</summary>
+/// <summary>Checks the context of a step once, at its first layer: all layers have the same block tables.</summary>
 internal struct ContextChecks
 {
     private KvCache? _cache;

@@ -1,6 +1,6 @@
 namespace Rollout.Kernels;
 
-/// <summary>Element types that a checkpoint or a trainer may send. Storage on a device is the backend's own matter.</summary>
+/// <summary>Element types that a checkpoint or a trainer may send. How a device stores them is up to the backend.</summary>
 public enum DType
 {
     /// <summary>bfloat16, 2 bytes.</summary>

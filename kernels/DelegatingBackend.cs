@@ -1,7 +1,8 @@
 namespace Rollout.Kernels;
 
 /// <summary>
-/// A backend that passes every operation on to another: derive from it to watch or disturb single operations. Memory is the inner one's.
+/// A backend that passes every operation on to another: derive from it to observe or alter single operations. Memory belongs to the inner
+/// one.
 /// </summary>
 /// <param name="inner">Does the work; disposed with this.</param>
 public abstract class DelegatingBackend(Backend inner) : Backend
@@ -72,7 +73,8 @@ public abstract class DelegatingBackend(Backend inner) : Backend
 
     protected override void GatedSiluCore(Tensor gateUp, Tensor output, int rows) => inner.GatedSilu(gateUp, output, rows);
 
-    protected override void GatherRowsCore(Tensor input, int first, int count, Tensor output) => inner.GatherRows(input, first, count, output);
+    protected override void GatherRowsCore(Tensor input, int first, int count, Tensor output) =>
+        inner.GatherRows(input, first, count, output);
 
     protected override void SampleCore(Tensor logits, int first, int count, int begin, int end) => inner.Sample(logits, first, count);
 

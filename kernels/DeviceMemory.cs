@@ -6,16 +6,16 @@ public abstract class DeviceMemory : IDisposable
     /// <summary>Bytes held on the device while not discarded.</summary>
     public abstract long Bytes { get; }
 
-    /// <summary>Gives the memory back to the machine, contents lost. Until <see cref="Restore"/>, operations refuse it.</summary>
+    /// <summary>Frees the memory; its contents are lost. Until <see cref="Restore"/>, operations refuse it.</summary>
     public abstract void Discard();
 
-    /// <summary>Takes the memory again, zeroed, where it was discarded.</summary>
-    /// <exception cref="OutOfMemoryException">The device has not got it.</exception>
+    /// <summary>Allocates the memory again, zeroed, if it was discarded.</summary>
+    /// <exception cref="OutOfMemoryException">The device does not have enough memory.</exception>
     public abstract void Restore();
 
     public abstract void Dispose();
 
-    /// <summary>Whose it is, where backends check that.</summary>
+    /// <summary>The backend it belongs to, where backends check that.</summary>
     internal virtual Backend? Owner => null;
 
     /// <summary>Disposed, or discarded and not restored.</summary>
@@ -30,7 +30,7 @@ public abstract class Tensor(int rows, int columns) : DeviceMemory
 
     public int Columns { get; } = columns;
 
-    /// <summary>Copies the first <paramref name="rows"/> rows to the host (a test's and a debugger's window, not the hot path).</summary>
+    /// <summary>Copies the first <paramref name="rows"/> rows to the host (for tests and debugging, not the hot path).</summary>
     public abstract void Read(int rows, Span<float> destination);
 
     /// <summary>Copies rows from the host, starting at row 0.</summary>
@@ -38,8 +38,9 @@ public abstract class Tensor(int rows, int columns) : DeviceMemory
 }
 
 /// <summary>
-/// A weight [outputs, inputs] in the layout the backend likes best: a linear layer's matrix (y = x·Wᵀ), an embedding table
-/// (outputs = vocabulary), or, with outputs = 1, a vector such as a norm scale or a bias. Matrices are stored as <see cref="Backend.WeightFormat"/> says, vectors as fp32.
+/// A weight [outputs, inputs] in a layout of the backend's choice: a linear layer's matrix (y = x·Wᵀ), an embedding table (outputs =
+/// vocabulary), or, with outputs = 1, a vector such as a norm scale or a bias. Matrices are stored as <see cref="Backend.WeightFormat"/>
+/// says, vectors as fp32.
 /// </summary>
 public abstract class Weight(int outputs, int inputs) : DeviceMemory
 {
@@ -47,11 +48,11 @@ public abstract class Weight(int outputs, int inputs) : DeviceMemory
 
     public int Inputs { get; } = inputs;
 
-    /// <summary>A vector is kept in fp32 because it is small and adding bf16 rounding to it would buy nothing.</summary>
+    /// <summary>A vector is kept in fp32 because it is small and rounding it to bf16 would gain nothing.</summary>
     public bool IsVector => Outputs == 1;
 }
 
-/// <summary>Weights that are taken, given back and taken again together.</summary>
+/// <summary>Weights that are allocated, discarded and restored together.</summary>
 /// <param name="weights">In the order of their shapes.</param>
 public class WeightArena(IReadOnlyList<Weight> weights) : DeviceMemory
 {
@@ -65,8 +66,8 @@ public class WeightArena(IReadOnlyList<Weight> weights) : DeviceMemory
             weight.Discard();
     }
 
-    /// <summary>Takes the memory again, zeroed; where the device has not got all of it, none is held.</summary>
-    /// <exception cref="OutOfMemoryException">The device has not got it.</exception>
+    /// <summary>Allocates the memory again, zeroed; when the device does not have enough for all of it, nothing stays allocated.</summary>
+    /// <exception cref="OutOfMemoryException">The device does not have enough memory.</exception>
     public override void Restore()
     {
         try
@@ -88,7 +89,7 @@ public class WeightArena(IReadOnlyList<Weight> weights) : DeviceMemory
     }
 }
 
-/// <summary>What one layer keeps of every token.</summary>
+/// <summary>Shape of one layer's keys and values.</summary>
 /// <param name="KvHeads">Key and value heads.</param>
 /// <param name="KeyDim">Elements of a key, and of a query. Even.</param>
 /// <param name="ValueDim">Elements of a value, and of a head's output.</param>
@@ -105,8 +106,8 @@ public readonly record struct KvLayout(int KvHeads, int KeyDim, int ValueDim)
 public abstract class KvCache(int blocks, IReadOnlyList<KvLayout> layers) : DeviceMemory
 {
     /// <summary>
-    /// Tokens in one block. Also the chunk in which attention walks over the context, from position 0: the order of every reduction
-    /// then depends on the position alone.
+    /// Tokens in one block. Attention also processes the context in such blocks, from position 0: the order of every reduction then depends
+    /// on the position alone.
     /// </summary>
     public const int BlockTokens = 16;
 

@@ -1,7 +1,7 @@
 namespace Rollout.Kernels;
 
 /// <summary>
-/// The indices of one step, filled by the scheduler and read by the backend. All arrays are taken once, at the capacity of the engine.
+/// The indices of one step, filled by the scheduler and read by the backend. All arrays are allocated once, at the capacity of the engine.
 /// <code>
 ///   sequences     s = 0 ..            SequenceCount - 1
 ///   rows          RowStart[s] .. RowStart[s+1] - 1 are the tokens of sequence s, at ascending positions
@@ -30,10 +30,10 @@ public sealed class StepLayout
         BiasValues = new float[maxBiases];
     }
 
-    /// <summary>Blocks of one row of the block table.</summary>
+    /// <summary>Number of blocks in one row of the block table.</summary>
     public int MaxBlocks { get; }
 
-    /// <summary>Nothing of the step is computed: see <see cref="Backend.Rehearsals"/>.</summary>
+    /// <summary>When true, nothing of the step is computed: see <see cref="Backend.Rehearsals"/>.</summary>
     public bool IsRehearsal { get; internal init; }
 
     public int SequenceCount { get; set; }
@@ -47,8 +47,8 @@ public sealed class StepLayout
     public int RowCount => RowStart[SequenceCount];
 
     /// <summary>
-    /// A token's id, or ~q: what the step begun before this one, and not finished yet, samples for its query q. Only for backends that let two steps be
-    /// under way; where that query finds no token, any will do.
+    /// A token's id, or ~q: the token that the previous step, still in flight, samples for its query q. Only for backends that allow two
+    /// steps in flight; where that query finds no token, the backend may use any.
     /// </summary>
     public int[] TokenIds { get; }
 
@@ -93,7 +93,9 @@ public sealed class StepLayout
         BiasCount = 0;
     }
 
-    /// <summary>Appends biases of one query and returns where they start. The arrays grow when a step needs more than any before it.</summary>
+    /// <summary>
+    /// Appends biases of one query and returns where they start. The arrays grow when a step needs more than any before it.
+    /// </summary>
     public int AddBiases(ReadOnlySpan<int> ids, ReadOnlySpan<float> values)
     {
         int start = BiasCount;
@@ -114,7 +116,7 @@ public sealed class StepLayout
     }
 }
 
-/// <summary>One question to a row of logits: sample a token, or give the log-probability of one.</summary>
+/// <summary>One query about a row of logits: sample a token, or give the log-probability of one.</summary>
 public struct SampleQuery
 {
     /// <summary>Index into OutputRows.</summary>
@@ -158,7 +160,7 @@ public struct SampleResult
 {
     /// <summary>
     /// The answer where there is no distribution to draw from or score under: a logit is NaN or +infinity, all are -infinity, or the biases
-    /// forbid every token. One row's trouble is no other row's.
+    /// forbid every token. Other rows are not affected.
     /// </summary>
     public static readonly SampleResult Nothing = new() { Token = -1 };
 
@@ -168,6 +170,8 @@ public struct SampleResult
     /// <summary>Log-probability under the model: temperature 1, unmodified logits.</summary>
     public float LogProb;
 
-    /// <summary>Log-probability under the distribution actually sampled. 0 when temperature is 0; equals LogProb for a scored target.</summary>
+    /// <summary>
+    /// Log-probability under the distribution actually sampled. 0 when temperature is 0; equals LogProb for a scored target.
+    /// </summary>
     public float SamplingLogProb;
 }

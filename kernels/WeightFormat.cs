@@ -1,20 +1,23 @@
 namespace Rollout.Kernels;
 
-/// <summary>How a backend stores matrices, and what a matmul makes of activations. Vectors (norms, biases) are fp32 with every format.</summary>
+/// <summary>
+/// How a backend stores matrices, and how a matmul converts activations. Vectors (norms, biases) are fp32 with every format.
+/// </summary>
 public enum WeightFormat
 {
     /// <summary>As checkpoints have them. Activations stay fp32: the most exact, and the default.</summary>
     BFloat16,
 
     /// <summary>
-    /// As checkpoints have them, and activations are rounded to bf16 before every matmul, as a GPU's matmul takes them: twice the arithmetic
+    /// As checkpoints have them, and activations are rounded to bf16 before every matmul, as a GPU's matmul does: twice the arithmetic rate
     /// where the processor has AVX512-BF16.
     /// </summary>
     BFloat16Fast,
 
     /// <summary>
     /// 8 bits an element and one scale per output, quantised when a row is written; activations are quantised too, per row and block of 128
-    /// inputs. Half the memory and several times the arithmetic, for a small error in every log-probability: never the default.
+    /// inputs. Half the memory and several times the arithmetic rate, at the cost of a small error in every log-probability: never the
+    /// default.
     /// </summary>
     Int8,
 
@@ -22,7 +25,7 @@ public enum WeightFormat
     Float32,
 }
 
-/// <summary>Formats by the names that people write.</summary>
+/// <summary>Formats by the names used in options.</summary>
 public static class WeightFormats
 {
     private static readonly (string Name, WeightFormat Format)[] s_all =

@@ -4,8 +4,7 @@ using System.Runtime.InteropServices;
 namespace Rollout.Native;
 
 /// <summary>
-/// No device can be used, or a call to one of NVIDIA's libraries failed: then the message names the call, what it was asked and what it
-/// answered.
+/// No device can be used, or a call to one of NVIDIA's libraries failed: then the message has the call, its arguments and its result.
 /// </summary>
 public sealed class CudaException : Exception
 {
@@ -14,7 +13,7 @@ public sealed class CudaException : Exception
     {
     }
 
-    /// <param name="call">Its text, of which its name is taken.</param>
+    /// <param name="call">The call's text, from which its name is taken.</param>
     /// <param name="answer">What the library said.</param>
     /// <param name="asked">The arguments that matter: "8192 bytes", say.</param>
     internal CudaException(string call, string answer, string? asked)
@@ -30,13 +29,13 @@ public sealed class CudaException : Exception
     }
 }
 
-/// <summary>Answers of the driver and of NCCL.</summary>
+/// <summary>Results of the driver and of NCCL.</summary>
 internal static unsafe class CudaResults
 {
     /// <param name="result">What the call returned.</param>
     /// <param name="asked">The arguments that matter: "8192 bytes", say.</param>
-    /// <param name="call">The call's text; its name is taken of it.</param>
-    /// <exception cref="OutOfMemoryException">The device has no room.</exception>
+    /// <param name="call">The call's text; its name is taken from it.</param>
+    /// <exception cref="OutOfMemoryException">The device does not have enough memory.</exception>
     /// <exception cref="CudaException">Any other failure.</exception>
     public static void ThrowIfFailed(
         this CUresult result, string? asked = null, [CallerArgumentExpression(nameof(result))] string call = "")
@@ -47,7 +46,7 @@ internal static unsafe class CudaResults
         throw result == CUresult.CUDA_ERROR_OUT_OF_MEMORY ? new OutOfMemoryException(error.Message, error) : error;
     }
 
-    /// <summary>As above, for calls of every step: the text is made only when it is needed.</summary>
+    /// <summary>As above, for calls of every step: the text is made only on failure.</summary>
     public static void ThrowIfFailed(this CUresult result, long bytes, [CallerArgumentExpression(nameof(result))] string call = "")
     {
         if (result != CUresult.CUDA_SUCCESS)

@@ -2,7 +2,7 @@ using System.Runtime.InteropServices;
 
 namespace Rollout.Native;
 
-/// <summary>A device's primary context: the one that every library and framework in this process shares.</summary>
+/// <summary>A device's primary context: all libraries and frameworks in this process share it.</summary>
 internal sealed class CudaContext : SafeHandle
 {
     private readonly int _device;
@@ -18,19 +18,19 @@ internal sealed class CudaContext : SafeHandle
     public override bool IsInvalid => handle == 0;
 
     /// <summary>
-    /// Whether this thread's calls go to the device. The driver knows it without asking the device: it costs nanoseconds.
+    /// Whether the context is current on this thread. The driver knows it without asking the device: it costs nanoseconds.
     /// </summary>
     public bool IsCurrent => Driver.cuCtxGetCurrent(out nint current) == CUresult.CUDA_SUCCESS && current == handle;
 
-    /// <summary>Makes this thread's calls go to the device.</summary>
+    /// <summary>Makes the context current on this thread.</summary>
     public void MakeCurrent() => Driver.cuCtxSetCurrent(handle).ThrowIfFailed();
 
     protected override bool ReleaseHandle() => Driver.cuDevicePrimaryCtxRelease_v2(_device) == CUresult.CUDA_SUCCESS;
 }
 
 /// <summary>
-/// Something that lives in a context and keeps it alive. Given back from any thread, the finalizer's included; the thread's current
-/// context stays what it was.
+/// An object that belongs to a context and keeps it alive. Released on any thread, the finalizer's included; the thread's current context
+/// stays unchanged.
 /// </summary>
 internal abstract class CudaHandle : SafeHandle
 {
@@ -49,7 +49,7 @@ internal abstract class CudaHandle : SafeHandle
 
     protected abstract CUresult Destroy(nint value);
 
-    /// <summary>From here on the value is this handle's to give back, and its context stays until then.</summary>
+    /// <summary>From here on this handle owns the value, and keeps its context alive until it is released.</summary>
     protected void Own(nint value)
     {
         bool counted = false;
@@ -86,7 +86,7 @@ internal sealed class DeviceBuffer : CudaHandle
 
     public nuint Pointer => (nuint)Value;
 
-    /// <summary>By which another process of this machine opens these bytes, as long as this one keeps them.</summary>
+    /// <summary>A handle by which another process of this machine can open these bytes, as long as this one keeps them.</summary>
     public CUipcMemHandle Share()
     {
         Driver.cuIpcGetMemHandle(out CUipcMemHandle handle, Pointer).ThrowIfFailed($"{Bytes} bytes");
@@ -99,9 +99,7 @@ internal sealed class DeviceBuffer : CudaHandle
 /// <summary>Bytes on the device that another process of this machine has allocated.</summary>
 internal sealed class PeerBuffer : CudaHandle
 {
-    /// <exception cref="CudaException">
-    /// It is not there any more, is of this process, or is on a device that this one cannot read.
-    /// </exception>
+    /// <exception cref="CudaException">It was freed, belongs to this process, or is on a device that this one cannot read.</exception>
     public PeerBuffer(CudaContext context, CUipcMemHandle handle)
         : base(context)
     {
@@ -115,7 +113,7 @@ internal sealed class PeerBuffer : CudaHandle
     protected override CUresult Destroy(nint value) => Driver.cuIpcCloseMemHandle((nuint)value);
 }
 
-/// <summary>Bytes on the host that the device copies from and to by itself.</summary>
+/// <summary>Pinned bytes on the host, which the device can copy directly.</summary>
 internal sealed unsafe class PinnedBuffer : CudaHandle
 {
     public PinnedBuffer(CudaContext context, long bytes)
@@ -133,7 +131,7 @@ internal sealed unsafe class PinnedBuffer : CudaHandle
     protected override CUresult Destroy(nint value) => Driver.cuMemFreeHost((void*)value);
 }
 
-/// <summary>Work in order. It does not wait for the legacy default stream, which frameworks use.</summary>
+/// <summary>A stream. It does not wait for the legacy default stream, which frameworks use.</summary>
 internal sealed class CudaStream : CudaHandle
 {
     public CudaStream(CudaContext context)
@@ -152,7 +150,7 @@ internal sealed class CudaStream : CudaHandle
 internal sealed class CudaEvent : CudaHandle
 {
     /// <param name="context">Of the streams whose work it marks.</param>
-    /// <param name="timed">Whether <see cref="SecondsSince"/> will be asked.</param>
+    /// <param name="timed">Whether <see cref="SecondsSince"/> will be used.</param>
     public CudaEvent(CudaContext context, bool timed = false)
         : base(context)
     {
@@ -160,7 +158,7 @@ internal sealed class CudaEvent : CudaHandle
         Own(@event);
     }
 
-    /// <summary>What the device took from an earlier point to this one; both have been reached.</summary>
+    /// <summary>The device's time from an earlier event to this one; both must have been reached.</summary>
     public double SecondsSince(CudaEvent start)
     {
         Driver.cuEventElapsedTime(out float milliseconds, start.Value, Value).ThrowIfFailed();
@@ -171,7 +169,7 @@ internal sealed class CudaEvent : CudaHandle
 
     public void Synchronize() => Driver.cuEventSynchronize(Value).ThrowIfFailed();
 
-    /// <summary>Whether the stream has come this far.</summary>
+    /// <summary>Whether the stream has reached this point.</summary>
     public bool IsReached
     {
         get
@@ -199,7 +197,7 @@ internal sealed unsafe class CudaModule : CudaHandle
         }
     }
 
-    /// <summary>A kernel of it; valid while the module is.</summary>
+    /// <summary>A kernel of the module; valid while the module is.</summary>
     public nint Function(string name)
     {
         Driver.cuModuleGetFunction(out nint function, Value, name).ThrowIfFailed(name);
@@ -213,7 +211,7 @@ internal sealed unsafe class CudaModule : CudaHandle
 internal sealed class CudaGraph : CudaHandle
 {
     /// <param name="context">Of the stream.</param>
-    /// <param name="stream">Has been capturing; ends doing so.</param>
+    /// <param name="stream">Is capturing; this ends the capture.</param>
     public CudaGraph(CudaContext context, CudaStream stream)
         : base(context)
     {
@@ -225,18 +223,18 @@ internal sealed class CudaGraph : CudaHandle
         }
         finally
         {
-            _ = Driver.cuGraphDestroy(graph); // the executable does not need it, and a failure to instantiate is the one to report
+            _ = Driver.cuGraphDestroy(graph); // the executable does not need the graph, and a failure to instantiate is the one to report
         }
     }
 
     public static void BeginCapture(CudaStream stream) =>
         Driver.cuStreamBeginCapture_v2(stream.Value, CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).ThrowIfFailed();
 
-    /// <summary>Ends a capture whose work is not wanted; also one that failed.</summary>
+    /// <summary>Ends a capture and discards its work; also one that failed.</summary>
     public static void AbandonCapture(CudaStream stream)
     {
         if (Driver.cuStreamEndCapture(stream.Value, out nint graph) == CUresult.CUDA_SUCCESS)
-            _ = Driver.cuGraphDestroy(graph); // there is nothing to be done about it
+            _ = Driver.cuGraphDestroy(graph); // a failure here cannot be handled
     }
 
     public void Launch(CudaStream stream) => Driver.cuGraphLaunch(Value, stream.Value).ThrowIfFailed();

@@ -5,9 +5,9 @@ using System.Runtime.InteropServices;
 namespace Rollout.Native;
 
 /// <summary>
-/// Where NVIDIA's libraries are. They come with the driver, the toolkit, pip's or TorchSharp's packages, each into folders of its own; the
-/// first that loads is taken: ROLLOUT_CUDA_PATH, CUDA_HOME and CUDA_PATH, /usr/local/cuda, packages beside this program, what the system's
-/// loader knows, and for the driver the folders that it is put into where the loader does not know it.
+/// Where NVIDIA's libraries are. They come with the driver, the toolkit, pip's or TorchSharp's packages, each in different folders; the
+/// first that loads is used: ROLLOUT_CUDA_PATH, CUDA_HOME and CUDA_PATH, /usr/local/cuda, packages beside this program, what the system's
+/// loader knows, and for the driver the folders where it is installed on systems whose loader does not know it.
 /// </summary>
 internal static class CudaLibraries
 {
@@ -30,8 +30,7 @@ internal static class CudaLibraries
         [Nccl] = ["libnccl.so.2", "libnccl.so"],
     };
 
-    // Of a container's host, of Debian and Ubuntu, of Windows' Linux: after the loader, which may have been pointed to a newer driver's
-    // libraries.
+    // Of a container's host, of Debian and Ubuntu, of WSL: after the loader, which may be configured for a newer driver's libraries.
     private static readonly string[] s_driverFolders =
         ["/usr/local/nvidia/lib64", "/usr/local/nvidia/lib", "/usr/lib/x86_64-linux-gnu", "/usr/lib/wsl/lib"];
 
@@ -40,7 +39,7 @@ internal static class CudaLibraries
     private static readonly HashSet<Assembly> s_resolved = [];
 
     /// <summary>
-    /// Makes the bindings of an assembly load the libraries that are found here. The static constructor of every class of bindings does so.
+    /// Makes the bindings of an assembly load the libraries found here. The static constructor of every class of bindings does so.
     /// </summary>
     public static void ResolveFor(Assembly assembly)
     {
@@ -69,7 +68,7 @@ internal static class CudaLibraries
         return null;
     }
 
-    /// <summary>The file that was taken, or the name that the system's loader found it by; "" where it is missing.</summary>
+    /// <summary>The file that was loaded, or the name by which the system's loader found it; "" where it is missing.</summary>
     public static string PathOf(string name) => Load(name) != 0 ? s_loaded[name].Path : "";
 
     /// <summary>Where libraries are looked for before the system's loader is asked, in order.</summary>
@@ -88,7 +87,7 @@ internal static class CudaLibraries
         ];
     }
 
-    /// <summary>The files that a library is looked for in, in order; those without a folder are the system's loader's to find.</summary>
+    /// <summary>The files that a library is looked for in, in order; those without a folder are left to the system's loader.</summary>
     internal static IEnumerable<string> Candidates(string name) =>
     [
         .. Folders().SelectMany(folder => s_files[name].Select(file => Path.Combine(folder, file))),
@@ -113,7 +112,7 @@ internal static class CudaLibraries
 
     private static nint Load(string name)
     {
-        // What was not found once is looked for again: a test or a user may have set the path meanwhile.
+        // A library that was not found is looked for again: a test or a user may have set the path meanwhile.
         if (s_loaded.TryGetValue(name, out (nint Handle, string Path) loaded))
             return loaded.Handle;
         foreach (string file in Candidates(name).Where(file => !Path.IsPathRooted(file) || File.Exists(file)))
@@ -128,14 +127,14 @@ internal static class CudaLibraries
     }
 
     /// <summary>
-    /// The compiler opens the library of its builtins by name when it compiles, and the system's loader does not look into the folder that
-    /// the compiler came from. It does know what is loaded already. Of several versions the compiler takes its own.
+    /// The compiler opens the library of its builtins by name when it compiles, and the system's loader does not search the compiler's
+    /// folder, but finds libraries that are already loaded. Of several versions the compiler uses its own.
     /// </summary>
     private static void LoadBuiltins(string folder)
     {
         if (folder == "")
-            return; // the compiler was found by the system's loader, and so will they be
+            return; // the system's loader found the compiler, and will find them too
         foreach (string file in Directory.EnumerateFiles(folder, "libnvrtc-builtins.so*").Order(StringComparer.Ordinal))
-            _ = NativeLibrary.TryLoad(file, out _); // what cannot be loaded the compiler names when it needs it
+            _ = NativeLibrary.TryLoad(file, out _); // if one cannot be loaded, the compiler names it when it needs it
     }
 }

@@ -1,15 +1,15 @@
 namespace Rollout.Native;
 
 /// <summary>
-/// A range of device addresses, reserved until it is disposed. The memory behind it is taken and given back while the addresses stay, so
-/// that what holds a pointer into it, a captured graph for one, stays valid.
+/// A range of device addresses, reserved until it is disposed. Its memory can be freed and allocated again while the addresses stay, so
+/// that pointers into it, such as those in a captured graph, stay valid.
 /// </summary>
 internal sealed class DeviceRange : CudaHandle
 {
     private readonly CUmemAllocationProp _memory;
-    private readonly nuint _reserved; // Bytes, rounded up to what can be mapped
+    private readonly nuint _reserved; // Bytes, rounded up to the mapping granularity
 
-    /// <summary>Reserves the addresses; the memory comes with <see cref="Map"/>.</summary>
+    /// <summary>Reserves the addresses; <see cref="Map"/> allocates the memory.</summary>
     /// <param name="context">Of the device.</param>
     /// <param name="ordinal">The device.</param>
     /// <param name="bytes">At least 0.</param>
@@ -29,11 +29,11 @@ internal sealed class DeviceRange : CudaHandle
 
     public nuint Pointer => (nuint)Value;
 
-    /// <summary>Whether there is memory behind the addresses.</summary>
+    /// <summary>Whether memory is mapped to the addresses.</summary>
     public bool IsMapped { get; private set; }
 
-    /// <summary>Takes the memory. What it holds is undefined.</summary>
-    /// <exception cref="OutOfMemoryException">The device has not got it.</exception>
+    /// <summary>Allocates the memory. Its contents are undefined.</summary>
+    /// <exception cref="OutOfMemoryException">The device does not have enough memory.</exception>
     public void Map()
     {
         Driver.cuMemCreate(out ulong memory, _reserved, _memory, 0).ThrowIfFailed($"{_reserved} bytes");
@@ -56,7 +56,7 @@ internal sealed class DeviceRange : CudaHandle
         }
     }
 
-    /// <summary>Gives the memory back to the device. Nothing queued may use it.</summary>
+    /// <summary>Frees the memory. No queued work may use it.</summary>
     public void Unmap()
     {
         Driver.cuMemUnmap(Pointer, _reserved).ThrowIfFailed($"{_reserved} bytes");

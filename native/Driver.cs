@@ -2,7 +2,7 @@ using System.Runtime.InteropServices;
 
 namespace Rollout.Native;
 
-/// <summary>The driver API, by the names that its manual has. All pointers to device memory are nuint, all handles nint.</summary>
+/// <summary>The driver API, with the names of its manual. All pointers to device memory are nuint, all handles nint.</summary>
 internal static unsafe partial class Driver
 {
     public const uint CU_STREAM_NON_BLOCKING = 1;
@@ -87,7 +87,7 @@ internal static unsafe partial class Driver
     [LibraryImport(CudaLibraries.Driver)]
     public static partial CUresult cuMemsetD8Async(nuint pointer, byte value, nuint bytes, nint stream);
 
-    // ---- Memory apart from its addresses.
+    // ---- Virtual memory management.
 
     [LibraryImport(CudaLibraries.Driver)]
     public static partial CUresult cuMemGetAllocationGranularity(
@@ -199,7 +199,7 @@ internal static unsafe partial class Driver
     public static partial CUresult cuGraphDestroy(nint graph);
 }
 
-/// <summary>The results that are told apart; all others are failures.</summary>
+/// <summary>The results that are distinguished; all others are failures.</summary>
 internal enum CUresult
 {
     CUDA_SUCCESS = 0,
@@ -227,7 +227,7 @@ internal enum CUfunction_attribute
 
 internal enum CUlaunchAttributeID
 {
-    /// <summary>Of value 1: the kernel may start before the one before it in its stream has ended.</summary>
+    /// <summary>With value 1, the kernel may start before the previous one in its stream has ended.</summary>
     CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 6,
 }
 
@@ -263,7 +263,7 @@ internal struct CUmemLocation
     public int id;
 }
 
-/// <summary>What memory is asked for.</summary>
+/// <summary>Properties of an allocation.</summary>
 [StructLayout(LayoutKind.Sequential)]
 internal struct CUmemAllocationProp
 {
@@ -271,7 +271,7 @@ internal struct CUmemAllocationProp
     public int requestedHandleTypes;
     public CUmemLocation location;
     public nint win32HandleMetaData;
-    public ulong allocFlags; // 8 bytes: compression, RDMA, usage; none is asked for
+    public ulong allocFlags; // 8 bytes: compression, RDMA, usage; none is requested
 }
 
 [StructLayout(LayoutKind.Sequential)]
@@ -281,7 +281,7 @@ internal struct CUmemAccessDesc
     public CUmemAccess_flags flags;
 }
 
-/// <summary>16 bytes that name a device wherever it is plugged in and however processes number it.</summary>
+/// <summary>16 bytes that identify a device, independent of its slot and of how processes number it.</summary>
 [StructLayout(LayoutKind.Sequential, Size = 16)]
 internal unsafe struct CUuuid
 {
@@ -300,7 +300,7 @@ internal unsafe struct CUlaunchConfig
     public uint numAttrs;
 }
 
-/// <summary>What else a launch says.</summary>
+/// <summary>An attribute of a launch.</summary>
 [StructLayout(LayoutKind.Sequential)]
 internal struct CUlaunchAttribute
 {

@@ -2,12 +2,12 @@ using System.Runtime.InteropServices;
 
 namespace Rollout.Native;
 
-/// <summary>What an update takes of NCCL, by the names that its manual has.</summary>
+/// <summary>The part of NCCL that an update uses, with the names of its manual.</summary>
 internal static unsafe partial class Nccl
 {
     public const uint NCCL_API_MAGIC = 0xcafebeef;
 
-    /// <summary>NCCL_VERSION(2, 14, 0): the first that has a config.</summary>
+    /// <summary>NCCL_VERSION(2, 14, 0), the first with a config.</summary>
     public const uint ConfigVersion = 21400;
 
     static Nccl() => CudaLibraries.ResolveFor(typeof(Nccl).Assembly);
@@ -22,7 +22,7 @@ internal static unsafe partial class Nccl
     public static partial ncclResult ncclCommInitRankConfig(
         ref nint communicator, int ranks, ncclUniqueId id, int rank, in ncclConfig config);
 
-    /// <summary>Frees it, and ends what waits in it, from any thread. Unlike ncclCommDestroy it waits for no other rank.</summary>
+    /// <summary>Frees it, and ends calls that wait in it, from any thread. Unlike ncclCommDestroy it waits for no other rank.</summary>
     [LibraryImport(CudaLibraries.Nccl)]
     public static partial ncclResult ncclCommAbort(nint communicator);
 
@@ -53,7 +53,7 @@ internal unsafe struct ncclUniqueId
 }
 
 /// <summary>
-/// As NCCL 2.14, the first to have it, laid it out; later ones read as much as the size says, and take the rest as not given.
+/// The layout of NCCL 2.14, the first that has it; later versions read as much as the size says, and use defaults for the rest.
 /// </summary>
 [StructLayout(LayoutKind.Sequential)]
 internal struct ncclConfig
@@ -63,7 +63,7 @@ internal struct ncclConfig
     public uint Version;
     public int Blocking;
 
-    /// <summary>Calls return at once and the communicator is asked whether they are done, so that every wait can have a deadline.</summary>
+    /// <summary>Calls return at once and the communicator is polled until they are done, so that every wait can have a deadline.</summary>
     public static unsafe ncclConfig NonBlocking =>
         new() { Size = (nuint)sizeof(ncclConfig), Magic = Nccl.NCCL_API_MAGIC, Version = Nccl.ConfigVersion, Blocking = 0 };
 }

@@ -4,21 +4,21 @@ using System.Runtime.InteropServices;
 namespace Rollout.Native;
 
 /// <summary>
-/// One rank of a group of processes that hand each other bytes on their devices. A rank that dies leaves the others' work unfinished for
-/// good, so every wait here has a deadline, and ends by aborting.
+/// One rank of a group of processes that exchange bytes between their devices. When a rank dies the others' work never finishes, so every
+/// wait here has a deadline, and ends by aborting.
 /// </summary>
 internal sealed class NcclCommunicator : CudaHandle
 {
-    private readonly CudaEvent _done; // what its work is awaited with
+    private readonly CudaEvent _done; // recorded after its work, to wait for it
 
-    /// <summary>Waits until all ranks have come.</summary>
+    /// <summary>Waits until all ranks have joined.</summary>
     /// <param name="context">Of the device.</param>
     /// <param name="id">Of <see cref="NewId"/>, the same for all ranks.</param>
     /// <param name="ranks">How many there are.</param>
     /// <param name="rank">Which of them this is.</param>
     /// <param name="deadline">From now.</param>
     /// <exception cref="CudaException">The library is missing, or NCCL refused.</exception>
-    /// <exception cref="TimeoutException">A rank has not come.</exception>
+    /// <exception cref="TimeoutException">A rank has not joined.</exception>
     public NcclCommunicator(CudaContext context, ncclUniqueId id, int ranks, int rank, TimeSpan deadline)
         : base(context)
     {
@@ -26,7 +26,7 @@ internal sealed class NcclCommunicator : CudaHandle
         _done = new CudaEvent(context);
         long start = Stopwatch.GetTimestamp();
         string asked = $"rank {rank} of {ranks}";
-        nint communicator = 0; // which a failure may leave as it was
+        nint communicator = 0; // a failure may leave it unchanged
         ncclResult result = Nccl.ncclCommInitRankConfig(ref communicator, ranks, id, rank, ncclConfig.NonBlocking);
         if (communicator != 0)
             Own(communicator); // there may be one after a failure too
@@ -35,10 +35,10 @@ internal sealed class NcclCommunicator : CudaHandle
             if (result != ncclResult.ncclInProgress)
                 result.ThrowIfFailed(asked, nameof(Nccl.ncclCommInitRankConfig));
         });
-        WaitUntilIdle(asked, start, deadline, $"NCCL: not all of {ranks} ranks came");
+        WaitUntilIdle(asked, start, deadline, $"NCCL: not all of {ranks} ranks joined");
     }
 
-    /// <summary>A new group's. The process that made it has to live until all ranks have come.</summary>
+    /// <summary>The id of a new group. The process that created it has to run until all ranks have joined.</summary>
     public static ncclUniqueId NewId()
     {
         Require();
@@ -46,8 +46,8 @@ internal sealed class NcclCommunicator : CudaHandle
         return id;
     }
 
-    /// <summary>Queues a copy of the root's bytes to all ranks. Every rank asks for the same broadcasts in the same order.</summary>
-    /// <param name="source">On the root's device; not looked at by others.</param>
+    /// <summary>Queues a copy of the root's bytes to all ranks. Every rank must queue the same broadcasts in the same order.</summary>
+    /// <param name="source">On the root's device; ignored by other ranks.</param>
     /// <param name="destination">On this device.</param>
     /// <param name="bytes">As many on all ranks.</param>
     /// <param name="root">The rank that has them.</param>
@@ -64,10 +64,11 @@ internal sealed class NcclCommunicator : CudaHandle
     }
 
     /// <summary>
-    /// Waits until what was queued on a stream is done. Where it fails the communicator is gone, and what arrived is not to be used.
+    /// Waits until the work queued on a stream is done. On failure the communicator is aborted, and the bytes that arrived must not be
+    /// used.
     /// </summary>
-    /// <exception cref="CudaException">A rank died, or asked for something else.</exception>
-    /// <exception cref="TimeoutException">Says so.</exception>
+    /// <exception cref="CudaException">A rank died, or queued something else.</exception>
+    /// <exception cref="TimeoutException">The deadline has passed.</exception>
     public void Synchronize(CudaStream stream, TimeSpan deadline)
     {
         long start = Stopwatch.GetTimestamp();
@@ -76,14 +77,14 @@ internal sealed class NcclCommunicator : CudaHandle
             _done.Record(stream);
             while (!_done.IsReached)
             {
-                _ = IsIdle("a broadcast under way");
-                Wait(start, deadline, "NCCL: a broadcast was not done");
+                _ = IsIdle("a broadcast in flight");
+                Wait(start, deadline, "NCCL: a broadcast did not finish");
             }
         });
     }
 
     /// <summary>
-    /// Ends it without a word to the other ranks: who receives has nothing to tell them, and who sends learns in another way that all have
+    /// Ends it without notifying the other ranks: a receiver has nothing to tell them, and the sender learns in another way that all have
     /// received.
     /// </summary>
     protected override CUresult Destroy(nint value) =>
@@ -108,7 +109,7 @@ internal sealed class NcclCommunicator : CudaHandle
             Wait(start, deadline, what);
     });
 
-    /// <summary>Where it fails the communicator ends: nobody may wait in it any more.</summary>
+    /// <summary>On failure aborts the communicator, so that nothing waits in it any more.</summary>
     private void OrEnd(Action wait)
     {
         try
@@ -129,7 +130,7 @@ internal sealed class NcclCommunicator : CudaHandle
         Thread.Sleep(1);
     }
 
-    /// <summary>Whether the last call is done; throws what went wrong on this or another rank.</summary>
+    /// <summary>Whether the last call is done; throws when it failed on this or another rank.</summary>
     private bool IsIdle(string asked)
     {
         Nccl.ncclCommGetAsyncError(Value, out ncclResult error).ThrowIfFailed(asked);

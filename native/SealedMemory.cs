@@ -5,8 +5,8 @@ namespace Rollout.Native;
 
 /// <summary>
 /// Memory that other processes of this user can open by a path and write, and that none of them can shrink or grow: the file behind it is
-/// sealed (memfd_create(2)), so reading it here can never end in SIGBUS, whatever they do. It has no name in any folder and ends with the
-/// process, however that ends.
+/// sealed (memfd_create(2)), so reading it here can never end in SIGBUS, whatever they do. It has no name in any folder and is freed when
+/// the process ends, however that ends.
 /// </summary>
 public sealed unsafe partial class SealedMemory : SafeHandle
 {
@@ -31,16 +31,16 @@ public sealed unsafe partial class SealedMemory : SafeHandle
 
     public long Bytes { get; }
 
-    /// <summary>Like no other's: by it whoever opens the path can tell that it is in the same process namespace.</summary>
+    /// <summary>Unique: a process that opens the path can tell by it that it is in the same process namespace.</summary>
     public string Name { get; }
 
-    /// <summary>Opens for reading and writing by processes of the same user that see this one.</summary>
+    /// <summary>A path that processes of the same user which see this one can open for reading and writing.</summary>
     public string Path => $"/proc/{Environment.ProcessId}/fd/{_file}";
 
     public override bool IsInvalid => handle == 0;
 
-    /// <summary>Null where the system has no such thing.</summary>
-    /// <exception cref="OutOfMemoryException">The machine has not got the address space.</exception>
+    /// <summary>Null where the system does not support it.</summary>
+    /// <exception cref="OutOfMemoryException">The machine does not have enough address space.</exception>
     public static SealedMemory? TryCreate(long bytes)
     {
         ArgumentOutOfRangeException.ThrowIfLessThan(bytes, 1);
@@ -63,7 +63,7 @@ public sealed unsafe partial class SealedMemory : SafeHandle
         throw new OutOfMemoryException($"{bytes} bytes could not be mapped.");
     }
 
-    /// <summary>What stands there now. Others may write it meanwhile.</summary>
+    /// <summary>The current contents. Other processes may write them meanwhile.</summary>
     public ReadOnlySpan<byte> Span(long offset, int length)
     {
         ObjectDisposedException.ThrowIf(IsClosed, this);

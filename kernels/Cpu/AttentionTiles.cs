@@ -2,7 +2,7 @@ namespace Rollout.Kernels;
 
 /// <summary>
 /// The step's rows in tiles that read keys and values together: rows of one sequence, or of sequences whose tables begin with the same
-/// blocks (samples of one prompt). Chunks that all rows of a tile see whole are read once for the tile.
+/// blocks (samples of one prompt). Chunks that are complete for every row of a tile are read once for the tile.
 /// </summary>
 internal sealed class AttentionTiles
 {

@@ -24,7 +24,8 @@ internal sealed unsafe partial class AttentionJob<TLanes>
 
     /// <summary>
     /// scores [queries][ChunkTokens], 16 of them a column, = queries [queries][headDim] x a block's keys [headDim][16 tokens] a column: one
-    /// chain over headDim a lane. What is broadcast of a query serves both columns: broadcasts would take longer than the products.
+    /// chain over headDim a lane. Each element broadcast from a query is used for both columns: otherwise broadcasts would take longer than
+    /// the products.
     /// </summary>
     [MethodImpl(MethodImplOptions.AggressiveOptimization)]
     private static void Scores<TQueries, TColumns>(float* queries, float** keys, long* ahead, int headDim, float* scores)

@@ -4,10 +4,10 @@ namespace Rollout.Kernels;
 
 /// <summary>
 /// Causal attention with grouped queries over paged keys and values, with the running maximum of Milakov and Gimelshein ("Online normalizer
-/// calculation for softmax", 2018) and Dao et al. ("FlashAttention", 2022). The context is walked in chunks of 64 tokens from position 0,
-/// as many queries at a time as registers hold: a chunk's scores, then its maximum, weights and sum, then its values.
-/// Every query has its own maximum, sum (16 lanes, token mod 16) and weighted values, and sees the same operations in the same order
-/// whichever other queries share its tile, so its bits depend on its own sequence up to its position only.
+/// calculation for softmax", 2018) and Dao et al. ("FlashAttention", 2022). The context is processed in chunks of 64 tokens from position
+/// 0, for as many queries at a time as registers hold: a chunk's scores, then its maximum, weights and sum, then its values. Every query
+/// has its own maximum, sum (16 lanes, token mod 16) and weighted values, and sees the same operations in the same order whichever other
+/// queries share its tile, so its bits depend on its own sequence up to its position only.
 /// <para>Units: tile of rows x key-value head; later rows, which have more to read, first.</para>
 /// </summary>
 internal abstract unsafe class AttentionJob : Job, IDisposable
@@ -16,8 +16,8 @@ internal abstract unsafe class AttentionJob : Job, IDisposable
     public const int TileQueries = 64;
 
     /// <summary>
-    /// Blocks after which a maximum is looked for and sums are written back: often enough to stay in the first-level cache, seldom enough
-    /// to cost little.
+    /// Blocks after which the maximum is updated and sums are written back: often enough to stay in the first-level cache, seldom enough to
+    /// cost little.
     /// </summary>
     public const int ChunkBlocks = 4;
 
@@ -46,7 +46,7 @@ internal abstract unsafe class AttentionJob : Job, IDisposable
 
     public int Units => Tiles.Count * Cache.KvHeads;
 
-    /// <summary>Takes each worker's scratch; native, and only when a larger group of heads than ever before appears.</summary>
+    /// <summary>Allocates each worker's scratch in native memory; only when a group of heads is larger than any before.</summary>
     public void Reserve(int workers, int queries)
     {
         queries = Math.Max(queries, TileQueries) + 8;
@@ -135,8 +135,8 @@ internal sealed unsafe partial class AttentionJob<TLanes> : AttentionJob
         Step.BlockTables.AsSpan(RowSequence[row] * Step.MaxBlocks, (Step.Positions[row] / KvCache.BlockTokens) + 1);
 
     /// <summary>
-    /// Takes the first <paramref name="tokens"/> tokens of the chunk that <paramref name="blocks"/> begin with into <paramref name="count"/>
-    /// queries, and asks for the block after each: blocks lie anywhere, so the hardware cannot guess it.
+    /// Adds the first <paramref name="tokens"/> tokens of the chunk at the start of <paramref name="blocks"/> to <paramref name="count"/>
+    /// queries, and prefetches the block after each: blocks are scattered, so the hardware cannot predict it.
     /// </summary>
     private void Chunk(in Scratch scratch, int first, int count, ReadOnlySpan<int> blocks, int kvHead, int tokens)
     {
@@ -162,7 +162,7 @@ internal sealed unsafe partial class AttentionJob<TLanes> : AttentionJob
                 Scores<Columns1>(together, queries, keys + b, ahead + b, Cache.KeyDim, scratch.Weights + (b * KvCache.BlockTokens));
             Weigh(scratch, first + q, together, tokens);
             AddValues(together, scratch.Weights, values, ahead, Cache.ValueStride, tokens, scratch.Values + ((first + q) * HeadStride));
-            new Span<long>(ahead, ChunkBlocks).Clear(); // asked for once is enough
+            new Span<long>(ahead, ChunkBlocks).Clear(); // prefetching once is enough
         }
     }
 

@@ -3,12 +3,12 @@ using System.Runtime.Intrinsics;
 namespace Rollout.Kernels;
 
 /// <summary>
-/// The operations on the CPU: bfloat16 or int8 weights in panels, fp32 everywhere else. The same inputs give the same bits with any number of
-/// threads, any vector width, and on any CPU, since every kernel fixes its order of operations and brings its own exp and log.
+/// The operations on the CPU: bfloat16 or int8 weights in panels, fp32 everywhere else. The same inputs give the same bits with any number
+/// of threads, any vector width, and on any CPU, since every kernel fixes its order of operations and uses its own exp and log.
 /// </summary>
 public sealed unsafe class CpuBackend : Backend
 {
-    /// <summary>Elements below which waking the other threads costs more than it gives.</summary>
+    /// <summary>Elements below which waking the other threads costs more than it saves.</summary>
     private const long SmallWork = 8192;
 
     private readonly Workers _workers;
@@ -22,8 +22,8 @@ public sealed unsafe class CpuBackend : Backend
     private NativeBuffer _packed = new(1 << 20);
     private int _tiledFor;
 
-    /// <param name="threads">Threads, the calling one included; 0 takes all cores.</param>
-    /// <param name="vectorBits">512, 256 or 128 forces a code path, 0 takes the widest that the machine runs well.</param>
+    /// <param name="threads">Threads, the calling one included; 0 uses all cores.</param>
+    /// <param name="vectorBits">512, 256 or 128 forces a code path, 0 uses the widest that the machine runs well.</param>
     /// <param name="format">How matrices are stored, and so what a matmul computes in.</param>
     public CpuBackend(int threads = 0, int vectorBits = 0, WeightFormat format = WeightFormat.BFloat16)
     {
@@ -73,13 +73,13 @@ public sealed unsafe class CpuBackend : Backend
 
     public override int KvElementBytes => sizeof(float);
 
-    /// <summary>39 MB for a vocabulary of 151,936; as many rows keep a matmul busy.</summary>
+    /// <summary>39 MB for a vocabulary of 151,936; enough rows to keep a matmul efficient.</summary>
     public override int LogitRows => 64;
 
     /// <summary>A quarter of the machine's memory.</summary>
     public override long KvCacheBudget => GC.GetGCMemoryInfo().TotalAvailableMemoryBytes / 4;
 
-    /// <summary>Whether the machine has vectors this wide; narrower ones are then part of them. 128 bits always run.</summary>
+    /// <summary>Whether the machine has vectors this wide; narrower ones are then included. 128 bits always work.</summary>
     public static bool IsAccelerated(int vectorBits) => vectorBits switch
     {
         512 => Vector512.IsHardwareAccelerated,
@@ -102,7 +102,7 @@ public sealed unsafe class CpuBackend : Backend
 
     protected override Tensor AllocateTensorCore(int rows, int columns, bool rounded)
     {
-        // A matmul's input is at most this large: room to pack it is taken now, not in a step.
+        // A matmul's input is at most this large: scratch to pack it is allocated now, not in a step.
         long bytes = Matrices.PackedBytes(rows, columns);
         if (bytes > _packed.Bytes)
         {
@@ -307,7 +307,7 @@ public sealed unsafe class CpuBackend : Backend
         _workers.Run(_sample, end - begin);
     }
 
-    /// <summary>Sample has answered when it returns.</summary>
+    /// <summary>Nothing to wait for: the answers are ready when Sample returns.</summary>
     protected override void FinishStepCore(StepLayout step)
     {
     }

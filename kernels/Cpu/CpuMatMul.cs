@@ -8,9 +8,9 @@ namespace Rollout.Kernels;
 /// bf16 matrices in <see cref="PanelLayout"/> and fp32 activations: output = one chain of fused multiply-adds over ascending inputs.
 /// <para>
 /// The scheme is that of Goto and van de Geijn ("Anatomy of high-performance matrix multiplication", 2008) with the outer product in
-/// registers: a tile of up to 12 rows by 32 outputs keeps its 24 accumulators in registers while it walks over all inputs, so each output
-/// is one chain of fused multiply-adds over ascending k, whatever the tile, the vector width or the thread. Inputs are not blocked: a
-/// panel of a few thousand inputs fits the second-level cache, where it is met again by the next tile of rows.
+/// registers: a tile of up to 12 rows by 32 outputs keeps its 24 accumulators in registers while it goes over all inputs, so each output is
+/// one chain of fused multiply-adds over ascending k, whatever the tile, the vector width or the thread. Inputs are not blocked: a panel of
+/// a few thousand inputs fits the second-level cache, where the next tile of rows finds it again.
 /// </para>
 /// <para>A unit of work is one panel for all rows: each weight is read from memory once a step.</para>
 /// </summary>
@@ -84,7 +84,7 @@ internal abstract unsafe class MatMulJob : Job
     public abstract int TileRows { get; }
 }
 
-/// <summary>How rows fall into tiles: as few tiles as possible, their heights at most one apart, the taller ones first.</summary>
+/// <summary>How rows are divided into tiles: as few tiles as possible, their heights at most one apart, the taller ones first.</summary>
 internal readonly struct RowTiles
 {
     private readonly int _height;
@@ -112,7 +112,7 @@ internal readonly struct RowTiles
 }
 
 /// <summary>
-/// Rows into tiles [tile][inputs][height], so that a matmul tile reads its activations from one address on. Units: tile x chunk.
+/// Rows into tiles [tile][inputs][height], so that a matmul tile reads its activations contiguously. Units: tile x chunk.
 /// </summary>
 internal sealed unsafe class PackRowsJob : Job
 {
@@ -182,7 +182,7 @@ internal sealed unsafe class PackRowsJob : Job
 internal sealed unsafe class MatMulJob<TVector> : MatMulJob
     where TVector : unmanaged, IVector<TVector>
 {
-    /// <summary>Lines that a tile asks for ahead of itself: further than the hardware looks, and on into the next panel.</summary>
+    /// <summary>Lines that a tile prefetches ahead: further than the hardware does, and on into the next panel.</summary>
     private const int Ahead = 32;
 
     public override int TileRows => TVector.TileRows;
@@ -205,7 +205,7 @@ internal sealed unsafe class MatMulJob<TVector> : MatMulJob
         }
     }
 
-    /// <summary>Every height is its own method, so that no height pays for another's rows.</summary>
+    /// <summary>Every height is its own method, so that no height is slowed by code for another's rows.</summary>
     private static void Tile(int rows, float* input, ushort* panel, int inputs, float* output, int stride, float* bias, bool add)
     {
         switch (rows)

@@ -2,7 +2,7 @@ using System.Runtime.InteropServices;
 
 namespace Rollout.Kernels;
 
-/// <summary>Zeroed native memory aligned to cache lines, given back on Dispose or, when that is forgotten, by the finalizer.</summary>
+/// <summary>Zeroed native memory aligned to cache lines, freed on Dispose or, when that is forgotten, by the finalizer.</summary>
 internal sealed unsafe partial class NativeBuffer : SafeHandle
 {
     private const nuint Line = 64;
@@ -38,10 +38,10 @@ internal sealed unsafe partial class NativeBuffer : SafeHandle
 
     public float* Floats => (float*)_aligned;
 
-    // Straight from the system: what the C library gets back it may keep, and then the machine never has it.
+    // Directly from the system: the C library may keep freed memory instead of returning it to the system.
     private bool IsMapped => OperatingSystem.IsLinux() && _size >= MapFrom;
 
-    /// <summary>Gives the memory to the machine at once. The contents are lost.</summary>
+    /// <summary>Returns the memory to the system at once. The contents are lost.</summary>
     public void Discard()
     {
         if (IsGone)
@@ -50,8 +50,10 @@ internal sealed unsafe partial class NativeBuffer : SafeHandle
         SetHandle(0);
     }
 
-    /// <summary>Takes memory again, zeroed by the system, page by page, when first touched: a large cache costs nothing until it is used.</summary>
-    /// <exception cref="OutOfMemoryException">The machine has not got it.</exception>
+    /// <summary>
+    /// Allocates the memory again. The system zeroes each page when it is first touched, so a large cache costs nothing until it is used.
+    /// </summary>
+    /// <exception cref="OutOfMemoryException">The machine does not have enough memory.</exception>
     public void Restore()
     {
         ObjectDisposedException.ThrowIf(IsClosed, this);

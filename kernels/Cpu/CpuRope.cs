@@ -4,11 +4,11 @@ namespace Rollout.Kernels;
 
 /// <summary>
 /// Rotary position embedding (Su et al. 2021, halves paired) of queries in place and of keys on their way into the cache, after an optional
-/// RMS norm of every head; values are copied. Keys land transposed, [keyDim][16 tokens]. Units: <see cref="RowsPerUnit"/> rows.
+/// RMS norm of every head; values are copied. Keys are stored transposed, [keyDim][16 tokens]. Units: <see cref="RowsPerUnit"/> rows.
 /// </summary>
 internal abstract unsafe class RopeJob : Job
 {
-    /// <summary>Neighbouring tokens share the cache lines of their keys: two threads should not take them in turns.</summary>
+    /// <summary>Neighbouring tokens share the cache lines of their keys, so two threads should not write alternate tokens.</summary>
     public const int RowsPerUnit = 8;
 
     public float* Qkv;

@@ -8,10 +8,10 @@ internal sealed unsafe partial class SampleJob<TLanes>
     /// <summary>Candidates that are sorted rather than bisected further.</summary>
     private const int FewEnough = 512;
 
-    /// <summary>One vector of so many is looked at to guess the border.</summary>
+    /// <summary>One vector in this many is sampled to guess the border.</summary>
     private const int GuessStride = 16;
 
-    /// <summary>Rows from which on a guess saves more than it costs.</summary>
+    /// <summary>Vocabulary size from which a guess saves more than it costs.</summary>
     private const int WorthAGuess = 8192;
 
     private static void Truncate(in SampleQuery query, float* x, int n, float max, float* masses, ulong* candidates)
@@ -36,7 +36,7 @@ internal sealed unsafe partial class SampleJob<TLanes>
     /// </summary>
     private static Border FindBorder(float* x, float* masses, int n, float max, double total, double target, ulong* candidates)
     {
-        // -0 as +0: the key after that of -0 is +0's, and the zeros are not below it.
+        // Turns -0 into +0: the key after -0's is +0's, and neither zero would be below that upper bound.
         max += 0f;
 
         // Invariant: tokens at or above high have less than the target, tokens at or above low reach it.
@@ -69,7 +69,7 @@ internal sealed unsafe partial class SampleJob<TLanes>
             int id = (int)(uint)candidates[i];
             reached += masses == null ? 1.0 : masses[id];
 
-            // Rounding may leave the target a hair beyond the last candidate.
+            // Rounding may leave the target slightly beyond the last candidate.
             if (reached >= target || i == found - 1)
                 return new Border(x[id], id);
         }
@@ -92,14 +92,14 @@ internal sealed unsafe partial class SampleJob<TLanes>
     }
 
     /// <summary>
-    /// About where the tokens that are cut away have the mass (or number) <paramref name="tail"/>, as one vector of
-    /// <see cref="GuessStride"/> has it: two keys that the border lies between more often than not. Taken from below, since the tail is
-    /// made of many tokens where the top may be made of one.
+    /// Estimates, from one vector in <see cref="GuessStride"/>, where the removed tokens have the mass (or number) <paramref name="tail"/>:
+    /// two keys that the border is between more often than not. Mass is counted from below, since the tail consists of many tokens where
+    /// the top may consist of one.
     /// </summary>
     [MethodImpl(MethodImplOptions.AggressiveOptimization)]
     private static (int Low, int High) Guess(float* x, float* masses, int n, float max, double tail, float* scratch)
     {
-        const int Near = 16; // tokens of the sample: closer, chance says more than the row
+        const int Near = 16; // tokens of the sample: a narrower range would be noise
         int sampled = 0;
         float* sampledMasses = scratch + (n / GuessStride) + LaneMemory.Count;
         for (int i = 0; i + LaneMemory.Count <= n; i += GuessStride * LaneMemory.Count, sampled += LaneMemory.Count)
@@ -112,7 +112,7 @@ internal sealed unsafe partial class SampleJob<TLanes>
         if (masses == null)
             sampledMasses = null;
 
-        // The keys passed on the way from either side, to step back to.
+        // The bounds tried on either side, to step back to.
         int* lows = stackalloc int[40], lowCounts = stackalloc int[40], highs = stackalloc int[40], highCounts = stackalloc int[40];
         int lowsFound = 1, highsFound = 1;
         (lows[0], highs[0], highCounts[0]) = (Ordered(float.NegativeInfinity), Ordered(max) + 1, 0);
@@ -186,7 +186,7 @@ internal sealed unsafe partial class SampleJob<TLanes>
         int found = 0;
         for (int i = 0; i < n; i += LaneMemory.Count)
         {
-            // Not a number as the upper bound, one above infinity, bounds nothing.
+            // The upper bound one above infinity is NaN, which bounds nothing.
             TLanes v = Load(x, i, n);
             if (!TLanes.Any(TLanes.And(TLanes.GreaterOrEqual(v, least), TLanes.Not(TLanes.GreaterOrEqual(v, bound)))))
                 continue;

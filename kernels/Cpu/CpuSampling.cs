@@ -3,11 +3,11 @@ using System.Runtime.CompilerServices;
 namespace Rollout.Kernels;
 
 /// <summary>
-/// Answers sample queries as protos/rollout/v1/DEFINITIONS.md defines them. Units: queries; a query is one thread's work from start to end.
+/// Answers sample queries as protos/rollout/v1/DEFINITIONS.md defines them. Units: queries; one thread answers a query from start to end.
 /// <para>
 /// Sums of exponentials run in fixed chunks of <see cref="Chunk"/> tokens, each in 16 lanes relative to the chunk's own maximum, merged in
-/// ascending order. Truncation never sorts the vocabulary: a sixteenth of the row says about where the border lies, the whole row brackets
-/// it by bisection over the ordered bit patterns of fp32, and only the tokens left in the bracket are sorted.
+/// ascending order. Truncation never sorts the vocabulary: a sixteenth of the row gives an estimate of the border, bisection over the
+/// ordered bit patterns of fp32 brackets it in the whole row, and only the tokens left in the bracket are sorted.
 /// </para>
 /// </summary>
 internal abstract unsafe class SampleJob : Job, IDisposable
@@ -25,7 +25,7 @@ internal abstract unsafe class SampleJob : Job, IDisposable
     private int _capacity;
     private int _workers;
 
-    /// <summary>Takes each worker's scratch; native, and only when a larger vocabulary than ever before appears.</summary>
+    /// <summary>Allocates each worker's scratch in native memory; only when a vocabulary is larger than any before.</summary>
     public void Reserve(int workers, int vocabulary)
     {
         int capacity = (vocabulary + 63) / 64 * 64;
@@ -101,7 +101,7 @@ internal sealed unsafe partial class SampleJob<TLanes> : SampleJob
             max = Largest(x, Vocabulary);
         }
 
-        // A temperature so small that the quotient overflows is the limit it stands for.
+        // A temperature so small that the quotient overflows is treated as the limit, greedy.
         if (query.Temperature < SmallestTemperature || !float.IsFinite(max / query.Temperature))
             return float.IsNegativeInfinity(max) ? -1 : IndexOf(x, Vocabulary, max);
 
@@ -119,7 +119,7 @@ internal sealed unsafe partial class SampleJob<TLanes> : SampleJob
         }
         else
         {
-            // The sum is that of what truncation leaves.
+            // The sum is over the tokens that truncation keeps.
             if (x == logits)
                 Copy(logits, processed, Vocabulary);
             else if (!TryLargest(x, Vocabulary, out max))
@@ -249,10 +249,11 @@ internal sealed unsafe partial class SampleJob<TLanes> : SampleJob
     // ---- Drawing.
 
     /// <summary>
-    /// arg-max of x + Gumbel noise, the lowest id among equals, -1 where all are negative infinity. Tokens are met in ascending order, 64
-    /// at a time; where even the largest noise of the 64 could not lift the largest x of the 64 above the best so far, their logarithms are
-    /// not taken. Rounded addition being monotone, that changes no result. Two such tests: one on the random words alone, against the word
-    /// that the row's largest x would need (computed anew only when the best changes), then one on the 64 themselves.
+    /// arg-max of x + Gumbel noise, the lowest id among equals, -1 where all are negative infinity. Tokens are processed in ascending
+    /// order, 64 at a time; where even the largest noise of the 64 could not lift the largest x of the 64 above the best so far, their
+    /// logarithms are not computed. Rounded addition is monotone, so this changes no result. There are two such tests: one on the random
+    /// words alone, against the word that the row's largest x would need (recomputed only when the best changes), then one on the 64
+    /// themselves.
     /// </summary>
     [MethodImpl(MethodImplOptions.AggressiveOptimization)]
     private static int ArgMaxWithNoise(float* x, int n, float max, in SampleQuery query)
@@ -303,7 +304,7 @@ internal sealed unsafe partial class SampleJob<TLanes> : SampleJob
                     (best, token) = (value, i);
             }
 
-            // The word whose noise would lift the largest x to the best, less more than exp and the rounding of u can be off.
+            // The word whose noise would lift the largest x to the best, less a slack above the errors of exp and of rounding u.
             const float Slack = 32f;
             float noiseNeeded = best - max - Margin;
             leastWord = (VectorMath.Exp(-VectorMath.Exp(-noiseNeeded)) * (1 << 23)) - Slack;

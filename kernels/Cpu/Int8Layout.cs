@@ -5,9 +5,10 @@ using System.Runtime.Intrinsics.X86;
 namespace Rollout.Kernels;
 
 /// <summary>
-/// int8 matrices [outputs, inputs] in <see cref="LanePanels"/>, four inputs a lane. Lanes are the operand of the instruction which multiplies
-/// four unsigned bytes with four signed ones and adds the products to a 32-bit sum, so weights are stored as q + 128, q in -127 .. 127, and the
-/// kernel takes 128 times the sum of the activations off again. One fp32 scale per output: weight = q * scale, scale = largest magnitude of the row / 127.
+/// int8 matrices [outputs, inputs] in <see cref="LanePanels"/>, four inputs a lane. Lanes are the operand of the instruction which
+/// multiplies four unsigned bytes with four signed ones and adds the products to a 32-bit sum, so weights are stored as q + 128, q in -127
+/// .. 127, and the kernel subtracts 128 times the sum of the activations. One fp32 scale per output: weight = q * scale, scale = largest
+/// magnitude of the row / 127.
 /// </summary>
 internal static unsafe class Int8Layout
 {
@@ -31,8 +32,9 @@ internal static unsafe class Int8Layout
     public static long Bytes(int outputs, int inputs) =>
         PanelLayout.Count(outputs) * (PanelBytes(inputs) + (Width * sizeof(float)));
 
-    /// <summary>Scales stand behind the panels, [outputs padded to 32].</summary>
-    public static float* Scales(byte* panels, int outputs, int inputs) => (float*)(panels + (PanelLayout.Count(outputs) * PanelBytes(inputs)));
+    /// <summary>Scales are stored after the panels, [outputs padded to 32].</summary>
+    public static float* Scales(byte* panels, int outputs, int inputs) =>
+        (float*)(panels + (PanelLayout.Count(outputs) * PanelBytes(inputs)));
 
     /// <summary>Packs whole rows. Writers of different rows never touch each other's bytes.</summary>
     public static void Write(byte* panels, int outputs, int inputs, int output, byte* source, long rows, DType type)
@@ -64,8 +66,8 @@ internal static unsafe class Int8Layout
     }
 
     /// <summary>
-    /// Activations of one row and block: <paramref name="count"/> values become bytes q, four to a group, <paramref name="stride"/> bytes from
-    /// group to group, with x = q * scale, scale = largest magnitude / 127. Returns the scale, not a number where x holds one, and the
+    /// Activations of one row and block: <paramref name="count"/> values become bytes q, four to a group, <paramref name="stride"/> bytes
+    /// from group to group, with x = q * scale, scale = largest magnitude / 127. Returns the scale, not a number where x holds one, and the
     /// sum of q. Inputs past the end are zero.
     /// </summary>
     [MethodImpl(MethodImplOptions.AggressiveOptimization)]
@@ -122,11 +124,13 @@ internal static unsafe class Int8Layout
         return magnitude / 127f;
     }
 
-    /// <summary>Bytes q + 128 of one row, four to a group; returns the row's scale. <paramref name="values"/> is scratch, [inputs].</summary>
+    /// <summary>
+    /// Bytes q + 128 of one row, four to a group; returns the row's scale. <paramref name="values"/> is scratch, [inputs].
+    /// </summary>
     [MethodImpl(MethodImplOptions.AggressiveOptimization)]
     private static float QuantiseRow(byte* source, int inputs, DType type, ushort* values, uint* row)
     {
-        // As bf16 first, whatever came: int8 of a model differs from bf16 of it by the quantisation alone.
+        // Rounded to bf16 first, whatever the type: a model in int8 then differs from the same model in bf16 by the quantisation alone.
         ushort* bf16 = values;
         PanelLayout.Convert(source, bf16, inputs, type);
         bf16[inputs] = bf16[inputs + 1] = bf16[inputs + 2] = 0;
@@ -162,7 +166,7 @@ internal static unsafe class Int8Layout
         return top / 127f;
     }
 
-    /// <summary>0 for a row of zeros, and where the reciprocal would overflow: such values are nothing beside any other.</summary>
+    /// <summary>0 for a row of zeros, and where the reciprocal would overflow: such values are negligible beside any other.</summary>
     private static float Inverse(float magnitude) => magnitude > 1e-36f ? 127f / magnitude : 0f;
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]

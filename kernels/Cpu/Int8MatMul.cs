@@ -3,8 +3,8 @@ using System.Runtime.InteropServices;
 namespace Rollout.Kernels;
 
 /// <summary>
-/// Rows of fp32 activations into what an int8 tile reads: bytes [tile][group of 4 inputs][height][4], and per tile and block of 128 inputs a
-/// scale and a correction for every row, [tile][block][height]. Units: tile x block.
+/// Rows of fp32 activations into what an int8 tile reads: bytes [tile][group of 4 inputs][height][4], and per tile and block of 128 inputs
+/// a scale and a correction for every row, [tile][block][height]. Units: tile x block.
 /// </summary>
 internal sealed unsafe class QuantiseRowsJob : Job
 {
@@ -29,13 +29,13 @@ internal sealed unsafe class QuantiseRowsJob : Job
             Quantised.Scales[entry + r] =
                 Int8Layout.QuantiseBlock(x, count, bytes + (r * Int8Layout.Group), height * Int8Layout.Group, out int sum);
 
-            // Weights are stored 128 too high: what that adds to the lane is where the lane begins, below zero.
+            // Weights are stored 128 too high: the lane starts at minus what that adds.
             Quantised.Corrections[entry + r] = -128 * sum;
         }
     }
 }
 
-/// <summary>Where the three parts of quantised rows lie in one buffer.</summary>
+/// <summary>Where the three parts of quantised rows are in one buffer.</summary>
 internal readonly unsafe struct QuantisedRows(byte* buffer, int rows, int inputs)
 {
     private readonly byte* _buffer = buffer;
@@ -77,9 +77,9 @@ internal unsafe struct Int8TileArguments
 }
 
 /// <summary>
-/// int8 matrices and activations quantised per row and block of 128 inputs.
-/// Within a block products are summed in integers, which is exact in any order; the blocks' sums, times the activations' scale, are one chain of
-/// fused multiply-adds over ascending blocks; the weight's scale comes last. So bits depend on the row alone here too.
+/// int8 matrices and activations quantised per row and block of 128 inputs. Within a block products are summed in integers, which is exact
+/// in any order; the blocks' sums, times the activations' scale, are one chain of fused multiply-adds over ascending blocks; the weight's
+/// scale comes last. So the bits depend on the row alone here too.
 /// </summary>
 internal sealed unsafe class Int8Matrices(int vectorBits) : Matrices
 {

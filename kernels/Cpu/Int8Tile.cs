@@ -165,7 +165,7 @@ internal readonly unsafe struct Dot128(Vector128<int> value) : IDot<Dot128>
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static Dot128 Dot(Dot128 sum, Dot128 unsigned, Dot128 signed)
     {
-        // Any machine's: one byte of every lane at a time.
+        // Portable: one byte of every lane at a time.
         Vector128<int> u = unsigned.V, s = signed.V, low = Vector128.Create(0xFF);
         return new(sum.V
             + ((u & low) * (s << 24 >> 24))

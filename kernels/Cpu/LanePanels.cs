@@ -3,8 +3,8 @@ using System.Runtime.Intrinsics.X86;
 namespace Rollout.Kernels;
 
 /// <summary>
-/// Panels for instructions that multiply and add inside 32-bit lanes: panel p holds, for each group of inputs that one lane takes (four int8,
-/// two bf16), two cache lines, 32 lanes, lane j being output 32p + j.
+/// Panels for instructions that multiply and add inside 32-bit lanes: panel p holds, for each group of inputs that one lane takes (four
+/// int8, two bf16), two cache lines, 32 lanes, lane j being output 32p + j.
 /// </summary>
 internal static unsafe class LanePanels
 {
@@ -36,7 +36,7 @@ internal static unsafe class LanePanels
         }
     }
 
-    /// <summary>Non-temporal stores are not ordered with those by which the caller will tell others that it is done.</summary>
+    /// <summary>Non-temporal stores are not ordered with the later stores by which the caller signals that it is done.</summary>
     public static void Fence()
     {
         if (Sse.IsSupported)

@@ -1,7 +1,7 @@
 namespace Rollout.Kernels;
 
 /// <summary>
-/// Sixteen fp32 lanes, whatever the machine's vectors are: one 512-bit, two 256-bit or four 128-bit registers. A kernel written once over
+/// Sixteen fp32 lanes, whatever the machine's vector width: one 512-bit, two 256-bit or four 128-bit registers. A kernel written once over
 /// this interface gives the same bits at every width, because lane i always sees the same operations in the same order, and the only
 /// operation across lanes is one fixed tree. Masks are lanes of all ones or all zeros; "bits" are the same lanes read as 32-bit integers.
 /// </summary>
@@ -79,7 +79,7 @@ internal unsafe interface ILanes<TSelf>
     static abstract float Largest(TSelf a);
 }
 
-/// <summary>One lane, so that scalars go through the very same elementwise functions as vectors.</summary>
+/// <summary>One lane, so that scalars go through the same elementwise functions as vectors.</summary>
 internal readonly unsafe struct Lane(float value) : ILanes<Lane>
 {
     public readonly float V = value;

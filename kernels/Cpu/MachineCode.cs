@@ -4,8 +4,8 @@ using System.Runtime.Intrinsics.X86;
 namespace Rollout.Kernels;
 
 /// <summary>
-/// Functions assembled at start, for instructions that .NET 10 has no intrinsic for in 512 bits. One function for each number of rows of a tile;
-/// each takes a pointer to its arguments in rdi.
+/// Functions assembled at start, for instructions that .NET 10 has no intrinsic for in 512 bits. One function for each number of rows of a
+/// tile; each takes a pointer to its arguments in rdi.
 /// </summary>
 internal sealed unsafe partial class MachineCode : IDisposable
 {
@@ -20,7 +20,7 @@ internal sealed unsafe partial class MachineCode : IDisposable
     private nint _memory;
 
     /// <param name="tallest">Rows of the tallest tile.</param>
-    /// <param name="assemble">The code for so many rows.</param>
+    /// <param name="assemble">Returns the code for a number of rows.</param>
     public MachineCode(int tallest, Func<int, byte[]> assemble)
     {
         byte[][] code = [.. Enumerable.Range(1, tallest).Select(assemble)];

@@ -5,7 +5,7 @@ using System.Runtime.Intrinsics.X86;
 
 namespace Rollout.Kernels;
 
-/// <summary>What this machine can do at best, measured, for comparison: targets are ratios to these, taken in the same run.</summary>
+/// <summary>The machine's measured peak rates: performance targets are ratios to these, measured in the same run.</summary>
 public static unsafe class MachineLimits
 {
     private const int Repetitions = 7;
@@ -107,7 +107,7 @@ public static unsafe class MachineLimits
             Vector512<ulong> a = default, b = default;
             for (; p < end; p += 128)
             {
-                // What the kernels do as well; without it one core waits for the hardware to notice each new page.
+                // The kernels prefetch too; without it one core waits for the hardware prefetcher at each new page.
                 if (Sse.IsSupported)
                 {
                     Sse.Prefetch0(p + Ahead);

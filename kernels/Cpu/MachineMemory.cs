@@ -2,10 +2,10 @@ using System.Globalization;
 
 namespace Rollout.Kernels;
 
-/// <summary>What the machine, or the container this runs in, has left.</summary>
+/// <summary>The memory available on the machine, or in the container that this runs in.</summary>
 internal static class MachineMemory
 {
-    /// <summary>Bytes that can be taken without swapping: the kernel's estimate, and what the control group's limit leaves.</summary>
+    /// <summary>Bytes that can be allocated without swapping: the kernel's estimate, and what the control group's limit leaves.</summary>
     public static long AvailableBytes()
     {
         long machine = Kilobytes("/proc/meminfo", "MemAvailable:") ?? GC.GetGCMemoryInfo().TotalAvailableMemoryBytes;
@@ -30,7 +30,7 @@ internal static class MachineMemory
         return null;
     }
 
-    // "max" is no number: no limit.
+    // "max" does not parse as a number: no limit.
     private static long? Number(string file)
         => File.Exists(file) && long.TryParse(File.ReadAllText(file), CultureInfo.InvariantCulture, out long value) ? value : null;
 }

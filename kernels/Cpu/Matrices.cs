@@ -1,12 +1,12 @@
 namespace Rollout.Kernels;
 
 /// <summary>
-/// One way to store matrices [outputs, inputs] and to multiply by them: a <see cref="WeightFormat"/> on the CPU. Stored data is
-/// one block of memory, aligned to cache lines; rows stand in panels of 32 outputs.
+/// One way to store matrices [outputs, inputs] and to multiply by them: a <see cref="WeightFormat"/> on the CPU. Stored data is one block
+/// of memory, aligned to cache lines; rows are stored in panels of 32 outputs.
 /// </summary>
 internal abstract unsafe class Matrices : IDisposable
 {
-    /// <summary>Elements of a matrix below which waking the other threads costs more than it gives.</summary>
+    /// <summary>Elements of a matrix below which waking the other threads costs more than it saves.</summary>
     protected const long SmallWork = 8192;
 
     public static Matrices Of(WeightFormat format, int vectorBits) => format switch
@@ -17,7 +17,7 @@ internal abstract unsafe class Matrices : IDisposable
         _ => throw new ArgumentOutOfRangeException(nameof(format)),
     };
 
-    /// <summary>What the backend's name says of it; empty for the default.</summary>
+    /// <summary>The format's part of the backend's name; empty for the default.</summary>
     public abstract string Description { get; }
 
     /// <summary>Bytes of a stored matrix.</summary>

@@ -4,9 +4,9 @@ using System.Runtime.Intrinsics;
 namespace Rollout.Kernels;
 
 /// <summary>
-/// bf16 matrices whose matmul rounds activations to bf16 and sums in fp32: output = one chain of fused multiply-adds over the inputs in the order
-/// 1, 0, 3, 2, 5, 4 ... (the order of the instruction that <see cref="PairTileCode"/> uses). Subnormal products count as zero where that
-/// instruction computes them.
+/// bf16 matrices whose matmul rounds activations to bf16 and sums in fp32: output = one chain of fused multiply-adds over the inputs in the
+/// order 1, 0, 3, 2, 5, 4 ... (the order of the instruction that <see cref="PairTileCode"/> uses). Subnormal products count as zero where
+/// that instruction computes them.
 /// </summary>
 internal sealed unsafe class PairMatrices : Matrices
 {
@@ -94,11 +94,12 @@ internal sealed unsafe class PairMatrices : Matrices
             int k = 0;
             for (; k + 8 <= Inputs; k += 8)
             {
-                // Round to nearest, ties to even, each half where its pair wants it; not-a-number stays one.
+                // Rounds to nearest, ties to even, each half placed where its pair needs it; NaN stays NaN.
                 Vector256<uint> bits = Vector256.Load((uint*)(x + k));
                 Vector256<uint> up = bits + Vector256.Create(0x7FFFu) + ((bits >>> 16) & Vector256<uint>.One);
                 Vector256<uint> nan = ~Vector256.Equals(bits.AsSingle(), bits.AsSingle()).AsUInt32();
-                Vector256<uint> high = Vector256.ConditionalSelect(nan, bits | Vector256.Create(0x400000u), up) & Vector256.Create(0xFFFF0000u);
+                Vector256<uint> high =
+                    Vector256.ConditionalSelect(nan, bits | Vector256.Create(0x400000u), up) & Vector256.Create(0xFFFF0000u);
                 Vector256<ulong> pair = high.AsUInt64();
                 Vector256<uint> both = ((pair >>> 32) | ((pair << 32) >>> 48)).AsUInt32();
                 uint* to = rounded + ((long)(k / 2) * height);

@@ -28,7 +28,7 @@ internal unsafe struct PairTileArguments
 /// </summary>
 internal static class PairTileCode
 {
-    /// <summary>Bytes that the weights are asked for ahead of themselves: further than the hardware looks, and on into the next panel.</summary>
+    /// <summary>Bytes by which weights are prefetched: further than the hardware does, and on into the next panel.</summary>
     private const int Ahead = 4096;
 
     /// <summary>AVX512-BF16: leaf 7.1, EAX bit 5.</summary>

@@ -17,7 +17,7 @@ internal static unsafe class PanelLayout
     /// <summary>Inputs per pass when packing: 32 rows of one cache line each.</summary>
     private const int Block = 32;
 
-    /// <summary>Inputs that packing asks for ahead of itself.</summary>
+    /// <summary>Inputs by which packing prefetches.</summary>
     private const int Ahead = 128;
 
     public static int RoundUp(int columns) => (columns + Width - 1) / Width * Width;
@@ -26,7 +26,7 @@ internal static unsafe class PanelLayout
 
     public static long Bytes(int outputs, int inputs) => (long)Count(outputs) * inputs * Width * sizeof(ushort);
 
-    /// <summary>Where output <paramref name="o"/> of 32 lies in its line.</summary>
+    /// <summary>Where output <paramref name="o"/> of 32 is in its line.</summary>
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static int Slot(int o) => ((o & 15) << 1) | ((o >> 4) & 1);
 
@@ -34,12 +34,13 @@ internal static unsafe class PanelLayout
     public static ushort* Line(ushort* panels, int inputs, int output, int input) =>
         panels + ((((long)(output / Width) * inputs) + input) * Width);
 
-    /// <summary>Where an element of the row-major matrix stands.</summary>
+    /// <summary>Where an element of the row-major matrix is stored.</summary>
     public static ushort* Element(ushort* panels, int inputs, long element) =>
         Line(panels, inputs, (int)(element / inputs), (int)(element % inputs)) + Slot((int)(element / inputs % Width));
 
     /// <summary>
-    /// Packs whole rows. Elements are written 16 bits at a time, or 32 rows at a time, so writers of different rows never touch each other's.
+    /// Packs whole rows. Elements are written 16 bits at a time, or 32 rows at a time, so writers of different rows never touch each
+    /// other's.
     /// </summary>
     public static void Write(ushort* panels, int inputs, int output, byte* source, long rows, DType type)
     {
@@ -55,7 +56,7 @@ internal static unsafe class PanelLayout
             source += (long)count * inputs * type.Size();
         }
 
-        // Non-temporal stores are not ordered with those by which the caller will tell others that it is done.
+        // Non-temporal stores are not ordered with the later stores by which the caller signals that it is done.
         if (Sse.IsSupported)
             Sse.StoreFence();
     }
@@ -167,7 +168,7 @@ internal static unsafe class PanelLayout
                 stride = Block;
             }
 
-            // 32 rows are more streams than the hardware follows.
+            // 32 rows are more streams than the hardware prefetches.
             if (Sse.IsSupported && type == DType.BFloat16)
             {
                 for (int r = 0; r < Width; r++)

@@ -8,7 +8,8 @@ namespace Rollout.Kernels;
 internal static unsafe class Transpose16
 {
     /// <summary>
-    /// lines [16][16], <paramref name="lineStride"/> apart and aligned to 64 bytes = rows [16][16], <paramref name="stride"/> apart, transposed.
+    /// lines [16][16], <paramref name="lineStride"/> apart and aligned to 64 bytes = rows [16][16], <paramref name="stride"/> apart,
+    /// transposed.
     /// </summary>
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static void Store(uint* rows, long stride, uint* lines, int lineStride)
@@ -47,7 +48,7 @@ internal static unsafe class Transpose16
         t3 = Avx512F.UnpackHigh(x1, x3).AsUInt32();
     }
 
-    /// <summary>Part q of a, b, c, d makes line 4q. Whole lines go past the caches: nobody reads them soon.</summary>
+    /// <summary>Part q of a, b, c, d makes line 4q. Whole lines bypass the caches: they are not read again soon.</summary>
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static void Spread(
         Vector512<uint> a, Vector512<uint> b, Vector512<uint> c, Vector512<uint> d, uint* lines, int lineStride)

@@ -3,9 +3,9 @@ using System.Runtime.CompilerServices;
 namespace Rollout.Kernels;
 
 /// <summary>
-/// Exponential, logarithm, sine and cosine made of IEEE additions, multiplications and fused multiply-adds only, so that the same bits
-/// come from every CPU, vector width and C library. Reductions and polynomials after Moshier's Cephes (expf, logf) and Sun's fdlibm
-/// (k_sin, k_cos); errors below 1.5 ulp over the ranges that the tests walk.
+/// Exponential, logarithm, sine and cosine made of IEEE additions, multiplications and fused multiply-adds only, so that the same bits come
+/// from every CPU, vector width and C library. Reductions and polynomials after Moshier's Cephes (expf, logf) and Sun's fdlibm (k_sin,
+/// k_cos); errors below 1.5 ulp over the ranges that the tests cover.
 /// </summary>
 internal static class VectorMath
 {
@@ -57,7 +57,7 @@ internal static class VectorMath
     {
         // x = 2^e * m with m in [sqrt(1/2), sqrt(2)): subtracting the bits of sqrt(1/2) puts the exponent's border there.
         TLanes offset = TLanes.SubtractBits(x, TLanes.CreateBits(0x3F3504F3));
-        // An arithmetic shift by 23, from a logical one: bias into the positive, shift, take the bias away.
+        // An arithmetic shift by 23, from a logical one: add a bias to make it positive, shift, subtract the bias.
         TLanes e = TLanes.ToSingle(
             TLanes.SubtractBits(
                 TLanes.ShiftRight(TLanes.AddBits(offset, TLanes.CreateBits(0x80000000)), 23), TLanes.CreateBits(0x100)));
@@ -91,7 +91,7 @@ internal static class VectorMath
         return zero - Log(zero - Log(u));
     }
 
-    // Not inlined: a kernel that takes in too many of these runs out of the compiler's budget and is left with calls in its loops.
+    // Not inlined: a kernel that inlines too many of these exceeds the compiler's budget and is left with calls in its loops.
     [MethodImpl(MethodImplOptions.NoInlining | MethodImplOptions.AggressiveOptimization)]
     public static float Exp(float x) => Exp(new Lane(x)).V;
 

@@ -6,12 +6,12 @@ using static Iced.Intel.AssemblerRegisters;
 namespace Rollout.Kernels;
 
 /// <summary>
-/// The int8 tile in AVX512-VNNI, which multiplies and adds 64 bytes an instruction, four times what fp32 does. The instructions below are the
-/// whole kernel.
+/// The int8 tile in AVX512-VNNI, which multiplies and adds 64 bytes an instruction, four times what fp32 does. The instructions below are
+/// the whole kernel.
 /// </summary>
 internal static class VnniTile
 {
-    /// <summary>Bytes that the weights are asked for ahead of themselves: further than the hardware looks, and on into the next panel.</summary>
+    /// <summary>Bytes by which weights are prefetched: further than the hardware does, and on into the next panel.</summary>
     private const int Ahead = 4096;
 
     /// <summary>AVX512-VNNI: leaf 7, ECX bit 11.</summary>

@@ -19,7 +19,7 @@ internal unsafe interface IVector<TSelf>
 
     static abstract void Store(float* destination, TSelf value);
 
-    /// <summary>2 x Width bfloat16 as they lie in a panel's line: even elements, then odd ones.</summary>
+    /// <summary>2 x Width bfloat16 in the order of a panel's line: even elements, then odd ones.</summary>
     static abstract void LoadPair(ushort* source, out TSelf even, out TSelf odd);
 
     static abstract TSelf Fma(TSelf a, TSelf b, TSelf c);

@@ -4,7 +4,7 @@ using System.Runtime.InteropServices;
 
 namespace Rollout.Kernels;
 
-/// <summary>Work that falls into independent units. Made once and used again, so that a step allocates nothing.</summary>
+/// <summary>Work made of independent units. Created once and reused, so that a step allocates nothing.</summary>
 internal abstract class Job
 {
     /// <summary>Does one unit. Worker 0 is the thread that called <see cref="Workers.Run"/>.</summary>
@@ -12,10 +12,10 @@ internal abstract class Job
 }
 
 /// <summary>
-/// Persistent threads that share out the units of one job at a time. Each starts with units of its own that follow one another, and takes
-/// them one by one: the next unit's data mostly follow this one's in memory, where prefetching finds them. Who has none left takes
-/// the last of another's, so the threads finish together even when another process steals time from one of them, and a thread that has not
-/// woken up in time is not waited for.
+/// Persistent threads that share the units of one job at a time. Each starts with a contiguous range of units of its own and takes them one
+/// by one: the next unit's data mostly follow this one's in memory, where prefetching finds them. A thread that has none left takes the
+/// last unit of another's range, so the threads finish together even when another process takes time from one of them, and nothing waits
+/// for a thread that has not woken up in time.
 /// </summary>
 internal sealed class Workers : IDisposable
 {
@@ -76,7 +76,7 @@ internal sealed class Workers : IDisposable
         Interlocked.And(ref _state.Value, ~Open);
         for (int spins = 0; (Volatile.Read(ref _state.Value) & Inside) != 0; spins++)
         {
-            // A thread that lost its core needs ours to finish.
+            // A thread that was descheduled may need this core to finish.
             if (spins < 2000)
                 Thread.SpinWait(1);
             else
@@ -193,7 +193,7 @@ internal sealed class Workers : IDisposable
 
             lock (_gate)
             {
-                // Announced before the last look: either Run sees a sleeper or this thread sees the job.
+                // Announced before the last check: either Run sees a sleeper or this thread sees the job.
                 Interlocked.Increment(ref _sleeping);
                 while (!_stop && !IsNew(Volatile.Read(ref _state.Value), done))
                     Monitor.Wait(_gate);
@@ -208,7 +208,7 @@ internal sealed class Workers : IDisposable
 
     private static bool IsNew(long state, long done) => (state & Open) != 0 && state >> 32 != done;
 
-    /// <summary>A word that several threads write, a cache line pair away from the next.</summary>
+    /// <summary>A word that several threads write, padded to two cache lines.</summary>
     [StructLayout(LayoutKind.Explicit, Size = 256)]
     private struct Padded
     {

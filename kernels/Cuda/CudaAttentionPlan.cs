@@ -3,17 +3,17 @@ using System.Runtime.InteropServices;
 namespace Rollout.Kernels.Cuda;
 
 /// <summary>
-/// Which block of attention.cu walks over what. A sequence with several rows is cut into tiles of rows, each of which walks over its whole context. A
-/// single row with more than one chunk of context is cut by chunks, and rows that have a chunk's blocks in common share one item for it. Where there is no
-/// room for the parts of all rows, those with the longest contexts are cut, and whoever walks over most chunks begins first: the step ends with short
-/// items, not with a long one. How it is cut changes no bit: see attention.cu.
+/// Assigns rows and context to the blocks of attention.cu. A sequence with several rows is cut into tiles of rows, each of which reads its
+/// whole context. A single row with more than one chunk of context is cut by chunks, and rows that have a chunk's blocks in common share
+/// one item for it. Where there is no room for the parts of all rows, those with the longest contexts are cut. Items with the most chunks
+/// begin first, so that the step ends with short items. The cut changes no bit: see attention.cu.
 /// </summary>
 internal sealed class CudaAttentionPlan
 {
     /// <summary>Tokens of a chunk. As in attention.cu.</summary>
     public const int Chunk = 128;
 
-    /// <summary>Numbers of an item.</summary>
+    /// <summary>Integers of an item.</summary>
     public const int ItemNumbers = 8;
 
     /// <summary>Most parts of one step: those of 64 rows of 32,768 tokens, or of 1,024 rows of 2,048.</summary>
@@ -22,7 +22,7 @@ internal sealed class CudaAttentionPlan
     private const int ChunkBlocks = Chunk / KvCache.BlockTokens;
 
     private int _items;
-    private int[] _chunks = [];    // by sequence: of a single row that may be cut, else 0
+    private int[] _chunks = [];    // by sequence: chunks of a single row that may be cut, else 0
     private long[] _byLength = []; // sequences that may be cut, longest context first
 
     /// <summary>As in attention.cuh, <see cref="ItemNumbers"/> each.</summary>
@@ -30,23 +30,26 @@ internal sealed class CudaAttentionPlan
 
     public int ItemCount => _items;
 
-    /// <summary>By row: where the parts of its chunks begin, of rows that are cut.</summary>
+    /// <summary>By row, for rows that are cut: the first of its parts.</summary>
     public int[] RowSlots { get; private set; } = [];
 
     /// <summary>Parts of all rows that are cut.</summary>
     public int Slots { get; private set; }
 
-    /// <summary>Rows of the item that has most.</summary>
+    /// <summary>The largest number of rows of an item.</summary>
     public int MostRows { get; private set; }
 
-    /// <summary>Most items that a step may need: one a row, or where a row is cut one a part.</summary>
-    public static int MostItems(StepLayout step) => step.TokenIds.Length + (int)Math.Min(MostSlots, MostParts(step.RowStart.Length - 1, step.MaxBlocks));
+    /// <summary>Most items that a step may need: one a row, or one a part of a row that is cut.</summary>
+    public static int MostItems(StepLayout step) =>
+        step.TokenIds.Length + (int)Math.Min(MostSlots, MostParts(step.RowStart.Length - 1, step.MaxBlocks));
 
-    /// <summary>Parts that there is room for, of heads of this dimension: no more than steps of so many sequences can need.</summary>
+    /// <summary>
+    /// Number of parts that there is room for, with heads of this dimension: no more than steps of so many sequences can need.
+    /// </summary>
     public static int SlotsFor(int sequences, int maxBlocks, int heads, int headDim, long mostBytes) =>
         (int)Math.Min(Math.Min(MostSlots, MostParts(sequences, maxBlocks)), mostBytes / PartBytes(heads, headDim));
 
-    /// <summary>Bytes of one part: of every head, weighted values, then their maximum and sum, and room for 16 bytes in line.</summary>
+    /// <summary>Bytes of one part: for every head its weighted values, then their maximum and sum, padded to 16 bytes.</summary>
     public static long PartBytes(int heads, int headDim) => (long)heads * (headDim + 4) * sizeof(float);
 
     /// <param name="step">What to cut.</param>
@@ -92,13 +95,14 @@ internal sealed class CudaAttentionPlan
         }
     }
 
-    /// <summary>Row tiles of the kernel that the step needs, where `slice` heads of a row are in one item: one, or as many as there may be.</summary>
-    public int RowTiles(int slice, int headDim) => MostRows * slice <= AttentionKernel.TileQueries ? 1 : AttentionKernel.MostRowTiles(headDim);
+    /// <summary>Row tiles of the kernel for the step, with `slice` heads of a row in one item: one, or the most there may be.</summary>
+    public int RowTiles(int slice, int headDim) =>
+        MostRows * slice <= AttentionKernel.TileQueries ? 1 : AttentionKernel.MostRowTiles(headDim);
 
     /// <summary>Parts of the longest contexts that a step may have.</summary>
     private static long MostParts(int sequences, int maxBlocks) => sequences * (((long)maxBlocks + ChunkBlocks - 1) / ChunkBlocks);
 
-    /// <summary>Chooses the rows that are cut: their chunks. Their parts get their places.</summary>
+    /// <summary>Chooses the rows that are cut and gives their parts places.</summary>
     private void Cut(StepLayout step, int mostSlots)
     {
         int count = 0;
@@ -161,7 +165,9 @@ internal sealed class CudaAttentionPlan
         }
     }
 
-    /// <summary>Whether both see the whole of a chunk, in the same blocks, and more after it: a row's own token is nobody else's.</summary>
+    /// <summary>
+    /// Whether both see the whole of a chunk, in the same blocks, and more after it: the chunk with a row's own token is not shared.
+    /// </summary>
     private static bool Shares(StepLayout step, int one, int other, int chunk)
     {
         int end = (chunk + 1) * Chunk, first = chunk * ChunkBlocks;

@@ -2,7 +2,7 @@ using System.Runtime.InteropServices;
 
 namespace Rollout.Kernels.Cuda;
 
-/// <summary>Weights on their way in and out, beside the steps, from any thread.</summary>
+/// <summary>Writing and reading weights, concurrently with steps, from any thread.</summary>
 public sealed unsafe partial class CudaBackend
 {
     protected override void WriteWeightCore(Weight destination, long element, ReadOnlySpan<byte> source, DType type)
@@ -26,7 +26,7 @@ public sealed unsafe partial class CudaBackend
         }
     }
 
-    /// <summary>As <see cref="Backend.WriteWeight"/>, of elements that lie on the device, another process's included.</summary>
+    /// <summary>As <see cref="Backend.WriteWeight"/>, of elements in device memory, another process's included.</summary>
     internal void WriteWeight(Weight destination, long element, nuint source, int count, DType type)
     {
         ThrowIfDisposed();
@@ -72,7 +72,8 @@ public sealed unsafe partial class CudaBackend
                 CopyIn(_stagedIndices.Pointer, MemoryMarshal.AsBytes(indices.Slice(done, count)));
                 CopyIn(_staging.Pointer, values.Slice(done * type.Size(), count * type.Size()));
                 _kernels.Launch(
-                    function, Device.Beside, Blocks(count), Threads, 0, _staging.Pointer, (int)type, _stagedIndices.Pointer, At(weight, element), (long)count);
+                    function, Device.Beside, Blocks(count), Threads, 0, _staging.Pointer, (int)type,
+                    _stagedIndices.Pointer, At(weight, element), (long)count);
                 Device.Beside.Synchronize();
                 done += count;
             }
@@ -98,9 +99,9 @@ public sealed unsafe partial class CudaBackend
             CopyOut(At(weight, element), weight.IsVector || StoresFp32, destination, Device.Beside);
     }
 
-    // ---- Copies beside the steps; the caller holds Device.Copies.
+    // ---- Copies concurrent with steps; the caller holds Device.Copies.
 
-    /// <summary>Waits for a step that still reads the weight: it was begun before, and ended without an answer.</summary>
+    /// <summary>Waits for a step that still reads the weight: one that was begun before and ended without an answer.</summary>
     private void BeginWrite(CudaWeight weight)
     {
         Device.MakeCurrent();
@@ -108,11 +109,12 @@ public sealed unsafe partial class CudaBackend
             Device.Stream.Synchronize();
     }
 
-    /// <summary>Whether elements of the type lie in the weight as they are.</summary>
+    /// <summary>Whether the weight stores elements of the type unconverted.</summary>
     private bool IsStored(CudaWeight weight, DType type) => type == (weight.IsVector || StoresFp32 ? DType.Float32 : DType.BFloat16);
 
     private void Convert(CudaWeight weight, nuint destination, nuint source, int count, DType type) => _kernels.Launch(
-        weight.IsVector ? _kernels.WriteVector : _kernels.WriteMatrix, Device.Beside, Blocks(count), Threads, 0, source, (int)type, destination, (long)count);
+        weight.IsVector ? _kernels.WriteVector : _kernels.WriteMatrix, Device.Beside, Blocks(count), Threads, 0,
+        source, (int)type, destination, (long)count);
 
     private void CopyIn(nuint destination, ReadOnlySpan<byte> source)
     {

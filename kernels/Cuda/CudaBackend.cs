@@ -4,12 +4,13 @@ using System.Numerics;
 namespace Rollout.Kernels.Cuda;
 
 /// <summary>
-/// The operations on an NVIDIA GPU. Weights, keys, values and what goes into a matmul are bf16, or all of it fp32; sums and the residual stream are
-/// fp32 either way. A step is queued operation by operation and waited for once, when its answers are read back: by then the next may be queued.
+/// The operations on an NVIDIA GPU. Weights, keys, values and the inputs of matmuls are bf16, or all of them fp32; sums and the residual
+/// stream are fp32 either way. A step is queued operation by operation and waited for once, when its answers are read back; by then the
+/// next step may be queued.
 /// </summary>
 public sealed unsafe partial class CudaBackend : Backend
 {
-    private const int Threads = 256;        // a block of all kernels but attention and rope
+    private const int Threads = 256;        // of a block, for all kernels but attention and rope
     private const int WarpThreads = 32;
     private const int StagingBytes = 8 << 20;
     private const int MostHeadDim = 256;
@@ -18,21 +19,21 @@ public sealed unsafe partial class CudaBackend : Backend
     private readonly CudaMatMul _matMul;
     private readonly CudaCommands _commands;
     private readonly CudaAttentionPlan _plan = new();
-    private readonly DeviceBuffer _staging, _stagedIndices; // of weights on their way in
-    private DeviceBuffer? _partials, _counters;             // of attention that is cut by chunks
+    private readonly DeviceBuffer _staging, _stagedIndices; // of weights being written
+    private DeviceBuffer? _partials, _counters;             // parts of attention that is cut by chunks
     private DeviceBuffer? _sampling;                        // see CudaSampleScratch
     private CudaStep? _place;
     private bool _isDecode; // every sequence of the step has one row
-    private (int RowsPerItem, int Slots) _cut = (1, 0); // how the last attention's model cuts steps
+    private (int RowsPerItem, int Slots) _cut = (1, 0); // how the model of the last attention cuts steps
     private (int RowsPerItem, int Slots) _uploadedFor;
     private long _stepsBegun;
     private long _stepsDone;
-    private int _answers, _answersBefore; // queries of this step and of the one before that the device has answered, or will have
+    private int _answers, _answersBefore; // queries of this step and of the previous one that the device answers
     private StepLayout? _finishedEarly;
 
     /// <param name="ordinal">Which GPU.</param>
     /// <param name="format">bf16, or fp32.</param>
-    /// <exception cref="CudaException">A library or the device is missing, or cannot be used; says what.</exception>
+    /// <exception cref="CudaException">A library or the device is missing, or cannot be used; the message says which.</exception>
     public CudaBackend(int ordinal = 0, WeightFormat format = WeightFormat.BFloat16)
     {
         ArgumentOutOfRangeException.ThrowIfNegative(ordinal);
@@ -50,10 +51,10 @@ public sealed unsafe partial class CudaBackend : Backend
 
     public override string Name { get; }
 
-    /// <summary>GPUs that could be used now; 0 where the driver or a library is missing.</summary>
+    /// <summary>GPUs that can be used; 0 where the driver or a library is missing.</summary>
     public static int DeviceCount => CudaDevice.Count;
 
-    /// <summary>Why no GPU could be used now, in one sentence; null where one could.</summary>
+    /// <summary>Why no GPU can be used, in one sentence; null where one can.</summary>
     public static string? WhyNoDevice => CudaDevice.WhyNone;
 
     public override WeightFormat WeightFormat { get; }
@@ -66,16 +67,16 @@ public sealed unsafe partial class CudaBackend : Backend
 
     public override int KvElementBytes => StoredBytes;
 
-    /// <summary>As many as most steps that decode have, so that they read the head once: 311 MB for a vocabulary of 151,936.</summary>
+    /// <summary>Enough for most steps that decode, so that they read the head once: 311 MB for a vocabulary of 151,936.</summary>
     public override int LogitRows => 512;
 
-    /// <summary>Half of what is free: the trainer may share the device, and a staged update takes a second set of weights.</summary>
+    /// <summary>Half of what is free: the trainer may share the device, and a staged update allocates a second set of weights.</summary>
     public override long KvCacheBudget => Device.FreeBytes / 2;
 
-    /// <summary>Steps, or parts of steps, that went to the device as one graph.</summary>
+    /// <summary>Steps, or parts of steps, that were launched as one graph.</summary>
     public long GraphLaunches => _commands.GraphLaunches;
 
-    /// <summary>Most memory that parts of long contexts take: see <see cref="CudaAttentionPlan"/>. Bits do not depend on it.</summary>
+    /// <summary>Most memory for the parts of long contexts: see <see cref="CudaAttentionPlan"/>. Bits do not depend on it.</summary>
     internal long MostPartBytes { get; init; } = 128 << 20;
 
     internal CudaDevice Device { get; }
@@ -114,7 +115,8 @@ public sealed unsafe partial class CudaBackend : Backend
 
     protected override Weight AllocateWeightCore(int outputs, int inputs) => new CudaWeight(this, outputs, inputs);
 
-    protected override WeightArena AllocateWeightsCore(IReadOnlyList<(int Outputs, int Inputs)> shapes) => CudaWeightArena.Allocate(this, shapes);
+    protected override WeightArena AllocateWeightsCore(IReadOnlyList<(int Outputs, int Inputs)> shapes) =>
+        CudaWeightArena.Allocate(this, shapes);
 
     protected override KvCache AllocateKvCacheCore(int blocks, IReadOnlyList<KvLayout> layers)
     {
@@ -137,7 +139,8 @@ public sealed unsafe partial class CudaBackend : Backend
         new CudaRopeTable(this, inverseFrequencies, positions);
 
     /// <summary>
-    /// What every algorithm that cuBLASLt proposes for a weight shape computes, and how fast: see <see cref="MatMulCandidate"/>. Nothing is chosen or kept.
+    /// What every algorithm that cuBLASLt proposes for a weight shape computes, and how fast: see <see cref="MatMulCandidate"/>. Nothing is
+    /// chosen or stored.
     /// </summary>
     internal IReadOnlyList<MatMulCandidate> SurveyMatMul(int outputs, int inputs, MatMulOutput kind, ReadOnlySpan<int> rows)
     {
@@ -150,7 +153,7 @@ public sealed unsafe partial class CudaBackend : Backend
     public override IEnumerable<StepLayout> Rehearsals(StepLayout room)
     {
         int sequences = Math.Min(room.RowStart.Length - 1, room.TokenIds.Length);
-        // Alone, and where the context is long enough for a shared chunk also sharing one: attention has a kernel for each.
+        // Without a shared chunk, and where the context is long enough also with one: attention has a kernel for each.
         int[] positions = room.MaxBlocks * KvCache.BlockTokens > CudaAttentionPlan.Chunk ? [0, CudaAttentionPlan.Chunk] : [0];
         for (int last = 0, rows = 1; last < sequences; last = rows, rows = Math.Min(Bucket(rows + 1), sequences))
         {
@@ -240,7 +243,7 @@ public sealed unsafe partial class CudaBackend : Backend
         bool rounds = destination.IsKeptRounded && !add && biases == 0; // cuBLASLt adds to bf16 no bias in fp32
         MatMulOutput kind = rounds ? MatMulOutput.Stored : add ? MatMulOutput.AddFp32 : MatMulOutput.Fp32;
         nuint sums = rounds ? destination.Rounded : add ? Fp32(destination, rows) : destination.Fp32, factors = Rounded(source, rows);
-        _matMul.Prepare(matrix.Outputs, matrix.Inputs, kind); // what is noted may be captured
+        _matMul.Prepare(matrix.Outputs, matrix.Inputs, kind); // the collected launches may be captured
         if (Notes)
             _commands.Multiply(factors, matrix.Pointer, biases, sums, rows, matrix.Outputs, matrix.Inputs, kind);
         else
@@ -255,7 +258,8 @@ public sealed unsafe partial class CudaBackend : Backend
         (CudaTensor qkv, CudaTensor output) = ((CudaTensor)call.Qkv, (CudaTensor)call.Output);
         KvLayout layout = cache.Layout(call.Layer);
         int heads = call.Heads, kvHeads = layout.KvHeads, headDim = layout.KeyDim;
-        (nuint queryNorm, nuint keyNorm, nuint rope) = (VectorOf(call.QueryNorm), VectorOf(call.KeyNorm), ((CudaRopeTable)call.Rope).Pointer);
+        (nuint queryNorm, nuint keyNorm, nuint rope) =
+            (VectorOf(call.QueryNorm), VectorOf(call.KeyNorm), ((CudaRopeTable)call.Rope).Pointer);
         (nuint keys, nuint values) = (cache.Keys(call.Layer), cache.Values(call.Layer));
         nuint rows = Fp32(qkv, step.RowCount);
         if (!_isDecode)
@@ -263,7 +267,7 @@ public sealed unsafe partial class CudaBackend : Backend
             Launch(_kernels.RopeStore, new Grid(step.RowCount, heads + (2 * kvHeads)), WarpThreads,
                 rows, qkv.Columns, heads, kvHeads, headDim, queryNorm, keyNorm, call.Epsilon, rope,
                 _place!.Header, _place.Positions, _place.Sequences, KvCache.BlockTokens, keys, values);
-            (queryNorm, keyNorm, rope) = (0, 0, 0); // done; in a step of single rows attention does it on its way
+            (queryNorm, keyNorm, rope) = (0, 0, 0); // done; in a step of single rows the attention kernel does it
         }
 
         int group = heads / kvHeads, queriesPerItem = AttentionKernel.MostRowTiles(headDim) * AttentionKernel.TileQueries;
@@ -271,7 +275,7 @@ public sealed unsafe partial class CudaBackend : Backend
         _cut = (queriesPerItem / slice, CudaAttentionPlan.SlotsFor(_place!.MostSequences, step.MaxBlocks, heads, headDim, MostPartBytes));
         if (_uploadedFor != _cut)
         {
-            Flush(); // what was noted goes by the plan before
+            Flush(); // the collected launches use the previous plan
             _plan.Build(step, _cut.RowsPerItem, _cut.Slots);
             _place!.Upload(step, _plan);
             _uploadedFor = _cut;
@@ -280,7 +284,8 @@ public sealed unsafe partial class CudaBackend : Backend
         Reserve(ref _partials, _cut.Slots * CudaAttentionPlan.PartBytes(heads, headDim));
         Reserve(ref _counters, (long)step.TokenIds.Length * kvHeads * slices * sizeof(uint));
 
-        // A step that decodes is launched by its number of rows alone, whatever their contexts: blocks take items until there are none.
+        // The launch of a step that decodes depends on its number of rows alone, whatever their contexts: blocks take items until none is
+        // left.
         AttentionKernel kernel = _kernels.Attend(headDim, _plan.RowTiles(slice, headDim));
         int blocks = _isDecode ? kernel.BlocksFor(Pad(step.RowCount) + _cut.Slots, kvHeads * slices) : _plan.ItemCount;
         Launch(kernel.Function, new Grid(blocks, kvHeads, slices), kernel.Threads, kernel.SharedBytes,
@@ -317,12 +322,14 @@ public sealed unsafe partial class CudaBackend : Backend
         for (int done = 0; done < queries; done += CudaSampleScratch.MostQueries)
         {
             Launch(_kernels.Sample, new Grid(Math.Min(queries - done, CudaSampleScratch.MostQueries), scratch.Slices), Threads,
-                _place!.Header, values, source.Columns, source.Columns, _place.Queries, begin + done, first, first + source.Rows, _place.Results,
-                _place.AlternativeIds, _place.AlternativeLogProbs, counters, counters + (nuint)CudaSampleScratch.Found, counters + (nuint)scratch.Tops);
+                _place!.Header, values, source.Columns, source.Columns, _place.Queries, begin + done,
+                first, first + source.Rows, _place.Results,
+                _place.AlternativeIds, _place.AlternativeLogProbs, counters,
+                counters + (nuint)CudaSampleScratch.Found, counters + (nuint)scratch.Tops);
         }
 
         if (first + count < Step.OutputCount)
-            return; // the step is sent, and its answers fetched, once all of it has been asked for
+            return; // the step is launched, and its answers fetched, once its last operation is collected
         Flush();
         if (Step.IsRehearsal)
             return;
@@ -341,8 +348,8 @@ public sealed unsafe partial class CudaBackend : Backend
 
         long ordinal = _place?.Finish(step) ?? 0;
         if (ordinal == 0)
-            throw new InvalidOperationException("This step is not under way.");
-        if (step.OutputCount > 0) // else it was waited for until it was sent, and the device may be at it
+            throw new InvalidOperationException("This step is not in flight.");
+        if (step.OutputCount > 0) // without outputs, only its upload was waited for, and the device may still run it
             Interlocked.Exchange(ref _stepsDone, ordinal);
     }
 
@@ -369,7 +376,9 @@ public sealed unsafe partial class CudaBackend : Backend
     {
         Flush();
         Device.MakeCurrent();
-        CopyOut(tensor.IsRounded ? tensor.Rounded : tensor.Fp32, !tensor.IsRounded || StoresFp32, destination[..(rows * tensor.Columns)], Device.Stream);
+        CopyOut(
+            tensor.IsRounded ? tensor.Rounded : tensor.Fp32, !tensor.IsRounded || StoresFp32,
+            destination[..(rows * tensor.Columns)], Device.Stream);
     }
 
     private nuint Fp32(CudaTensor tensor, int rows)
@@ -388,7 +397,7 @@ public sealed unsafe partial class CudaBackend : Backend
     {
         if (!tensor.IsRounded && !StoresFp32)
         {
-            // The fp32 values stay the tensor's: whoever rounds them again later gets the same.
+            // The fp32 values remain the tensor's: rounding them again later gives the same.
             long count = (long)rows * tensor.Columns;
             Launch(_kernels.Round, Blocks(count, 4), Threads, tensor.Fp32, tensor.Rounded, count);
         }
@@ -398,7 +407,7 @@ public sealed unsafe partial class CudaBackend : Backend
 
     // ---- Launches.
 
-    /// <summary>For so many elements, of which a thread takes `each`.</summary>
+    /// <summary>Blocks for this many elements, of which a thread handles `each`.</summary>
     private static Grid Blocks(long count, int each = 1) => new((int)((count + ((long)Threads * each) - 1) / ((long)Threads * each)));
 
     private void Launch(nint function, Grid grid, int threads, params ReadOnlySpan<Argument> arguments) =>
@@ -418,10 +427,12 @@ public sealed unsafe partial class CudaBackend : Backend
         _kernels.Launch(function, Device.Stream, grid, threads, sharedBytes, arguments);
     }
 
-    /// <summary>Whether launches wait for the step's answers to be asked for. Of a step without answers nobody would ever send them.</summary>
+    /// <summary>
+    /// Whether launches are collected and sent together at the end of the step. For a step without answers nothing would send them.
+    /// </summary>
     private bool Notes => StepOrNull is { OutputCount: > 0 };
 
-    /// <summary>Sends what was noted, or in a rehearsal keeps it for the steps that will be like this one.</summary>
+    /// <summary>Launches what was collected, or in a rehearsal records it as a graph for later steps that are equal.</summary>
     internal void Flush()
     {
         if (StepOrNull is { IsRehearsal: true })
@@ -430,16 +441,16 @@ public sealed unsafe partial class CudaBackend : Backend
             _commands.Send();
     }
 
-    /// <summary>Gives up the graphs that use these addresses, because their memory is about to go.</summary>
+    /// <summary>Drops the graphs that use these addresses, because their memory is about to be freed.</summary>
     internal void Forget(nuint start, long bytes) => _commands.Forget(start, bytes);
 
     /// <summary>
-    /// Rows to run over, in a step that decodes: one of few numbers, so that steps are alike and go as graphs. Rows past the step's are computed for
-    /// nothing, and change no bit of the others.
+    /// Rows to run over in a step that decodes: rounded up to one of few numbers, so that steps are equal and can be launched as graphs.
+    /// The results of rows past the step's are unused, and change no bit of the others.
     /// </summary>
     private int Pad(int rows) => !_isDecode || rows <= 0 ? rows : Bucket(rows);
 
-    /// <summary>The next power of two, or from 8 up what lies half-way to it.</summary>
+    /// <summary>The next power of two, or above 8 also the number halfway between two powers.</summary>
     private static int Bucket(int rows)
     {
         int above = (int)BitOperations.RoundUpToPowerOf2((uint)rows);
@@ -450,12 +461,12 @@ public sealed unsafe partial class CudaBackend : Backend
 
     private int Pad(int rows, Tensor one, Tensor other) => Math.Min(Pad(rows, one), other.Rows);
 
-    /// <summary>Zeroed room, taken once for a model.</summary>
+    /// <summary>A zeroed buffer, allocated once for a model.</summary>
     private void Reserve([NotNull] ref DeviceBuffer? buffer, long bytes)
     {
         if (bytes <= buffer?.Bytes)
             return;
-        Flush(); // what was noted may name the old one
+        Flush(); // collected launches may use the old one
         buffer?.Dispose();
         buffer = Device.AllocateZeroed(bytes);
     }

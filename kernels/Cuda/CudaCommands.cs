@@ -3,9 +3,10 @@ using System.Runtime.InteropServices;
 namespace Rollout.Kernels.Cuda;
 
 /// <summary>
-/// The launches of a step, noted until its answers are asked for. A list that was recorded before, equal to the last argument, goes to the device as one
-/// graph; any other goes launch by launch. Decode steps of one row bucket have equal lists: rows are rounded up, a step's indices lie in one place,
-/// what differs between steps is read from there, and weights do not move. Lists are recorded at start only, by <see cref="Record"/>.
+/// The launches of a step, collected until its answers are needed. A list that equals one recorded before, down to the last argument, is
+/// launched as one graph; any other list is launched one by one. Decode steps of one row bucket have equal lists: rows are rounded up, a
+/// step's indices are always at the same addresses, what differs between steps is read from there, and weights do not move. Lists are
+/// recorded at start only, by <see cref="Record"/>.
 /// </summary>
 internal sealed unsafe class CudaCommands : IDisposable
 {
@@ -24,18 +25,18 @@ internal sealed unsafe class CudaCommands : IDisposable
         _matMul = matMul;
     }
 
-    /// <summary>Lists that went as graphs.</summary>
+    /// <summary>Lists that were launched as graphs.</summary>
     public long GraphLaunches { get; private set; }
 
-    /// <summary>Notes a kernel. Arguments are as its source has them, in order.</summary>
+    /// <summary>Adds a kernel's launch. Arguments are those of its source, in order.</summary>
     public void Launch(nint function, Grid grid, int threads, int sharedBytes, params ReadOnlySpan<Argument> arguments) =>
         Note(new Command(function, grid, threads, sharedBytes, arguments.Length), arguments);
 
-    /// <summary>Notes a matmul; see <see cref="CudaMatMul.Multiply"/>.</summary>
+    /// <summary>Adds a matmul; see <see cref="CudaMatMul.Multiply"/>.</summary>
     public void Multiply(nuint input, nuint weight, nuint bias, nuint output, int rows, int outputs, int inputs, MatMulOutput kind) =>
         Note(new Command(0, default, 0, 0, 8), [input, weight, bias, output, rows, outputs, inputs, (int)kind]);
 
-    /// <summary>Queues all that was noted.</summary>
+    /// <summary>Queues all collected launches on the device.</summary>
     public void Send()
     {
         if (_count == 0)
@@ -54,7 +55,7 @@ internal sealed unsafe class CudaCommands : IDisposable
         Clear();
     }
 
-    /// <summary>Makes a graph of what was noted, and runs nothing.</summary>
+    /// <summary>Makes a graph of the collected launches, and runs nothing.</summary>
     public void Record()
     {
         if (_count > 0 && Find() is null)
@@ -62,10 +63,10 @@ internal sealed unsafe class CudaCommands : IDisposable
         Clear();
     }
 
-    /// <summary>Drops what was noted.</summary>
+    /// <summary>Drops the collected launches.</summary>
     public void Clear() => (_count, _argumentCount) = (0, 0);
 
-    /// <summary>Gives up the graphs that use any of these addresses.</summary>
+    /// <summary>Drops the graphs that use any of these addresses.</summary>
     public void Forget(nuint start, long bytes)
     {
         _recorded.RemoveAll(recorded =>
@@ -96,11 +97,14 @@ internal sealed unsafe class CudaCommands : IDisposable
 
     private Recorded? Find()
     {
-        // Few lists, and two that differ do so in their first arguments: the row bucket, and where the weights lie.
+        // There are few lists, and two that differ do so in their first arguments: the row bucket, and the weights' addresses.
         foreach (Recorded recorded in _recorded)
         {
-            if (Bytes(Arguments).SequenceEqual(Bytes<Argument>(recorded.Arguments)) && Bytes(Commands).SequenceEqual(Bytes<Command>(recorded.Commands)))
+            if (Bytes(Arguments).SequenceEqual(Bytes<Argument>(recorded.Arguments))
+                && Bytes(Commands).SequenceEqual(Bytes<Command>(recorded.Commands)))
+            {
                 return recorded;
+            }
         }
 
         return null;
@@ -116,9 +120,16 @@ internal sealed unsafe class CudaCommands : IDisposable
         {
             ReadOnlySpan<Argument> a = left[..command.ArgumentCount];
             if (command.Function != 0)
-                _kernels.Launch(command.Function, _device.Stream, new Grid(command.X, command.Y, command.Z), command.Threads, command.SharedBytes, a);
+            {
+                _kernels.Launch(
+                    command.Function, _device.Stream, new Grid(command.X, command.Y, command.Z), command.Threads, command.SharedBytes, a);
+            }
             else
-                _matMul.Multiply(a[0].Pointer, a[1].Pointer, a[2].Pointer, a[3].Pointer, a[4].Int, a[5].Int, a[6].Int, (MatMulOutput)a[7].Int);
+            {
+                _matMul.Multiply(
+                    a[0].Pointer, a[1].Pointer, a[2].Pointer, a[3].Pointer, a[4].Int, a[5].Int, a[6].Int, (MatMulOutput)a[7].Int);
+            }
+
             left = left[command.ArgumentCount..];
         }
     }
@@ -133,7 +144,7 @@ internal sealed unsafe class CudaCommands : IDisposable
         }
         catch
         {
-            CudaGraph.AbandonCapture(_device.Stream); // what went wrong first is what the caller learns
+            CudaGraph.AbandonCapture(_device.Stream); // the first failure is the one to report
             throw;
         }
 

@@ -3,7 +3,7 @@ using System.Text;
 
 namespace Rollout.Kernels.Cuda;
 
-/// <summary>CUDA C++ into code for one kind of device, by NVRTC, kept on disk by what went into it.</summary>
+/// <summary>Compiles CUDA C++ for one kind of device with NVRTC, and caches the result on disk under a hash of all inputs.</summary>
 internal static unsafe class CudaCompiler
 {
     /// <summary>Where compiled kernels are kept: $XDG_CACHE_HOME/rollout, or ~/.cache/rollout.</summary>
@@ -18,19 +18,21 @@ internal static unsafe class CudaCompiler
     /// <param name="source">CUDA C++.</param>
     /// <param name="headers">What it includes, by name.</param>
     /// <param name="options">NVRTC's: the architecture, definitions.</param>
-    /// <exception cref="CudaException">It does not compile; the message has the compiler's.</exception>
+    /// <exception cref="CudaException">It does not compile; the message contains the compiler's.</exception>
     public static byte[] Compile(string name, string source, IReadOnlyDictionary<string, string> headers, string[] options)
     {
         Nvrtc.nvrtcVersion(out int major, out int minor).ThrowIfFailed();
         using IncrementalHash hash = IncrementalHash.CreateHash(HashAlgorithmName.SHA256);
-        foreach (string part in (IEnumerable<string>)[$"{major}.{minor}", CudaLibraries.PathOf(CudaLibraries.Nvrtc), name, source, .. options,
+        foreach (string part in (IEnumerable<string>)[
+            $"{major}.{minor}", CudaLibraries.PathOf(CudaLibraries.Nvrtc), name, source, .. options,
             .. headers.OrderBy(header => header.Key, StringComparer.Ordinal).SelectMany(header => new[] { header.Key, header.Value })])
         {
             hash.AppendData(Encoding.UTF8.GetBytes(part));
             hash.AppendData([0]);
         }
 
-        string file = Path.Combine(CacheFolder, $"{Path.GetFileNameWithoutExtension(name)}-{Convert.ToHexStringLower(hash.GetHashAndReset().AsSpan(0, 16))}.cubin");
+        string key = Convert.ToHexStringLower(hash.GetHashAndReset().AsSpan(0, 16));
+        string file = Path.Combine(CacheFolder, $"{Path.GetFileNameWithoutExtension(name)}-{key}.cubin");
         if (Kept(file) is { } kept)
             return kept;
         byte[] cubin = Run(name, source, headers, options);
@@ -76,7 +78,7 @@ internal static unsafe class CudaCompiler
         }
         finally
         {
-            _ = Nvrtc.nvrtcDestroyProgram(ref program); // what failed before is what matters
+            _ = Nvrtc.nvrtcDestroyProgram(ref program); // the earlier failure is the one to report
         }
     }
 
@@ -89,7 +91,10 @@ internal static unsafe class CudaCompiler
         return Encoding.UTF8.GetString(log).TrimEnd('\0', '\n');
     }
 
-    /// <summary>Whole or not at all: several processes may start at once. A disk that is full or not writable costs the next start its time only.</summary>
+    /// <summary>
+    /// Writes the file whole or not at all: several processes may start at once. When the disk is full or not writable, the next start only
+    /// has to compile again.
+    /// </summary>
     internal static void Keep(string file, byte[] bytes)
     {
         try

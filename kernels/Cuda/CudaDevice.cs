@@ -2,7 +2,7 @@ using System.Runtime.InteropServices;
 
 namespace Rollout.Kernels.Cuda;
 
-/// <summary>One GPU: its context, the stream that steps run on, and the one that everything beside them runs on.</summary>
+/// <summary>One GPU: its context, the stream that steps run on, and the one for everything concurrent with them.</summary>
 internal sealed unsafe class CudaDevice : IDisposable
 {
     [ThreadStatic]
@@ -11,7 +11,9 @@ internal sealed unsafe class CudaDevice : IDisposable
     private readonly CudaContext _context;
     private readonly Lock _copies = new();
 
-    /// <exception cref="CudaException">There is no such device, or a library is missing: one sentence says what was looked for and where.</exception>
+    /// <exception cref="CudaException">
+    /// There is no such device, or a library is missing: the message says what was looked for and where.
+    /// </exception>
     public CudaDevice(int ordinal)
     {
         if (Find(out int count) is { } none)
@@ -30,7 +32,10 @@ internal sealed unsafe class CudaDevice : IDisposable
         Driver.cuDriverGetVersion(out int version).ThrowIfFailed();
         StartsKernelsEarly = major >= 9 && version >= 12030;
         if (Attribute(CUdevice_attribute.CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED) == 0)
-            throw new CudaException($"cuda:{ordinal} {Name} cannot map memory to reserved addresses (virtual memory management), where weights, keys and values lie.");
+        {
+            throw new CudaException($"cuda:{ordinal} {Name} cannot map memory to reserved addresses (virtual memory management), "
+                + "which weights, keys and values need.");
+        }
         _context = new CudaContext(device);
         MakeCurrent();
         Stream = new CudaStream(_context);
@@ -43,10 +48,10 @@ internal sealed unsafe class CudaDevice : IDisposable
         }
     }
 
-    /// <summary>Devices that could be used now; 0 where the libraries are missing.</summary>
+    /// <summary>Devices that can be used; 0 where the libraries are missing.</summary>
     public static int Count => Find(out int count) is null ? count : 0;
 
-    /// <summary>Why there is no device that could be used now, in one sentence; null where there is one.</summary>
+    /// <summary>Why no device can be used, in one sentence; null where one can.</summary>
     public static string? WhyNone => Find(out _);
 
     public int Ordinal { get; }
@@ -59,25 +64,25 @@ internal sealed unsafe class CudaDevice : IDisposable
 
     public int Multiprocessors { get; }
 
-    /// <summary>Of the cache that all multiprocessors share.</summary>
+    /// <summary>Size of the cache that all multiprocessors share.</summary>
     public long L2Bytes { get; }
 
     /// <summary>
-    /// Whether a kernel may be started while the one before it in its stream still runs, and waits for it by itself (programmatic dependent launch): from
-    /// compute capability 9.0 on, and in graphs from CUDA 12.3 on.
+    /// Whether a kernel may be started while the previous one in its stream still runs, and itself waits for it (programmatic dependent
+    /// launch): from compute capability 9.0 on, and in graphs from CUDA 12.3 on.
     /// </summary>
     public bool StartsKernelsEarly { get; }
 
     /// <summary>Steps run here, in order.</summary>
     public CudaStream Stream { get; }
 
-    /// <summary>Gets the time of every launch while it is there; then no graphs are used. For measurements.</summary>
+    /// <summary>When set, records the time of every launch; no graphs are used then. For measurements.</summary>
     public CudaLaunchTimes? Times { get; set; }
 
     /// <summary>Weights are written and read here, while steps run.</summary>
     public CudaStream Beside { get; }
 
-    /// <summary>Held by whoever uses <see cref="Beside"/>.</summary>
+    /// <summary>Lock to hold while using <see cref="Beside"/>.</summary>
     public Lock Copies => _copies;
 
     public long FreeBytes
@@ -102,8 +107,8 @@ internal sealed unsafe class CudaDevice : IDisposable
     }
 
     /// <summary>
-    /// This thread's calls go to this device, whatever another library has set on the thread since the last call. A device that is used again after its last
-    /// user has gone may have the same context as before, of which the threads that knew that one have to be told again.
+    /// Makes this device current on this thread, whatever another library has set on the thread since the last call. A device that is used
+    /// again after its last user was disposed may have the same context as before; threads that had it current must set it again.
     /// </summary>
     public void MakeCurrent()
     {
@@ -181,7 +186,7 @@ internal sealed unsafe class CudaDevice : IDisposable
         }
     }
 
-    /// <summary>Bytes to the device. They are there when this returns, and nothing queued before has still to read what they replace.</summary>
+    /// <summary>Copies bytes to the device, after all work queued before; done when this returns.</summary>
     public void Upload(nuint destination, ReadOnlySpan<byte> source)
     {
         MakeCurrent();
@@ -190,7 +195,7 @@ internal sealed unsafe class CudaDevice : IDisposable
         Stream.Synchronize();
     }
 
-    /// <summary>Bytes from the device, once all that was queued before is done.</summary>
+    /// <summary>Copies bytes from the device, after all work queued before.</summary>
     public void Download(nuint source, Span<byte> destination) => Download(source, destination, Stream);
 
     /// <inheritdoc cref="Download(nuint, Span{byte})"/>

@@ -4,18 +4,18 @@ using System.Runtime.InteropServices;
 namespace Rollout.Kernels.Cuda;
 
 /// <summary>
-/// XXH3-128, which System.IO.Hashing calls XxHash128, of tensors that lie on the device, so that bytes which never were on the host are still checked end
-/// to end: see digest.cu. All tensors of a call go at the same time, because each of them is one chain.
+/// XXH3-128, which System.IO.Hashing calls XxHash128, of tensors in device memory, so that bytes which never were on the host are still
+/// checked end to end: see digest.cu. All tensors of a call are processed together, because each of them is one sequential chain.
 /// </summary>
 internal sealed unsafe class CudaDigest : IDisposable
 {
     private const int BlockBytes = 1024;
     private const int SumBytes = 64;      // of a block
-    private const int HostBytes = 240;    // tensors up to here have another algorithm, which is not worth a kernel
+    private const int HostBytes = 240;    // XXH3 has another algorithm for tensors up to this size, which is not worth a kernel
     private const int MostTensors = 64;   // at a time
     private const int SumsThreads = 256;
     private const int ChainThreads = 32;
-    private const int MostSumsBlocks = 256; // of the grid, for each tensor
+    private const int MostSumsBlocks = 256; // of the grid, per tensor
 
     private readonly CudaDevice _device;
     private readonly CudaKernels _kernels;
@@ -26,7 +26,7 @@ internal sealed unsafe class CudaDigest : IDisposable
     /// <param name="device">Where the tensors are.</param>
     /// <param name="kernels">Of that device.</param>
     /// <param name="onHost">XxHash128, for tensors of up to 240 bytes.</param>
-    /// <param name="pieceBytes">Of a tensor at a time; a sixteenth of it is taken, 64 times.</param>
+    /// <param name="pieceBytes">Bytes of a tensor processed at a time; a sixteenth of it is allocated, 64 times.</param>
     public CudaDigest(CudaDevice device, CudaKernels kernels, Func<byte[], byte[]> onHost, int pieceBytes)
     {
         _device = device;
@@ -52,7 +52,10 @@ internal sealed unsafe class CudaDigest : IDisposable
         public uint Last;
     }
 
-    /// <summary>The digests of tensors, 16 bytes each, as XxHash128.Hash gives them. Waits for them; nothing else may use the device's second stream meanwhile.</summary>
+    /// <summary>
+    /// The digests of tensors, 16 bytes each, as XxHash128.Hash returns them. Waits for the result; nothing else may use the device's
+    /// second stream meanwhile.
+    /// </summary>
     public byte[][] Of(ReadOnlySpan<(nuint Pointer, long Bytes)> tensors)
     {
         byte[][] digests = new byte[tensors.Length][];
@@ -83,7 +86,7 @@ internal sealed unsafe class CudaDigest : IDisposable
             long most = 0;
             for (int t = 0; t < tensors.Length; t++)
             {
-                long whole = (tensors[t].Bytes - 1) / BlockBytes; // the last is never whole
+                long whole = (tensors[t].Bytes - 1) / BlockBytes; // the last block is never whole
                 if (tensors[t].Bytes <= HostBytes || (firstBlock > 0 && firstBlock >= whole))
                     continue;
                 long blocks = Math.Min(_pieceBlocks, whole - firstBlock);
@@ -115,17 +118,22 @@ internal sealed unsafe class CudaDigest : IDisposable
     private void Queue(ReadOnlySpan<Piece> pieces, long mostBlocks)
     {
         fixed (Piece* source = pieces)
-            Driver.cuMemcpyHtoDAsync_v2(_pieces.Pointer, source, (nuint)(pieces.Length * sizeof(Piece)), _device.Beside.Value).ThrowIfFailed();
+        {
+            Driver.cuMemcpyHtoDAsync_v2(_pieces.Pointer, source, (nuint)(pieces.Length * sizeof(Piece)), _device.Beside.Value)
+                .ThrowIfFailed();
+        }
+
         const int BlocksPerGroup = SumsThreads / 32;
         if (mostBlocks > 0)
         {
             int groups = (int)Math.Min(MostSumsBlocks, (mostBlocks + BlocksPerGroup - 1) / BlocksPerGroup);
-            _kernels.Launch(_kernels.DigestSums, _device.Beside, new Grid(groups, pieces.Length), SumsThreads, 0, _pieces.Pointer, _sums.Pointer);
+            _kernels.Launch(
+                _kernels.DigestSums, _device.Beside, new Grid(groups, pieces.Length), SumsThreads, 0, _pieces.Pointer, _sums.Pointer);
         }
 
         _kernels.Launch(_kernels.DigestChain, _device.Beside, new Grid(pieces.Length), ChainThreads, 0,
             _pieces.Pointer, _sums.Pointer, _states.Pointer, _digests.Pointer);
-        _device.Beside.Synchronize(); // the pieces are the caller's
+        _device.Beside.Synchronize(); // the pieces are in the caller's memory
     }
 
     private byte[] OnHost(nuint pointer, int bytes)

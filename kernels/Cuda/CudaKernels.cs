@@ -19,7 +19,8 @@ internal sealed unsafe class CudaKernels : IDisposable
     {
         _device = device;
         _storesFp32 = storesFp32;
-        CudaModule step = Compile("step.cu"), sampling = Compile("sampling.cu"), weights = Compile("weights.cu"), digest = Compile("digest.cu");
+        CudaModule step = Compile("step.cu"), sampling = Compile("sampling.cu");
+        CudaModule weights = Compile("weights.cu"), digest = Compile("digest.cu");
         Embed = Function(step, "embed");
         RmsNorm = Function(step, "rms_norm");
         RopeStore = Function(step, "rope_store");
@@ -70,7 +71,7 @@ internal sealed unsafe class CudaKernels : IDisposable
 
     public nint DigestChain { get; }
 
-    /// <summary>Attention for heads of this dimension, by items of so many row tiles; compiled when first asked for.</summary>
+    /// <summary>Attention for heads of this dimension, for items of this many row tiles; compiled when first used.</summary>
     public AttentionKernel Attend(int headDim, int rowTiles)
     {
         if (!_attend.TryGetValue((headDim, rowTiles), out AttentionKernel kernel))
@@ -81,7 +82,8 @@ internal sealed unsafe class CudaKernels : IDisposable
             Driver.cuFuncSetAttribute(function, CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, sharedBytes)
                 .ThrowIfFailed($"attend, {sharedBytes} bytes of shared memory");
             int threads = AttentionKernel.ThreadsOf(rowTiles);
-            Driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(out int blocks, function, threads, (nuint)sharedBytes).ThrowIfFailed("attend");
+            Driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(out int blocks, function, threads, (nuint)sharedBytes)
+                .ThrowIfFailed("attend");
             _attend[(headDim, rowTiles)] = kernel = new AttentionKernel(function, threads, sharedBytes, blocks * _device.Multiprocessors);
         }
 
@@ -89,12 +91,12 @@ internal sealed unsafe class CudaKernels : IDisposable
     }
 
     /// <summary>
-    /// Queues a kernel. Arguments are as its source has them, in order. Where the device can, a step's kernel is started while the one before it still
-    /// runs: all of them begin with wait_for_earlier_kernels of common.cuh.
+    /// Queues a kernel. Arguments are those of its source, in order. Where the device supports it, a step's kernel is started while the
+    /// previous one still runs: all of them begin with wait_for_earlier_kernels of common.cuh.
     /// </summary>
     public void Launch(nint function, CudaStream stream, Grid grid, int threads, int sharedBytes, params ReadOnlySpan<Argument> arguments)
     {
-        CudaLaunchTimes? times = stream == _device.Stream ? _device.Times : null; // what is measured is not run together with its neighbours
+        CudaLaunchTimes? times = stream == _device.Stream ? _device.Times : null; // measured kernels must not overlap
         CUlaunchAttribute early = new()
         {
             id = CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
@@ -121,7 +123,11 @@ internal sealed unsafe class CudaKernels : IDisposable
             times?.Before(_names[function]);
             CUresult result = Driver.cuLaunchKernelEx(&launch, function, pointers, null);
             if (result != CUresult.CUDA_SUCCESS)
-                result.ThrowIfFailed($"{_names[function]}, {grid.X} x {grid.Y} x {grid.Z} blocks of {threads}", nameof(Driver.cuLaunchKernelEx));
+            {
+                result.ThrowIfFailed(
+                    $"{_names[function]}, {grid.X} x {grid.Y} x {grid.Z} blocks of {threads}", nameof(Driver.cuLaunchKernelEx));
+            }
+
             times?.After();
         }
     }
@@ -144,7 +150,8 @@ internal sealed unsafe class CudaKernels : IDisposable
 
     /// <summary>The code of a source for an architecture ("sm_90") and a storage type.</summary>
     internal static byte[] Compile(string architecture, bool storesFp32, string file, params string[] definitions) =>
-        // Without contraction a product and a sum round as the source says, on every compiler; where they are to be fused, it says fmaf.
+        // Without contraction a product and a sum are rounded as written, by every compiler; the source says fmaf where they are to be
+        // fused.
         CudaCompiler.Compile(file, Source(file), s_headers,
             [$"--gpu-architecture={architecture}", "--std=c++17", "--fmad=false", $"-DSTORE_BF16={(storesFp32 ? 0 : 1)}", .. definitions]);
 
@@ -164,8 +171,8 @@ internal sealed unsafe class CudaKernels : IDisposable
     }
 }
 
-/// <summary>The kernel of attention.cu for one head dimension, by items of 16 queries (rows times heads) or several times as many.</summary>
-/// <param name="Function">As the driver names it.</param>
+/// <summary>The kernel of attention.cu for one head dimension, for items of 16 queries (rows times heads) or a multiple of that.</summary>
+/// <param name="Function">The driver's handle.</param>
 /// <param name="Threads">Of a block.</param>
 /// <param name="SharedBytes">Of a block.</param>
 /// <param name="Resident">Blocks that run at the same time on the whole device.</param>
@@ -174,7 +181,7 @@ internal readonly record struct AttentionKernel(nint Function, int Threads, int 
     /// <summary>Queries of a row tile.</summary>
     public const int TileQueries = 16;
 
-    /// <summary>Row tiles of the largest items: as many as registers and shared memory of a multiprocessor hold.</summary>
+    /// <summary>Row tiles of the largest items: the most that registers and shared memory of a multiprocessor hold.</summary>
     public static int MostRowTiles(int headDim) => headDim <= 128 ? 4 : 2;
 
     // As in attention.cu, which refuses to compile where it needs more.
@@ -182,20 +189,23 @@ internal readonly record struct AttentionKernel(nint Function, int Threads, int 
 
     public static int SharedBytesOf(int headDim, int rowTiles, int storedBytes)
     {
-        const int Stages = 4, StageTokens = 32, Chunk = CudaAttentionPlan.Chunk, RowNumbers = 11, RowRoom = 12, Blocks = 2 * Chunk / KvCache.BlockTokens;
+        const int Stages = 4, StageTokens = 32, RowNumbers = 11, RowRoom = 12;
+        const int Chunk = CudaAttentionPlan.Chunk, Blocks = 2 * Chunk / KvCache.BlockTokens;
         int padded = (headDim + 15) / 16 * 16, queries = rowTiles * TileQueries;
         int staged = (Stages * StageTokens * ((padded * storedBytes) + 16)) + (2 * padded * storedBytes);
         return staged + (((queries * (padded + RowRoom + Chunk + RowRoom + RowNumbers)) + Blocks) * sizeof(float));
     }
 
-    /// <summary>Blocks that take items in turn: as many as fill the device, of which every item needs `each`.</summary>
+    /// <summary>Blocks that take items in turn: enough to fill the device, where every item needs `each`.</summary>
     public int BlocksFor(int items, int each) => Math.Min(items, (Resident + each - 1) / each);
 }
 
 /// <summary>Blocks of a launch.</summary>
 internal readonly record struct Grid(int X, int Y = 1, int Z = 1);
 
-/// <summary>A kernel's argument: a pointer to device memory, or a number of 4 or 8 bytes. A launch reads as many bytes as the kernel's parameter has.</summary>
+/// <summary>
+/// A kernel's argument: a pointer to device memory, or a number of 4 or 8 bytes. A launch reads the bytes of the kernel's parameter.
+/// </summary>
 internal readonly struct Argument
 {
     private readonly ulong _bits;

@@ -1,15 +1,15 @@
 namespace Rollout.Kernels.Cuda;
 
 /// <summary>
-/// Device time by kernel: an event before and one after every launch on the stream of steps. A launch that the host is late with counts
-/// what the device waited for it, so the stream should have work ahead of what is measured.
+/// Device time by kernel: an event before and one after every launch on the stream of steps. When the host is late with a launch, the time
+/// that the device waited for it is counted, so the stream should have work queued ahead of what is measured.
 /// </summary>
 internal sealed class CudaLaunchTimes(CudaDevice device) : IDisposable
 {
     private readonly List<(CudaEvent Before, CudaEvent After)> _events = [];
     private readonly List<string> _names = []; // of the launches so far
 
-    /// <summary>A kernel, or a matmul with its shape, is launched next.</summary>
+    /// <summary>Call before launching a kernel, or a matmul with its shape.</summary>
     public void Before(string name)
     {
         if (_names.Count == _events.Count)
@@ -18,10 +18,10 @@ internal sealed class CudaLaunchTimes(CudaDevice device) : IDisposable
         _names.Add(name);
     }
 
-    /// <summary>It was launched.</summary>
+    /// <summary>Call after the launch.</summary>
     public void After() => _events[_names.Count - 1].After.Record(device.Stream);
 
-    /// <summary>Launches and seconds by name, in the order of first launches. Waits for them, and begins anew.</summary>
+    /// <summary>Launches and seconds by name, in the order of first launches. Waits for them, and resets.</summary>
     public IReadOnlyList<(string Name, int Launches, double Seconds)> Take()
     {
         device.MakeCurrent();

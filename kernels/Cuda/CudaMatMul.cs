@@ -1,11 +1,10 @@
 namespace Rollout.Kernels.Cuda;
 
 /// <summary>
-/// y = x · Wᵀ by cuBLASLt, so that a row's bits do not depend on how many rows there are, nor on how long anything took:
-/// <see cref="MatMulTuner"/> chooses the algorithms of a shape when it is first multiplied, and they are kept on disk. What is written in
-/// fp32 and what is written in the storage type are chosen for apart, because the library has other algorithms for each: for one weight the
-/// two need not agree in their last bit before rounding, and an operation of a model always asks for the same one. Not for two threads at a
-/// time.
+/// y = x · Wᵀ by cuBLASLt, so that a row's bits do not depend on how many rows there are, nor on any measured time:
+/// <see cref="MatMulTuner"/> chooses the algorithms of a shape when it is first multiplied, and they are kept on disk. Outputs in fp32 and
+/// in the storage type have separate choices, because the library has different algorithms for each: for one weight the two need not agree
+/// in their last bit before rounding, but an operation of a model always uses the same one. Not thread-safe.
 /// </summary>
 internal sealed class CudaMatMul : IDisposable
 {
@@ -19,7 +18,7 @@ internal sealed class CudaMatMul : IDisposable
 
     /// <param name="device">To run on, by its first stream.</param>
     /// <param name="kernels">Of the device.</param>
-    /// <param name="storesFp32">What the storage type is: fp32, or bf16.</param>
+    /// <param name="storesFp32">Whether the storage type is fp32; otherwise it is bf16.</param>
     /// <param name="folder">Where choices are kept.</param>
     public CudaMatMul(CudaDevice device, CudaKernels kernels, bool storesFp32, string folder)
     {
@@ -35,25 +34,30 @@ internal sealed class CudaMatMul : IDisposable
     }
 
     /// <summary>
-    /// Sees to it that a shape can be multiplied at once: the first time it chooses the algorithms, which waits for the stream and takes
-    /// memory meanwhile. Needed before a multiplication that is captured.
+    /// Prepares a shape: the first time it chooses the algorithms, which waits for the stream and temporarily allocates memory. Needed
+    /// before a multiplication that is captured.
     /// </summary>
     public void Prepare(int outputs, int inputs, MatMulOutput kind) => _ = Of(outputs, inputs, kind);
 
-    /// <summary>Queues a matmul. All matrices begin at multiples of 256 bytes, whether rows are many or few.</summary>
+    /// <summary>Queues a matmul. All matrices must be aligned to 256 bytes, for any number of rows.</summary>
     /// <param name="input">[rows, inputs] in the storage type.</param>
     /// <param name="weight">[outputs, inputs] in the storage type.</param>
     /// <param name="bias">fp32 [outputs], or 0.</param>
-    /// <param name="output">[rows, outputs] in the type that the kind says.</param>
+    /// <param name="output">[rows, outputs] in the type that <paramref name="kind"/> says.</param>
     /// <param name="rows">At least 1.</param>
     /// <param name="outputs">Of the weight.</param>
     /// <param name="inputs">Of the weight.</param>
-    /// <param name="kind">What becomes of the sums.</param>
-    /// <exception cref="ArgumentException">A matrix is not aligned, or there is a bias for an output in bf16, which cuBLASLt wants in bf16.</exception>
+    /// <param name="kind">What to do with the sums.</param>
+    /// <exception cref="ArgumentException">
+    /// A matrix is not aligned, or there is a bias for an output in bf16, which cuBLASLt wants in bf16.
+    /// </exception>
     public void Multiply(nuint input, nuint weight, nuint bias, nuint output, int rows, int outputs, int inputs, MatMulOutput kind)
     {
         if ((input | weight | output) % MatMulShape.Alignment != 0)
-            throw new ArgumentException($"Matrices begin at multiples of {MatMulShape.Alignment} bytes: algorithms were chosen for that.");
+        {
+            throw new ArgumentException(
+                $"Matrices must be aligned to {MatMulShape.Alignment} bytes: algorithms were chosen for that alignment.");
+        }
         Known known = Of(outputs, inputs, kind);
         if (bias != 0 && !known.Shape.TakesBias)
             throw new ArgumentException("An output in bf16 takes no bias.", nameof(bias));
@@ -66,7 +70,7 @@ internal sealed class CudaMatMul : IDisposable
                 known.Choice.For(some), input + ((nuint)first * (nuint)inputs * (nuint)known.Shape.StoredBytes), weight, bias,
                 output + ((nuint)first * (nuint)outputs * (nuint)known.Shape.OutputBytes), some, kind == MatMulOutput.AddFp32,
                 _workspace.Pointer, _device.Stream);
-            if (status != cublasStatus.CUBLAS_STATUS_SUCCESS) // no text is made where it is not needed: this runs in every step
+            if (status != cublasStatus.CUBLAS_STATUS_SUCCESS) // the text is made only on failure: this runs in every step
                 status.ThrowIfFailed($"{some} rows of [{outputs}, {inputs}]", nameof(CublasLt.cublasLtMatmul));
         }
 
@@ -74,7 +78,7 @@ internal sealed class CudaMatMul : IDisposable
     }
 
     /// <summary>
-    /// What every algorithm that is proposed for a shape computes, and how fast; see <see cref="MatMulCandidate"/>. Chooses nothing.
+    /// What every proposed algorithm for a shape computes, and how fast; see <see cref="MatMulCandidate"/>. Chooses nothing.
     /// </summary>
     public IReadOnlyList<MatMulCandidate> Survey(int outputs, int inputs, MatMulOutput kind, ReadOnlySpan<int> rows)
     {
@@ -103,7 +107,7 @@ internal sealed class CudaMatMul : IDisposable
         return known;
     }
 
-    /// <summary>A choice of an earlier start, where it holds, or a new one.</summary>
+    /// <summary>The choice of an earlier start, where it is still valid, or a new one.</summary>
     private Known Find(int outputs, int inputs, bool stored)
     {
         MatMulShape shape = Describe(outputs, inputs, stored);

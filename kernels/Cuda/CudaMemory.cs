@@ -1,12 +1,12 @@
 namespace Rollout.Kernels.Cuda;
 
-/// <summary>Zeroed device memory that can be given back and taken again at the same addresses.</summary>
+/// <summary>Zeroed device memory that can be discarded and restored at the same addresses.</summary>
 internal sealed class CudaStorage : IDisposable
 {
     private readonly CudaDevice _device;
     private readonly DeviceRange _range;
 
-    /// <exception cref="OutOfMemoryException">The device has not got it.</exception>
+    /// <exception cref="OutOfMemoryException">The device does not have enough memory.</exception>
     public CudaStorage(CudaBackend owner, long bytes)
     {
         _device = owner.Device;
@@ -38,7 +38,7 @@ internal sealed class CudaStorage : IDisposable
         _range.Unmap();
     }
 
-    /// <exception cref="OutOfMemoryException">The device has not got it.</exception>
+    /// <exception cref="OutOfMemoryException">The device does not have enough memory.</exception>
     public void Restore()
     {
         ObjectDisposedException.ThrowIf(_range.IsClosed, this);
@@ -58,7 +58,7 @@ internal sealed class CudaStorage : IDisposable
         _range.Dispose();
     }
 
-    /// <summary>Waits for work that may use the memory: unlike cuMemFree, cuMemUnmap waits for nothing.</summary>
+    /// <summary>Waits for work that may use the memory: unlike cuMemFree, cuMemUnmap does not wait.</summary>
     private void Settle()
     {
         _device.MakeCurrent();
@@ -68,8 +68,8 @@ internal sealed class CudaStorage : IDisposable
 }
 
 /// <summary>
-/// Activations [rows, columns]: fp32, and with bf16 storage also as a matmul takes them. The operation that writes a tensor says in which of the two
-/// forms its values are; whoever needs the other asks the backend.
+/// Activations [rows, columns]: fp32, and with bf16 storage also as a matmul takes them. The operation that writes a tensor records which
+/// of the two forms has the values; the backend converts when the other is needed.
 /// </summary>
 internal sealed class CudaTensor : Tensor
 {
@@ -78,7 +78,7 @@ internal sealed class CudaTensor : Tensor
     /// <param name="owner">Has the device.</param>
     /// <param name="rows">Capacity.</param>
     /// <param name="columns">Of a row.</param>
-    /// <param name="rounded">Which of two forms its memory is taken for; that of the other is taken when it is first needed.</param>
+    /// <param name="rounded">Which of two forms to allocate; the other is allocated when it is first needed.</param>
     public CudaTensor(CudaBackend owner, int rows, int columns, bool rounded)
         : base(rows, columns)
     {
@@ -115,7 +115,7 @@ internal sealed class CudaTensor : Tensor
     public override void Write(int rows, ReadOnlySpan<float> source)
     {
         Check(rows, source.Length, nameof(source));
-        Owner.Flush(); // what was noted reads what this replaces
+        Owner.Flush(); // collected launches read the contents that this replaces
         Owner.Device.Upload(Fp32, System.Runtime.InteropServices.MemoryMarshal.AsBytes(source[..(rows * Columns)]));
         IsRounded = false;
     }
@@ -164,7 +164,7 @@ internal sealed class CudaWeight : Weight
         : this(owner, outputs, inputs, new CudaStorage(owner, BytesOf(owner, outputs, inputs)), 0)
         => _isAlone = true;
 
-    /// <summary>A part of an arena, which takes its memory and gives it back.</summary>
+    /// <summary>A part of an arena, which allocates and frees its memory.</summary>
     public CudaWeight(CudaBackend owner, int outputs, int inputs, CudaStorage arena, long offset)
         : base(outputs, inputs)
     {
@@ -194,13 +194,13 @@ internal sealed class CudaWeight : Weight
     public override void Dispose() => Alone().Dispose();
 
     private CudaStorage Alone() =>
-        _isAlone ? _storage : throw new InvalidOperationException("The weight's memory is its arena's.");
+        _isAlone ? _storage : throw new InvalidOperationException("The weight's memory belongs to its arena.");
 }
 
 /// <summary>The weights of one model in one range of addresses, each at an offset of its own.</summary>
 internal sealed class CudaWeightArena : WeightArena
 {
-    private const long Alignment = 256; // what matmuls and vector loads like best
+    private const long Alignment = 256; // for the fastest matmuls and vector loads
 
     private readonly CudaBackend _owner;
     private readonly CudaStorage _storage;
@@ -218,9 +218,14 @@ internal sealed class CudaWeightArena : WeightArena
     {
         long[] offsets = new long[shapes.Count + 1];
         for (int i = 0; i < shapes.Count; i++)
-            offsets[i + 1] = (offsets[i] + CudaWeight.BytesOf(owner, shapes[i].Outputs, shapes[i].Inputs) + Alignment - 1) / Alignment * Alignment;
+        {
+            long end = offsets[i] + CudaWeight.BytesOf(owner, shapes[i].Outputs, shapes[i].Inputs);
+            offsets[i + 1] = (end + Alignment - 1) / Alignment * Alignment;
+        }
+
         CudaStorage storage = new(owner, offsets[^1]);
-        return new CudaWeightArena(owner, storage, [.. shapes.Select((shape, i) => new CudaWeight(owner, shape.Outputs, shape.Inputs, storage, offsets[i]))]);
+        return new CudaWeightArena(
+            owner, storage, [.. shapes.Select((shape, i) => new CudaWeight(owner, shape.Outputs, shape.Inputs, storage, offsets[i]))]);
     }
 
     public override long Bytes => _storage.Bytes;
@@ -240,7 +245,7 @@ internal sealed class CudaWeightArena : WeightArena
     }
 }
 
-/// <summary>A layer after another: its keys, then its values, each [blocks][kvHeads][16 tokens][headDim] in the storage type.</summary>
+/// <summary>Layer after layer: its keys, then its values, each [blocks][kvHeads][16 tokens][headDim] in the storage type.</summary>
 internal sealed class CudaKvCache : KvCache
 {
     private readonly CudaStorage _storage;

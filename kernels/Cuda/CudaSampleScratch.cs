@@ -1,14 +1,14 @@
 namespace Rollout.Kernels.Cuda;
 
 /// <summary>
-/// How sampling.cu cuts a row of logits over blocks, by the vocabulary alone, and where in one buffer they leave what they find for each
-/// other: a counter a query, what a slice's block found [queries][slices], and the largest values of chunks [queries][2][chunks]. Offsets
-/// and sizes are in bytes.
+/// How sampling.cu divides a row of logits among blocks, which depends on the vocabulary alone, and where in one buffer the blocks exchange
+/// results: a counter a query, the result of each slice's block [queries][slices], and the largest values of chunks [queries][2][chunks].
+/// Offsets and sizes are in bytes.
 /// </summary>
 /// <param name="Vocabulary">Logits of a row.</param>
 internal readonly record struct CudaSampleScratch(int Vocabulary)
 {
-    /// <summary>Of a launch; more take turns.</summary>
+    /// <summary>Most queries of a launch; more are split over several launches.</summary>
     public const int MostQueries = 512;
 
     // As in sampling.cu.
@@ -16,7 +16,7 @@ internal readonly record struct CudaSampleScratch(int Vocabulary)
     private const int ChunkTokens = 128;
     private const int FoundBytes = 40;
 
-    /// <summary>Blocks that a query has.</summary>
+    /// <summary>Blocks of a query.</summary>
     public int Slices => (Vocabulary + SliceTokens - 1) / SliceTokens;
 
     // Counters come first, whatever the vocabulary: they are 0 between launches.

@@ -3,11 +3,12 @@ using System.Runtime.InteropServices;
 namespace Rollout.Kernels.Cuda;
 
 /// <summary>
-/// A step's indices on the device, in one copy of as many bytes as the step has; and its answers, back in as few. On the host there are two of each, in
-/// turn: while the device works on one step, the next is written, and the answers of the one before are read.
+/// A step's indices on the device, uploaded in one copy of only the bytes that the step needs; its answers are copied back the same way.
+/// The host has two buffers of each, used in turn: while the device works on one step, the next is written, and the answers of the previous
+/// one are read.
 /// <para>
-/// What a kernel gets as an argument lies at a place that the padded numbers of rows and queries alone decide, so that decode steps of one bucket have equal
-/// arguments. What varies more, kernels find through the <see cref="Header"/>.
+/// The addresses passed as kernel arguments depend on the padded numbers of rows and queries alone, so that decode steps of one bucket have
+/// equal arguments. Kernels find data that varies more through the <see cref="Header"/>.
 /// </para>
 /// </summary>
 internal sealed unsafe class CudaStep : IDisposable
@@ -17,9 +18,11 @@ internal sealed unsafe class CudaStep : IDisposable
     private readonly Side[] _sides;
     private readonly DeviceBuffer _indices, _answers;
     private readonly long _alternativeIds, _alternativeLogProbs;
-    private DeviceBuffer _biases; // ids, then values; grows with what requests bring
+    private DeviceBuffer _biases; // ids, then values; grows with the requests' biases
     private int _side;
-    private long _tokens, _positions, _sequences, _outputRows, _rowSlots, _queries, _items, _tables, _otherItems, _end; // of the step begun last
+
+    // Of the step begun last.
+    private long _tokens, _positions, _sequences, _outputRows, _rowSlots, _queries, _items, _tables, _otherItems, _end;
 
     public CudaStep(CudaDevice device, StepLayout step)
     {
@@ -43,11 +46,11 @@ internal sealed unsafe class CudaStep : IDisposable
 
     // ---- On the device.
 
-    /// <summary>What kernels have to read, since it differs between steps that are alike otherwise. As in common.cuh.</summary>
+    /// <summary>Values that kernels read from memory, since they differ between steps with equal arguments. As in common.cuh.</summary>
     [StructLayout(LayoutKind.Sequential)]
     internal struct StepHeader
     {
-        /// <summary>Of attention, and of sampling: launches are rounded up.</summary>
+        /// <summary>Numbers of attention items and of sample queries: launches are rounded up.</summary>
         public int Items, Queries;
 
         /// <summary>Blocks of a sequence's row of the block tables.</summary>
@@ -82,26 +85,27 @@ internal sealed unsafe class CudaStep : IDisposable
 
     public nuint AlternativeLogProbs => _answers.Pointer + (nuint)_alternativeLogProbs;
 
-    /// <summary>Whether a step as large as this may be has its place here.</summary>
+    /// <summary>Whether a step of this layout's capacity fits.</summary>
     public bool Holds(StepLayout step)
     {
         (int Rows, int Sequences, int Blocks, int Queries, int Alternatives) needed = RoomOf(step);
-        return needed.Rows <= _room.Rows && needed.Sequences <= _room.Sequences && needed.Blocks == _room.Blocks && needed.Queries <= _room.Queries
+        return needed.Rows <= _room.Rows && needed.Sequences <= _room.Sequences && needed.Blocks == _room.Blocks
+            && needed.Queries <= _room.Queries
             && needed.Alternatives <= _room.Alternatives;
     }
 
-    /// <summary>Decides where everything lies, and sends nothing: for a step that is rehearsed.</summary>
+    /// <summary>Decides where everything is, and copies nothing: for a rehearsal.</summary>
     /// <param name="rows">Padded.</param>
     /// <param name="queries">Padded.</param>
     public void Place(int rows, int queries) => Place(rows, queries, 0, 0);
 
-    /// <summary>Queues the copy. Answers of the step before the last that nobody asked for are gone with it.</summary>
+    /// <summary>Queues the copy. Unread answers of the step before the last are lost.</summary>
     /// <param name="step">What to copy.</param>
     /// <param name="ordinal">Of the step; above 0.</param>
     /// <param name="rowSequence">The sequence of every row.</param>
     /// <param name="plan">Of its attention.</param>
     /// <param name="rows">Rows that kernels run over; those past the step's are of sequence 0, token 0 and position 0.</param>
-    /// <param name="queries">Queries that kernels run over; those past the step's are not looked at.</param>
+    /// <param name="queries">Queries that kernels run over; those past the step's are ignored.</param>
     public void Upload(StepLayout step, long ordinal, int[] rowSequence, CudaAttentionPlan plan, int rows, int queries)
     {
         if (_sides[_side].Step == step)
@@ -129,11 +133,11 @@ internal sealed unsafe class CudaStep : IDisposable
         side.Done.Record(_device.Stream);
     }
 
-    /// <summary>The attention plan alone, where it was made for other heads.</summary>
+    /// <summary>Queues the copy of the attention plan alone, when the last one was made for other heads.</summary>
     public void Upload(StepLayout step, CudaAttentionPlan plan)
     {
         _device.Stream.Synchronize(); // what is being sent may not change
-        // Written behind everything else, over an earlier plan for other heads: it may have more items than the first one.
+        // Written after everything else, over an earlier plan for other heads: it may have more items than the first one.
         (_items, _end) = (_otherItems, After(_otherItems, plan.ItemCount, CudaAttentionPlan.ItemNumbers * sizeof(int)));
         Copy([HeaderOf(plan, step.QueryCount, TableStride(step))], 0, 1);
         Copy(plan.RowSlots.AsSpan(0, step.RowCount), _rowSlots, step.RowCount);
@@ -169,7 +173,9 @@ internal sealed unsafe class CudaStep : IDisposable
                 .ThrowIfFailed(bytes);
     }
 
-    /// <summary>Waits for a step's answers: the one time that a step does. Its ordinal; 0 when it is not among the last two, or was finished.</summary>
+    /// <summary>
+    /// Waits for a step's answers: the only wait of a step. Returns its ordinal; 0 when it is not among the last two, or was finished.
+    /// </summary>
     public long Finish(StepLayout step)
     {
         Side? side = _sides[0].Step == step ? _sides[0] : _sides[1].Step == step ? _sides[1] : null;
@@ -184,7 +190,8 @@ internal sealed unsafe class CudaStep : IDisposable
             if (query.AlternativesCount == 0 || step.Results[q].Token < 0)
                 continue;
             Range range = query.AlternativesStart..(query.AlternativesStart + query.AlternativesCount);
-            new ReadOnlySpan<int>(side.Answered.Pointer + _alternativeIds, _room.Alternatives)[range].CopyTo(step.AlternativeIds.AsSpan(range));
+            new ReadOnlySpan<int>(side.Answered.Pointer + _alternativeIds, _room.Alternatives)[range]
+                .CopyTo(step.AlternativeIds.AsSpan(range));
             new ReadOnlySpan<float>(side.Answered.Pointer + _alternativeLogProbs, _room.Alternatives)[range]
                 .CopyTo(step.AlternativeLogProbs.AsSpan(range));
         }
@@ -192,18 +199,21 @@ internal sealed unsafe class CudaStep : IDisposable
         return side.Ordinal;
     }
 
-    /// <summary>Takes the place of one that has become too small, once its steps are done. The last step's answers stay on the device: the next may ask for them.</summary>
-    /// <returns>A step whose answers were read on the way; it need not be finished any more.</returns>
+    /// <summary>
+    /// Replaces one that has become too small, once its steps are done. The last step's answers stay on the device: the next step may read
+    /// them.
+    /// </summary>
+    /// <returns>A step whose answers were read meanwhile; it need not be finished any more.</returns>
     public StepLayout? TakeOver(CudaStep old)
     {
-        StepLayout? underWay = old._sides[old._side].Step;
-        if (underWay is not null)
-            _ = old.Finish(underWay);
+        StepLayout? inFlight = old._sides[old._side].Step;
+        if (inFlight is not null)
+            _ = old.Finish(inFlight);
         nuint bytes = (nuint)Math.Min(old._room.Queries, _room.Queries) * (nuint)sizeof(SampleResult);
         Driver.cuMemcpyDtoDAsync_v2(Results, old.Results, bytes, _device.Stream.Value).ThrowIfFailed((long)bytes);
         _device.Stream.Synchronize();
         old.Dispose();
-        return underWay;
+        return inFlight;
     }
 
     public void Dispose()
@@ -215,7 +225,7 @@ internal sealed unsafe class CudaStep : IDisposable
         _answers.Dispose();
     }
 
-    /// <summary>Parts in order, each on a boundary of its own: no two share a cache line.</summary>
+    /// <summary>Parts in order, each aligned so that no two share a cache line.</summary>
     private void Place(int rows, int queries, int items, long tables)
     {
         _tokens = After(0, 1, sizeof(StepHeader));
@@ -254,10 +264,10 @@ internal sealed unsafe class CudaStep : IDisposable
     private static int BlocksOf(StepLayout step, int s) =>
         step.RowStart[s + 1] == step.RowStart[s] ? 0 : (step.Positions[step.RowStart[s + 1] - 1] / KvCache.BlockTokens) + 1;
 
-    /// <summary>Of ids, then of values.</summary>
+    /// <summary>Bytes of ids, then of values.</summary>
     private static long BiasBytes(int biases) => 2 * After(0, biases, sizeof(int));
 
-    /// <summary>Those that the step has; most steps have none.</summary>
+    /// <summary>Copies the step's biases; most steps have none.</summary>
     private void SendBiases(StepLayout step, Side side)
     {
         int count = 0;
@@ -279,13 +289,17 @@ internal sealed unsafe class CudaStep : IDisposable
         MemoryMarshal.AsBytes(step.BiasIds.AsSpan(0, count)).CopyTo(new Span<byte>(side.Biases.Pointer, bytes));
         MemoryMarshal.AsBytes(step.BiasValues.AsSpan(0, count)).CopyTo(new Span<byte>(side.Biases.Pointer + half, bytes));
         Driver.cuMemcpyHtoDAsync_v2(_biases.Pointer, side.Biases.Pointer, (nuint)bytes, _device.Stream.Value).ThrowIfFailed(bytes);
-        Driver.cuMemcpyHtoDAsync_v2(_biases.Pointer + (nuint)half, side.Biases.Pointer + half, (nuint)bytes, _device.Stream.Value).ThrowIfFailed(bytes);
+        Driver.cuMemcpyHtoDAsync_v2(_biases.Pointer + (nuint)half, side.Biases.Pointer + half, (nuint)bytes, _device.Stream.Value)
+            .ThrowIfFailed(bytes);
     }
 
     private static (int Rows, int Sequences, int Blocks, int Queries, int Alternatives) RoomOf(StepLayout step) =>
         (step.TokenIds.Length, step.RowStart.Length - 1, step.MaxBlocks, step.Queries.Length, step.AlternativeIds.Length);
 
-    /// <summary>The host's part: what is sent, what comes back, and the event after the last of it. Step: whose it is, until that is finished.</summary>
+    /// <summary>
+    /// The host's buffers: what is uploaded, what is read back, and the event after the last copy. Step: the one that uses them, until it
+    /// is finished.
+    /// </summary>
     private sealed record Side(PinnedBuffer Sent, PinnedBuffer FirstBiases, PinnedBuffer Answered, CudaEvent Done) : IDisposable
     {
         public StepLayout? Step { get; set; }
@@ -312,7 +326,7 @@ internal sealed unsafe class CudaStep : IDisposable
         }
     }
 
-    /// <summary>To the pinned side: elements, and zeros up to the padded count.</summary>
+    /// <summary>Copies elements to the pinned buffer, and zeros up to the padded count.</summary>
     private void Copy<T>(ReadOnlySpan<T> source, long place, int padded)
         where T : unmanaged
     {

@@ -7,14 +7,15 @@ namespace Rollout.Kernels.Cuda;
 
 /// <summary>
 /// Choices of earlier starts, a file each: the digest of the class, an algorithm for each bucket of rows, and a digest of the text before
-/// it, all in hexadecimal. What is damaged, of another version, or was never there is chosen again.
+/// it, all in hexadecimal. A choice that is damaged, of another version, or missing is made again.
 /// </summary>
-/// <param name="folder">Made when it is first written to.</param>
-/// <param name="device">What the choices are good for: the device, the library and its version, the types.</param>
+/// <param name="folder">Created when it is first written to.</param>
+/// <param name="device">What the choices are valid for: the device, the library and its version, the types.</param>
 internal sealed class MatMulFile(string folder, string device)
 {
     /// <summary>
-    /// Of the file, of the rule that chooses, and of the numbers that digests are made of: what another version wrote is not read.
+    /// Version of the file format, of the rule that chooses, and of the numbers that digests are computed from: files of another version
+    /// are not read.
     /// </summary>
     private const int Version = 2;
 
@@ -35,7 +36,7 @@ internal sealed class MatMulFile(string folder, string device)
         }
         catch (Exception e) when (e is IOException or UnauthorizedAccessException)
         {
-            return null; // as where it is missing
+            return null; // treated as missing
         }
     }
 

@@ -4,8 +4,8 @@ using System.Security.Cryptography;
 namespace Rollout.Kernels.Cuda;
 
 /// <summary>
-/// Runs algorithms of one shape on numbers that are the same in every process, and tells what bits come out and how long it takes. The
-/// activations' rows repeat after <see cref="Period"/>, a prime, so that equal rows stand at every place of a tile: their results have to
+/// Runs algorithms of one shape on numbers that are the same in every process, and reports the bits of the results and the time. The
+/// activations' rows repeat after <see cref="Period"/>, a prime, so that equal rows occur at every place of a tile: their results have to
 /// be equal too.
 /// </summary>
 internal sealed unsafe class MatMulProbe : IDisposable
@@ -13,7 +13,7 @@ internal sealed unsafe class MatMulProbe : IDisposable
     /// <summary>Different rows of activations.</summary>
     public const int Period = 31;
 
-    /// <summary>Of the run that digests are made of, and that all other row counts are compared with.</summary>
+    /// <summary>Rows of the run that digests are computed from, and that all other row counts are compared with.</summary>
     public const int ReferenceRows = 64;
 
     private static readonly (bool Bias, bool Add)[] s_forms = [(false, false), (true, false), (false, true), (true, true)];
@@ -36,8 +36,8 @@ internal sealed unsafe class MatMulProbe : IDisposable
     /// <param name="kernels">Of the device.</param>
     /// <param name="shape">What to run.</param>
     /// <param name="workspace">Of <see cref="MatMulShape.WorkspaceBytes"/>.</param>
-    /// <param name="mostRows">The largest row count that will be run; at least <see cref="ReferenceRows"/> are taken.</param>
-    /// <exception cref="OutOfMemoryException">There is no room for a weight, activations and outputs of so many rows.</exception>
+    /// <param name="mostRows">The largest row count that will be run; at least <see cref="ReferenceRows"/> are allocated.</param>
+    /// <exception cref="OutOfMemoryException">Not enough memory for a weight, activations and outputs of this many rows.</exception>
     public MatMulProbe(CudaDevice device, CudaKernels kernels, MatMulShape shape, DeviceBuffer workspace, int mostRows)
     {
         _device = device;
@@ -72,7 +72,7 @@ internal sealed unsafe class MatMulProbe : IDisposable
         Repeat(_input.Pointer, (long)Period * shape.Inputs * shape.StoredBytes, _input.Bytes);
     }
 
-    /// <summary>The forms in which the shape is multiplied: without and with a bias, into the output and onto it.</summary>
+    /// <summary>The forms in which the shape is multiplied: without and with a bias, written to the output or added to it.</summary>
     public ReadOnlySpan<(bool Bias, bool Add)> Forms => s_forms.AsSpan(0, _shape.TakesBias ? s_forms.Length : 1);
 
     /// <summary>The bits of the first rows, at most <see cref="Period"/>, in one form.</summary>
@@ -118,10 +118,10 @@ internal sealed unsafe class MatMulProbe : IDisposable
     }
 
     /// <summary>
-    /// For each of these row counts, whether it runs, and rows have the bits that they have among <see cref="ReferenceRows"/>, wherever
-    /// they stand, in every form. And whether it goes into a graph: otherwise it serves none.
+    /// For each of these row counts, whether it runs, and rows have the bits that they have among <see cref="ReferenceRows"/>, at every
+    /// place, in every form. An algorithm that cannot be captured in a graph is refused for all.
     /// </summary>
-    /// <returns>Null for each row count, or why not.</returns>
+    /// <returns>For each row count null, or why it is refused.</returns>
     public string?[] WhyNot(in cublasLtMatmulAlgo algorithm, ReadOnlySpan<int> rowCounts)
     {
         string?[] reasons = new string?[rowCounts.Length];
@@ -192,7 +192,7 @@ internal sealed unsafe class MatMulProbe : IDisposable
         }
         else
         {
-            Set(_output.Pointer, 0xFF, rows * _rowBytes); // so that nothing is left of another run
+            Set(_output.Pointer, 0xFF, rows * _rowBytes); // so that no result of another run is left
         }
 
         return _shape.Run(
@@ -207,7 +207,7 @@ internal sealed unsafe class MatMulProbe : IDisposable
         Launch(_kernels.CompareRows, (bytes / 16) + 1, _output.Pointer, _reference.Pointer, bytes, _reference.Bytes, _different.Pointer);
     }
 
-    /// <summary>What comparisons have found since the reference was taken.</summary>
+    /// <summary>What comparisons have found since the reference was recorded.</summary>
     public uint Differences()
     {
         uint count = 0;
@@ -216,8 +216,8 @@ internal sealed unsafe class MatMulProbe : IDisposable
     }
 
     /// <summary>
-    /// Seconds of one matmul, by the device's clock: many go as one graph, and read copies of the weight in turn that together are more
-    /// than its L2 cache holds, as a model's are. Infinity where the algorithm cannot go into a graph.
+    /// Seconds of one matmul, by the device's clock: many are launched as one graph, and read in turn copies of the weight that together
+    /// exceed its L2 cache, as a model's weights do. Infinity where the algorithm cannot be captured.
     /// </summary>
     public double Seconds(in cublasLtMatmulAlgo algorithm, int rows)
     {
@@ -262,7 +262,7 @@ internal sealed unsafe class MatMulProbe : IDisposable
         return Differences() == 0;
     }
 
-    /// <summary>Null where the algorithm does what a stream that is captured may not do.</summary>
+    /// <summary>Null where the algorithm makes a call that is not permitted during capture.</summary>
     private CudaGraph? Capture(in cublasLtMatmulAlgo algorithm, int rows, nuint weights, int launches, int copies, long stride)
     {
         cublasStatus status = cublasStatus.CUBLAS_STATUS_SUCCESS;
@@ -281,7 +281,7 @@ internal sealed unsafe class MatMulProbe : IDisposable
         }
         catch (CudaException) when (status != cublasStatus.CUBLAS_STATUS_SUCCESS)
         {
-            // The capture ended with what the matmul answered, which is what the caller learns.
+            // The capture failed with the matmul's status, which is reported.
         }
 
         if (status == cublasStatus.CUBLAS_STATUS_SUCCESS)
@@ -306,7 +306,7 @@ internal sealed unsafe class MatMulProbe : IDisposable
         _kernels.Launch(function, _device.Stream, new Grid((int)blocks), Threads, 0, arguments);
     }
 
-    /// <summary>What stands at the beginning, over and over.</summary>
+    /// <summary>Repeats the beginning over the whole buffer.</summary>
     private void Repeat(nuint start, long period, long bytes)
     {
         for (long done = period; done < bytes; done *= 2)

@@ -1,20 +1,18 @@
 namespace Rollout.Kernels.Cuda;
 
 /// <summary>
-/// What cuBLASLt has to be told of y = x · Wᵀ for one weight shape and one type of output; rows are set call by call.
+/// The cuBLASLt descriptors of y = x · Wᵀ for one weight shape and one type of output; rows are set in each call.
 /// <para>Row-major [rows, outputs] is cuBLASLt's column-major [outputs, rows]: A is the weight transposed, B the activations.</para>
 /// </summary>
 internal sealed unsafe class MatMulShape : IDisposable
 {
-    /// <summary>Of every call: a result must not depend on how much there is.</summary>
+    /// <summary>The workspace of every call: a result must not depend on its size.</summary>
     public const int WorkspaceBytes = 32 << 20;
 
-    /// <summary>
-    /// Of all matrices. It is what the heuristic assumes by default, when matrices are tried as when they are multiplied.
-    /// </summary>
+    /// <summary>Of all matrices, in trials as in steps. It is what the heuristic assumes by default.</summary>
     public const int Alignment = 256;
 
-    /// <summary>Proposals for a row count that are asked for.</summary>
+    /// <summary>Number of proposals requested for a row count.</summary>
     public const int MostProposals = 16;
 
     private readonly nint _handle;
@@ -52,7 +50,7 @@ internal sealed unsafe class MatMulShape : IDisposable
     /// <summary>Of an element of the output.</summary>
     public int OutputBytes { get; }
 
-    /// <summary>Whether it is multiplied with a bias and onto what stands in the output, too.</summary>
+    /// <summary>Whether it is also multiplied with a bias, and added to the output's values.</summary>
     public bool TakesBias { get; }
 
     /// <summary>Queues a matmul; see <see cref="CudaMatMul.Multiply"/>.</summary>
@@ -77,9 +75,9 @@ internal sealed unsafe class MatMulShape : IDisposable
         }
     }
 
-    /// <summary>What the library would take for so many rows, best first.</summary>
+    /// <summary>The library's proposals for this many rows, best first.</summary>
     /// <param name="rows">How many.</param>
-    /// <param name="inPieces">Whether algorithms that cut k into pieces are wanted too.</param>
+    /// <param name="inPieces">Whether to include algorithms that split k.</param>
     /// <param name="found">Empty where it has none.</param>
     public cublasStatus Propose(int rows, bool inPieces, List<cublasLtMatmulAlgo> found)
     {
@@ -113,7 +111,7 @@ internal sealed unsafe class MatMulShape : IDisposable
             CublasLt.cublasLtMatmulPreferenceSetAttribute(preference, attribute, value, bytes).ThrowIfFailed($"{attribute}");
     }
 
-    /// <summary>Whether the library says that an algorithm serves so many rows, with a bias and without, in our workspace.</summary>
+    /// <summary>Whether the library says that an algorithm supports this many rows, with a bias and without, in our workspace.</summary>
     public cublasStatus Check(cublasLtMatmulAlgo algorithm, int rows, out long workspaceBytes)
     {
         SetRows(rows);
@@ -174,7 +172,7 @@ internal sealed unsafe class MatMulShape : IDisposable
         Setting(algorithm, cublasLtMatmulAlgoConfigAttributes.CUBLASLT_ALGO_CONFIG_SPLITK_NUM) is null or <= 1
         && Setting(algorithm, cublasLtMatmulAlgoConfigAttributes.CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME) is null or 0;
 
-    /// <summary>Null where the library does not tell. Some settings have 16 bits, the others 32.</summary>
+    /// <summary>Null where the library does not report it. Some settings have 16 bits, the others 32.</summary>
     private static int? Setting(cublasLtMatmulAlgo algorithm, cublasLtMatmulAlgoConfigAttributes attribute)
     {
         int value = 0;

@@ -4,31 +4,31 @@ namespace Rollout.Kernels.Cuda;
 
 /// <summary>The algorithms of one shape, by row count; all of them give a row the same bits.</summary>
 /// <param name="Digest">
-/// Of these bits: what <see cref="MatMulProbe.Digest(in cublasLtMatmulAlgo, int, out byte[])"/> makes of each of them.
+/// Digest of these bits: what <see cref="MatMulProbe.Digest(in cublasLtMatmulAlgo, int, out byte[])"/> returns for each of them.
 /// </param>
 /// <param name="Algorithms">One for each of <see cref="MatMulTuner.Buckets"/> and one for more rows.</param>
 internal sealed record MatMulChoice(byte[] Digest, cublasLtMatmulAlgo[] Algorithms)
 {
-    /// <summary>Of the algorithm for so many rows.</summary>
+    /// <summary>The algorithm for this many rows.</summary>
     public ref readonly cublasLtMatmulAlgo For(int rows) => ref Algorithms[MatMulTuner.BucketOf(rows)];
 }
 
 /// <summary>
 /// Chooses algorithms. Two of cuBLASLt's may add a sum's products in different orders, and so round differently: they are sorted into
-/// classes that give the same bits. Which class serves a shape is decided by a rule, never by a stopwatch: a shape has the same bits
-/// whatever else the machine was doing at its first start. Inside the class time decides, by row count, and changes no bit.
+/// classes that give the same bits. Which class serves a shape is decided by a rule, never by measured time: a shape has the same bits
+/// whatever else the machine was doing at its first start. Within the class the fastest is taken for each row count, which changes no bit.
 /// <para>
 /// The rule: of the classes whose algorithms together serve all row counts, the one that the library's heuristic ranks best. An algorithm
 /// serves a bucket of row counts when it runs at all that are checked of it, can be captured, and gives a row the same bits at all of them.
-/// A class is ranked by the sum, over a fixed list of row counts, of the places of its best placed algorithm among the proposals; of equals
-/// the one is taken that was proposed first, going through the row counts upwards. Everything in it (what is proposed and in which order,
-/// what runs, what the bits of fixed numbers are) is a function of the shape, the kind of device and the library's version: the heuristic
-/// is a table and a model of the device in the library, which measures nothing.
+/// A class is ranked by the sum, over a fixed list of row counts, of the rank of its best algorithm among the proposals; among equals the
+/// one proposed first is taken, going through the row counts upwards. Everything in it (what is proposed and in which order, what runs,
+/// what the bits of fixed numbers are) is a function of the shape, the kind of device and the library's version: the heuristic is a table
+/// and a model of the device in the library, which measures nothing.
 /// </para>
 /// </summary>
 internal sealed class MatMulTuner
 {
-    /// <summary>The largest row count that a kept choice is run at.</summary>
+    /// <summary>The largest row count at which a stored choice is verified.</summary>
     public const int VerifiedRows = 257;
 
     private const int Few = 8, Some = 64, Many = 512;
@@ -41,11 +41,11 @@ internal sealed class MatMulTuner
     private readonly MatMulShape _shape;
     private readonly MatMulProbe _probe;
     private readonly int[] _askedRows, _checkedRows;
-    private readonly int _used; // buckets, of which a small device does not need the last
+    private readonly int _used; // buckets; a small device does not need the last ones
 
     /// <param name="device">What is chosen for.</param>
     /// <param name="shape">What is chosen for.</param>
-    /// <param name="probe">Of the shape; for as many rows as what is asked for says.</param>
+    /// <param name="probe">Of the shape, for as many rows as the method called needs.</param>
     public MatMulTuner(CudaDevice device, MatMulShape shape, MatMulProbe probe)
     {
         _device = device;
@@ -57,10 +57,10 @@ internal sealed class MatMulTuner
         _used = BucketOf(most) + 1;
     }
 
-    /// <summary>Up to how many rows each algorithm of a choice serves, but the last, which serves more.</summary>
+    /// <summary>The most rows that each algorithm of a choice serves, except the last, which serves more.</summary>
     public static ReadOnlySpan<int> Buckets => [Few, Some, Many];
 
-    /// <summary>The place in <see cref="MatMulChoice.Algorithms"/> of the one for so many rows.</summary>
+    /// <summary>The index in <see cref="MatMulChoice.Algorithms"/> of the one for this many rows.</summary>
     public static int BucketOf(int rows)
     {
         int bucket = 0;
@@ -70,7 +70,7 @@ internal sealed class MatMulTuner
     }
 
     /// <summary>
-    /// The largest row count that an algorithm is checked at, and so the largest that is run: more rows are multiplied in pieces. 64 a
+    /// The largest row count that an algorithm is checked at, and so the largest that is run: more rows are multiplied in pieces. 64 per
     /// multiprocessor, where tiles of any size keep all of them busy (8,448 on a device with 132), less where outputs would take over 512
     /// MiB; a multiple of 128, so that pieces keep their alignment.
     /// </summary>
@@ -82,8 +82,10 @@ internal sealed class MatMulTuner
         return (int)Math.Max(Many, rows / Multiple * Multiple);
     }
 
-    /// <summary>By the rule. The probe is for <see cref="MostRows"/>.</summary>
-    /// <exception cref="CudaException">No algorithm keeps rows apart; says how many were tried, and why each fell out.</exception>
+    /// <summary>Chooses by the rule. The probe is for <see cref="MostRows"/>.</summary>
+    /// <exception cref="CudaException">
+    /// No algorithm keeps rows independent; the message says how many were tried, and why each was rejected.
+    /// </exception>
     public MatMulChoice Choose()
     {
         List<string> reasons = [];
@@ -104,7 +106,7 @@ internal sealed class MatMulTuner
             same.Members.Add(candidate);
         }
 
-        // The best class is looked at more closely; what falls out of it can only make it rank lower, and then another may be the best.
+        // The best class is checked more closely; algorithms rejected here can only lower its rank, and then another may be the best.
         while (classes.MinBy(known => known.Score(_askedRows.Length)) is { } best)
         {
             if (best.Members.Find(member => member.Serves is null) is { } next)
@@ -122,7 +124,7 @@ internal sealed class MatMulTuner
             }
             else
             {
-                reasons.AddRange(best.Members.Select(_ => "serves some row counts, and the others none with the same bits"));
+                reasons.AddRange(best.Members.Select(_ => "serves some row counts, but no algorithm with the same bits serves the others"));
                 best.Members.Clear();
             }
 
@@ -136,8 +138,8 @@ internal sealed class MatMulTuner
     }
 
     /// <summary>
-    /// Whether a choice of an earlier start still is what it was: its algorithms are taken for all row counts, and give the bits of its
-    /// class. The probe is for <see cref="VerifiedRows"/>.
+    /// Whether a choice of an earlier start is still valid: its algorithms are accepted for all row counts, and give the bits of its class.
+    /// The probe is for <see cref="VerifiedRows"/>.
     /// </summary>
     public bool Holds(MatMulChoice choice)
     {
@@ -166,8 +168,8 @@ internal sealed class MatMulTuner
     }
 
     /// <summary>
-    /// What all proposals for these row counts do, those that cut k into pieces included; see <see cref="MatMulCandidate"/>. The probe is
-    /// for the largest.
+    /// What all proposals for these row counts do, including those that split k; see <see cref="MatMulCandidate"/>. The probe is for the
+    /// largest.
     /// </summary>
     public IReadOnlyList<MatMulCandidate> Survey(ReadOnlySpan<int> rowCounts, MatMulChoice? choice)
     {
@@ -238,7 +240,7 @@ internal sealed class MatMulTuner
         return candidates;
     }
 
-    /// <summary>Of what an algorithm computes, by which it is put into a class.</summary>
+    /// <summary>Digest of an algorithm's results, which determines its class.</summary>
     private cublasStatus DigestOf(cublasLtMatmulAlgo algorithm, out byte[] digest)
     {
         digest = [];
@@ -246,10 +248,12 @@ internal sealed class MatMulTuner
         return status == cublasStatus.CUBLAS_STATUS_SUCCESS ? _probe.Digest(algorithm, MatMulProbe.ReferenceRows, out digest) : status;
     }
 
-    /// <summary>Which of the checked row counts are of a bucket.</summary>
+    /// <summary>Which of the checked row counts belong to a bucket.</summary>
     private IEnumerable<int> RowsOf(int bucket) => Enumerable.Range(0, _checkedRows.Length).Where(i => BucketOf(_checkedRows[i]) == bucket);
 
-    /// <summary>For each bucket the fastest of those that serve it, by its largest row count; null where one is served by none.</summary>
+    /// <summary>
+    /// For each bucket the fastest algorithm that serves it, timed at its largest row count; null where a bucket has none.
+    /// </summary>
     private cublasLtMatmulAlgo[]? ByRows(List<Candidate> members)
     {
         int[] rows = [.. Buckets, Math.Min(2048, _checkedRows[^1])];
@@ -271,10 +275,10 @@ internal sealed class MatMulTuner
     {
         public cublasLtMatmulAlgo Algorithm => algorithm;
 
-        /// <summary>Places among the proposals, by the index of the row count that they were for.</summary>
+        /// <summary>Ranks among the proposals, by the index of the row count.</summary>
         public Dictionary<int, int> Ranks { get; } = [];
 
-        /// <summary>Which buckets, once it has been looked at.</summary>
+        /// <summary>Which buckets it serves, once checked.</summary>
         public bool[]? Serves { get; set; }
     }
 

@@ -60,7 +60,8 @@ internal static class Correctness
                         for (int t = 0; t < continuation.Tokens.Length; t++)
                             differences.Add(Math.Abs(continuation.LogProbs[t] - score.PromptLogProbs[prompt.Length - 1 + t]));
                         tokens += continuation.Tokens.Length;
-                        same += continuation.Tokens.AsSpan().CommonPrefixLength(greedy.Sequences[0].Tokens(0, greedy.Sequences[0].Published));
+                        same += continuation.Tokens.AsSpan().CommonPrefixLength(
+                            greedy.Sequences[0].Tokens(0, greedy.Sequences[0].Published));
                     }
 
                     bool exact = format == WeightFormat.Float32;
@@ -97,9 +98,15 @@ internal static class Correctness
             JsonElement message = json.RootElement;
             string type = Text(message, "$type");
             if (type == "test-starting")
-                names[Text(message, "TestUniqueID")] = Text(message, "TestDisplayName").Replace($"{program}.", "", StringComparison.Ordinal);
+            {
+                names[Text(message, "TestUniqueID")] =
+                    Text(message, "TestDisplayName").Replace($"{program}.", "", StringComparison.Ordinal);
+            }
             else if (type is "test-passed" or "test-skipped" or "test-failed")
+            {
                 Record(message, type["test-".Length..]);
+            }
+
             ended |= type == "test-assembly-finished";
         }
 

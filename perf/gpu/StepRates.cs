@@ -78,7 +78,8 @@ internal static class StepRates
             stage.Write(table, row, "ms a step", seconds * 1e3);
             stage.Write(table, row, "tokens/s", sequences * tokens / seconds, target, atLeast: true);
             AttentionSpec attention = model.Layers[0].Attention;
-            double layer = model.HiddenSize * (2.0 * (attention.QueryWidth + attention.KvWidth) + (3.0 * model.Layers[0].FeedForward.Width));
+            double layer = model.HiddenSize
+                * (2.0 * (attention.QueryWidth + attention.KvWidth) + (3.0 * model.Layers[0].FeedForward.Width));
             double flops = 2 * layer * model.Layers.Count * sequences * tokens;
             stage.Write(table, row, "TFLOP/s, matmuls of the layers", flops / seconds / 1e12);
             if ((sequences, tokens) == (4, 2048) || stage.IsSmall) Kernels(work, $"prefill {row}");

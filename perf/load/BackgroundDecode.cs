@@ -31,7 +31,8 @@ internal sealed class BackgroundDecode : IAsyncDisposable
 
     /// <summary>Returns when all of them decode.</summary>
     public static async Task<BackgroundDecode> StartAsync(
-        RolloutService.RolloutServiceClient rollout, ControlService.ControlServiceClient control, int maxTokens, CancellationToken cancellation)
+        RolloutService.RolloutServiceClient rollout, ControlService.ControlServiceClient control, int maxTokens,
+        CancellationToken cancellation)
     {
         const int Settled = 4; // steps after which prefill is over for certain
         Random random = new(0);
@@ -63,7 +64,9 @@ internal sealed class BackgroundDecode : IAsyncDisposable
         lock (_lock) return _next.Task;
     }
 
-    /// <summary>Seconds a step took over about <paramref name="window"/>: counted by the server, from one step's end to another's.</summary>
+    /// <summary>
+    /// Seconds a step took over about <paramref name="window"/>: counted by the server, from one step's end to another's.
+    /// </summary>
     public async Task<double> MeasureStepAsync(TimeSpan window)
     {
         await NextStepAsync();
@@ -94,7 +97,8 @@ internal sealed class BackgroundDecode : IAsyncDisposable
         using CancellationTokenSource patience = new(TimeSpan.FromSeconds(10));
         try
         {
-            while (await _control.StatusAsync(new StatusRequest(), cancellationToken: patience.Token) is { Running: > 0 } or { Waiting: > 0 })
+            StatusRequest status = new();
+            while (await _control.StatusAsync(status, cancellationToken: patience.Token) is { Running: > 0 } or { Waiting: > 0 })
                 await Task.Delay(5, patience.Token);
         }
         catch (RpcException)

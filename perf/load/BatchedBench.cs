@@ -16,9 +16,11 @@ internal sealed class BatchedBench(string label, string program, int threads, bo
     /// <exception cref="ArgumentException">The path is not there or does not start.</exception>
     public static BatchedBench Parse(string peer, int threads)
     {
-        if (peer.Split('=', 2) is not [{ Length: > 0 } label, { Length: > 0 } program]) throw new ArgumentException($"--peer: '{peer}' is not LABEL=PATH");
+        if (peer.Split('=', 2) is not [{ Length: > 0 } label, { Length: > 0 } program])
+            throw new ArgumentException($"--peer: '{peer}' is not LABEL=PATH");
         if (!File.Exists(program)) throw new ArgumentException($"--peer: no program '{program}'");
-        return new BatchedBench(label, program, threads, Run(program, ["--help"]).Output.Contains("--run-time-repack", StringComparison.Ordinal));
+        return new BatchedBench(
+            label, program, threads, Run(program, ["--help"]).Output.Contains("--run-time-repack", StringComparison.Ordinal));
     }
 
     /// <summary>Tokens a second: of a 256-token prompt, and decoding at each batch size.</summary>
@@ -34,7 +36,8 @@ internal sealed class BatchedBench(string label, string program, int threads, bo
     {
         List<string> arguments =
         [
-            "-m", gguf, "-t", $"{threads}", "-tb", $"{threads}", "-c", $"{(batches.Max() * (prompt + decode)) + 512}", "-b", "2048", "-ub", "512",
+            "-m", gguf, "-t", $"{threads}", "-tb", $"{threads}", "-c", $"{(batches.Max() * (prompt + decode)) + 512}",
+            "-b", "2048", "-ub", "512",
             "-npp", $"{prompt}", "-ntg", $"{decode}", "-npl", string.Join(',', batches),
         ];
         if (repacks) arguments.Add("-rtr");
@@ -45,7 +48,10 @@ internal sealed class BatchedBench(string label, string program, int threads, bo
             // | PP | TG | B | N_KV | T_PP s | S_PP t/s | T_TG s | S_TG t/s | ...
             string[] cells = line.Split('|', StringSplitOptions.TrimEntries);
             if (cells.Length > 8 && int.TryParse(cells[3], CultureInfo.InvariantCulture, out int batch))
-                results[batch] = (double.Parse(cells[6], CultureInfo.InvariantCulture), double.Parse(cells[8], CultureInfo.InvariantCulture));
+            {
+                results[batch] =
+                    (double.Parse(cells[6], CultureInfo.InvariantCulture), double.Parse(cells[8], CultureInfo.InvariantCulture));
+            }
         }
 
         if (code == 0 && results.Count == batches.Count) return results;
@@ -74,7 +80,8 @@ internal sealed record Throughput(double Prefill256, SortedDictionary<int, doubl
     /// <summary>The median of each number.</summary>
     public static Throughput Median(IReadOnlyList<Throughput> runs) => new(
         MedianOf(runs.Select(run => run.Prefill256)),
-        new SortedDictionary<int, double>(runs[0].Decode.Keys.ToDictionary(batch => batch, batch => MedianOf(runs.Select(run => run.Decode[batch])))));
+        new SortedDictionary<int, double>(
+            runs[0].Decode.Keys.ToDictionary(batch => batch, batch => MedianOf(runs.Select(run => run.Decode[batch])))));
 
     public static double MedianOf(IEnumerable<double> values)
     {

@@ -195,7 +195,8 @@ internal static class Frames
         foreach (TensorDeclaration tensor in tensors)
         {
             ushort[] values = new ushort[tensor.Bytes / 2];
-            foreach (ref ushort value in values.AsSpan()) value = (ushort)(BitConverter.SingleToUInt32Bits(random.NextSingle() - 0.5f) >> 16);
+            foreach (ref ushort value in values.AsSpan())
+                value = (ushort)(BitConverter.SingleToUInt32Bits(random.NextSingle() - 0.5f) >> 16);
             writer.Write(MemoryMarshal.AsBytes(values.AsSpan()));
         }
 
@@ -218,8 +219,12 @@ internal static class Frames
 
     private static void PrintTable(List<Result> results)
     {
-        Table table = new() { Title = new TableTitle($"A model that costs almost nothing, {Sequences} sequences, {SampleTokens} tokens each") };
-        table.AddColumns("groups x n", "replies", "in process, tokens/s", "CPU us/token", "gRPC, tokens/s", "server us/token", "client us/token");
+        Table table = new()
+        {
+            Title = new TableTitle($"A model that costs almost nothing, {Sequences} sequences, {SampleTokens} tokens each"),
+        };
+        table.AddColumns(
+            "groups x n", "replies", "in process, tokens/s", "CPU us/token", "gRPC, tokens/s", "server us/token", "client us/token");
         foreach (Result result in results)
         {
             table.AddRow($"{Sequences / result.Load.N} x {result.Load.N}", result.Load.Streaming ? "as tokens come" : "whole samples",

@@ -31,7 +31,9 @@ internal static class Gguf
         BF16 = 30,
     }
 
-    /// <summary>The file of a model folder in this format, written beside the model once. <paramref name="format"/>: bf16 or q8_0.</summary>
+    /// <summary>
+    /// The file of a model folder in this format, written beside the model once. <paramref name="format"/>: bf16 or q8_0.
+    /// </summary>
     public static string Of(string folder, string format)
     {
         string path = Path.Combine(folder, $"model-{format}.gguf");

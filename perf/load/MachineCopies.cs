@@ -60,7 +60,8 @@ internal static class MachineCopies
                 sender.Send(source.AsSpan(at, Math.Min(SocketPiece, source.Length - at)));
             sender.Shutdown(SocketShutdown.Send);
             receiving.Join();
-            if (received != source.Length) throw new InvalidOperationException($"{received} of {source.Length} bytes came through the socket");
+            if (received != source.Length)
+                throw new InvalidOperationException($"{received} of {source.Length} bytes came through the socket");
             return Stopwatch.GetElapsedTime(begun, ended).TotalSeconds;
         }
         finally

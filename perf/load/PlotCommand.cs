@@ -37,11 +37,13 @@ internal static class PlotCommand
         Plot plot = new();
         int own = 0, peers = 0;
         List<double> batches = [];
-        foreach (JsonProperty entry in result.EnumerateObject().Where(entry => entry.Value.ValueKind == JsonValueKind.Object && entry.Name != "decode"))
+        IEnumerable<JsonProperty> objects = result.EnumerateObject().Where(entry => entry.Value.ValueKind == JsonValueKind.Object);
+        foreach (JsonProperty entry in objects.Where(entry => entry.Name != "decode"))
         {
             if (entry.Name == "peer")
             {
-                foreach (JsonProperty peer in entry.Value.EnumerateObject()) Line(plot, peer.Name, peer.Value, s_peers[peers++ % s_peers.Length], LinePattern.Dashed);
+                foreach (JsonProperty peer in entry.Value.EnumerateObject())
+                    Line(plot, peer.Name, peer.Value, s_peers[peers++ % s_peers.Length], LinePattern.Dashed);
                 continue;
             }
 
@@ -52,7 +54,8 @@ internal static class PlotCommand
         double bandwidth = result.GetProperty("read_gbps").GetDouble() * 1e9;
         double weights = ShapeSReport.LayerWeights + ShapeSReport.HeadWeights;
         Scatter limit = plot.Add.Scatter(
-            batches.Select(Math.Log2).ToArray(), batches.Select(batch => Math.Min(flops / (2 * weights), bandwidth * batch / (2 * weights))).ToArray());
+            batches.Select(Math.Log2).ToArray(),
+            batches.Select(batch => Math.Min(flops / (2 * weights), bandwidth * batch / (2 * weights))).ToArray());
         (limit.Color, limit.LinePattern, limit.LineWidth, limit.MarkerSize) = (Colors.Gray, LinePattern.Dotted, 2, 0);
         limit.LegendText = "limit of bf16 weights, fp32 arithmetic";
 
@@ -68,8 +71,14 @@ internal static class PlotCommand
     private static List<double> Line(Plot plot, string name, JsonElement run, string color, LinePattern pattern)
     {
         (double Batch, double Rate)[] points =
-            [.. run.GetProperty("decode").EnumerateObject().Select(entry => (double.Parse(entry.Name), entry.Value.GetDouble())).OrderBy(point => point.Item1)];
-        Scatter line = plot.Add.Scatter(points.Select(point => Math.Log2(point.Batch)).ToArray(), points.Select(point => point.Rate).ToArray());
+        [
+            .. run.GetProperty("decode").EnumerateObject()
+                .Select(entry => (double.Parse(entry.Name), entry.Value.GetDouble()))
+                .OrderBy(point => point.Item1),
+        ];
+        Scatter line = plot.Add.Scatter(
+            points.Select(point => Math.Log2(point.Batch)).ToArray(),
+            points.Select(point => point.Rate).ToArray());
         (line.Color, line.LinePattern, line.LineWidth, line.MarkerSize) = (Color.FromHex(color), pattern, 2.5f, 7);
         line.LegendText = name;
         return [.. points.Select(point => point.Batch)];

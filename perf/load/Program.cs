@@ -4,7 +4,11 @@ using Rollout.Load.Bench;
 using Spectre.Console;
 
 Option<bool> json = new("--json") { Description = "Print one JSON object and nothing else." };
-Option<int> repeats = new("--repeats") { Description = "Rounds a number is the median of, after one to warm up.", DefaultValueFactory = _ => 5 };
+Option<int> repeats = new("--repeats")
+{
+    Description = "Rounds a number is the median of, after one to warm up.",
+    DefaultValueFactory = _ => 5,
+};
 repeats.Validators.Add(result =>
 {
     if (result.GetValueOrDefault<int>() < 1) result.AddError("--repeats: must be at least 1");
@@ -33,5 +37,6 @@ if (Console.IsOutputRedirected) AnsiConsole.Profile.Width = 200;
 InvocationConfiguration configuration = new() { ProcessTerminationTimeout = TimeSpan.FromSeconds(15) };
 return await new RootCommand("Measures Rollout on this machine. Results are written to perf/RESULTS.md by hand, with machine and commit.")
 {
-    ShapeSCommand.Create(json), BenchCommand.Create(json), weights, Frames.Create(json, repeats), StartUp.Create(json), PlotCommand.Create(),
+    ShapeSCommand.Create(json), BenchCommand.Create(json), weights, Frames.Create(json, repeats),
+    StartUp.Create(json), PlotCommand.Create(),
 }.Parse(args).InvokeAsync(configuration);

@@ -31,7 +31,9 @@ internal static class ShapeS
         return folder;
     }
 
-    /// <summary>Writes the model: config.json, then the tensors of <see cref="ModelSpec.CheckpointTensors"/> in one file, in order.</summary>
+    /// <summary>
+    /// Writes the model: config.json, then the tensors of <see cref="ModelSpec.CheckpointTensors"/> in one file, in order.
+    /// </summary>
     public static void Write(string folder)
     {
         string weights = Path.Combine(folder, WeightsFile);

@@ -12,8 +12,8 @@ internal static class ShapeSRates
     private const int PrefillTokens = 256;
 
     /// <summary>
-    /// Every round runs every storage format and every peer on it, one after the other, so that noise hits all alike; a number is the median
-    /// of the rounds.
+    /// Every round runs every storage format and every peer on it, one after the other, so that noise hits all alike; a number is the
+    /// median of the rounds.
     /// </summary>
     public static async Task<ShapeSResult> MeasureAsync(ShapeSWork work, IProgress<string> progress)
     {
@@ -126,7 +126,9 @@ internal static class ShapeSRates
         foreach (Group group in all) await group.Completed;
         double seconds = Stopwatch.GetElapsedTime(started).TotalSeconds;
         Sequence? failed = all.SelectMany(group => group.Sequences).FirstOrDefault(sample => sample.Published != maxTokens);
-        return failed is null ? seconds : throw new InvalidOperationException($"a sample ended early: {failed.FinishReason} {failed.Error}");
+        return failed is null
+            ? seconds
+            : throw new InvalidOperationException($"a sample ended early: {failed.FinishReason} {failed.Error}");
     }
 }
 
@@ -145,7 +147,8 @@ internal sealed record ShapeSWork(
 /// <param name="ReadGBps">The machine's read bandwidth, from the same run.</param>
 /// <param name="LogProbErrors">By format, where bf16 ran too.</param>
 internal sealed record ShapeSResult(
-    IReadOnlyDictionary<string, Throughput> Runs, double FmaGflops, double ReadGBps, IReadOnlyDictionary<string, LogProbError> LogProbErrors);
+    IReadOnlyDictionary<string, Throughput> Runs, double FmaGflops, double ReadGBps,
+    IReadOnlyDictionary<string, LogProbError> LogProbErrors);
 
 /// <summary>How far a format's log-probabilities are from those of bf16, in nats, over 511 random tokens.</summary>
 internal sealed record LogProbError(double Mean, double Worst);

@@ -77,7 +77,8 @@ internal static class ShapeSReport
         foreach (string own in result.Runs.Keys.Where(name => !name.Contains(' ')))
         {
             string theirs = " " + ShapeSRates.GgufOf(WeightFormats.Parse(own));
-            double[] peers = [.. result.Runs.Where(run => run.Key.EndsWith(theirs, StringComparison.Ordinal)).Select(run => rate(run.Value))];
+            double[] peers =
+                [.. result.Runs.Where(run => run.Key.EndsWith(theirs, StringComparison.Ordinal)).Select(run => rate(run.Value))];
             if (peers.Length > 0) yield return $"{own} {rate(result.Runs[own]) / peers.Max():F2}";
         }
     }

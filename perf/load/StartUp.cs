@@ -100,7 +100,9 @@ internal static class StartUp
     private static long StatusBytes(int process, string name)
     {
         string line = File.ReadLines($"/proc/{process}/status").Single(line => line.StartsWith(name, StringComparison.Ordinal));
-        return 1024 * long.Parse(line[name.Length..].Replace("kB", "", StringComparison.Ordinal), NumberStyles.Any, CultureInfo.InvariantCulture);
+        return 1024 * long.Parse(
+            line[name.Length..].Replace("kB", "", StringComparison.Ordinal),
+            NumberStyles.Any, CultureInfo.InvariantCulture);
     }
 
     private static void PrintJson(Result result)
@@ -131,7 +133,8 @@ internal static class StartUp
         }
 
         table.Caption = new TableTitle(
-            $"one thread reads the file's {result.Bytes / 1e6:F0} MB in {result.Read:F2} s; hardly any keys and values have been touched yet");
+            $"one thread reads the file's {result.Bytes / 1e6:F0} MB in {result.Read:F2} s; "
+            + "hardly any keys and values have been touched yet");
         AnsiConsole.Write(table);
     }
 

@@ -31,7 +31,9 @@ internal static class WeightUpdatesReport
         Row("Unix socket", result.Socket);
         double shared = result.SharedMemory / result.Memcpy;
         Row("shared memory", result.SharedMemory, $"{shared:F2}x memcpy", $"<= {MostSharedMemory:F1}x", shared <= MostSharedMemory);
-        Row($"  while {BackgroundDecode.Sequences} decode", result.SharedMemoryLoaded, $"{result.SharedMemoryLoaded / result.Memcpy:F2}x memcpy");
+        Row(
+            $"  while {BackgroundDecode.Sequences} decode", result.SharedMemoryLoaded,
+            $"{result.SharedMemoryLoaded / result.Memcpy:F2}x memcpy");
         if (result.InPlace is { } seconds)
         {
             double inPlace = seconds / result.Memcpy;

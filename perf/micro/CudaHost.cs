@@ -7,8 +7,9 @@ using Rollout.Kernels.Cuda;
 namespace Rollout.Micro;
 
 /// <summary>
-/// The host's part of a decode step on a GPU: everything but the device's work. It depends on layers, rows and context, not on widths, so the model is
-/// narrow. To be run on the simulated device with ROLLOUT_SIM_IDLE=1, which does no work; on a real device only the first two columns are the host's alone.
+/// The host's part of a decode step on a GPU: everything but the device's work. It depends on layers, rows and context, not on widths, so
+/// the model is narrow. To be run on the simulated device with ROLLOUT_SIM_IDLE=1, which does no work; on a real device only the first two
+/// columns are the host's alone.
 /// </summary>
 internal static class CudaHost
 {
@@ -20,7 +21,8 @@ internal static class CudaHost
         }
         """;
 
-    private static readonly (int Batch, int Context, int Shared)[] s_shapes = [(1, 128, 0), (64, 800, 0), (256, 800, 0), (256, 800, 640), (256, 4096, 0)];
+    private static readonly (int Batch, int Context, int Shared)[] s_shapes =
+        [(1, 128, 0), (64, 800, 0), (256, 800, 0), (256, 800, 640), (256, 4096, 0)];
 
     private static readonly TimeSpan s_warmUp = TimeSpan.FromSeconds(1);
 

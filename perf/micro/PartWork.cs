@@ -15,7 +15,8 @@ internal static class PartWork
     /// <summary>Arithmetic, and the bytes that no cache holds from one step to the next: weights, keys and values.</summary>
     public static Work Of(Part part, ModelSpec model, StepRecord step)
     {
-        (AttentionSpec attention, int layers, int width) = (model.Layers[0].Attention, model.Layers.Count, model.Layers[0].FeedForward.Width);
+        (AttentionSpec attention, int layers, int width) =
+            (model.Layers[0].Attention, model.Layers.Count, model.Layers[0].FeedForward.Width);
         long queries = attention.QueryWidth;
         long keysValues = 2L * attention.KvWidth;
         return part switch

@@ -5,7 +5,9 @@ using Rollout.Load;
 
 namespace Rollout.Micro;
 
-/// <summary>What does a whole decode step cost, and how near is it to reading every weight once? `roofline` says where its time goes.</summary>
+/// <summary>
+/// What does a whole decode step cost, and how near is it to reading every weight once? `roofline` says where its time goes.
+/// </summary>
 public class Step : IHasLimit
 {
     private const int Context = 128;

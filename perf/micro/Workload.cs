@@ -91,7 +91,8 @@ internal static class Workload
     public static KvLayout[] KvLayouts(int layers) => [.. Enumerable.Repeat(new KvLayout(KvHeads, HeadDim, HeadDim), layers)];
 
     /// <summary>One layer's attention, without norms.</summary>
-    public static void Attend(Backend backend, Tensor qkv, RopeTable rope, KvCache cache, int layer, Tensor output) => backend.Attention(new AttentionCall
+    public static void Attend(Backend backend, Tensor qkv, RopeTable rope, KvCache cache, int layer, Tensor output) =>
+        backend.Attention(new AttentionCall
     {
         Qkv = qkv,
         Heads = Heads,

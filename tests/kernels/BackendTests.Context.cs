@@ -158,7 +158,9 @@ public abstract partial class BackendTests
         });
     }
 
-    /// <summary>Sixteen keys from each of some far positions on, looked at by queries at near ones: angles are products rounded to fp32.</summary>
+    /// <summary>
+    /// Sixteen keys from each of some far positions on, looked at by queries at near ones: angles are products rounded to fp32.
+    /// </summary>
     [Fact]
     public void Keys_at_far_positions_are_rotated_as_the_reference_does()
     {

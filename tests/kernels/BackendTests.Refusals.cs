@@ -48,8 +48,9 @@ public abstract partial class BackendTests
         for (int i = 0; i < 20; i++)
             Run();
 
-        // All threads of the process count, so another's allocation may fall into one of the trials, but not into all. This thread's own may fall
-        // into one at most: 6 KB were seen once in a run of all tests, from nobody knows where, and what a step takes would come again.
+        // All threads of the process count, so another's allocation may fall into one of the trials, but not into all. This thread's own
+        // may fall into one at most: 6 KB were seen once in a run of all tests, from nobody knows where, and what a step takes would come
+        // again.
         long least = long.MaxValue;
         int trialsWithOwn = 0;
         for (int trial = 0; trial < 20 && least > 0; trial++)

@@ -82,7 +82,9 @@ public abstract partial class BackendTests
             CheckAnswer(logits, queries[q], step, results[q]);
     }
 
-    /// <summary>A backend may judge a row by a part of it; where that part is unlike the rest, the kept tokens stay what the rules say.</summary>
+    /// <summary>
+    /// A backend may judge a row by a part of it; where that part is unlike the rest, the kept tokens stay what the rules say.
+    /// </summary>
     [Theory]
     [InlineData(0)]
     [InlineData(1)]
@@ -240,7 +242,9 @@ public abstract partial class BackendTests
             shares[1] += 1e-5;
         Bench bench = New();
         float[] logits = shares.Select(p => (float)Math.Log(p)).ToArray();
-        SampleQuery[] queries = Enumerable.Range(0, Math.Min(300, Draws / 10)).Select(p => Bench.Query(0, 1f, topK, topP, minP) with { Position = p }).ToArray();
+        SampleQuery[] queries = Enumerable.Range(0, Math.Min(300, Draws / 10))
+            .Select(p => Bench.Query(0, 1f, topK, topP, minP) with { Position = p })
+            .ToArray();
         SampleResult[] results = Ask(bench.Backend, logits, 5, Bench.Queries(queries));
         Assert.Equal(kept.Where(v => shares[v] > 0.01), results.Select(r => r.Token).Distinct().Order().Where(v => shares[v] > 0.01));
         double total = kept.Sum(v => shares[v]);

@@ -98,7 +98,8 @@ public abstract partial class BackendTests
             SampleQuery query = queries[q];
             float[] row = Bench.Row(logits, Vocabulary, query.OutputIndex);
             CheckAnswer(row, query, step, results[q]);
-            IEnumerable<int> expected = Enumerable.Range(0, Vocabulary).OrderByDescending(v => row[v]).ThenBy(v => v).Take(query.AlternativesCount);
+            IEnumerable<int> expected =
+                Enumerable.Range(0, Vocabulary).OrderByDescending(v => row[v]).ThenBy(v => v).Take(query.AlternativesCount);
             Assert.Equal(expected, step.AlternativeIds.AsSpan(query.AlternativesStart, query.AlternativesCount).ToArray());
         }
 
@@ -130,7 +131,8 @@ public abstract partial class BackendTests
         SampleQuery[] queries =
         [
             query, query with { Temperature = 1f }, query with { Temperature = 0.5f }, query with { Temperature = 1e-39f },
-            query with { Temperature = 1f, TopK = 1 }, query with { Temperature = 1f, TopP = 0.5f }, query with { Temperature = 1f, MinP = 0.5f },
+            query with { Temperature = 1f, TopK = 1 }, query with { Temperature = 1f, TopP = 0.5f },
+            query with { Temperature = 1f, MinP = 0.5f },
         ];
         StepLayout step = Bench.Queries(queries, [(forbidden, float.NegativeInfinity)]);
         Assert.All(Ask(bench.Backend, logits, vocabulary, step), result =>

@@ -103,7 +103,9 @@ public abstract partial class BackendTests
         backend.CopyBlock(cache, 0, 1);
     }
 
-    /// <summary>Random bits, no infinities and nothing that is not a number: that has many bit patterns, which only bfloat16 keeps.</summary>
+    /// <summary>
+    /// Random bits, no infinities and nothing that is not a number: that has many bit patterns, which only bfloat16 keeps.
+    /// </summary>
     private static byte[] Elements(Random random, int count, DType type)
     {
         byte[] bytes = new byte[count * type.Size()];

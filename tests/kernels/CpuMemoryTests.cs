@@ -8,7 +8,8 @@ public sealed unsafe class CpuMemoryTests
     // Sizes about which the way that memory is taken changes: 64 KiB from the system, 2 MiB in huge pages.
     public static readonly TheoryData<long> Sizes =
     [
-        1, 63, 64, 65, (64 << 10) - 129, (64 << 10) - 128, (64 << 10) - 64, (64 << 10) - 63, 64 << 10, (2 << 20) - 1, 2 << 20, (2 << 20) + 1,
+        1, 63, 64, 65, (64 << 10) - 129, (64 << 10) - 128, (64 << 10) - 64, (64 << 10) - 63, 64 << 10, (2 << 20) - 1, 2 << 20,
+        (2 << 20) + 1,
     ];
 
     [Theory]

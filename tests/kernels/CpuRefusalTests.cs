@@ -1,6 +1,8 @@
 namespace Rollout.Kernels.Tests;
 
-/// <summary>A step that does not fit together is refused before it touches memory, at every border, and again when asked for again.</summary>
+/// <summary>
+/// A step that does not fit together is refused before it touches memory, at every border, and again when asked for again.
+/// </summary>
 public sealed class CpuRefusalTests : IDisposable
 {
     private const int Vocabulary = 40, HeadDim = 16, Blocks = 4;

@@ -3,7 +3,9 @@ using CsCheck;
 
 namespace Rollout.Kernels.Tests;
 
-/// <summary>int8 weights: what is stored and computed, to the bit, whatever path computes it; and how far that is from the weights meant.</summary>
+/// <summary>
+/// int8 weights: what is stored and computed, to the bit, whatever path computes it; and how far that is from the weights meant.
+/// </summary>
 public sealed class Int8Tests
 {
     private const int Block = 128;
@@ -176,7 +178,8 @@ public sealed class Int8Tests
         using CpuBackend backend = new CpuBackend(1, 0, WeightFormat.Int8);
         Bench bench = new Bench(backend);
         Weight w = backend.AllocateWeight(2, 200);
-        backend.WriteWeight(w, 0, MemoryMarshal.AsBytes<float>([.. new float[200], .. Enumerable.Repeat(float.Epsilon, 200)]), DType.Float32);
+        backend.WriteWeight(
+            w, 0, MemoryMarshal.AsBytes<float>([.. new float[200], .. Enumerable.Repeat(float.Epsilon, 200)]), DType.Float32);
         Tensor x = bench.Tensor(200, [.. bench.Values(200), .. Enumerable.Repeat(float.Epsilon, 200)]), y = backend.AllocateTensor(2, 2);
         backend.MatMul(x, w, null, y, 2);
         Assert.All(Bench.Read(y, 2), value => Assert.Equal(0f, value));

@@ -116,7 +116,8 @@ public sealed partial class ReferenceBackend(WeightFormat format = WeightFormat.
 
     protected override void MatMulCore(Tensor input, Weight weight, Weight? bias, Tensor output, int rows, bool add)
     {
-        (RefTensor? x, RefWeight? w, RefWeight? b, RefTensor? y) = ((RefTensor)input, (RefWeight)weight, (RefWeight?)bias, (RefTensor)output);
+        (RefTensor? x, RefWeight? w, RefWeight? b, RefTensor? y) =
+            ((RefTensor)input, (RefWeight)weight, (RefWeight?)bias, (RefTensor)output);
         for (int row = 0; row < rows; row++)
         {
             for (int o = 0; o < w.Outputs; o++)

@@ -22,8 +22,8 @@ public sealed class LoopTests
     ];
 
     /// <summary>
-    /// What a step allocates would show in every window. The runtime, where a thread of its own is late, takes a few hundred bytes once in a while on
-    /// whatever thread meets it: they may be in one window, not in all.
+    /// What a step allocates would show in every window. The runtime, where a thread of its own is late, takes a few hundred bytes once in
+    /// a while on whatever thread meets it: they may be in one window, not in all.
     /// </summary>
     [Fact]
     public async Task A_decode_step_allocates_nothing()

@@ -2,7 +2,7 @@ using System.Runtime.InteropServices;
 
 namespace Rollout.Kernels.Cuda;
 
-/// <summary>What a matmul takes of cuBLASLt, by the names that its manual has.</summary>
+/// <summary>The part of cuBLASLt that a matmul uses, with the names of its manual.</summary>
 internal static unsafe partial class CublasLt
 {
     public const int CUBLAS_OP_T = 1;
@@ -59,7 +59,7 @@ internal static unsafe partial class CublasLt
         nint handle, nint description, nint a, nint b, nint c, nint d, nint preference, int wanted,
         cublasLtMatmulHeuristicResult* results, out int found);
 
-    /// <summary>Whether an algorithm that was found for other sizes serves these too, and with how much workspace.</summary>
+    /// <summary>Whether an algorithm that was found for other sizes supports these too, and with how much workspace.</summary>
     [LibraryImport(CudaLibraries.CublasLt)]
     public static partial cublasStatus cublasLtMatmulAlgoCheck(
         nint handle, nint description, nint a, nint b, nint c, nint d, cublasLtMatmulAlgo* algorithm,
@@ -121,12 +121,12 @@ internal enum cublasLtMatmulAlgoConfigAttributes
     CUBLASLT_ALGO_CONFIG_CUSTOM_OPTION = 5,
     CUBLASLT_ALGO_CONFIG_STAGES_ID = 6,
 
-    /// <summary>16 bits, as the next one; the ones above have 32.</summary>
+    /// <summary>16 bits, like the next one; those above have 32.</summary>
     CUBLASLT_ALGO_CONFIG_INNER_SHAPE_ID = 7,
     CUBLASLT_ALGO_CONFIG_CLUSTER_SHAPE_ID = 8,
 }
 
-/// <summary>An algorithm and all its settings, good for one version of the library on one kind of device.</summary>
+/// <summary>An algorithm and all its settings, valid for one version of the library on one kind of device.</summary>
 [StructLayout(LayoutKind.Sequential, Size = 64)]
 internal unsafe struct cublasLtMatmulAlgo
 {

@@ -2,7 +2,7 @@ using System.Runtime.InteropServices;
 
 namespace Rollout.Kernels.Cuda;
 
-/// <summary>The run-time compiler, by the names that its manual has.</summary>
+/// <summary>The run-time compiler, with the names of its manual.</summary>
 internal static unsafe partial class Nvrtc
 {
     static Nvrtc() => CudaLibraries.ResolveFor(typeof(Nvrtc).Assembly);

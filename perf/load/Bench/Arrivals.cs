@@ -20,9 +20,9 @@ internal static class Arrivals
     }
 
     /// <summary>
-    /// A GRPO step: <paramref name="prompts"/> prompts of 128 tokens, <paramref name="samples"/> samples each, lengths log-normal (median 90, sigma
-    /// 0.7) to 256. Samples end at different lengths, so each is a request; a group's first goes ahead, and the others follow its first token,
-    /// to find the prompt in a prefix cache where there is one.
+    /// A GRPO step: <paramref name="prompts"/> prompts of 128 tokens, <paramref name="samples"/> samples each, lengths log-normal (median
+    /// 90, sigma 0.7) to 256. Samples end at different lengths, so each is a request; a group's first goes ahead, and the others follow its
+    /// first token, to find the prompt in a prefix cache where there is one.
     /// </summary>
     public static Arrival[] Grpo(int prompts, int samples, int seed)
     {

@@ -6,8 +6,8 @@ namespace Rollout.Load.Bench;
 internal static class BackgroundUpdates
 {
     /// <summary>
-    /// Pushes at every multiple of <paramref name="every"/>, or as soon as the push before has ended, until <paramref name="enough"/>; a push
-    /// under way is ended first. KEEP, so that what is measured is the update and not the recomputing of samples.
+    /// Pushes at every multiple of <paramref name="every"/>, or as soon as the push before has ended, until <paramref name="enough"/>; a
+    /// push under way is ended first. KEEP, so that what is measured is the update and not the recomputing of samples.
     /// </summary>
     public static async Task<List<PushTimings>> RunAsync(
         RolloutClient client, IReadOnlyList<TensorSource> model, TimeSpan every, CancellationToken enough)

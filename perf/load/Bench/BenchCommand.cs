@@ -20,7 +20,8 @@ internal static class BenchCommand
         Option<int> samples = new("--samples") { Description = "Samples of a prompt.", DefaultValueFactory = _ => 8 };
         Option<double> rate = new("--rate") { Description = "Requests a second.", DefaultValueFactory = _ => 1 };
         Option<int> count = new("--count") { Description = "Requests.", DefaultValueFactory = _ => 30 };
-        Command bench = new("bench", "Shape S in a sidecar of its own under a pattern of requests; beside it the engine in process, and a llama.cpp server.");
+        Command bench = new(
+            "bench", "Serves Shape S under a pattern of requests: in a sidecar, in process, and by a llama.cpp server.");
         Common common = new(json);
         bench.Add(common.Command("fixed", "A batch that starts together: 128-token prompts, 64 tokens each.", [batch],
             arguments => Arrivals.Fixed(arguments.GetValue(batch), arguments.GetValue(common.Seed))));
@@ -64,7 +65,8 @@ internal static class BenchCommand
             if (peer is null) continue;
             progress.Report($"round {round + 1} of {repeats}: llama-server");
             string gguf = Gguf.Of(model, ShapeSRates.GgufOf(WeightFormats.Parse(dtype)));
-            await using LlamaServerTarget server = await LlamaServerTarget.StartAsync(peer, gguf, threads, sequences, ContextOfEach, cancellation);
+            await using LlamaServerTarget server = await LlamaServerTarget.StartAsync(
+                peer, gguf, threads, sequences, ContextOfEach, cancellation);
             await PlayAsync(server, () => { }); // warm-up prompts are its own, so the cache holds none of the run's
         }
 
@@ -116,13 +118,16 @@ internal static class BenchCommand
         table.AddColumns("", "tokens/s", "rollout is", "first token p50 / p99", "between tokens p50 / p99", "seconds");
         foreach ((string name, BenchResult result) in results.Targets)
         {
-            table.AddRow(name, $"{result.TokensPerSecond:F1}", $"{own / result.TokensPerSecond:F2}x", $"{result.FirstP50:F2} / {result.FirstP99:F2} s",
+            table.AddRow(
+                name, $"{result.TokensPerSecond:F1}", $"{own / result.TokensPerSecond:F2}x",
+                $"{result.FirstP50:F2} / {result.FirstP99:F2} s",
                 $"{result.GapP50 * 1e3:F1} / {result.GapP99 * 1e3:F1} ms", $"{result.Seconds:F1}");
         }
 
         if (results.Pushes.Count > 0)
         {
-            table.Caption = new TableTitle($"{results.Pushes.Count} weight updates of rollout meanwhile: a push took {results.Push(0.5):F2} s, "
+            table.Caption = new TableTitle(
+                $"{results.Pushes.Count} weight updates of rollout meanwhile: a push took {results.Push(0.5):F2} s, "
                 + $"no step could run for {results.Stall(0.5) * 1e3:F2} ms (median), {results.Stall(1) * 1e3:F2} ms (worst)");
         }
 
@@ -153,11 +158,23 @@ internal static class BenchCommand
     {
         private readonly Option<bool> _json;
 
-        private readonly Option<string> _dtype = new("--dtype") { Description = "Weight format.", DefaultValueFactory = _ => WeightFormats.CpuNames[0] };
+        private readonly Option<string> _dtype = new("--dtype")
+        {
+            Description = "Weight format.",
+            DefaultValueFactory = _ => WeightFormats.CpuNames[0],
+        };
 
-        private readonly Option<int> _threads = new("--threads") { Description = "Cores to use.", DefaultValueFactory = _ => Environment.ProcessorCount };
+        private readonly Option<int> _threads = new("--threads")
+        {
+            Description = "Cores to use.",
+            DefaultValueFactory = _ => Environment.ProcessorCount,
+        };
 
-        private readonly Option<int> _repeats = new("--repeats") { Description = "Rounds a number is the median of.", DefaultValueFactory = _ => 3 };
+        private readonly Option<int> _repeats = new("--repeats")
+        {
+            Description = "Rounds a number is the median of.",
+            DefaultValueFactory = _ => 3,
+        };
 
         private readonly Option<string?> _peer = new("--peer")
         {
@@ -189,7 +206,11 @@ internal static class BenchCommand
             DefaultValueFactory = _ => 0,
         };
 
-        public Option<int> Seed { get; } = new("--seed") { Description = "Of prompts, lengths and arrivals.", DefaultValueFactory = _ => 1 };
+        public Option<int> Seed { get; } = new("--seed")
+        {
+            Description = "Of prompts, lengths and arrivals.",
+            DefaultValueFactory = _ => 1,
+        };
 
         public Command Command(string name, string description, Option[] own, Func<ParseResult, Arrival[]> arrivals)
         {

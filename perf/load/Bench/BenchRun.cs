@@ -16,7 +16,8 @@ internal static class BenchRun
 {
     public static async Task<BenchResult> PlayAsync(ITarget target, IReadOnlyList<Arrival> arrivals, CancellationToken cancellation)
     {
-        TaskCompletionSource[] firstTokens = [.. arrivals.Select(_ => new TaskCompletionSource(TaskCreationOptions.RunContinuationsAsynchronously))];
+        TaskCompletionSource[] firstTokens =
+            [.. arrivals.Select(_ => new TaskCompletionSource(TaskCreationOptions.RunContinuationsAsynchronously))];
         Timeline[] timelines = [.. arrivals.Select(_ => new Timeline())];
         long start = Stopwatch.GetTimestamp();
         await Task.WhenAll(arrivals.Select((arrival, id) => Task.Run(() => DrawAsync(id, arrival), cancellation)));
@@ -25,13 +26,17 @@ internal static class BenchRun
         for (int id = 0; id < arrivals.Count; id++)
         {
             if (timelines[id].Tokens != arrivals[id].MaxTokens)
-                throw new InvalidOperationException($"{target.Name}: sample {id} has {timelines[id].Tokens} tokens, not {arrivals[id].MaxTokens}");
+            {
+                throw new InvalidOperationException(
+                    $"{target.Name}: sample {id} has {timelines[id].Tokens} tokens, not {arrivals[id].MaxTokens}");
+            }
         }
 
         double[] firsts = [.. timelines.Select(timeline => timeline.First).Order()];
         double[] gaps = [.. timelines.SelectMany(timeline => timeline.Gaps).Order()];
         return new BenchResult(
-            arrivals.Sum(arrival => (double)arrival.MaxTokens) / seconds, At(firsts, 0.5), At(firsts, 0.99), At(gaps, 0.5), At(gaps, 0.99), seconds);
+            arrivals.Sum(arrival => (double)arrival.MaxTokens) / seconds, At(firsts, 0.5), At(firsts, 0.99),
+            At(gaps, 0.5), At(gaps, 0.99), seconds);
 
         async Task DrawAsync(int id, Arrival arrival)
         {

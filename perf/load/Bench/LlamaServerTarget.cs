@@ -7,8 +7,8 @@ using System.Text.Json;
 namespace Rollout.Load.Bench;
 
 /// <summary>
-/// llama.cpp's server on the same weights, one slot a sequence, asked over HTTP as its users do: token ids in, server-sent events out, prompt
-/// cache on, the same sampling (temperature 1 and nothing else).
+/// llama.cpp's server on the same weights, one slot a sequence, asked over HTTP as its users do: token ids in, server-sent events out,
+/// prompt cache on, the same sampling (temperature 1 and nothing else).
 /// </summary>
 internal sealed class LlamaServerTarget : ITarget
 {
@@ -55,7 +55,8 @@ internal sealed class LlamaServerTarget : ITarget
             for (long begun = Stopwatch.GetTimestamp(); !await target.IsReadyAsync(cancellation); await Task.Delay(100, cancellation))
             {
                 if (process.HasExited) throw new InvalidOperationException($"{program} ended with {process.ExitCode}: {last}");
-                if (Stopwatch.GetElapsedTime(begun) > s_startTimeout) throw new TimeoutException($"{program} was not ready in time: {last}");
+                if (Stopwatch.GetElapsedTime(begun) > s_startTimeout)
+                    throw new TimeoutException($"{program} was not ready in time: {last}");
             }
 
             return target;
@@ -91,7 +92,8 @@ internal sealed class LlamaServerTarget : ITarget
         {
             if (!line.StartsWith("data: ", StringComparison.Ordinal)) continue;
             using JsonDocument json = JsonDocument.Parse(line.AsMemory(6));
-            if (json.RootElement.TryGetProperty("error", out JsonElement error)) throw new InvalidOperationException($"llama-server: {error}");
+            if (json.RootElement.TryGetProperty("error", out JsonElement error))
+                throw new InvalidOperationException($"llama-server: {error}");
             if (json.RootElement.GetProperty("stop").GetBoolean()) return;
             int count = json.RootElement.GetProperty("tokens").GetArrayLength();
             if (count > 0) onTokens(count);

@@ -22,7 +22,8 @@ internal sealed class SidecarTarget : ITarget
 
     public RolloutClient Client => _client;
 
-    public static async Task<SidecarTarget> StartAsync(string model, string dtype, int threads, int sequences, CancellationToken cancellation)
+    public static async Task<SidecarTarget> StartAsync(
+        string model, string dtype, int threads, int sequences, CancellationToken cancellation)
     {
         string folder = Directory.CreateTempSubdirectory("rollout-load-").FullName;
         string socket = Path.Combine(folder, "s");
@@ -34,7 +35,8 @@ internal sealed class SidecarTarget : ITarget
             SocketPath = socket,
             ExtraArguments =
             [
-                "--max-context", "1024", "--max-sequences", $"{sequences}", "--max-batch-tokens", "512", "--threads", $"{threads}", "--dtype", dtype,
+                "--max-context", "1024", "--max-sequences", $"{sequences}", "--max-batch-tokens", "512",
+                "--threads", $"{threads}", "--dtype", dtype,
             ],
             StopTimeout = TimeSpan.FromSeconds(5),
         }, cancellation);

@@ -4,7 +4,9 @@ using Rollout.Kernels.Cuda;
 
 namespace Rollout.Kernels.Tests.Cuda;
 
-/// <summary>What crosses into NVIDIA's libraries has the layout their headers say, and a library that is missing is told in one sentence.</summary>
+/// <summary>
+/// What crosses into NVIDIA's libraries has the layout their headers say, and a library that is missing is told in one sentence.
+/// </summary>
 public sealed class BindingsTests
 {
     [Fact]

@@ -6,11 +6,15 @@ namespace Rollout.Kernels.Tests.Cuda;
 /// <summary>How a step's attention is cut into items, and that nothing depends on it.</summary>
 public sealed class CudaAttentionTests
 {
-    /// <summary>Every row has every chunk of its context in one item, the longest are cut where there is room, and long items come first.</summary>
+    /// <summary>
+    /// Every row has every chunk of its context in one item, the longest are cut where there is room, and long items come first.
+    /// </summary>
     [Fact]
     public void A_plan_covers_every_chunk_of_every_row_once()
     {
-        Gen.Select(Gen.Int[0, 1 << 30], Gen.Int[1, 40], Gen.Int[1, 16], Gen.Int[0, 60], Gen.Bool).Sample((seed, sequences, rowsPerItem, slots, shared) =>
+        Gen.Select(
+            Gen.Int[0, 1 << 30], Gen.Int[1, 40], Gen.Int[1, 16], Gen.Int[0, 60], Gen.Bool)
+        .Sample((seed, sequences, rowsPerItem, slots, shared) =>
         {
             Random random = new(seed);
             int[] starts = [.. Enumerable.Range(0, sequences).Select(_ => random.Next(1, 1500))];
@@ -72,8 +76,8 @@ public sealed class CudaAttentionTests
     }
 
     /// <summary>
-    /// Rows that decode, cut where there is room for their parts: for none, for the longest, for some, for all; with parts that several share. Their
-    /// bits are those of the same rows as the last of sequences that have two, which are never cut.
+    /// Rows that decode, cut where there is room for their parts: for none, for the longest, for some, for all; with parts that several
+    /// share. Their bits are those of the same rows as the last of sequences that have two, which are never cut.
     /// </summary>
     [Theory]
     [InlineData(WeightFormat.BFloat16, 16, 2)]
@@ -109,7 +113,12 @@ public sealed class CudaAttentionTests
             float[] last = Run(lengths.Length, s => (lengths[s] - 1, lengths[s]), Block,
                 [.. Enumerable.Range(0, lengths.Length).SelectMany(s => rows[(((2 * s) + 1) * columns)..(((2 * s) + 2) * columns)])]);
             for (int s = 0; s < lengths.Length; s++)
-                Bench.SameBits(Bench.Row(two, heads * headDim, (2 * s) + 1), Bench.Row(last, heads * headDim, s), $"sequence {s}, {slots} slots");
+            {
+                Bench.SameBits(
+                    Bench.Row(two, heads * headDim, (2 * s) + 1), Bench.Row(last, heads * headDim, s),
+                    $"sequence {s}, {slots} slots");
+            }
+
             expected ??= last;
             Bench.SameBits(expected, last, $"{slots} slots");
 
@@ -124,7 +133,10 @@ public sealed class CudaAttentionTests
         }
     }
 
-    /// <summary>The largest heads; more heads for one of keys than an item takes; and as many as make no whole item. By themselves, and as rows of a prompt.</summary>
+    /// <summary>
+    /// The largest heads; more heads for one of keys than an item takes; and as many as make no whole item. By themselves, and as rows of a
+    /// prompt.
+    /// </summary>
     [Theory]
     [InlineData(256, 4, 2)]
     [InlineData(256, 35, 1)]
@@ -185,7 +197,9 @@ public sealed class CudaAttentionTests
         }
     }
 
-    /// <summary>A token after 131,071 others, which are the same sixteen over and over: cut by chunks, and as the last of two rows, which are not.</summary>
+    /// <summary>
+    /// A token after 131,071 others, which are the same sixteen over and over: cut by chunks, and as the last of two rows, which are not.
+    /// </summary>
     [Fact]
     public void The_last_token_of_a_context_of_131_072_equals_the_reference()
     {

@@ -38,7 +38,8 @@ public abstract class CudaBackendTests(WeightFormat format) : BackendTests
         using Backend backend = Create();
         Bench bench = new(backend);
         const int Rows = 5, Inputs = 40, Outputs = 24;
-        Tensor input = bench.Tensor(Rows, Inputs), whole = backend.AllocateTensor(Rows, Outputs), rounded = backend.AllocateTensor(Rows, Outputs, rounded: true);
+        Tensor input = bench.Tensor(Rows, Inputs);
+        Tensor whole = backend.AllocateTensor(Rows, Outputs), rounded = backend.AllocateTensor(Rows, Outputs, rounded: true);
         Weight weight = bench.Weight(Outputs, Inputs);
         Weight? bias = withBias ? bench.Weight(1, Outputs) : null;
         long bytes = rounded.Bytes;

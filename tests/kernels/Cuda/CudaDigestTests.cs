@@ -9,7 +9,8 @@ public sealed class CudaDigestTests
 {
     // Around every boundary of the algorithm: what the host does, stripes of 64, blocks of 1024, pieces of 4096.
     private static readonly Gen<int> s_length = Gen.OneOf(
-        Gen.OneOf(0, 1, 16, 17, 240, 241, 255, 256, 1023, 1024, 1025, 1087, 1088, 1089, 2048, 2049, 4096, 4097, 5120, 5121, 8192, 8193), Gen.Int[0, 40_000]);
+        Gen.OneOf(0, 1, 16, 17, 240, 241, 255, 256, 1023, 1024, 1025, 1087, 1088, 1089, 2048, 2049, 4096, 4097, 5120, 5121, 8192, 8193),
+        Gen.Int[0, 40_000]);
 
     [Fact]
     public void Digests_on_the_device_are_those_of_the_host()
@@ -40,7 +41,10 @@ public sealed class CudaDigestTests
             threads: 1);
     }
 
-    /// <summary>Pieces as large as an update's: more blocks than are added up at a time, and a tensor that ends with one, begins the next, or is far smaller.</summary>
+    /// <summary>
+    /// Pieces as large as an update's: more blocks than are added up at a time, and a tensor that ends with one, begins the next, or is far
+    /// smaller.
+    /// </summary>
     [Fact]
     public void Digests_of_tensors_of_megabytes_are_those_of_the_host()
     {

@@ -8,7 +8,10 @@ public sealed class CudaLargeTests
 {
     private const int Staged = 8 << 20; // bytes of a weight on their way at a time
 
-    /// <summary>Tokens of a prompt and some that decode, in the first and in the last blocks of 18 GB of keys and values, and in copies of such blocks.</summary>
+    /// <summary>
+    /// Tokens of a prompt and some that decode, in the first and in the last blocks of 18 GB of keys and values, and in copies of such
+    /// blocks.
+    /// </summary>
     [Fact]
     public void Keys_and_values_past_four_gigabytes_are_those_of_a_small_cache()
     {
@@ -68,7 +71,11 @@ public sealed class CudaLargeTests
         float[] found = Bench.Read(output, tokens.Length), read = new float[Hidden];
         for (int t = 0; t < tokens.Length; t++)
         {
-            float[] expected = [.. Enumerable.Range(0, Hidden).Select(i => indices.Contains((uint)((tokens[t] * (long)Hidden) + i)) ? 1000f : tokens[t] % 251)];
+            float[] expected =
+            [
+                .. Enumerable.Range(0, Hidden)
+                    .Select(i => indices.Contains((uint)((tokens[t] * (long)Hidden) + i)) ? 1000f : tokens[t] % 251),
+            ];
             Bench.SameBits(expected, Bench.Row(found, Hidden, t), $"token {tokens[t]}");
             backend.ReadWeight(table, (long)tokens[t] * Hidden, read);
             Bench.SameBits(expected, read, $"row {tokens[t]}");
@@ -86,7 +93,8 @@ public sealed class CudaLargeTests
         const int Inputs = 8192;
         int outputs = (Staged / type.Size() / Inputs) + 2, first = 1;
         using Weight weight = backend.AllocateWeight(outputs + first, Inputs);
-        ushort[] values = [.. Enumerable.Range(0, outputs * Inputs).Select(i => (ushort)(0x3F80 + ((i / Inputs) + (i % Inputs % 7)) % 128))];
+        ushort[] values =
+            [.. Enumerable.Range(0, outputs * Inputs).Select(i => (ushort)(0x3F80 + ((i / Inputs) + (i % Inputs % 7)) % 128))];
         byte[] source = type == DType.BFloat16
             ? MemoryMarshal.AsBytes<ushort>(values).ToArray()
             : MemoryMarshal.AsBytes<float>([.. values.Select(value => BitConverter.UInt32BitsToSingle((uint)value << 16))]).ToArray();

@@ -30,7 +30,9 @@ public sealed class CudaLaunchTimesTests
         Assert.Equal(expected, Run());
         Assert.Equal(1, backend.GraphLaunches);
         IReadOnlyList<(string Name, int Launches, double Seconds)> taken = times.Take();
-        Assert.Equal([("embed", 2), ("rms_norm", 1), ("matmul [24, 16]", 1), ("sample", 1)], taken.Select(kernel => (kernel.Name, kernel.Launches)));
+        Assert.Equal(
+            [("embed", 2), ("rms_norm", 1), ("matmul [24, 16]", 1), ("sample", 1)],
+            taken.Select(kernel => (kernel.Name, kernel.Launches)));
         Assert.All(taken, kernel => Assert.InRange(kernel.Seconds, 0, 10));
         Assert.Empty(times.Take());
         backend.Device.Times = null;
@@ -54,6 +56,7 @@ public sealed class CudaLaunchTimesTests
             backend.Sample(logits, 0, 1);
         }
 
-        static byte[] Bytes(int count, Func<int, float> value) => [.. Enumerable.Range(0, count).SelectMany(i => BitConverter.GetBytes(value(i)))];
+        static byte[] Bytes(int count, Func<int, float> value) =>
+            [.. Enumerable.Range(0, count).SelectMany(i => BitConverter.GetBytes(value(i)))];
     }
 }

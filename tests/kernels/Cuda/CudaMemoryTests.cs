@@ -74,7 +74,10 @@ public sealed class CudaMemoryTests
         arena.Restore();
     }
 
-    /// <summary>Keys and values, and activations in both their forms, sleep like weights: nothing of them is held, and they come back empty but for angles.</summary>
+    /// <summary>
+    /// Keys and values, and activations in both their forms, sleep like weights: nothing of them is held, and they come back empty but for
+    /// angles.
+    /// </summary>
     [Fact]
     public void Every_kind_of_memory_comes_back_where_it_was()
     {
@@ -138,7 +141,9 @@ public sealed class CudaMemoryTests
         Assert.Equal(expected, Bench.Read(next, 2));
     }
 
-    /// <summary>All numbers of fp16, and of bf16 what fp32 rounds to around every kind of number: halves, infinities, and what is no number.</summary>
+    /// <summary>
+    /// All numbers of fp16, and of bf16 what fp32 rounds to around every kind of number: halves, infinities, and what is no number.
+    /// </summary>
     [Theory]
     [InlineData(WeightFormat.BFloat16)]
     [InlineData(WeightFormat.Float32)]
@@ -155,7 +160,8 @@ public sealed class CudaMemoryTests
         ];
         foreach ((byte[] source, float[] values, DType type) in ((byte[], float[], DType)[])
         [
-            (System.Runtime.InteropServices.MemoryMarshal.AsBytes<ushort>(halves).ToArray(), [.. halves.Select(bits => (float)BitConverter.UInt16BitsToHalf(bits))], DType.Float16),
+            (System.Runtime.InteropServices.MemoryMarshal.AsBytes<ushort>(halves).ToArray(),
+            [.. halves.Select(bits => (float)BitConverter.UInt16BitsToHalf(bits))], DType.Float16),
             (System.Runtime.InteropServices.MemoryMarshal.AsBytes<float>(numbers).ToArray(), numbers, DType.Float32),
         ])
         {

@@ -4,8 +4,8 @@ using Rollout.Kernels.Cuda;
 namespace Rollout.Kernels.Tests.Cuda;
 
 /// <summary>
-/// Steps and what goes on beside them on a device that is late: the simulated one does a stream's work when somebody waits for it. Who does not wait where it
-/// matters reads what was there before, or changes what is still being read.
+/// Steps and what goes on beside them on a device that is late: the simulated one does a stream's work when somebody waits for it. Who does
+/// not wait where it matters reads what was there before, or changes what is still being read.
 /// </summary>
 public sealed class CudaOrderTests : IDisposable
 {
@@ -58,7 +58,8 @@ public sealed class CudaOrderTests : IDisposable
             Bench bench = new(_backend, 7);
             Weight table = bench.Weight(Tokens, Hidden), matrix = bench.Weight(3 * Hidden, Hidden), scale = bench.Weight(1, Hidden);
             Weight bias = bench.Weight(1, 3 * Hidden), queryNorm = bench.Weight(1, Hidden), keyNorm = bench.Weight(1, Hidden);
-            Tensor x = _backend.AllocateTensor(1, Hidden), normed = _backend.AllocateTensor(1, Hidden), qkv = _backend.AllocateTensor(1, 3 * Hidden);
+            Tensor x = _backend.AllocateTensor(1, Hidden), normed = _backend.AllocateTensor(1, Hidden);
+            Tensor qkv = _backend.AllocateTensor(1, 3 * Hidden);
             Tensor attended = _backend.AllocateTensor(1, Hidden);
             KvCache cache = _bench.Cache(1, 1, 1, Hidden);
             RopeTable rope = bench.Rope(Hidden, 4);
@@ -82,7 +83,12 @@ public sealed class CudaOrderTests : IDisposable
                 _ => keyNorm,
             };
             if (overwritten)
-                _backend.WriteWeight(written, 0, MemoryMarshal.AsBytes<float>(Enumerable.Repeat(2f, written.Outputs * written.Inputs).ToArray()), DType.Float32);
+            {
+                _backend.WriteWeight(
+                    written, 0, MemoryMarshal.AsBytes<float>(Enumerable.Repeat(2f, written.Outputs * written.Inputs).ToArray()),
+                    DType.Float32);
+            }
+
             results[overwritten ? 1 : 0] = Bench.Read(attended, 1);
         }
 
@@ -145,15 +151,20 @@ public sealed class CudaOrderTests : IDisposable
         }
     }
 
-    /// <summary>Rows of a step planned ahead are in another order than the queries whose answers they take, and some of these end.</summary>
+    /// <summary>
+    /// Rows of a step planned ahead are in another order than the queries whose answers they take, and some of these end.
+    /// </summary>
     [Fact]
     public void Each_row_that_is_planned_ahead_takes_the_answer_of_its_own_query()
     {
         Weight table = _backend.AllocateWeight(Tokens, Hidden);
-        _backend.WriteWeight(table, 0, MemoryMarshal.AsBytes<float>(Enumerable.Range(0, Tokens * Hidden).Select(i => (float)(i / Hidden)).ToArray()), DType.Float32);
+        _backend.WriteWeight(
+            table, 0, MemoryMarshal.AsBytes<float>(Enumerable.Range(0, Tokens * Hidden).Select(i => (float)(i / Hidden)).ToArray()),
+            DType.Float32);
         int[] answers = [5, 2, 7, 0, 3], asked = [3, 0, 4, 2];
         float[] logits = [.. answers.SelectMany(answer => Enumerable.Range(0, Tokens).Select(v => v == answer ? 4f : 0f))];
-        StepLayout first = Bench.Queries([.. answers.Select((_, q) => Bench.Query(q, 0f))]), second = Bench.Queries([.. asked.Select((_, q) => Bench.Query(q, 0f))]);
+        StepLayout first = Bench.Queries([.. answers.Select((_, q) => Bench.Query(q, 0f))]);
+        StepLayout second = Bench.Queries([.. asked.Select((_, q) => Bench.Query(q, 0f))]);
         _backend.BeginStep(first);
         _backend.Sample(_bench.Tensor(Tokens, logits), 0, answers.Length);
         Tensor output = _backend.AllocateTensor(asked.Length, Hidden), other = _bench.Tensor(asked.Length, Tokens);
@@ -172,7 +183,8 @@ public sealed class CudaOrderTests : IDisposable
     public void Answers_belong_to_the_step_that_is_finished_though_the_next_is_queued()
     {
         const int Steps = 6;
-        float[][] logits = [.. Enumerable.Range(0, Steps).Select(i => Enumerable.Range(0, Tokens).Select(v => v == i % Tokens ? 5f : 0f).ToArray())];
+        float[][] logits =
+            [.. Enumerable.Range(0, Steps).Select(i => Enumerable.Range(0, Tokens).Select(v => v == i % Tokens ? 5f : 0f).ToArray())];
         Tensor[] tensors = [.. logits.Select(row => _bench.Tensor(Tokens, row))];
         StepLayout[] layouts = [WithRoom(), WithRoom()];
         for (int i = 0; i <= Steps; i++)
@@ -197,7 +209,10 @@ public sealed class CudaOrderTests : IDisposable
         static StepLayout WithRoom() => Fill(new StepLayout(1, 1, 1, 1, 3, 0), withAnswer: true, 0);
     }
 
-    /// <summary>A step's token is the answer of the step before. Where that found none, its row is for nothing, and reads no memory that is nobody's.</summary>
+    /// <summary>
+    /// A step's token is the answer of the step before. Where that found none, its row is for nothing, and reads no memory that is
+    /// nobody's.
+    /// </summary>
     [Theory]
     [InlineData(false, 5)]
     [InlineData(true, 0)]
@@ -279,7 +294,8 @@ public sealed class CudaOrderTests : IDisposable
     {
         using WeightArena arena = _backend.AllocateWeights([(Tokens, Hidden), (3 * Hidden, Hidden)]);
         KvCache cache = _bench.Cache(1, 1, 1, Hidden);
-        Tensor x = _backend.AllocateTensor(1, Hidden), qkv = _backend.AllocateTensor(1, 3 * Hidden), attended = _backend.AllocateTensor(1, Hidden);
+        Tensor x = _backend.AllocateTensor(1, Hidden), qkv = _backend.AllocateTensor(1, 3 * Hidden);
+        Tensor attended = _backend.AllocateTensor(1, Hidden);
         RopeTable rope = _bench.Rope(Hidden, 4);
         DeviceMemory memory = which switch { 0 => arena, 1 => cache, 2 => rope, _ => qkv };
         for (int i = 0; i < 2; i++)
@@ -296,7 +312,9 @@ public sealed class CudaOrderTests : IDisposable
         memory.Restore();
     }
 
-    /// <summary>The two layouts that take turns may have room for different numbers of biases; in what the device has, values begin at one place.</summary>
+    /// <summary>
+    /// The two layouts that take turns may have room for different numbers of biases; in what the device has, values begin at one place.
+    /// </summary>
     [Fact]
     public void Biases_of_steps_with_different_room_reach_their_tokens()
     {
@@ -338,7 +356,9 @@ public sealed class CudaOrderTests : IDisposable
         switch (how)
         {
             case "as stored":
-                _backend.WriteWeight(table, 0, MemoryMarshal.AsBytes<ushort>(Enumerable.Repeat((ushort)0x4040, Elements).ToArray()), DType.BFloat16);
+                _backend.WriteWeight(
+                    table, 0, MemoryMarshal.AsBytes<ushort>(Enumerable.Repeat((ushort)0x4040, Elements).ToArray()),
+                    DType.BFloat16);
                 break;
             case "converted":
                 _backend.WriteWeight(table, 0, fp32, DType.Float32);

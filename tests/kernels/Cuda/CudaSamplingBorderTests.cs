@@ -3,8 +3,8 @@ using Rollout.Kernels.Cuda;
 namespace Rollout.Kernels.Tests.Cuda;
 
 /// <summary>
-/// Sampling where one of its rules ends: equal tokens around a cut, more of them than are sorted, the ends of the noise, of the counters that it is made of,
-/// and of the biases. And several rules at once.
+/// Sampling where one of its rules ends: equal tokens around a cut, more of them than are sorted, the ends of the noise, of the counters
+/// that it is made of, and of the biases. And several rules at once.
 /// </summary>
 public sealed class CudaSamplingBorderTests : IDisposable
 {
@@ -23,7 +23,10 @@ public sealed class CudaSamplingBorderTests : IDisposable
 
     public void Dispose() => _backend.Dispose();
 
-    /// <summary>Alternatives are the model's own, also beside a token that is scored, a temperature, truncation and biases that turn the order round.</summary>
+    /// <summary>
+    /// Alternatives are the model's own, also beside a token that is scored, a temperature, truncation and biases that turn the order
+    /// round.
+    /// </summary>
     [Theory]
     [InlineData(301, 7)]
     [InlineData((2 * Slice) + 5, 20)]
@@ -44,7 +47,8 @@ public sealed class CudaSamplingBorderTests : IDisposable
         [
             Bench.Query(0, target: ordered[0][^1]), Bench.Query(0, 0.5f), Bench.Query(0, 3f, topP: 0.9f), Bench.Query(1, 0f),
             Bench.Query(1, 0f) with { BiasCount = biases.Length }, Bench.Query(1, 0.7f, topK: 5) with { BiasCount = biases.Length },
-            Bench.Query(1, 1f, minP: 0.2f) with { BiasCount = biases.Length }, Bench.Query(1, 1f) with { BiasCount = biases.Length }, Bench.Query(1, target: 0),
+            Bench.Query(1, 1f, minP: 0.2f) with { BiasCount = biases.Length }, Bench.Query(1, 1f) with { BiasCount = biases.Length },
+            Bench.Query(1, target: 0),
         ];
         int all = 0;
         for (int q = 0; q < queries.Length; q++)
@@ -71,7 +75,8 @@ public sealed class CudaSamplingBorderTests : IDisposable
     }
 
     /// <summary>
-    /// Of all random numbers the largest and the smallest: a token of any other likelihood wins or loses by noise that is a number, never for certain.
+    /// Of all random numbers the largest and the smallest: a token of any other likelihood wins or loses by noise that is a number, never
+    /// for certain.
     /// </summary>
     [Theory]
     [InlineData(1099521435351ul, 0xFFFFFFu)]
@@ -95,7 +100,9 @@ public sealed class CudaSamplingBorderTests : IDisposable
         Assert.Equal(2, drawn.Count);
     }
 
-    /// <summary>Equal logits: noise alone decides. Seeds of 64 bits, samples of 32, and positions to the end of the longest context.</summary>
+    /// <summary>
+    /// Equal logits: noise alone decides. Seeds of 64 bits, samples of 32, and positions to the end of the longest context.
+    /// </summary>
     [Fact]
     public void The_noise_is_of_the_whole_seed_sample_and_position()
     {
@@ -107,7 +114,10 @@ public sealed class CudaSamplingBorderTests : IDisposable
             foreach (uint sample in (uint[])[0, 255, 256, 65_536, uint.MaxValue])
             {
                 foreach (int position in (int[])[0, 65_535, 65_536, 131_071])
-                    queries.Add(Bench.Query(topK: queries.Count % 2 * (Vocabulary - 1)) with { Seed = seed, SampleIndex = sample, Position = position });
+                {
+                    SampleQuery query = Bench.Query(topK: queries.Count % 2 * (Vocabulary - 1));
+                    queries.Add(query with { Seed = seed, SampleIndex = sample, Position = position });
+                }
             }
         }
 
@@ -134,15 +144,19 @@ public sealed class CudaSamplingBorderTests : IDisposable
             float[] logits =
             [
                 .. alone ? new float[equals]
-                    : Enumerable.Range(0, vocabulary).Select(v => v % 2 == 1 && v < 2 * Above ? 0.25f : v % 2 == 1 && v < 2 * Below ? -0.25f : 0f),
+                    : Enumerable.Range(0, vocabulary)
+                            .Select(v => v % 2 == 1 && v < 2 * Above ? 0.25f : v % 2 == 1 && v < 2 * Below ? -0.25f : 0f),
             ];
             int tokens = logits.Length, first = logits.Count(value => value > 0), same = logits.Count(value => value == 0);
             SampleQuery[] queries =
             [
                 Bench.Query(topP: 0.5f), Bench.Query(topP: 0.25f), Bench.Query(minP: 1f), Bench.Query(topP: 0.5f, minP: 1f),
-                Bench.Query(topK: 1), Bench.Query(topK: first + same), Bench.Query(topK: first + same - 1), Bench.Query(topK: first + same + 1),
-                Bench.Query(topK: tokens - 1), Bench.Query(topK: tokens), Bench.Query(topK: tokens + 1), Bench.Query(topK: (tokens / 2) + 1, topP: 0.5f),
-                Bench.Query(topK: Sorted), Bench.Query(topK: Sorted + 1), Bench.Query(topP: 0f), Bench.Query(0, 2f, topP: 0.5f), Bench.Query(temperature: 0f),
+                Bench.Query(topK: 1), Bench.Query(topK: first + same), Bench.Query(topK: first + same - 1),
+                Bench.Query(topK: first + same + 1),
+                Bench.Query(topK: tokens - 1), Bench.Query(topK: tokens), Bench.Query(topK: tokens + 1),
+                Bench.Query(topK: (tokens / 2) + 1, topP: 0.5f),
+                Bench.Query(topK: Sorted), Bench.Query(topK: Sorted + 1), Bench.Query(topP: 0f), Bench.Query(0, 2f, topP: 0.5f),
+                Bench.Query(temperature: 0f),
             ];
             StepLayout step = Bench.Queries(queries);
             SampleResult[] results = Ask(logits, tokens, step);
@@ -166,10 +180,11 @@ public sealed class CudaSamplingBorderTests : IDisposable
             (vocabulary / 2, 7f),
         ];
         (int Start, int Count)[] ranges = [(0, 5), (5, 5), (10, vocabulary - 5), (biases.Length - 1, 1), (2, 1), (0, 0)];
+        SampleQuery[] kinds =
+            [Bench.Query(), Bench.Query(0, 0.5f), Bench.Query(0, 0f), Bench.Query(topK: 5), Bench.Query(topP: 0.7f, minP: 0.01f)];
         SampleQuery[] queries =
         [
-            .. ranges.SelectMany(range => new[] { Bench.Query(), Bench.Query(0, 0.5f), Bench.Query(0, 0f), Bench.Query(topK: 5), Bench.Query(topP: 0.7f, minP: 0.01f) }
-                .Select(query => query with { BiasStart = range.Start, BiasCount = range.Count })),
+            .. ranges.SelectMany(range => kinds.Select(query => query with { BiasStart = range.Start, BiasCount = range.Count })),
         ];
         StepLayout step = Bench.Queries(queries, biases);
         SampleResult[] results = Ask(logits, vocabulary, step);

@@ -61,7 +61,9 @@ public sealed class MatMulTests : IDisposable
         Assert.Equal(Bits("up"), Bits(Candidates));
     }
 
-    /// <summary>What candidates multiply is made and compared on the device: a head of an 8B model would be gigabytes of an array.</summary>
+    /// <summary>
+    /// What candidates multiply is made and compared on the device: a head of an 8B model would be gigabytes of an array.
+    /// </summary>
     [Fact]
     public void Choosing_takes_little_memory_of_the_host()
     {
@@ -85,7 +87,8 @@ public sealed class MatMulTests : IDisposable
     [InlineData("down above=300 when=beta; up")]
     [InlineData("down above=1000; up")] // never so many rows at once
     [InlineData("up most=64; up above=300 least=64; up least=64; down")]
-    [InlineData("up most=8; up least=9 most=64; up least=65 most=512; up least=513; up most=512; up least=1")] // exactly as far as each one serves
+    // Each one exactly as far as it serves.
+    [InlineData("up most=8; up least=9 most=64; up least=65 most=512; up least=513; up most=512; up least=1")]
     public void A_rows_bits_do_not_depend_on_the_number_of_rows(string candidates)
     {
         SimulatedDevice.RequireSimulated();
@@ -148,9 +151,9 @@ public sealed class MatMulTests : IDisposable
     [Theory]
     [InlineData("up fails=run; down fails=run", "2 x did not run (CUBLAS_STATUS_INTERNAL_ERROR).")]
     [InlineData("up above=300; down fails=run; supported above=256", "1 x nothing proposed for 512 rows (CUBLAS_STATUS_NOT_SUPPORTED); "
-        + "1 x did not run (CUBLAS_STATUS_INTERNAL_ERROR); 1 x serves some row counts, and the others none with the same bits.")]
+        + "1 x did not run (CUBLAS_STATUS_INTERNAL_ERROR); 1 x serves some row counts, but no algorithm with the same bits serves the others.")]
     [InlineData("up every=5; down most=64", "1 x the bits of a row depend on its place; "
-        + "1 x serves some row counts, and the others none with the same bits.")]
+        + "1 x serves some row counts, but no algorithm with the same bits serves the others.")]
     public void When_nothing_is_left_the_error_says_why(string candidates, string why)
     {
         SimulatedDevice.RequireSimulated();
@@ -243,7 +246,9 @@ public sealed class MatMulTests : IDisposable
             MemoryMarshal.AsBytes(algorithms.AsSpan(i, 1)).Fill((byte)(i + 1));
         MatMulChoice choice = new([1, 2, 3], algorithms);
         file.Write(24, 72, choice);
-        Assert.All((MatMulChoice?[])[other.Read(24, 72), file.Read(72, 24), file.Read(24, 73), file.Read(25, 72), file.Read(2, 472)], Assert.Null);
+        Assert.All(
+            (MatMulChoice?[])[other.Read(24, 72), file.Read(72, 24), file.Read(24, 73), file.Read(25, 72), file.Read(2, 472)],
+            Assert.Null);
         MatMulChoice read = file.Read(24, 72)!;
         Assert.Equal(choice.Digest, read.Digest);
         Assert.Equal(choice.Algorithms.Select(MatMulTuner.Text), read.Algorithms.Select(MatMulTuner.Text));

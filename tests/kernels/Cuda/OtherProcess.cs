@@ -2,7 +2,9 @@ using System.Diagnostics;
 
 namespace Rollout.Kernels.Tests.Cuda;
 
-/// <summary>An explicit test of this program, run in a process of its own: where a fault must not stay, or where two processes meet on a device.</summary>
+/// <summary>
+/// An explicit test of this program, run in a process of its own: where a fault must not stay, or where two processes meet on a device.
+/// </summary>
 internal sealed class OtherProcess : IDisposable
 {
     private readonly Process _process;

@@ -6,7 +6,10 @@ using Rollout.Kernels.Cuda;
 
 namespace Rollout.Kernels.Tests.Cuda;
 
-/// <summary>Device memory between real processes: mapped by CUDA IPC, and copied by NCCL, also when the other one dies, is late, or asks for something else.</summary>
+/// <summary>
+/// Device memory between real processes: mapped by CUDA IPC, and copied by NCCL, also when the other one dies, is late, or asks for
+/// something else.
+/// </summary>
 public sealed class PeersTests
 {
     private const string HandleVariable = "ROLLOUT_TEST_HANDLE", RankVariable = "ROLLOUT_TEST_RANK", WhatVariable = "ROLLOUT_TEST_WHAT";
@@ -24,7 +27,9 @@ public sealed class PeersTests
         using DeviceBuffer before = device.Allocate(1001); // so that the buffer begins somewhere
         using DeviceBuffer buffer = device.Allocate(Bytes);
         device.Upload(buffer.Pointer, Pattern(1));
-        using OtherProcess peer = OtherProcess.Run($"{nameof(PeersTests)}.{nameof(Opens_the_handle)}", (HandleVariable, Hex(buffer.Share())));
+        using OtherProcess peer = OtherProcess.Run(
+            $"{nameof(PeersTests)}.{nameof(Opens_the_handle)}",
+            (HandleVariable, Hex(buffer.Share())));
         await peer.Succeeded();
         byte[] read = new byte[Bytes];
         device.Download(buffer.Pointer, read);
@@ -38,7 +43,8 @@ public sealed class PeersTests
         using CudaDevice device = new(0);
         using DeviceBuffer buffer = device.Allocate(100);
         CudaException error = Assert.Throws<CudaException>(() => device.Open(buffer.Share()));
-        Assert.Matches("^cuIpcOpenMemHandle_v2 \\(memory of another process\\): CUDA_ERROR_INVALID_(VALUE|CONTEXT),", error.Message); // by the driver's version
+        Assert.Matches( // which of the two depends on the driver's version
+            "^cuIpcOpenMemHandle_v2 \\(memory of another process\\): CUDA_ERROR_INVALID_(VALUE|CONTEXT),", error.Message);
     }
 
     [Fact(Explicit = true)]
@@ -53,7 +59,9 @@ public sealed class PeersTests
         device.Upload(peer.Pointer, Pattern(2));
     }
 
-    /// <summary>What an update by CUDA IPC is made of: a tensor of another process, checked and made a part of a fused weight, never on this host.</summary>
+    /// <summary>
+    /// What an update by CUDA IPC is made of: a tensor of another process, checked and made a part of a fused weight, never on this host.
+    /// </summary>
     [Theory]
     [InlineData(DType.BFloat16, WeightFormat.BFloat16)]
     [InlineData(DType.Float32, WeightFormat.BFloat16)]
@@ -66,7 +74,8 @@ public sealed class PeersTests
         using CudaDigest digest = backend.CreateDigest(System.IO.Hashing.XxHash128.Hash);
         using DeviceBuffer letterbox = backend.Device.AllocateZeroed(65); // a handle, and whether it is there
         using OtherProcess trainer = OtherProcess.Run($"{nameof(PeersTests)}.{nameof(Shares_a_tensor)}",
-            (HandleVariable, Hex(letterbox.Share())), (WhatVariable, (Rows * Columns * type.Size()).ToString(CultureInfo.InvariantCulture)));
+            (HandleVariable, Hex(letterbox.Share())),
+            (WhatVariable, (Rows * Columns * type.Size()).ToString(CultureInfo.InvariantCulture)));
         WaitFor(backend.Device, letterbox.Pointer + 64, 1);
         byte[] handle = new byte[64];
         backend.Device.Download(letterbox.Pointer, handle);
@@ -81,7 +90,9 @@ public sealed class PeersTests
             backend.WriteWeight(fused, FirstRow * Columns, peer.Pointer, Rows * Columns, type);
         }
 
-        Assert.Throws<CudaException>(() => backend.Device.Download(place, new byte[1])); // given back: the other process's memory is its own again
+
+        // The mapping has been released: the other process's memory is not accessible any more.
+        Assert.Throws<CudaException>(() => backend.Device.Download(place, new byte[1]));
 
         backend.WriteWeight(expected, FirstRow * Columns, bytes, type);
         float[] written = new float[48 * Columns], wanted = new float[48 * Columns];
@@ -151,7 +162,7 @@ public sealed class PeersTests
         int before = SimulatedDevice.Communicators;
         using Pair pair = new("sleep");
         TimeoutException error = Assert.Throws<TimeoutException>(() => pair.Receive(TimeSpan.FromSeconds(0.2)));
-        Assert.Equal("NCCL: a broadcast was not done within 0.2 s.", error.Message);
+        Assert.Equal("NCCL: a broadcast did not finish within 0.2 s.", error.Message);
         Assert.True(pair.Communicator.IsClosed);
         Assert.Equal(before, SimulatedDevice.Communicators); // or the other rank's work on this device would go on for good
         pair.GoesOn();
@@ -163,8 +174,9 @@ public sealed class PeersTests
         SimulatedDevice.RequireSimulated(); // NCCL wants a GPU a rank
         using CudaDevice device = new(0);
         int before = SimulatedDevice.Communicators;
-        TimeoutException error = Assert.Throws<TimeoutException>(() => device.Connect(NcclCommunicator.NewId(), 2, 0, TimeSpan.FromSeconds(0.1)));
-        Assert.Equal("NCCL: not all of 2 ranks came within 0.1 s.", error.Message);
+        TimeoutException error = Assert.Throws<TimeoutException>(
+            () => device.Connect(NcclCommunicator.NewId(), 2, 0, TimeSpan.FromSeconds(0.1)));
+        Assert.Equal("NCCL: not all of 2 ranks joined within 0.1 s.", error.Message);
         Assert.Equal(before, SimulatedDevice.Communicators);
     }
 
@@ -198,7 +210,8 @@ public sealed class PeersTests
         int rank = int.Parse(ranks[0], CultureInfo.InvariantCulture);
         using CudaDevice device = new(0);
         using NcclCommunicator communicator = device.Connect(
-            Of<ncclUniqueId>(Environment.GetEnvironmentVariable(HandleVariable)!), int.Parse(ranks[1], CultureInfo.InvariantCulture), rank, s_deadline);
+            Of<ncclUniqueId>(Environment.GetEnvironmentVariable(HandleVariable)!),
+            int.Parse(ranks[1], CultureInfo.InvariantCulture), rank, s_deadline);
         switch (Environment.GetEnvironmentVariable(WhatVariable))
         {
             case "broadcast":
@@ -223,7 +236,9 @@ public sealed class PeersTests
 
     private static OtherProcess Rank(int rank, int ranks, ncclUniqueId id, string what) => OtherProcess.Run(
         $"{nameof(PeersTests)}.{nameof(Is_a_rank)}",
-        (HandleVariable, Hex(id)), (RankVariable, $"{rank.ToString(CultureInfo.InvariantCulture)}/{ranks.ToString(CultureInfo.InvariantCulture)}"), (WhatVariable, what));
+        (HandleVariable, Hex(id)),
+        (RankVariable, $"{rank.ToString(CultureInfo.InvariantCulture)}/{ranks.ToString(CultureInfo.InvariantCulture)}"),
+        (WhatVariable, what));
 
     /// <summary>What every rank does: three broadcasts, queued one after another, of ranks 0, 2 and 0.</summary>
     private static void Broadcasts(CudaDevice device, NcclCommunicator communicator, int rank)

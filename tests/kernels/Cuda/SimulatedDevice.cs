@@ -7,7 +7,8 @@ namespace Rollout.Kernels.Tests.Cuda;
 
 /// <summary>
 /// The device that the tests of the CUDA backend run on: the simulated one of tests/cuda-sim, built and pointed to once a test run, or with
-/// ROLLOUT_TEST_CUDA=real this machine's GPU. Tests skip where g++ is missing, and those that look into the simulated device where it is not the one.
+/// ROLLOUT_TEST_CUDA=real this machine's GPU. Tests skip where g++ is missing, and those that look into the simulated device where it is
+/// not the one.
 /// </summary>
 internal static class SimulatedDevice
 {
@@ -34,7 +35,9 @@ internal static class SimulatedDevice
         return counters;
     }
 
-    /// <summary>Whether what is submitted is left undone from now on, for tests of the host's part alone. Every step then answers token 0.</summary>
+    /// <summary>
+    /// Whether what is submitted is left undone from now on, for tests of the host's part alone. Every step then answers token 0.
+    /// </summary>
     public static unsafe void Idle(bool idle)
     {
         ((delegate* unmanaged<int, void>)Export("cuSimIdle"))(idle ? 1 : 0);
@@ -49,7 +52,9 @@ internal static class SimulatedDevice
 
     private static unsafe void SetBytes(long bytes) => ((delegate* unmanaged<long, void>)Export("cuSimBytes"))(bytes);
 
-    /// <summary>What cuBLASLt's heuristic proposes to this thread, until disposed: see candidates() in tests/cuda-sim/cublaslt.cpp.</summary>
+    /// <summary>
+    /// What cuBLASLt's heuristic proposes to this thread, until disposed: see candidates() in tests/cuda-sim/cublaslt.cpp.
+    /// </summary>
     public static IDisposable Propose(string candidates)
     {
         SetCandidates(candidates);
@@ -95,16 +100,22 @@ internal static class SimulatedDevice
         if (IsReal)
             return null;
         string script = Path.Combine(Root(), "tests", "cuda-sim", "build.sh");
-        using Process build = Process.Start(new ProcessStartInfo("sh", [script]) { RedirectStandardOutput = true, RedirectStandardError = true })!;
+        using Process build = Process.Start(
+            new ProcessStartInfo("sh", [script]) { RedirectStandardOutput = true, RedirectStandardError = true })!;
         Task<string> errors = build.StandardError.ReadToEndAsync();
         string folder = build.StandardOutput.ReadToEnd().Trim();
         build.WaitForExit();
         if (build.ExitCode != 0)
-            return errors.Result.Contains("needs g++", StringComparison.Ordinal) ? errors.Result.Trim() : throw new InvalidOperationException(errors.Result);
+        {
+            return errors.Result.Contains("needs g++", StringComparison.Ordinal)
+                ? errors.Result.Trim()
+                : throw new InvalidOperationException(errors.Result);
+        }
         Environment.SetEnvironmentVariable("ROLLOUT_CUDA_PATH", folder);
         Environment.SetEnvironmentVariable("XDG_CACHE_HOME", Path.Combine(folder, "cache")); // not the user's
         return null;
     }
 
-    private static string Root([CallerFilePath] string here = "") => Path.GetFullPath(Path.Combine(Path.GetDirectoryName(here)!, "..", "..", ".."));
+    private static string Root([CallerFilePath] string here = "") =>
+        Path.GetFullPath(Path.Combine(Path.GetDirectoryName(here)!, "..", "..", ".."));
 }

@@ -5,8 +5,8 @@ using Rollout.Kernels.Cuda;
 namespace Rollout.Kernels.Tests.Cuda;
 
 /// <summary>
-/// Tests of the tester: a kernel with a planted fault is caught, and the message says who did what where. A device that has faulted stays so,
-/// as a real one does, so each fault gets a process of its own.
+/// Tests of the tester: a kernel with a planted fault is caught, and the message says who did what where. A device that has faulted stays
+/// so, as a real one does, so each fault gets a process of its own.
 /// </summary>
 public sealed class SimulatedDeviceTests
 {
@@ -59,7 +59,8 @@ public sealed class SimulatedDeviceTests
         SimulatedDevice.Counters spent = SimulatedDevice.Count() - before;
         const int Bytes = Rows * Columns * sizeof(float);
         Assert.Equal(
-            new(Launches: 1, Bytes, Rows * sizeof(float), Synchronisations: 1, Allocations: 2, 0, 0, 0, EarlyLaunches: 1, ReadBytes: Bytes), spent);
+            new(Launches: 1, Bytes, Rows * sizeof(float), Synchronisations: 1, Allocations: 2, 0, 0, 0,
+            EarlyLaunches: 1, ReadBytes: Bytes), spent);
     }
 
     [Theory]
@@ -72,7 +73,9 @@ public sealed class SimulatedDeviceTests
     [InlineData(7, "cuMemcpyDtoHAsync_v2", "CUDA_ERROR_INVALID_VALUE")] // read after it was freed
     [InlineData(8, "cuLaunchKernelEx (sum): CUDA_ERROR_INVALID_VALUE", "")] // more threads than a block has
     [InlineData(9, "cuLaunchKernelEx (sum): CUDA_ERROR_INVALID_VALUE", "")] // more shared memory than was asked for
-    [InlineData(10, "touched global memory before it waited for the kernel before it: thread 7 of block (0, 0, 0)", "at byte 28 of an allocation of 2400")]
+    [InlineData(
+        10, "touched global memory before it waited for the kernel before it: thread 7 of block (0, 0, 0)",
+        "at byte 28 of an allocation of 2400")]
     [InlineData(11, "ended without having waited for the kernel before it: thread 33 of block (0, 0, 0)", "")]
     [InlineData(12, "misaligned access: thread 5 of block (0, 0, 0)", "at byte 4 of an allocation of 2400")]
     public async Task A_planted_fault_is_caught(int fault, string what, string where)

@@ -29,7 +29,8 @@ public sealed class CompiledKernels
     internal static async Task<CompiledKernels> Of(string architecture, bool fp32)
     {
         string folder = NvidiaFiles.Require("lib/libnvrtc.so.12");
-        Lazy<Task<CompiledKernels>> compiling = s_compiled.GetOrAdd((architecture, fp32), _ => new(() => Compile(folder, architecture, fp32)));
+        Lazy<Task<CompiledKernels>> compiling =
+            s_compiled.GetOrAdd((architecture, fp32), _ => new(() => Compile(folder, architecture, fp32)));
         CompiledKernels compiled = await compiling.Value;
         Assert.SkipWhen(compiled.Code.Count == 0, $"NVRTC {compiled.Version} does not know {architecture}");
         return compiled;

@@ -43,7 +43,8 @@ internal sealed record MachineCode(
             string line = lines[i].Trim();
             if (line.StartsWith("Function ", StringComparison.Ordinal) && line.EndsWith(':'))
             {
-                Dictionary<string, string> numbers = lines[++i].Trim().Split(' ').Select(pair => pair.Split(':')).ToDictionary(pair => pair[0], pair => pair[1]);
+                Dictionary<string, string> numbers =
+                    lines[++i].Trim().Split(' ').Select(pair => pair.Split(':')).ToDictionary(pair => pair[0], pair => pair[1]);
                 resources[line["Function ".Length..^1]] =
                     [.. ((string[])["REG", "STACK", "SHARED"]).Select(name => int.Parse(numbers[name], CultureInfo.InvariantCulture))];
             }

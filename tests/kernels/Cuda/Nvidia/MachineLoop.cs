@@ -58,7 +58,8 @@ internal sealed record MachineLoop(int Depth, int Instructions, bool IsInner, IR
         {
             int depth = bodies.Values.Count(other => other.Contains(first));
             bool isInner = bodies.Keys.Count(body.Contains) == 1;
-            IEnumerable<KeyValuePair<string, int>> operations = s_shown.Select(name => KeyValuePair.Create(name, body.Count(i => code[i].Is(name))));
+            IEnumerable<KeyValuePair<string, int>> operations =
+                s_shown.Select(name => KeyValuePair.Create(name, body.Count(i => code[i].Is(name))));
             return new MachineLoop(depth, body.Count, isInner, operations.Where(operation => operation.Value > 0).ToDictionary());
         }
 
