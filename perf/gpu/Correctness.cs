@@ -23,7 +23,9 @@ internal static class Correctness
         new("racecheck", 40, stage => SanitizeAsync(stage, "racecheck")),
     ];
 
-    /// <summary>Log-probabilities of the reference's tokens (Hugging Face, fp32), and its greedy tokens, in both formats.</summary>
+    /// <summary>
+    /// Log-probabilities of the tokens of the reference (Hugging Face, fp32), and greedy tokens compared with its own, in both formats.
+    /// </summary>
     private static async Task GoldensAsync(Stage stage)
     {
         foreach (string family in (string[])["llama", "llama3", "qwen2", "qwen3"])
@@ -73,7 +75,7 @@ internal static class Correctness
         }
     }
 
-    /// <summary>A test program of the archive; a row a test.</summary>
+    /// <summary>Runs a test program of the archive; one row per test.</summary>
     private static async Task TestsAsync(Stage stage, string folder, string program, string[] filter)
     {
         string dll = Path.Combine(Stage.Root, "tests", folder, $"{program}.dll");
@@ -125,13 +127,13 @@ internal static class Correctness
         static string Text(JsonElement message, string property) => message.GetProperty(property).GetString()!;
     }
 
-    /// <summary>A small model under compute-sanitizer, where that is installed.</summary>
+    /// <summary>Runs a small model under compute-sanitizer, where that is installed.</summary>
     private static async Task SanitizeAsync(Stage stage, string tool)
     {
         string? program = Programs.Find("compute-sanitizer");
         if (program is null || stage.IsSmall)
         {
-            if (stage.IsSmall) await SmallAsync(); // what would run under it
+            if (stage.IsSmall) await SmallAsync(); // the program that the checker runs
             stage.Write("compute-sanitizer", tool, "result", program is null ? "not installed" : "not for the simulated device");
             return;
         }
@@ -155,7 +157,8 @@ internal static class Correctness
     }
 
     /// <summary>
-    /// Every kernel of a step once: prompts that are cut, shared keys and values, alternatives, biases, truncation; in both formats.
+    /// Runs every kernel of a step once: prompts split over steps, shared keys and values, alternatives, biases, truncation; in both
+    /// formats.
     /// </summary>
     public static async Task SmallAsync()
     {

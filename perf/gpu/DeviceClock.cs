@@ -3,11 +3,12 @@ using Rollout.Native;
 
 namespace Rollout.Gpu;
 
-/// <summary>Time on the device, by its events.</summary>
+/// <summary>Time on the device, measured with its events.</summary>
 internal static class DeviceClock
 {
     /// <summary>
-    /// Seconds of one call of <paramref name="work"/>, which queues on the stream of steps: the median of some rounds of several calls.
+    /// Seconds of one call of <paramref name="work"/>, which queues on the stream of steps: the median of several rounds of several calls
+    /// each.
     /// </summary>
     public static double Seconds(CudaDevice device, int rounds, int calls, Action work)
     {

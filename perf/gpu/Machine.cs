@@ -7,7 +7,7 @@ using Rollout.Native;
 
 namespace Rollout.Gpu;
 
-/// <summary>Stage 1: what the machine is, whether it compiles every kernel, and its two ceilings.</summary>
+/// <summary>Stage 1: a description of the machine, whether it compiles every kernel, and its peak rates of copying and matmul.</summary>
 internal static class Machine
 {
     private const string Facts = "Machine", Kernels = "Kernels", Ceilings = "Ceilings";
@@ -59,13 +59,13 @@ internal static class Machine
     }
 
     /// <summary>
-    /// All at the same time, each in a process of its own, since the compiler takes one source at a time. Kernels that an earlier run
+    /// Compiles all at the same time, each in its own process, since the compiler handles one source at a time. Kernels that an earlier run
     /// compiled come from its cache: then this is the time to load them.
     /// </summary>
     private static async Task CompileAsync(Stage stage)
     {
         int[] headDims = stage.IsSmall ? [16, 32] : [16, 32, 64, 128]; // the golden models', and those that are measured
-        foreach (int[] some in (int[][])[[0], headDims]) // what all need first
+        foreach (int[] some in (int[][])[[0], headDims]) // first what all models need
             await Task.WhenAll(some.SelectMany(headDim => s_formats.Select(format => CompileAsync(stage, format, headDim))));
     }
 

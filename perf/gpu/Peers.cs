@@ -1,6 +1,6 @@
 namespace Rollout.Gpu;
 
-/// <summary>Stage 6: PyTorch, transformers and vLLM where they are installed: peer.py writes its rows itself.</summary>
+/// <summary>Stage 6: PyTorch, transformers and vLLM where they are installed; peer.py writes its own rows.</summary>
 internal static class Peers
 {
     public static IReadOnlyList<Part> Parts { get; } =

@@ -2,7 +2,7 @@ using System.CommandLine;
 using Rollout.Gpu;
 using Rollout.Kernels;
 
-// run.sh starts this: a stage starts itself once a part.
+// Started by run.sh; a stage starts this program again for each of its parts.
 Dictionary<int, IReadOnlyList<Part>> stages = new()
 {
     [1] = Machine.Parts,
@@ -34,17 +34,17 @@ part.SetAction((arguments, _) =>
 });
 Argument<string> format = new("format");
 Argument<int> headDim = new("head");
-Command compile = new("compile", "Compiles kernels: a piece of stage 1.") { number, format, headDim, output };
+Command compile = new("compile", "Compiles kernels: part of stage 1.") { number, format, headDim, output };
 compile.SetAction(arguments =>
 {
     Stage stage = Stage.Open(arguments.GetValue(number), arguments.GetValue(output)!);
     Machine.Compile(stage, WeightFormats.Parse(arguments.GetValue(format)!), arguments.GetValue(headDim));
 });
-Command small = new("small", "A small model in both formats, for a checker to watch.");
+Command small = new("small", "Runs a small model in both formats, for a checker.");
 small.SetAction((_, _) => Correctness.SmallAsync());
 Command share = new("share", "Shares device memory with the process that started this: stage 5 without PyTorch.");
 share.SetAction(_ => Updates.Share());
-Command report = new("report", "Prints the tables of what there is so far, and writes them to results.md.") { output };
+Command report = new("report", "Prints the tables of the rows so far, and writes them to results.md.") { output };
 report.SetAction(arguments => Console.Write(Report.Write(arguments.GetValue(output)!)));
-RootCommand root = new("Proves and measures the CUDA backend on this machine.") { all, part, compile, small, share, report };
+RootCommand root = new("Tests and measures the CUDA backend on this machine.") { all, part, compile, small, share, report };
 return await root.Parse(args).InvokeAsync();

@@ -3,7 +3,7 @@ namespace Rollout.Gpu;
 /// <summary>NVIDIA's programs, on the PATH or in the toolkit.</summary>
 internal static class Programs
 {
-    /// <summary>Where it is, or null.</summary>
+    /// <summary>The program's path, or null.</summary>
     public static string? Find(string name)
     {
         string[] folders = [.. (Environment.GetEnvironmentVariable("PATH") ?? "").Split(':'), "/usr/local/cuda/bin"];

@@ -2,12 +2,12 @@ using System.Diagnostics;
 
 namespace Rollout.Gpu;
 
-/// <summary>The scripts beside this program, by the machine's python3.</summary>
+/// <summary>Runs the scripts beside this program with the machine's python3.</summary>
 internal static class Python
 {
     public static string Script(string name) => Path.Combine(AppContext.BaseDirectory, name);
 
-    /// <summary>Whether python3 is there and imports a module.</summary>
+    /// <summary>Whether python3 is installed and can import a module.</summary>
     public static async Task<bool> HasAsync(string module)
     {
         try
@@ -24,7 +24,7 @@ internal static class Python
         }
     }
 
-    /// <summary>What a script prints, line by line, which goes to the log too.</summary>
+    /// <summary>The lines that a script prints; they go to the log too.</summary>
     public static async Task<IReadOnlyList<string>> RunAsync(string script, IEnumerable<string> arguments)
     {
         if (!await HasAsync("sys")) return ["python3 is not installed"];

@@ -8,8 +8,8 @@ using Rollout.Native;
 namespace Rollout.Gpu;
 
 /// <summary>
-/// Weights of a model's shape that never were in a file: matrices are filled on the device with pieces of one random pattern, uniform in
-/// ±0.035, which is a deviation of 0.02; norms are 1.
+/// Random weights of a model's shape, made without a file: matrices are filled on the device with pieces of one random pattern, uniform in
+/// ±0.035, which is a standard deviation of 0.02; norms are 1.
 /// </summary>
 internal sealed class RandomWeights : IDisposable
 {
@@ -21,7 +21,7 @@ internal sealed class RandomWeights : IDisposable
     public RandomWeights(CudaBackend backend, bool isSmall)
     {
         _backend = backend;
-        _elements = isSmall ? 10_007 : 16_777_213; // primes, so that weights do not repeat each other
+        _elements = isSmall ? 10_007 : 16_777_213; // primes, so that weights are not equal
         _pattern = backend.Device.Allocate((long)_elements * sizeof(ushort));
         backend.Device.Upload(_pattern.Pointer, MemoryMarshal.AsBytes<ushort>(Workload.RandomBFloat16(_elements)));
     }

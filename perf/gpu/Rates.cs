@@ -1,6 +1,6 @@
 namespace Rollout.Gpu;
 
-/// <summary>Stage 4: in the order of what is to be known first, should time run out.</summary>
+/// <summary>Stage 4: the most important measurements first, in case time runs out.</summary>
 internal static class Rates
 {
     public static IReadOnlyList<Part> Parts { get; } =

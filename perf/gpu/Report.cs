@@ -30,11 +30,11 @@ internal static class Report
         File.WriteAllText(Path.Combine(folder, "results.md"), text.ToString());
         return text.ToString();
 
-        // A peer's rows stand beside ours, which were measured in an earlier stage.
+        // A peer's rows go next to ours, which were measured in an earlier stage.
         static int Order(IGrouping<string, Row> table) => table.Key == Stage.Table ? int.MaxValue : table.Min(row => row.Stage);
     }
 
-    /// <summary>Three or four digits, whatever the size.</summary>
+    /// <summary>Rounded to three or four digits.</summary>
     public static string Number(double value) => Math.Abs(value) switch
     {
         _ when !double.IsFinite(value) => "-",
@@ -50,14 +50,14 @@ internal static class Report
     private static bool IsMissed(Row row)
         => row.Target is { } target && row.Value is { } value && (row.AtLeast ? value < target : value > target);
 
-    /// <summary>First what is not as it should be.</summary>
+    /// <summary>Failures and missed targets come first.</summary>
     private static void Missed(StringBuilder text, IReadOnlyList<Row> rows)
     {
         Row[] held = [.. rows.Where(row => row.Target is not null && row.Value is not null)];
         Row[] failed = [.. rows.Where(row => row.Error is not null)];
         int met = held.Count(row => !IsMissed(row));
         text.AppendLine(CultureInfo.InvariantCulture, $"{met} of {held.Length} targets met, {failed.Length} failures.");
-        foreach (Row row in failed.Where(row => row.Table != Correctness.Tests)) // those have a list of their own
+        foreach (Row row in failed.Where(row => row.Table != Correctness.Tests)) // tests have their own list
             text.AppendLine($"- {row.Table}, {row.Name}: **failed**: {Escape(row.Error!)}");
         foreach (Row row in held.Where(IsMissed))
             text.AppendLine($"- {row.Table}, {row.Name}, {row.Column}: {Number(row.Value!.Value)}, target {Bound(row)}, **missed**");

@@ -33,7 +33,7 @@ internal static class Rollouts
         }
     }
 
-    /// <summary>64 prompts of 150 tokens, 16 samples each, of 270 tokens in the mean and 1024 at most.</summary>
+    /// <summary>64 prompts of 150 tokens, 16 samples each, of 270 tokens on average and 1024 at most.</summary>
     public static async Task GrpoAsync(Stage stage, string name)
     {
         await using RolloutEngine engine = Start(stage, name, 1024, stage.IsSmall ? 64 : 1280);
@@ -61,8 +61,8 @@ internal static class Rollouts
     }
 
     /// <summary>
-    /// The requests of a GRPO rollout. A model of random weights draws every token about as often as any other, so a stop token that is
-    /// raised to one in 270 makes lengths of that mean (geometric, cut at 1024).
+    /// The requests of a GRPO rollout. A model of random weights draws all tokens about equally often, so a stop token whose probability is
+    /// raised to 1/270 gives lengths of that mean (geometric, cut at 1024).
     /// </summary>
     public static GroupRequest[] Grpo(bool isSmall, int seed, ModelSpec model)
     {
@@ -90,7 +90,7 @@ internal static class Rollouts
             MaxContext = context,
             MaxSequences = sequences,
             MaxBatchTokens = stage.IsSmall ? 64 : 0,
-            KvCacheFraction = model.HiddenSize >= 4096 ? 0.8 : 0, // nothing else is on the device; small models need less
+            KvCacheFraction = model.HiddenSize >= 4096 ? 0.8 : 0, // nothing else uses the device; small models need less
         };
         return RolloutEngine.Start(name, model, backend, options, RandomWeights.Of(backend, model, stage.IsSmall));
     }

@@ -3,29 +3,31 @@ using System.Text.Json.Serialization;
 
 namespace Rollout.Gpu;
 
-/// <summary>One number, or one sentence, of a table.</summary>
+/// <summary>One cell of a table: a number or a text.</summary>
 /// <param name="Stage">1 to 7.</param>
-/// <param name="Table">Its heading.</param>
+/// <param name="Table">The table's heading.</param>
 /// <param name="Name">The row's first cell.</param>
 /// <param name="Column">The column's heading, with the unit.</param>
 internal sealed record Row(int Stage, string Table, string Name, string Column)
 {
-    /// <summary>What was measured.</summary>
+    /// <summary>The measured number.</summary>
     public double? Value { get; init; }
 
-    /// <summary>Instead of a number.</summary>
+    /// <summary>A text instead of a number.</summary>
     public string? Text { get; init; }
 
-    /// <summary>What the number is held to: at most, or with <see cref="AtLeast"/> at least.</summary>
+    /// <summary>The target: an upper bound, or with <see cref="AtLeast"/> a lower one.</summary>
     public double? Target { get; init; }
 
     public bool AtLeast { get; init; }
 
-    /// <summary>Why there is neither.</summary>
+    /// <summary>Why there is neither number nor text.</summary>
     public string? Error { get; init; }
 }
 
-/// <summary>Rows on disk, one JSON object a line, each there as soon as it is known: whatever ends the process loses none.</summary>
+/// <summary>
+/// Rows on disk, one JSON object a line, each written as soon as it is known, so that none is lost when the process is killed.
+/// </summary>
 internal static class RowFile
 {
     public const string Name = "rows.jsonl";
@@ -42,7 +44,7 @@ internal static class RowFile
     public static void Append(string folder, Row row) => Append(folder, Name, row);
 
     /// <summary>
-    /// A line of another file, of details that no table shows. Processes that have a line at the same time wait for each other.
+    /// Appends a line to another file, with details that no table shows. Processes that write at the same time wait for each other.
     /// </summary>
     public static void Append<T>(string folder, string file, T line)
     {
@@ -62,7 +64,7 @@ internal static class RowFile
         }
     }
 
-    /// <summary>All rows; of those that were measured again the last. A line that was cut short is left out.</summary>
+    /// <summary>All rows; of repeated measurements the last. An incomplete line is left out.</summary>
     public static IReadOnlyList<Row> Read(string folder)
     {
         string file = Path.Combine(folder, Name);
@@ -76,7 +78,7 @@ internal static class RowFile
             }
             catch (JsonException)
             {
-                // A process was killed while it wrote this.
+                // The process was killed while it wrote this line.
             }
         }
 

@@ -7,7 +7,7 @@ using Rollout.Micro;
 
 namespace Rollout.Gpu;
 
-/// <summary>A sidecar of its own with the shape of Qwen2.5-0.5B on the device, and what it is asked through gRPC.</summary>
+/// <summary>A sidecar with the shape of Qwen2.5-0.5B on the device, used through gRPC.</summary>
 internal sealed class Served : IAsyncDisposable
 {
     private readonly SidecarProcess _sidecar;
@@ -23,10 +23,10 @@ internal sealed class Served : IAsyncDisposable
 
     public RolloutClient Client { get; }
 
-    /// <summary>Of the model, as it was loaded.</summary>
+    /// <summary>Weights of the model as it was loaded.</summary>
     public IReadOnlyList<TensorSource> Tensors { get; }
 
-    /// <summary>The GRPO rollout of <see cref="Rollouts.Grpo"/>, asked for as a trainer does.</summary>
+    /// <summary>The GRPO rollout of <see cref="Rollouts.Grpo"/>, requested as a trainer does.</summary>
     public static async Task RunAsync(Stage stage)
     {
         await using Served served = await StartAsync(stage);
@@ -95,7 +95,7 @@ internal sealed class Served : IAsyncDisposable
         Directory.Delete(_folder, recursive: true);
     }
 
-    /// <summary>/dev/shm where the model fits, since that is no disk.</summary>
+    /// <summary>/dev/shm where the model fits, since that is memory.</summary>
     private static string ScratchFolder()
     {
         const string Memory = "/dev/shm";

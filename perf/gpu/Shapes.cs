@@ -2,7 +2,7 @@ using Rollout.Engine;
 
 namespace Rollout.Gpu;
 
-/// <summary>The models that are measured: their config.json, in shapes/; on the simulated device the golden models'.</summary>
+/// <summary>The measured models: their config.json, in shapes/; on the simulated device the golden models'.</summary>
 internal static class Shapes
 {
     public const string Qwen25 = "Qwen2.5-0.5B", Qwen3 = "Qwen3-0.6B", Llama = "Llama-3.1-8B", Qwen38B = "Qwen3-8B";

@@ -4,20 +4,18 @@ using Rollout.Kernels.Cuda;
 
 namespace Rollout.Gpu;
 
-/// <summary>
-/// A piece of a stage that runs in a process of its own, so that a device or a library that fails takes nothing else along.
-/// </summary>
+/// <summary>A part of a stage that runs in its own process, so that a failing device or library does not end other parts.</summary>
 /// <param name="Name">Unique within the stage.</param>
-/// <param name="Seconds">After which it is ended; what it has measured by then stays.</param>
+/// <param name="Seconds">Time limit; rows written before it stay.</param>
 /// <param name="RunAsync">Measures and writes rows.</param>
 internal sealed record Part(string Name, int Seconds, Func<Stage, Task> RunAsync);
 
-/// <summary>What a part writes to, and how large its work is.</summary>
+/// <summary>Where a part writes its rows, and the size of its work.</summary>
 internal sealed class Stage
 {
     public const string Table = "Stages";
 
-    /// <summary>What the process of a part ends with after it has written why.</summary>
+    /// <summary>Exit code of a part's process that has already reported its failure.</summary>
     public const int Failed = 3;
 
     private const string SimulatedDevice = "simulated device"; // tests/cuda-sim
@@ -31,16 +29,16 @@ internal sealed class Stage
 
     public int Number { get; }
 
-    /// <summary>The folder that takes rows and logs.</summary>
+    /// <summary>The folder for rows and logs.</summary>
     public string Output { get; }
 
-    /// <summary>On the simulated device: tiny shapes and few steps, so that every line runs and no number means anything.</summary>
+    /// <summary>On the simulated device: tiny shapes and few steps. Every line runs, but the numbers are meaningless.</summary>
     public bool IsSmall { get; }
 
     /// <summary>The unpacked archive, which has the other programs.</summary>
     public static string Root { get; } = Path.GetFullPath(Path.Combine(AppContext.BaseDirectory, ".."));
 
-    /// <summary>Limits are this many times as long.</summary>
+    /// <summary>Factor on the time limits.</summary>
     public static int Patience { get; }
         = int.Parse(Environment.GetEnvironmentVariable("ROLLOUT_GPU_PATIENCE") ?? "1", CultureInfo.InvariantCulture);
 
@@ -51,7 +49,7 @@ internal sealed class Stage
         return new Stage(number, output, device.Name == SimulatedDevice);
     }
 
-    /// <summary>Every part in turn; one that fails, or is not done in time, is a row.</summary>
+    /// <summary>Runs the parts in turn; one that fails or exceeds its time becomes a row.</summary>
     public static async Task RunAllAsync(int number, string output, IReadOnlyList<Part> parts)
     {
         foreach (Part part in parts)
@@ -84,7 +82,7 @@ internal sealed class Stage
         ? [Path.Combine(AppContext.BaseDirectory, "Rollout.Gpu.dll")]
         : [];
 
-    /// <summary>One part, in this process.</summary>
+    /// <summary>Runs one part in this process.</summary>
     public async Task<int> RunAsync(Part part)
     {
         try
@@ -105,13 +103,13 @@ internal sealed class Stage
         Row row = new(Number, table, name, column);
         RowFile.Append(Output, double.IsFinite(value)
             ? row with { Value = value, Target = IsSmall ? null : target, AtLeast = atLeast }
-            : row with { Text = "-" }); // the simulated device takes no time for a copy
+            : row with { Text = "-" }); // on the simulated device a copy takes no time
     }
 
     public void Write(string table, string name, string column, string text)
         => RowFile.Append(Output, new Row(Number, table, name, column) { Text = text });
 
-    /// <summary>The row has the beginning of what went wrong, the log all of it.</summary>
+    /// <summary>Writes a failure: its beginning as a row, all of it to the log.</summary>
     public void Fail(string table, string name, string error, string details = "")
     {
         const int Most = 400;
@@ -122,7 +120,7 @@ internal sealed class Stage
 
     private void Fail(string table, string name, Exception e) => Fail(table, name, $"{e.GetType().Name}: {e.Message}", $"{e}");
 
-    /// <summary>A failure is a row, and the next measurement follows.</summary>
+    /// <summary>Runs a measurement; a failure becomes a row, and the next measurement follows.</summary>
     public async Task TryAsync(string table, string name, Func<Task> measure)
     {
         try

@@ -8,8 +8,8 @@ using Rollout.Native;
 namespace Rollout.Gpu;
 
 /// <summary>
-/// Stage 4, steps alone: decoding by batch and context, each step one graph, with the next step queued before the answers of the one before
-/// are waited for, as the engine does; prompts; and the device's time by kernel, launch by launch.
+/// Stage 4, steps alone: decoding by batch and context, each step one graph, with the next step queued before the previous one's answers
+/// are waited for, as the engine does; prompts; and the device's time by kernel, measured per launch.
 /// </summary>
 internal static class StepRates
 {
@@ -23,7 +23,7 @@ internal static class StepRates
 
     private static readonly (int Sequences, int Tokens)[] s_prefill = [(1, 512), (1, 2048), (4, 2048), (64, 128)];
 
-    /// <summary>Milliseconds a token that a model at batch 1 is held to.</summary>
+    /// <summary>Target of a model at batch 1, in milliseconds a token.</summary>
     private static readonly Dictionary<string, double> s_alone = new() { [Shapes.Llama] = 4.1, [Shapes.Qwen25] = 0.55 };
 
     public static Task Run(Stage stage, string name)
@@ -96,7 +96,7 @@ internal static class StepRates
         }
     }
 
-    /// <summary>One kind of step of a model, and the memory it takes.</summary>
+    /// <summary>One kind of step of a model, and its memory.</summary>
     private sealed class Work : IDisposable
     {
         private const long AheadBytes = 512L << 20;
@@ -132,7 +132,7 @@ internal static class StepRates
             _workspace = _transformer.AllocateWorkspace(backend, rows, context);
             _layouts = [layout(), layout()];
 
-            // As an engine does at its start: a step takes memory, and graphs are captured of what lies where it then lies.
+            // As an engine does at its start: a first step allocates memory, and then graphs are captured with its addresses.
             Queue(_layouts[0]);
             backend.FinishStep(_layouts[0]);
             foreach (StepLayout rehearsal in backend.Rehearsals(_layouts[0])) Queue(rehearsal);
@@ -161,8 +161,8 @@ internal static class StepRates
         }
 
         /// <summary>
-        /// Launches and seconds by kernel, of one step: the mean of some. Copies ahead of it keep the device busy until all of the step
-        /// is queued.
+        /// Launches and seconds by kernel, of one step: the mean of several. Copies queued before it keep the device busy until the whole
+        /// step is queued.
         /// </summary>
         public IEnumerable<(string Kernel, int Launches, double Seconds)> ByKernel(int steps)
         {

@@ -5,9 +5,8 @@ using Rollout.Kernels.Cuda;
 namespace Rollout.Gpu;
 
 /// <summary>
-/// Stage 3: what every algorithm of cuBLASLt computes and costs for every weight shape of a model, at row counts from 1 to 8192.
-/// Everything goes to survey.jsonl; the table has what a decision needs: how many classes of equal bits there are, and how far the chosen
-/// one is from the fastest of all.
+/// Stage 3: the results and times of every algorithm of cuBLASLt for every weight shape of a model, at row counts from 1 to 8192. All of it
+/// goes to survey.jsonl; the table shows how many classes of equal bits there are, and how far the chosen one is from the fastest.
 /// </summary>
 internal static class Survey
 {

@@ -27,7 +27,7 @@ internal static class Updates
         new("trainer in Python", 60, TrainAsync),
     ];
 
-    /// <summary>What the other process says of one tensor: a handle of its allocation, and where in it the tensor lies.</summary>
+    /// <summary>What the other process reports of one tensor: a handle of its allocation, and the tensor's offset in it.</summary>
     private sealed record Shared(string Who, string Handle, long Offset, long Bytes, string Sha256);
 
     private static async Task PeerAsync(Stage stage)
@@ -99,7 +99,7 @@ internal static class Updates
         }
         finally
         {
-            other.StandardInput.Close(); // it may go
+            other.StandardInput.Close(); // the other process may end
             if (!other.WaitForExit(TimeSpan.FromSeconds(5))) other.Kill();
         }
     }
@@ -140,7 +140,10 @@ internal static class Updates
         Report(stage, "no step could run for", bytes, [.. stall]);
     }
 
-    /// <summary>examples/python/grpo.py with a sidecar on the device: what it draws is what the trainer would have, within bf16.</summary>
+    /// <summary>
+    /// Runs examples/python/grpo.py with a sidecar on the device: the sampled log-probabilities must equal the trainer's within the error
+    /// of bf16.
+    /// </summary>
     private static async Task TrainAsync(Stage stage)
     {
         IReadOnlyList<string> lines = await Python.RunAsync("trainer.py", stage.IsSmall
@@ -158,7 +161,7 @@ internal static class Updates
     }
 
     /// <summary>
-    /// The other process where there is no PyTorch: `share`, with the bytes of the large tensor on the first line that it reads.
+    /// The other process where PyTorch is not installed: `share`, which reads the bytes of the large tensor from its first line of input.
     /// </summary>
     public static void Share()
     {
@@ -183,7 +186,7 @@ internal static class Updates
         }
     }
 
-    /// <summary>PyTorch, or where that has no GPU this program.</summary>
+    /// <summary>Starts PyTorch, or, where that has no GPU, this program.</summary>
     private static async Task<Process> StartAsync(Stage stage, long bytes)
     {
         bool torch = !stage.IsSmall && await Python.HasAsync("torch");

@@ -5,8 +5,8 @@ using Rollout.V1;
 namespace Rollout.Load;
 
 /// <summary>
-/// Sequences that decode until this is disposed, and when their tokens came. A reply that holds the first sample's tokens marks a step:
-/// the tokens of one step may come in more than one reply.
+/// Sequences that decode until this is disposed, with the arrival times of their tokens. A reply that holds the first sample's tokens marks
+/// a step: the tokens of one step may come in more than one reply.
 /// </summary>
 internal sealed class BackgroundDecode : IAsyncDisposable
 {
@@ -34,7 +34,7 @@ internal sealed class BackgroundDecode : IAsyncDisposable
         RolloutService.RolloutServiceClient rollout, ControlService.ControlServiceClient control, int maxTokens,
         CancellationToken cancellation)
     {
-        const int Settled = 4; // steps after which prefill is over for certain
+        const int Settled = 4; // steps after which prefill is certainly over
         Random random = new(0);
         GenerateRequest request = new()
         {
@@ -58,7 +58,7 @@ internal sealed class BackgroundDecode : IAsyncDisposable
         }
     }
 
-    /// <summary>Returns when the tokens of another step have come; throws when none will.</summary>
+    /// <summary>Returns when the tokens of another step have arrived; throws when none will.</summary>
     public Task NextStepAsync()
     {
         lock (_lock) return _next.Task;
@@ -89,7 +89,7 @@ internal sealed class BackgroundDecode : IAsyncDisposable
         }
     }
 
-    /// <summary>Ends the sequences and returns when the server computes nothing any more.</summary>
+    /// <summary>Ends the sequences and returns when the server is idle.</summary>
     public async ValueTask DisposeAsync()
     {
         _call.Dispose();
@@ -134,6 +134,6 @@ internal sealed class BackgroundDecode : IAsyncDisposable
         }
 
         lock (_lock) _next.SetException(end);
-        _ = _next.Task.Exception; // nobody need be waiting
+        _ = _next.Task.Exception; // there may be no waiter
     }
 }

@@ -4,16 +4,16 @@ using System.Globalization;
 namespace Rollout.Load;
 
 /// <summary>
-/// A peer's llama-batched-bench (llama.cpp, ik_llama.cpp) on the same weights, prompts of the same length and as many tokens. Where the
-/// peer can repack its weights at run time it does: that is what its users would do.
+/// A peer's llama-batched-bench (llama.cpp, ik_llama.cpp) on the same weights, prompts of the same length and the same number of tokens. A
+/// peer that can repack its weights at run time does so, as its users would.
 /// </summary>
 internal sealed class BatchedBench(string label, string program, int threads, bool repacks)
 {
-    /// <summary>As the user calls it: llama.cpp, say.</summary>
+    /// <summary>The user's name for it, such as llama.cpp.</summary>
     public string Label => label;
 
     /// <summary>LABEL=PATH, as --peer is written.</summary>
-    /// <exception cref="ArgumentException">The path is not there or does not start.</exception>
+    /// <exception cref="ArgumentException">The program does not exist or does not start.</exception>
     public static BatchedBench Parse(string peer, int threads)
     {
         if (peer.Split('=', 2) is not [{ Length: > 0 } label, { Length: > 0 } program])
@@ -65,7 +65,7 @@ internal sealed class BatchedBench(string label, string program, int threads, bo
         {
             RedirectStandardOutput = true,
             RedirectStandardError = true,
-            WorkingDirectory = Path.GetTempPath(), // some leave logs where they start
+            WorkingDirectory = Path.GetTempPath(), // some write logs to their working directory
         })!;
         Task<string> errors = process.StandardError.ReadToEndAsync();
         string output = process.StandardOutput.ReadToEnd();

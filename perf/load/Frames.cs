@@ -11,17 +11,17 @@ using Spectre.Console;
 namespace Rollout.Load;
 
 /// <summary>
-/// What the wire costs: a model so small that it is almost free, served by a process of its own, and beside it the same requests on the
-/// same engine inside this process, in turn. Processor seconds are those of whole processes, so that in process the engine's and the
-/// reader's come together, while over gRPC the server's (engine included) and the client's come apart.
+/// The cost of the transport: a model so small that it costs almost nothing is served by another process, alternating with the same
+/// requests on the same engine inside this process. Processor seconds are those of whole processes: in process they include engine and
+/// reader, over gRPC the server (engine included) and the client are separate.
 /// </summary>
 internal static class Frames
 {
     private const int Sequences = 256;
     private const int PromptTokens = 8;
-    private const int SampleTokens = 120; // attention over long contexts would not be free
+    private const int SampleTokens = 120; // attention over long contexts would not be negligible
     private const int Vocabulary = 32;
-    private const int Waves = 16; // a run is several fillings of the batch, so that its start and end weigh little
+    private const int Waves = 16; // a run fills the batch several times, so that its start and end matter little
     private const int WarmUp = 3;
     private const int MaxContext = PromptTokens + SampleTokens;
 
@@ -40,7 +40,7 @@ internal static class Frames
     {
         Option<int> threads = new("--threads")
         {
-            Description = "Threads of the engine's backend. One, for such a model, leaves the other cores to the wire.",
+            Description = "Threads of the engine's backend. One, for such a model, leaves the other cores to the transport.",
             DefaultValueFactory = _ => 1,
         };
         Command command = new("frames", "Tokens a second, and processor time a token, through gRPC with a model that costs almost nothing.")
@@ -84,7 +84,7 @@ internal static class Frames
                 {
                     Run here = await MeasureAsync(server, () => InProcessAsync(engine, load, cancellation));
                     Run there = await MeasureAsync(server, () => RemoteAsync(client, load, cancellation));
-                    if (i < 0) continue; // pays for compilation
+                    if (i < 0) continue; // warm-up: includes compilation
                     inProcess.Add(here);
                     remote.Add(there);
                 }
@@ -110,7 +110,7 @@ internal static class Frames
         long tokens = await work();
         double seconds = Stopwatch.GetElapsedTime(started).TotalSeconds;
         const int Expected = Waves * Sequences * SampleTokens;
-        if (tokens != Expected) throw new InvalidOperationException($"{tokens} tokens came, {Expected} were asked for");
+        if (tokens != Expected) throw new InvalidOperationException($"{tokens} tokens arrived, {Expected} were requested");
         return new Run(tokens / seconds, (Environment.CpuUsage.TotalTime - own).TotalMicroseconds / tokens,
             (Processor(server) - servers).TotalMicroseconds / tokens);
     }
@@ -158,7 +158,7 @@ internal static class Frames
         return tokens;
     }
 
-    /// <summary>A streamed group begins when the one before it has ended; groups that come whole are all asked for at once.</summary>
+    /// <summary>A streamed group begins when the previous one has ended; groups delivered whole are all requested at once.</summary>
     private static async Task<long> ReadersAsync(Load load, Func<int, Task<long>> read)
     {
         int atOnce = Sequences / load.N * (load.Streaming ? 1 : Waves), each = load.Streaming ? Waves : 1;

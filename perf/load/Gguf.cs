@@ -5,7 +5,7 @@ using Rollout.Engine;
 namespace Rollout.Load;
 
 /// <summary>
-/// Shape S as a GGUF file (version 3, github.com/ggml-org/ggml, docs/gguf.md), so that llama.cpp and its relatives can run the very same
+/// Shape S as a GGUF file (version 3, github.com/ggml-org/ggml, docs/gguf.md), so that llama.cpp and its relatives can run the same
 /// weights: architecture qwen2, matrices as BF16 or Q8_0, vectors as F32, and a vocabulary of made-up words, since prompts are token ids.
 /// </summary>
 internal static class Gguf
@@ -32,7 +32,7 @@ internal static class Gguf
     }
 
     /// <summary>
-    /// The file of a model folder in this format, written beside the model once. <paramref name="format"/>: bf16 or q8_0.
+    /// The file of a model folder in this format, written once, next to the model. <paramref name="format"/>: bf16 or q8_0.
     /// </summary>
     public static string Of(string folder, string format)
     {
@@ -165,8 +165,8 @@ internal static class Gguf
     private static float ToSingle(ushort bf16) => BitConverter.UInt32BitsToSingle((uint)bf16 << 16);
 
     /// <summary>
-    /// Printable characters, newline and space in the alphabet of byte-level vocabularies, then made-up words. All of it is text: a server
-    /// that looks for structure in its output would fail on bytes that are none.
+    /// Printable characters, newline and space in the alphabet of byte-level vocabularies, then made-up words. All of it is valid text: a
+    /// server that parses its output would fail on invalid bytes.
     /// </summary>
     private static string Word(int id) => id switch
     {

@@ -3,7 +3,7 @@ using System.Net.Sockets;
 
 namespace Rollout.Load;
 
-/// <summary>What moving bytes costs on this machine when nothing is done with them: the measure of an update's paths.</summary>
+/// <summary>The cost of only moving bytes on this machine: the reference for an update's paths.</summary>
 internal static class MachineCopies
 {
     private const int SocketPiece = 1 << 20;

@@ -12,7 +12,7 @@ internal static class PlotCommand
     private const int Width = 900;
     private const int Height = 560;
 
-    /// <summary>Rollout's formats in blues and green, drawn whole; peers in warm colours, dashed.</summary>
+    /// <summary>Rollout's formats in blues and green, solid; peers in warm colours, dashed.</summary>
     private static readonly string[] s_own = ["#0b3d91", "#2e8bc0", "#1b998b"];
 
     private static readonly string[] s_peers = ["#e4572e", "#f3a712", "#a4243b", "#7b2d8b"];

@@ -30,10 +30,10 @@ weights.SetAction(async (arguments, cancellation) =>
     return 0;
 });
 
-// A table that goes into a file is not folded.
+// A table written to a file is not wrapped.
 if (Console.IsOutputRedirected) AnsiConsole.Profile.Width = 200;
 
-// Long enough to stop the sidecar and remove what was made, when Ctrl+C ends a measurement.
+// Long enough to stop the sidecar and remove temporary files when Ctrl+C ends a measurement.
 InvocationConfiguration configuration = new() { ProcessTerminationTimeout = TimeSpan.FromSeconds(15) };
 return await new RootCommand("Measures Rollout on this machine. Results are written to perf/RESULTS.md by hand, with machine and commit.")
 {

@@ -5,8 +5,8 @@ using Rollout.Kernels;
 namespace Rollout.Load;
 
 /// <summary>
-/// Shape S: Qwen2 architecture, 24 layers, hidden 896, MLP 4864, 14 query and 2 key-value heads, vocabulary 32768, tied
-/// head, random bf16 weights (387 M parameters, 0.77 GB). Same shape and prompts as llama.cpp's batched-bench runs beside it.
+/// Shape S: Qwen2 architecture, 24 layers, hidden 896, MLP 4864, 14 query and 2 key-value heads, vocabulary 32768, tied head, random bf16
+/// weights (387 M parameters, 0.77 GB). llama.cpp's batched-bench runs use the same shape and prompts.
 /// </summary>
 internal static class ShapeS
 {

@@ -4,7 +4,7 @@ using Rollout.Kernels;
 
 namespace Rollout.Load;
 
-/// <summary>Prefill and decode rates of Shape S in process, and of llama.cpp's batched bench on the same work beside it.</summary>
+/// <summary>Prefill and decode rates of Shape S in process, and of llama.cpp's batched bench on the same work.</summary>
 internal static class ShapeSRates
 {
     private const int PromptTokens = 128;
@@ -12,13 +12,13 @@ internal static class ShapeSRates
     private const int PrefillTokens = 256;
 
     /// <summary>
-    /// Every round runs every storage format and every peer on it, one after the other, so that noise hits all alike; a number is the
+    /// Every round runs every storage format and every peer on it, one after the other, so that noise affects all equally; a number is the
     /// median of the rounds.
     /// </summary>
     public static async Task<ShapeSResult> MeasureAsync(ShapeSWork work, IProgress<string> progress)
     {
         string folder = ShapeS.Folder();
-        double gflops = 0, gbps = 0; // the best of the rounds: what the machine can, not what others left of it at one moment
+        double gflops = 0, gbps = 0; // the best of the rounds: the machine's limit, not what other processes left of it at one moment
         Dictionary<string, List<Throughput>> runs = [];
         Dictionary<WeightFormat, float[]> logProbs = [];
         string[] ggufs = [.. work.Formats.Select(GgufOf).Distinct()];
@@ -50,7 +50,7 @@ internal static class ShapeSRates
         }
     }
 
-    /// <summary>What a peer runs beside a format.</summary>
+    /// <summary>The peers' counterpart of a format.</summary>
     public static string GgufOf(WeightFormat format) => format == WeightFormat.Int8 ? "q8_0" : "bf16";
 
     /// <summary>One round of one format.</summary>
@@ -61,7 +61,7 @@ internal static class ShapeSRates
             new EngineOptions { MaxContext = 1024, MaxSequences = 64, MaxBatchTokens = 512 });
         if (!logProbs.ContainsKey(format)) logProbs[format] = await ScoreAsync(engine);
 
-        await TimeAsync(engine, 1, PrefillTokens, maxTokens: 1, salt: "warm-up"); // pays for compilation
+        await TimeAsync(engine, 1, PrefillTokens, maxTokens: 1, salt: "warm-up"); // warm-up: includes compilation
         double prefill = PrefillTokens / await TimeAsync(engine, 1, PrefillTokens, maxTokens: 1, salt: "prefill");
         SortedDictionary<int, double> decode = [];
         foreach (int batch in work.Batches)
@@ -133,9 +133,9 @@ internal static class ShapeSRates
 }
 
 /// <summary>What to measure.</summary>
-/// <param name="Formats">Storage formats, each beside the peers' counterpart.</param>
+/// <param name="Formats">Storage formats, each measured with the peers' counterpart.</param>
 /// <param name="Batches">Batch sizes to decode at.</param>
-/// <param name="Threads">Cores for everybody.</param>
+/// <param name="Threads">Cores of each program.</param>
 /// <param name="Repetitions">Rounds.</param>
 /// <param name="Peers">Run beside Rollout.</param>
 internal sealed record ShapeSWork(

@@ -12,7 +12,7 @@ internal static class ShapeSReport
     public const double LayerWeights = 24 * (896.0 * 1152 + 896 * 896 + 3 * 896 * 4864);
     public const double HeadWeights = 896.0 * 32768;
 
-    /// <summary>bf16's numbers stand at the top too, where earlier versions had them.</summary>
+    /// <summary>bf16's numbers are also at the top level, where earlier versions had them.</summary>
     public static void PrintJson(ShapeSResult result)
     {
         JsonObject json = [];

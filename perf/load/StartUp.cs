@@ -10,7 +10,7 @@ using Spectre.Console;
 
 namespace Rollout.Load;
 
-/// <summary>`start`: how long Shape S takes from nothing to its first token, and what memory it then holds.</summary>
+/// <summary>`start`: the time of Shape S from process start to its first token, and its memory then.</summary>
 internal static class StartUp
 {
     private static readonly int[] s_prompt = [1, 2, 3, 4, 5, 6, 7, 8];
@@ -45,7 +45,7 @@ internal static class StartUp
     {
         string model = ShapeS.Folder();
         string file = Path.Combine(model, ShapeS.WeightsFile);
-        Read(file); // from now on it is in the page cache
+        Read(file); // brings it into the page cache
         List<double> reads = [];
         Dictionary<string, List<Start>> starts = WeightFormats.CpuNames.ToDictionary(name => name, _ => new List<Start>());
         for (int round = 1; round <= repeats; round++)
@@ -60,7 +60,7 @@ internal static class StartUp
             Median(entry.Value.Select(start => start.Resident)), Median(entry.Value.Select(start => start.Highest)))));
     }
 
-    /// <summary>Seconds to read a file once, by one thread, into a buffer that the caches keep.</summary>
+    /// <summary>Seconds to read a file once, by one thread, into a buffer that fits the caches.</summary>
     private static double Read(string path)
     {
         byte[] buffer = new byte[1 << 20];
@@ -145,9 +145,9 @@ internal static class StartUp
     }
 
     /// <param name="Ready">Seconds from starting the process until it serves.</param>
-    /// <param name="FirstToken">Seconds from starting the process until a client has a token.</param>
+    /// <param name="FirstToken">Seconds from starting the process until a client has received a token.</param>
     /// <param name="Resident">Bytes, once the first token has come.</param>
-    /// <param name="Highest">Bytes, ever until then.</param>
+    /// <param name="Highest">Peak bytes until then.</param>
     private sealed record Start(double Ready, double FirstToken, long Resident, long Highest);
 
     private sealed record Result(long Bytes, double Read, Dictionary<string, Start> Starts);

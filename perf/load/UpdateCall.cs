@@ -4,8 +4,8 @@ using Rollout.V1;
 namespace Rollout.Load;
 
 /// <summary>
-/// One Weights.Update call. Replies are read from the start, so that the server never waits for us to take its progress and an update that
-/// fails says why.
+/// One Weights.Update call. Replies are read from the start, so that the server never waits for the client to read progress, and the reason
+/// of a failed update is known.
 /// </summary>
 internal sealed class UpdateCall : IDisposable
 {
@@ -21,7 +21,7 @@ internal sealed class UpdateCall : IDisposable
     /// <summary>What the server said it would do.</summary>
     public Ready Ready => _ready.Task.Result;
 
-    /// <summary>Ends with the commit, or with an exception that says why there will be none.</summary>
+    /// <summary>Completes with the commit, or with an exception that says why it failed.</summary>
     public Task<Committed> Committed { get; }
 
     /// <summary>Opens the transaction and returns when the server is ready for the payload.</summary>
@@ -51,12 +51,12 @@ internal sealed class UpdateCall : IDisposable
         }
         catch (Exception e) when (e is RpcException or InvalidOperationException)
         {
-            await Committed; // the server's own words, where it found any
+            await Committed; // the server's own message, if it sent one
             throw;
         }
     }
 
-    /// <summary>Gives the transaction up before a payload byte has moved, and waits until the server has let go of it.</summary>
+    /// <summary>Cancels the transaction before any payload byte, and waits until the server has released it.</summary>
     public async Task AbortAsync(string reason)
     {
         await SendAsync(new UpdateRequest { Abort = new AbortUpdate { Reason = reason } });

@@ -11,8 +11,8 @@ using Rollout.V1;
 namespace Rollout.Load;
 
 /// <summary>
-/// Weight updates of Shape S against a real sidecar in its own process, over the wire. Every round measures every path and the machine's
-/// own copies beside them, so that noise hits all alike; a number is the median of the rounds.
+/// Weight updates of Shape S against a real sidecar in its own process, over its socket. Every round measures every path and the machine's
+/// own copies, so that noise affects all equally; a number is the median of the rounds.
 /// </summary>
 internal sealed class WeightUpdates : IDisposable
 {
@@ -71,7 +71,7 @@ internal sealed class WeightUpdates : IDisposable
                 ExtraArguments = ["--max-context", $"{MaxContext}", "--max-sequences", $"{BackgroundDecode.Sequences}"],
                 StopTimeout = TimeSpan.FromSeconds(5),
             }, cancellation);
-            File.Delete(Path.Combine(folder, ShapeS.WeightsFile)); // the disk need not write it while we measure
+            File.Delete(Path.Combine(folder, ShapeS.WeightsFile)); // so that the disk does not write it during the measurement
 
             using WeightUpdates updates = new(socket, payload, cancellation);
             StatusReply status = await updates._control.StatusAsync(new StatusRequest(), cancellationToken: cancellation);
@@ -81,7 +81,7 @@ internal sealed class WeightUpdates : IDisposable
             {
                 progress.Report(i == 0 ? "warm-up" : $"round {i} of {repeats}");
                 Round round = await updates.MeasureRoundAsync();
-                if (i > 0) rounds.Add(round); // the first pays for compilation and for pages never touched
+                if (i > 0) rounds.Add(round); // warm-up: includes compilation and first touches of pages
             }
 
             return new WeightUpdatesResult
@@ -127,7 +127,7 @@ internal sealed class WeightUpdates : IDisposable
         return new Round(memcpy, shared, loaded, inPlace, inline, socket);
     }
 
-    /// <summary>The payload stands in shared memory: from telling the server where, to its word that the weights are served.</summary>
+    /// <summary>The payload is in shared memory: from telling the server where, to its reply that the weights are served.</summary>
     private async Task<TimedUpdate> SharedMemoryAsync(V1.UpdateMode mode)
     {
         using UpdateCall update = await BeginAsync(mode);
@@ -138,7 +138,7 @@ internal sealed class WeightUpdates : IDisposable
     {
         string path = PutInto(update.Ready.Segment);
         long begun = Stopwatch.GetTimestamp();
-        // The commit goes right behind: what it would wait for on this side, the server waits for anyway.
+        // The commit is sent immediately after: the server waits for the payload in any case.
         await update.SendAsync(new UpdateRequest { SharedMemory = new SharedMemory { Path = path } });
         Committed committed = await CommitAsync(update);
         long ended = Stopwatch.GetTimestamp();
@@ -183,7 +183,7 @@ internal sealed class WeightUpdates : IDisposable
         return null;
     }
 
-    /// <summary>From the first chunk to the server's word that the weights are served.</summary>
+    /// <summary>From the first chunk to the server's reply that the weights are served.</summary>
     private async Task<double> InlineAsync()
     {
         using UpdateCall update = await BeginAsync(V1.UpdateMode.Staged);

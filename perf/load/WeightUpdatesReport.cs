@@ -3,7 +3,7 @@ using Spectre.Console;
 
 namespace Rollout.Load;
 
-/// <summary>Shows the result beside the targets.</summary>
+/// <summary>Shows the result with the targets.</summary>
 internal static class WeightUpdatesReport
 {
     private const double MostSharedMemory = 2.0;

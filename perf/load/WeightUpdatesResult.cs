@@ -12,13 +12,13 @@ internal sealed record WeightUpdatesResult
     /// <summary>Of the payload.</summary>
     public required long Bytes { get; init; }
 
-    /// <summary>Copying as many bytes on all cores.</summary>
+    /// <summary>Copying the same number of bytes on all cores.</summary>
     public required double Memcpy { get; init; }
 
     /// <summary>Staged over shared memory, nothing generating: from the first payload message to the commit's answer.</summary>
     public required double SharedMemory { get; init; }
 
-    /// <summary>The same while sequences decode: how long no step could run, as the server says.</summary>
+    /// <summary>The same while sequences decode: how long no step could run, as reported by the server.</summary>
     public required double Stall { get; init; }
 
     /// <summary>One decode step of those sequences without an update.</summary>
@@ -33,7 +33,7 @@ internal sealed record WeightUpdatesResult
     /// <summary>Staged by chunks over gRPC on a Unix socket: from the first chunk to the commit's answer.</summary>
     public required double Inline { get; init; }
 
-    /// <summary>As many bytes through a bare Unix socket.</summary>
+    /// <summary>The same number of bytes through a bare Unix socket.</summary>
     public required double Socket { get; init; }
 
     /// <summary>As <see cref="SharedMemory"/>, while sequences decode.</summary>
@@ -42,6 +42,6 @@ internal sealed record WeightUpdatesResult
     /// <summary>Longest wait for a step's tokens around the swap, beyond the usual one, as the client saw it.</summary>
     public required double CommitGap { get; init; }
 
-    /// <summary>As <see cref="CommitGap"/>, while the payload was being read: what sharing the cores costs.</summary>
+    /// <summary>As <see cref="CommitGap"/>, while the payload was being read: the cost of sharing the cores.</summary>
     public required double TransferGap { get; init; }
 }

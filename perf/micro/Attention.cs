@@ -3,7 +3,7 @@ using Rollout.Kernels;
 
 namespace Rollout.Micro;
 
-/// <summary>A decode step's attention in all layers, in turn, so that keys and values come from memory as they do in a step.</summary>
+/// <summary>A decode step's attention in all layers in turn, so that keys and values come from memory as in a step.</summary>
 public abstract class Attention : IHasLimit
 {
     private const int Layers = 24;
@@ -69,7 +69,7 @@ public class AttentionByContext : Attention
     protected override int SharedTokens => 0;
 }
 
-/// <summary>16 samples of one prompt of 1024 tokens: what is it worth that they share its blocks?</summary>
+/// <summary>16 samples of one prompt of 1024 tokens: what does sharing its blocks save?</summary>
 public class AttentionBySharing : Attention
 {
     [Params(true, false)]

@@ -9,7 +9,7 @@ namespace Rollout.Micro;
 /// <summary>
 /// The host's part of a decode step on a GPU: everything but the device's work. It depends on layers, rows and context, not on widths, so
 /// the model is narrow. To be run on the simulated device with ROLLOUT_SIM_IDLE=1, which does no work; on a real device only the first two
-/// columns are the host's alone.
+/// columns are host time alone.
 /// </summary>
 internal static class CudaHost
 {
@@ -26,8 +26,8 @@ internal static class CudaHost
 
     private static readonly TimeSpan s_warmUp = TimeSpan.FromSeconds(1);
 
-    /// <param name="steps">To take the median of.</param>
-    /// <param name="text">Gets the table.</param>
+    /// <param name="steps">Steps to take the median of.</param>
+    /// <param name="text">Receives the table.</param>
     public static void Print(int steps, TextWriter text)
     {
         string folder = Directory.CreateTempSubdirectory("rollout-host-").FullName;
@@ -46,13 +46,13 @@ internal static class CudaHost
             using KvCache cache = backend.AllocateKvCache(sharedBlocks + (batch * ownBlocks), transformer.Kv);
             using Workspace workspace = transformer.AllocateWorkspace(backend, batch, context);
             StepLayout[] layouts = [Workload.DecodeStep(batch, context, shared), Workload.DecodeStep(batch, context, shared)];
-            Queue(layouts[0]); // takes memory
+            Queue(layouts[0]); // allocates memory
             backend.FinishStep(layouts[0]);
             foreach (StepLayout rehearsal in backend.Rehearsals(layouts[0])) Queue(rehearsal);
 
             int turn = 0;
             double[][] seconds = [.. Enumerable.Range(0, 5).Select(_ => new double[steps])];
-            long warming = Stopwatch.GetTimestamp(); // until the code is what a server runs after its first second
+            long warming = Stopwatch.GetTimestamp(); // until the code is as optimised as in a server after its first second
             for (int i = -1; i < steps; i += Stopwatch.GetElapsedTime(warming) > s_warmUp ? 1 : 0)
             {
                 StepLayout step = layouts[turn ^= 1];

@@ -6,13 +6,13 @@ using Rollout.Kernels;
 
 namespace Rollout.Micro;
 
-/// <summary>What an operation cannot do without: arithmetic, and bytes that no cache holds.</summary>
+/// <summary>The minimum work of an operation: arithmetic, and bytes that no cache holds.</summary>
 internal readonly record struct Work(double Flops, double Bytes);
 
-/// <summary>What this machine gives at best, measured once a run.</summary>
+/// <summary>This machine's peak rates, measured once a run.</summary>
 internal static class Machine
 {
-    // A limit is the best that was seen: what somebody else took meanwhile does not lower it.
+    // A limit is the best measured: other processes' load does not lower it.
     private const int Attempts = 3;
 
     private static readonly Lazy<(double Flops, double Bytes)> s_limits = new(() => (
@@ -23,14 +23,14 @@ internal static class Machine
 
     public static double BytesPerSecond => s_limits.Value.Bytes;
 
-    /// <summary>Whichever takes longer: its arithmetic at the peak of all cores, or its bytes at the bandwidth of all cores.</summary>
+    /// <summary>The longer of its arithmetic at the peak of all cores and its bytes at the bandwidth of all cores.</summary>
     public static double FloorSeconds(Work work) => Math.Max(work.Flops / FlopsPerSecond, work.Bytes / BytesPerSecond);
 }
 
 /// <summary>A benchmark class whose methods have a floor on this machine.</summary>
 internal interface IHasLimit
 {
-    /// <summary>Of one call of the method, under the parameters now set.</summary>
+    /// <summary>The work of one call of the method with the current parameters.</summary>
     Work WorkOf(string method);
 }
 

@@ -3,10 +3,12 @@ using Rollout.Kernels;
 
 namespace Rollout.Micro;
 
-/// <summary>Where does a matmul go from reading weights to multiplying, and is any row count a cliff?</summary>
+/// <summary>
+/// From which row count is a matmul bound by arithmetic rather than by reading weights, and is any row count much slower?
+/// </summary>
 public class MatMulByRows : IHasLimit
 {
-    // More bytes than the caches keep, as in a step, where all other layers come between two uses of a weight.
+    // More bytes than the caches hold, as in a step, where all other layers run between two uses of a weight.
     private const long WeightBytes = 96L << 20;
 
     private CpuBackend _backend = null!;

@@ -4,7 +4,9 @@ using Rollout.Kernels;
 
 namespace Rollout.Micro;
 
-/// <summary>How far from a copy is storing a bf16 matrix in the kernels' layout? One thread; the limit counts only the reading.</summary>
+/// <summary>
+/// How much slower than a copy is storing a bf16 matrix in the kernels' layout? One thread; the limit counts only the reading.
+/// </summary>
 public class Pack : IHasLimit
 {
     private const int Outputs = 32768;

@@ -2,7 +2,7 @@ using Rollout.Engine;
 
 namespace Rollout.Micro;
 
-/// <summary>What each part of a step must do. A multiply-add is two flops; exp, sqrt and the like are not counted.</summary>
+/// <summary>The minimum work of each part of a step. A multiply-add is two flops; exp, sqrt and the like are not counted.</summary>
 internal static class PartWork
 {
     public static string Name(Part part) => part switch
@@ -40,7 +40,7 @@ internal static class PartWork
             => new(2.0 * layers * step.Rows * outputs * inputs, 2.0 * layers * outputs * inputs);
     }
 
-    /// <summary>fp32 read and written by the part; caches hold them while the step is small, so they are in no floor.</summary>
+    /// <summary>fp32 read and written by the part; caches hold them while the step is small, so they do not count in a floor.</summary>
     public static double ActivationBytes(Part part, ModelSpec model, StepRecord step)
     {
         (AttentionSpec attention, int width) = (model.Layers[0].Attention, model.Layers[0].FeedForward.Width);

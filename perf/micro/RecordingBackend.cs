@@ -3,21 +3,21 @@ using Rollout.Kernels;
 
 namespace Rollout.Micro;
 
-/// <summary>The parts of a step, as the transformer calls them; the host is everything between two calls of the backend.</summary>
+/// <summary>The parts of a step, as the transformer calls them; "host" is everything between two calls of the backend.</summary>
 internal enum Part
 {
     Embed, Norms, Qkv, Attention, Output, GateUp, Silu, Down, Gather, Head, Sampling, Host,
 }
 
-/// <summary>What one step held and how long each of its parts took, in ticks of <see cref="Stopwatch"/>.</summary>
+/// <summary>The contents of one step and the time of each of its parts, in ticks of <see cref="Stopwatch"/>.</summary>
 internal sealed record StepRecord(int Rows, int Sequences, int Outputs, long AttendedTokens, long ContextTokens, long[] Ticks)
 {
     public double Milliseconds(Part part) => Ticks[(int)part] * 1000.0 / Stopwatch.Frequency;
 }
 
 /// <summary>
-/// Passes every call on and notes, of each, which part of the step it is and how long it took. The two clock reads a call cost are some
-/// 10 us a step of 24 layers, most of them counted as the host's.
+/// Passes every call on and records which part of the step it is and how long it took. The two clock reads a call cost some 10 us a step of
+/// 24 layers, most of it counted as host.
 /// </summary>
 internal sealed class RecordingBackend(Backend inner) : DelegatingBackend(inner)
 {
@@ -28,17 +28,17 @@ internal sealed class RecordingBackend(Backend inner) : DelegatingBackend(inner)
     /// <summary>Called on the loop's thread when a step begins, before anything is timed.</summary>
     public Action? StepBegins { get; set; }
 
-    /// <summary>Whether steps are noted.</summary>
+    /// <summary>Whether steps are recorded.</summary>
     public bool Recording { get; set; }
 
-    /// <summary>Steps noted so far. To be read while no step runs.</summary>
+    /// <summary>Steps recorded so far. To be read while no step runs.</summary>
     public IReadOnlyList<StepRecord> Records => _records;
 
     public void Clear() => _records.Clear();
 
     protected override void BeginStepCore(StepLayout step)
     {
-        // The host's part of a step ends here: what it did since the last call belongs to the step that begins.
+        // The host's part of a step ends here: what it did since the last call belongs to the new step.
         long host = _last == 0 ? 0 : Stopwatch.GetTimestamp() - _last;
         StepBegins?.Invoke();
         if (Recording) Note(step, host);

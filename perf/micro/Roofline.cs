@@ -6,8 +6,8 @@ using Rollout.Load;
 namespace Rollout.Micro;
 
 /// <summary>
-/// Where the time of Shape S's steps goes, beside what the machine needs at least: the tables of perf/ROOFLINE.md. The engine runs as it
-/// is served, on a backend that notes the time of each part.
+/// The time of Shape S's steps by part, compared with the machine's minimum: the tables of perf/ROOFLINE.md. The engine runs as in the
+/// server, on a backend that records the time of each part.
 /// </summary>
 internal static class Roofline
 {
@@ -49,14 +49,14 @@ internal static class Roofline
         backend.Recording = true;
         await run();
         backend.Recording = false;
-        // The first pays for what was cold: caches, sleeping threads, the time before the request came.
+        // The first step includes cold caches, sleeping threads and the time before the request arrived.
         StepRecord[] steps = [.. backend.Records.Where(wanted).Skip(1)];
         return steps.Length > 0 ? steps : throw new InvalidOperationException("no step of the wanted shape ran");
     }
 
     private static async Task RunAsync(RolloutEngine engine, int groups, int promptTokens, int maxTokens, string salt)
     {
-        // All are in before the first step, so that every step holds all of them.
+        // All are queued before the first step, so that every step has all of them.
         await engine.PauseAsync(PauseMode.Keep, "roofline", TimeSpan.FromMinutes(1));
         Group[] all = [.. Enumerable.Range(0, groups).Select(i =>
         {

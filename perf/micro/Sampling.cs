@@ -3,7 +3,7 @@ using Rollout.Kernels;
 
 namespace Rollout.Micro;
 
-/// <summary>What does choosing a token cost beside Head, the matmul that made its logits?</summary>
+/// <summary>What does choosing a token cost, compared with Head, the matmul that computes its logits?</summary>
 public class Sampling : IHasLimit
 {
     private const int Alternatives = 20;
@@ -34,7 +34,7 @@ public class Sampling : IHasLimit
     [Benchmark(Baseline = true)]
     public void Head() => _backend.MatMul(_hidden, _head, null, _logits, Rows);
 
-    // The logits are not renewed between calls, so a kind that overwrites them meets what it left; none of these does.
+    // The logits are not restored between calls, so a kind that overwrites them would see its own output; none of these does.
     [Benchmark]
     public void Greedy() => Sample(new SampleQuery { Target = -1, TopP = 1 });
 

@@ -10,8 +10,8 @@ using Perfolizer.Horology;
 namespace Rollout.Micro;
 
 /// <summary>
-/// Few short iterations, in this process: all benchmarks together take minutes, and neither a network nor a second build is needed. The
-/// median is what to read; on a shared machine the mean is somebody else's.
+/// Few short iterations, in this process: all benchmarks together take minutes, and neither a network nor a second build is needed. Read
+/// the median: on a shared machine the mean reflects other processes.
 /// </summary>
 internal sealed class ShortRuns : ManualConfig
 {

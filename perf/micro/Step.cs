@@ -6,7 +6,7 @@ using Rollout.Load;
 namespace Rollout.Micro;
 
 /// <summary>
-/// What does a whole decode step cost, and how near is it to reading every weight once? `roofline` says where its time goes.
+/// What does a whole decode step cost, and how close is it to the time of reading every weight once? `roofline` shows its time by part.
 /// </summary>
 public class Step : IHasLimit
 {

@@ -3,7 +3,7 @@ using Rollout.Kernels;
 
 namespace Rollout.Micro;
 
-/// <summary>Random memory, and steps, of the sizes of Shape S (perf/load): what measurements of single operations run on.</summary>
+/// <summary>Random tensors, and steps, of the sizes of Shape S (perf/load), for measurements of single operations.</summary>
 internal static class Workload
 {
     public const int Hidden = 896;
@@ -14,7 +14,7 @@ internal static class Workload
     public const int QkvOutputs = (Heads + 2 * KvHeads) * HeadDim;
     public const int Vocabulary = 32768;
 
-    // With weights of deviation 0.02 and 896 inputs, hidden states of this scale give logits that spread as a trained model's do (3).
+    // With weights of standard deviation 0.02 and 896 inputs, hidden states of this scale give logits as spread as a trained model's (3).
     public const float HiddenScale = 8.6f;
 
     /// <summary>Uniform in ±<paramref name="scale"/>, stored as bf16.</summary>
@@ -52,8 +52,8 @@ internal static class Workload
     }
 
     /// <summary>
-    /// One token each of <paramref name="sequences"/> sequences at position <paramref name="context"/> - 1, each asking for a token. The
-    /// first <paramref name="shared"/> positions, whole blocks, lie in the same blocks for all. There is room for
+    /// One token each of <paramref name="sequences"/> sequences at position <paramref name="context"/> - 1, each sampling a token. The
+    /// first <paramref name="shared"/> positions, whole blocks, are in the same blocks for all. There is room for
     /// <paramref name="alternatives"/> a sequence.
     /// </summary>
     public static StepLayout DecodeStep(int sequences, int context, int shared = 0, int alternatives = 0)

@@ -9,7 +9,7 @@
 extern "C" {
 sim_indices sim_index;
 
-// Saves the callee-saved registers on this stack and its pointer in *from, and goes on where `to` was saved.
+// Saves the callee-saved registers on this stack and its pointer in *from, and continues where `to` was saved.
 void sim_switch(void** from, void* to);
 }
 
@@ -57,8 +57,8 @@ struct Fiber
     void* stack_pointer;
     State state;
     Dim thread;
-    int barrier; // the line of the one that it waits at
-    std::vector<Copy> copies; // under way
+    int barrier; // the line of the barrier that it waits at
+    std::vector<Copy> copies; // in flight
     int groups;               // ended
     bool has_waited;          // for earlier kernels
 };
@@ -68,7 +68,7 @@ struct Warp
     unsigned generation;       // of collectives
     unsigned arrived, mask;
     unsigned fragments[2][WarpSize][6]; // of a matrix product, likewise
-    unsigned values[2][WarpSize]; // by parity of the generation: the last one's are still being read while the next one's come
+    unsigned values[2][WarpSize]; // by parity of the generation: the previous values are still being read while the next ones are written
     unsigned ended;            // lanes
 };
 
@@ -91,7 +91,7 @@ void resume(int next)
     sim_index.thread = s_fibers[next].thread;
 }
 
-// Gives the processor to the next fiber that can go on, or back to the host when none can.
+// Switches to the next fiber that can continue, or back to the host when none can.
 void yield()
 {
     int from = s_current;
@@ -126,7 +126,7 @@ void entry()
     Fiber& self = s_fibers[s_current];
     if (waits_for_earlier_kernels())
     {
-        // Its kernel would count as ended before earlier ones have.
+        // Its kernel would count as ended before earlier ones did.
         fault("ended without having waited for the kernel before it: " + name(s_current));
         stop_block();
     }
@@ -134,7 +134,7 @@ void entry()
     self.state = State::Ended;
     s_warps[s_current / WarpSize].ended |= 1u << (s_current % WarpSize);
     yield();
-    abort(); // nobody resumes what has ended
+    abort(); // an ended fiber is never resumed
 }
 
 void run_block()
@@ -172,7 +172,7 @@ void run_block()
             continue;
         }
 
-        // Nobody can go on. All at one barrier: it opens. All ended: the block is done. Anything else would hang a device.
+        // No fiber can continue. All at one barrier: it opens. All ended: the block is done. Anything else would hang a device.
         int ended = 0, waiting = 0, first_waiting = -1;
         for (int i = 0; i < s_count; i++)
         {
@@ -256,7 +256,7 @@ void launch(void (*kernel)(void**), void** arguments, Dim grid, Dim block, bool 
     s_in_kernel = false;
 }
 
-// Called from memory.cpp's checks, on a fiber's stack: nothing of this block runs any further.
+// Called from memory.cpp's checks, on a fiber's stack: ends the execution of this block.
 void stop_block()
 {
     s_stop = true;
@@ -277,7 +277,7 @@ void sim_sync_threads(int line)
     yield();
 }
 
-// Everybody of the mask brings a value; returns when all have, with the generation whose values are to be read.
+// Every lane of the mask contributes a value; returns when all have, with the generation whose values are to be read.
 static unsigned* meet(unsigned mask, unsigned value)
 {
     int lane = s_current % WarpSize;
@@ -319,7 +319,8 @@ static unsigned* meet(unsigned mask, unsigned value)
 
 void sim_sync_warp(unsigned mask) { meet(mask, 0); }
 
-// Lanes hold what "mma.m16n8k16" of the PTX manual says. Sums are chains of fused multiply-adds; a device's are truncated differently.
+// Lanes hold the elements that the PTX manual gives for "mma.m16n8k16". Sums are chains of fused multiply-adds; a device's are truncated
+// differently.
 void sim_mma(float* c, const unsigned* a, const unsigned* b)
 {
     Warp& warp = s_warps[s_current / WarpSize];
@@ -340,7 +341,7 @@ void sim_mma(float* c, const unsigned* a, const unsigned* b)
     }
 }
 
-// What is copied to may not be read before it was waited for: until then it has no number in it.
+// The destination of a copy must not be read before the copy was waited for: until then it holds NaNs.
 void sim_copy_async(void* to, const void* from, unsigned present)
 {
     if (((uintptr_t)to | (uintptr_t)from) % 16 != 0)

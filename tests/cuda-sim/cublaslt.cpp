@@ -1,5 +1,5 @@
 // D = alpha * op(A) * op(B) + beta * C (+ bias), column-major, sums in fp32. The library proposes several algorithms, which sum in
-// different orders; which ones, and what they do, a test says: see candidates().
+// different orders; tests choose which ones, and their behaviour: see candidates().
 #include "sim.h"
 #include <cstdint>
 #include <cstdlib>
@@ -18,7 +18,7 @@ struct Description { int transpose_a, transpose_b, epilogue; const void* bias; }
 enum { EpilogueDefault = 1, EpilogueBias = 4 };
 struct Layout { int type; uint64_t rows, columns; int64_t leading; };
 
-// What an algorithm does is in its bytes, so that one that was kept on disk does the same in another process.
+// An algorithm's behaviour is encoded in its bytes, so that one stored on disk behaves the same in another process.
 enum Order : uint8_t { Up, Down, Halves };
 enum When : uint8_t { Always, WithBias, WithBeta };
 enum Fails : uint8_t { Never, AtCheck, AtRun };
@@ -29,12 +29,12 @@ struct Algorithm
     When when;
     Fails fails;
     uint8_t reserved;
-    uint64_t above;    // for more columns of B than this it sums in another order
-    uint64_t every;    // and for every so many-th of them
+    uint64_t above;    // above this many columns of B it sums in another order
+    uint64_t every;    // and for every column whose index is a multiple of this
     uint64_t time;     // nanoseconds a column of B
     uint64_t from;     // columns of B from which it is proposed
     uint64_t workspace;
-    uint64_t least, most; // columns of B that it takes
+    uint64_t least, most; // columns of B that it supports
 };
 static_assert(sizeof(Algorithm) == 64, "as in cublasLt.h");
 constexpr uint32_t Magic = 0x73696d31;
@@ -42,12 +42,11 @@ struct Heuristic { Algorithm algorithm; size_t workspace; int state; float waves
 
 struct Candidates { std::vector<Algorithm> algorithms; uint64_t supported = UINT64_MAX; };
 
-thread_local std::string s_candidates; // of the tests of this thread
+thread_local std::string s_candidates; // set by the tests of this thread
 
-// "up; down time=5 from=64; halves fails=run": what the heuristic proposes, best first. Of each its order of summation: "up", "down", or
-// "halves" one after the other; then, where it is wanted, time=, from=, above=, every=, when=bias or beta (the other order then only),
-// fails=check or run, least= and most= (columns of B that it takes), workspace=. "supported above=64" makes the heuristic refuse
-// more columns.
+// "up; down time=5 from=64; halves fails=run": the heuristic's proposals, best first. For each its order of summation: "up", "down", or
+// "halves" one after the other; then optionally time=, from=, above=, every=, when=bias or beta (the other order then only), fails=check or
+// run, least= and most= (columns of B that it supports), workspace=. "supported above=64" makes the heuristic refuse more columns.
 Candidates candidates()
 {
     const char* variable = getenv("ROLLOUT_SIM_MATMUL");
@@ -92,7 +91,7 @@ size_t size_of(int type) { return type == Fp32 ? 4 : 2; }
 bool known(const Layout& l) { return (l.type == Fp32 || l.type == Bf16) && l.leading >= (int64_t)l.rows; }
 size_t bytes_of(const Layout& l) { return ((l.columns - 1) * (size_t)l.leading + l.rows) * size_of(l.type); }
 
-// What the heuristic assumes unless it is told otherwise.
+// The heuristic's default.
 bool aligned(const void* p) { return (uintptr_t)p % 256 == 0; }
 
 float load(const void* p, size_t i, int type)
@@ -135,7 +134,7 @@ std::vector<float> rows_over_k(const void* p, const Layout& l, bool k_is_contigu
 
 constexpr uint64_t Lanes = 8;
 
-// Sums of k products for 8 columns of B, whose values for one k lie together: one chain of fused multiply-adds for each, in one order.
+// Sums of k products for 8 columns of B, whose values for one k are contiguous: one chain of fused multiply-adds for each, in one order.
 __m256 sum(const float* a, const float* b, uint64_t from, uint64_t to, bool down)
 {
     __m256 total = _mm256_setzero_ps();
@@ -163,7 +162,7 @@ int check(const Algorithm& algorithm, const Layout& a, const Layout& d, const De
 }
 
 extern "C" {
-// What the heuristic proposes to the calling thread from now on: see candidates(). "" for what is usual.
+// Sets the heuristic's proposals for the calling thread: see candidates(). "" for the default.
 void cuSimMatMul(const char* candidates) { s_candidates = candidates; }
 
 size_t cublasLtGetVersion() { return 130000; }

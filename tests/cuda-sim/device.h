@@ -1,4 +1,4 @@
-// What a .cu source sees when g++ compiles it for the simulated device: CUDA's builtins, as far as the kernels use them.
+// Included when g++ compiles a .cu source for the simulated device: CUDA's builtins, as far as the kernels use them.
 #pragma once
 #include <math.h>
 #include <string.h>
@@ -28,13 +28,13 @@ extern struct sim_indices { uint3 thread, block; dim3 block_size, grid_size; } s
 void sim_wait_for_earlier_kernels();
 void sim_sync_threads(int line);
 void sim_sync_warp(unsigned mask);
-unsigned sim_shuffle(unsigned mask, unsigned value, unsigned source_lane); // the value that source_lane brought
+unsigned sim_shuffle(unsigned mask, unsigned value, unsigned source_lane); // the value of source_lane
 unsigned sim_ballot(unsigned mask, int predicate);
 unsigned sim_atomic_add(unsigned* address, unsigned value);
 void sim_mma(float* c, const unsigned* a, const unsigned* b);          // m16n8k16, bf16
 void sim_copy_async(void* to, const void* from, unsigned present);      // 16 bytes, zeros past those present
 void sim_end_copies();
-void sim_wait_copies(int left);                                         // groups that may be under way still
+void sim_wait_copies(int left);                                         // groups that may still be in flight
 char* sim_launched_shared();
 
 // Where the linker put all __shared__ variables of the source.
@@ -52,7 +52,7 @@ __attribute__((no_sanitize_thread)) void sim_shared_range(char** start, char** e
 #define blockDim sim_index.block_size
 #define gridDim sim_index.grid_size
 
-// By its line, not by its address: g++ may make several copies of one barrier for threads that come from different branches.
+// Identified by its line, not by its address: g++ may make several copies of one barrier for threads from different branches.
 static inline void __syncthreads(int line = __builtin_LINE()) { sim_sync_threads(line); }
 static inline void __syncwarp(unsigned mask = 0xffffffffu) { sim_sync_warp(mask); }
 static inline void __threadfence() {}
@@ -78,8 +78,8 @@ template <class T> static inline T __shfl_down_sync(unsigned mask, T value, int 
 static inline unsigned __ballot_sync(unsigned mask, int predicate) { return sim_ballot(mask, predicate); }
 static inline unsigned atomicAdd(unsigned* address, unsigned value) { return sim_atomic_add(address, value); }
 
-// ldmatrix, of 2 or 4 tiles of 8 x 8 into a and b, two registers each. Lanes 8i to 8i + 7 bring the rows of tile i; a lane takes columns 2 (lane % 4) and
-// the one after of row lane / 4, or, transposed, column lane / 4 of rows 2 (lane % 4) and the one after.
+// ldmatrix, of 2 or 4 tiles of 8 x 8 into a and b, two registers each. Lanes 8i to 8i + 7 have the addresses of the rows of tile i; a lane
+// receives columns 2 (lane % 4) and the next of row lane / 4, or, transposed, column lane / 4 of rows 2 (lane % 4) and the one after.
 template <int COUNT, bool TRANSPOSED> static inline void sim_load_matrices(unsigned* a, unsigned* b, const unsigned short* row)
 {
     unsigned long long address = (unsigned long long)row;

@@ -1,6 +1,6 @@
-// The driver API. A stream's work is done in order, and as late as a device may be: when somebody waits for it. Whoever reads an answer, changes what is
-// being sent, or gives memory back without having waited for the stream that it matters to, is found out. A capturing stream notes its work instead. What
-// waits for other processes (NCCL) is done beside, and whoever uses its stream next waits for it.
+// The driver API. A stream's work is done in order, and as late as possible: only when it is waited for. Code that reads a result, changes
+// the source of a copy, or frees memory without having waited for the stream is thus detected. A capturing stream records its work instead.
+// Work that waits for other processes (NCCL) runs on another thread, and the next use of its stream waits for it.
 #include "sim.h"
 #include <algorithm>
 #include <cstdlib>
@@ -55,11 +55,11 @@ constexpr size_t DefaultBytes = 4ull << 30;
 
 std::recursive_mutex s_gate; // one thing at a time
 
-struct Context { int references; }; // a device's primary one: no other is made
+struct Context { int references; }; // a device's primary context, the only kind
 Context s_contexts[MostDevices];
 thread_local std::vector<Context*> s_current; // a stack: the last is current
 
-// What a stream was given and has not done.
+// A stream's pending work.
 struct Queue
 {
     std::deque<std::function<int()>> work;
@@ -73,21 +73,21 @@ struct Stream
     std::shared_ptr<Queue> queue;
     std::vector<std::function<int()>>* recording = nullptr;
     bool invalidated = false; // a call failed while it recorded
-    std::shared_future<void> beside; // valid where something is done beside
-    uint64_t nanoseconds = 0;        // what its matmuls have taken, by their algorithms
+    std::shared_future<void> beside; // valid while work runs on another thread
+    uint64_t nanoseconds = 0;        // time of its matmuls, as their algorithms say
 };
 struct Event
 {
     unsigned flags;
     std::shared_future<void> beside;
-    std::shared_ptr<Queue> queue; // of the stream that it was recorded on, and how far that has to come
+    std::shared_ptr<Queue> queue; // of the stream that it was recorded on, up to this point
     uint64_t until;
     std::shared_ptr<uint64_t> nanoseconds;
 };
 constexpr unsigned DisableTiming = 2;
 using Work = std::vector<std::function<int()>>;
 struct Graph { Work work; };
-struct Executable { std::shared_ptr<Work> work; }; // a launch that is under way outlives it
+struct Executable { std::shared_ptr<Work> work; }; // a launch in flight outlives it
 struct Module { Context* context; void* library; };
 struct Function
 {
@@ -98,18 +98,18 @@ struct Function
     unsigned dynamic_bytes;
 };
 std::map<void*, size_t> s_mapped; // memory of other processes
-std::map<void*, Context*> s_owners; // of allocations and of what is mapped
+std::map<void*, Context*> s_owners; // of allocations and of mapped memory
 
-// Memory that is mapped to reserved addresses. What it holds lies there: it is mapped at one place only.
+// Memory that is mapped to reserved addresses. Its contents are stored there: it is mapped at one place only.
 struct Physical { size_t bytes; void* at; bool accessible, released; };
 std::map<void*, Physical*> s_maps;
 size_t s_physical_bytes;
-constexpr size_t Granularity = 512; // small, so that what is past a tensor's end is soon past its memory's
+constexpr size_t Granularity = 512; // small, so that an access past a tensor's end is soon past its memory's
 
 struct Handle { int pid, file; size_t offset, bytes; char magic[8]; };
 static_assert(sizeof(Handle) <= sizeof(CUipcMemHandle), "fits");
 
-uint64_t s_bytes; // as cuSimBytes said
+uint64_t s_bytes; // set by cuSimBytes
 
 size_t device_bytes()
 {
@@ -119,7 +119,8 @@ size_t device_bytes()
     return bytes ? strtoull(bytes, nullptr, 10) : DefaultBytes;
 }
 
-// What is submitted is not done: what is measured then is the host's work alone. For this process from its start (ROLLOUT_SIM_IDLE=1), or until cuSimIdle says otherwise.
+// Submitted work is skipped, so that the host's work alone is measured. For this process from its start (ROLLOUT_SIM_IDLE=1), or as set by
+// cuSimIdle.
 bool s_idle = getenv("ROLLOUT_SIM_IDLE") != nullptr;
 
 int device_count()
@@ -133,10 +134,10 @@ Context* current() { return s_current.empty() ? nullptr : s_current.back(); }
 
 int ready() { return current() == nullptr || current()->references == 0 ? InvalidContext : fault_text().empty() ? Success : LaunchFailed; }
 
-// A stream of another device's context; the default stream is everybody's.
+// A stream of another device's context; the default stream belongs to all contexts.
 bool is_foreign(void* stream) { return stream != nullptr && ((Stream*)stream)->context != current(); }
 
-// Whether memory that is given as the device's is memory of the current context's device: of another's, a real one refuses without peer access.
+// Whether memory belongs to the current context's device: a real device refuses another's memory without peer access.
 int check(const void* p, size_t bytes)
 {
     if (bytes == 0)
@@ -163,7 +164,7 @@ int readable(struct dl_phdr_info* info, size_t, void* base)
     return 1;
 }
 
-// Without the gate, so that others go on.
+// Without the gate, so that other threads can continue.
 void wait_beside(void* stream)
 {
     std::unique_lock<std::recursive_mutex> hold(s_gate);
@@ -177,9 +178,9 @@ void wait_beside(void* stream)
 namespace
 {
 std::map<void*, size_t> s_pinned;
-std::map<void*, size_t> s_given_back; // pinned memory on its way out
+std::map<void*, size_t> s_given_back; // pinned memory that is being freed
 
-// Does what a stream was given, up to the so many-th of it.
+// Does a stream's pending work, up to an index.
 void drain(Queue& queue, uint64_t until = UINT64_MAX)
 {
     while (queue.done < until && !queue.work.empty())
@@ -200,14 +201,14 @@ void drain_all()
         drain(*queue);
 }
 
-// Memory of a copy, which may be gone by the time it is done.
+// Memory of a copy, which may have been freed by the time it is done.
 bool there(const char* call, const void* device, const void* host, size_t bytes)
 {
     bool gone = device != nullptr && bytes > 0 && !holds(device, bytes);
     for (const auto& [start, length] : s_given_back)
         gone |= host >= start && host < (const char*)start + length;
     if (gone)
-        fault(std::string(call) + ": its memory was given back before it was done");
+        fault(std::string(call) + ": its memory was freed before it was done");
     return !gone;
 }
 }
@@ -346,7 +347,7 @@ int cuDeviceGetAttribute(int* value, int attribute, int)
         case 75: *value = Major; return Success;
         case 76: *value = Minor; return Success;
         case 97: *value = MostSharedBytes; return Success;
-        case 102: *value = 1; return Success; // memory apart from its addresses
+        case 102: *value = 1; return Success; // virtual memory management
         default: return InvalidValue;
     }
 }
@@ -406,7 +407,7 @@ int cuMemGetInfo_v2(size_t* free, size_t* total)
     SIM_ENTER;
     size_t taken = allocated_bytes() + s_physical_bytes;
     *total = device_bytes();
-    *free = *total - (taken < *total ? taken : *total); // as if all devices had one memory
+    *free = *total - (taken < *total ? taken : *total); // as if all devices shared one memory
     return Success;
 }
 
@@ -431,7 +432,7 @@ int cuMemFree_v2(void* pointer)
         return InvalidValue;
     if (s_owners[pointer] != current())
         return InvalidContext;
-    drain_all(); // the only way of giving memory back that waits
+    drain_all(); // the only way of freeing memory that waits
     release(pointer);
     s_owners.erase(pointer);
     return Success;
@@ -444,7 +445,7 @@ int cuMemAllocHost_v2(void** pointer, size_t bytes)
     *pointer = aligned_alloc(4096, whole);
     if (*pointer != nullptr)
     {
-        memset(*pointer, 0, whole); // an idle device's answers
+        memset(*pointer, 0, whole); // the results of an idle device
         s_pinned[*pointer] = whole;
     }
 
@@ -517,7 +518,7 @@ int cuMemsetD8Async(void* pointer, unsigned char value, size_t bytes, void* stre
     });
 }
 
-// ---- Memory apart from its addresses.
+// ---- Virtual memory management.
 
 int cuMemGetAllocationGranularity(size_t* bytes, const CUmemAllocationProp* prop, int)
 {
@@ -631,7 +632,7 @@ int cuIpcOpenMemHandle_v2(void** pointer, CUipcMemHandle handle, unsigned)
     if (memcmp(h.magic, "rollout", 8) != 0)
         return InvalidValue;
     if (h.pid == getpid())
-        return InvalidContext; // what a driver answers in the process that made it
+        return InvalidContext; // a driver's result in the process that created it
     std::string path = "/proc/" + std::to_string(h.pid) + "/fd/" + std::to_string(h.file);
     int file = open(path.c_str(), O_RDWR | O_CLOEXEC);
     if (file < 0)
@@ -741,7 +742,7 @@ int cuEventRecord(void* event, void* stream)
     return result;
 }
 
-// Nothing takes time here but matmuls, as their algorithms say: no stopwatch of the host's comes in.
+// Only matmuls take time here, as their algorithms say: the host's clock is not used.
 int cuEventElapsedTime(float* milliseconds, void* from, void* to)
 {
     SIM_ENTER;
@@ -761,7 +762,7 @@ int cuEventQuery(void* event)
     if (e.beside.valid() && e.beside.wait_for(std::chrono::seconds(0)) != std::future_status::ready)
         return NotReady;
     if (e.queue != nullptr)
-        drain(*e.queue, e.until); // who asks again and again waits
+        drain(*e.queue, e.until); // repeated polling waits
     return ready();
 }
 
@@ -838,7 +839,7 @@ int cuGraphDestroy(void* graph)
 int cuModuleLoadData(void** module, const void* image)
 {
     SIM_ENTER;
-    // How long the image is stands in it: an ELF file ends with its section headers, as ld writes it.
+    // The image's length is read from it: an ELF file written by ld ends with its section headers.
     const ElfW(Ehdr)* elf = (const ElfW(Ehdr)*)image;
     if (memcmp(elf->e_ident, ELFMAG, SELFMAG) != 0)
         return InvalidImage;
@@ -865,7 +866,7 @@ int cuModuleUnload(void* module)
 {
     if (((Module*)module)->context != current())
         return InvalidContext;
-    // The library stays: what it was allowed to read is not worth forgetting.
+    // The library stays loaded, and its readable ranges stay registered.
     delete (Module*)module;
     return Success;
 }

@@ -1,5 +1,5 @@
-// Device memory is host memory between guard zones. Kernels are compiled with -fsanitize=thread,alignment, whose calls at every load and
-// store, and at those that are misaligned, come here instead of to its own library.
+// Device memory is host memory between guard zones. Kernels are compiled with -fsanitize=thread,alignment, and its calls at every load and
+// store, and at misaligned ones, are handled here instead of by the sanitizer's library.
 #include "sim.h"
 #include <cstdlib>
 #include <cstring>
@@ -21,11 +21,11 @@ namespace
 {
 constexpr size_t Guard = 4096;
 constexpr size_t Alignment = 512;
-constexpr int Granule = 1; // log2 of the bytes that one shadow word stands for: bf16 values are told apart
+constexpr int Granule = 1; // log2 of the bytes of one shadow word: bf16 values are distinguished
 
-constexpr size_t ArenaBytes = 1ull << 37; // of addresses; memory is taken as it is touched
-constexpr size_t ReservedFrom = 1ull << 36; // from here on addresses are reserved and backed apart
-constexpr size_t Large = 16ull << 20;       // what is larger holds zeros when it is fresh: pages that nobody touches cost nothing
+constexpr size_t ArenaBytes = 1ull << 37; // of addresses; memory is allocated when touched
+constexpr size_t ReservedFrom = 1ull << 36; // from here on addresses are reserved and backed separately
+constexpr size_t Large = 16ull << 20;       // larger allocations are zeroed rather than filled with NaNs: untouched pages cost nothing
 
 std::map<uintptr_t, size_t> s_allocations; // start, bytes
 std::map<uintptr_t, size_t> s_reservations;
@@ -42,7 +42,7 @@ bool in_shared(uintptr_t p, size_t bytes)
     return (p >= s_shared.start && p + bytes <= s_shared.end) || (p >= s_launched_shared.start && p + bytes <= s_launched_shared.end);
 }
 
-std::vector<Range> s_readable; // constants of modules, and what stands for threadIdx
+std::vector<Range> s_readable; // constants of modules, and the variables behind threadIdx
 Range s_recent[8];
 int s_next_recent;
 
@@ -65,7 +65,7 @@ const Range* find(uintptr_t p)
     return &r;
 }
 
-// Who touched a granule last, in this block.
+// The threads of this block that touched a granule last.
 struct Shadow
 {
     uintptr_t granule;
@@ -220,7 +220,7 @@ void fault(const std::string& what)
 
 const std::string& fault_text() { return s_fault; }
 
-// One file, so that another process can map a piece of it: that is what an IPC handle names.
+// One file, so that another process can map a piece of it, which an IPC handle names.
 static bool open_arena()
 {
     if (s_arena != nullptr)
@@ -234,7 +234,7 @@ static bool open_arena()
     return true;
 }
 
-// The first gap between what is taken that is large enough, a guard before and after. 0 where there is none.
+// The first gap between allocations that is large enough, with a guard before and after. 0 where there is none.
 static uintptr_t gap(const std::map<uintptr_t, size_t>& taken, uintptr_t from, uintptr_t end, size_t bytes)
 {
     uintptr_t at = from + Guard;
@@ -256,7 +256,7 @@ void* allocate(size_t bytes)
     if (at == 0)
         return nullptr;
     if (bytes <= Large)
-        memset((void*)at, 0xFF, bytes); // not a number in every type that is used
+        memset((void*)at, 0xFF, bytes); // NaN in every type that is used
     s_allocations[at] = bytes;
     s_allocated += bytes;
     counters.allocations++;
@@ -300,7 +300,7 @@ void back(void* pointer, size_t bytes)
     s_allocations[(uintptr_t)pointer] = bytes;
 }
 
-// Whole pages go back to the machine, and read as zeros until they are written again.
+// Whole pages are returned to the system, and read as zeros until they are written again.
 static void punch(uintptr_t start, size_t bytes)
 {
     constexpr size_t Page = 4096;
@@ -313,7 +313,7 @@ void fill(void* pointer, unsigned char value, size_t bytes)
 {
     if (value == 0 && bytes > Large)
     {
-        size_t edge = 4096; // where pages are whole, they are made zeros without being touched
+        size_t edge = 4096; // whole pages are zeroed without being touched
         memset(pointer, 0, edge);
         memset((char*)pointer + bytes - edge, 0, edge);
         punch((uintptr_t)pointer, bytes);

@@ -1,6 +1,6 @@
-// NCCL between processes, over sockets of this machine. Who makes an id listens until all ranks have come, and tells them each other's ports; then there
-// is a connection between every two. As with the real library, what is queued on a stream returns at once, and where a rank is gone the others' work
-// does not end: they have to ask for the error, and to abort.
+// NCCL between processes, over sockets of this machine. The process that creates an id listens until all ranks have joined, and sends them
+// each other's ports; then there is a connection between every two. As with the real library, calls that queue on a stream return at once,
+// and when a rank has died the others' work does not end: they have to query the error, and to abort.
 #include "sim.h"
 #include <arpa/inet.h>
 #include <atomic>
@@ -25,7 +25,7 @@ namespace
 enum { Success = 0, SystemError = 2, InternalError = 3, InvalidArgument = 4, InvalidUsage = 5, RemoteError = 6, InProgress = 7 };
 constexpr int SizeOf[] = {1, 1, 4, 4, 8, 8, 2, 4, 8, 2}; // by ncclDataType_t
 constexpr unsigned Magic = 0xcafebeef;
-constexpr int MostRanks = 1024; // more are refused when the communicator is made already, as a failure half-way is
+constexpr int MostRanks = 1024; // more are refused after the communicator is created, like a failure in the middle
 std::atomic<int> s_communicators;
 
 struct Id { char magic[8]; uint64_t secret; uint16_t port; };
@@ -41,7 +41,7 @@ struct Comm
     std::atomic<bool> aborted{false};
     std::atomic<int> state{InProgress};
     std::thread connecting;
-    std::shared_future<void> last; // what was queued last
+    std::shared_future<void> last; // the last queued work
     uint64_t queued = 0;
 
     int fail(int error)
@@ -74,7 +74,7 @@ int listen_here(uint16_t* port)
     return listener;
 }
 
-// Until there is something, or the end was asked for.
+// Waits until there is something to move, or the end was requested.
 bool ready(int socket, short what, const std::atomic<bool>* aborted)
 {
     for (;;)
@@ -90,7 +90,7 @@ bool ready(int socket, short what, const std::atomic<bool>* aborted)
     }
 }
 
-// move(p, bytes) receives or sends what it can, and says how many bytes that was; none were asked for only at the end.
+// move(p, bytes) receives or sends what it can, and returns the number of bytes; it is called with none only at the end.
 template <class Move> bool move_all(int socket, short what, char* p, size_t bytes, const std::atomic<bool>* aborted, Move move)
 {
     while (bytes > 0)
@@ -130,7 +130,7 @@ int connect_to(uint16_t port)
     return -1;
 }
 
-// Tells all ranks where the others listen, once the last has come.
+// Sends all ranks the ports of the others, once the last has joined.
 void introduce(int listener, uint64_t secret)
 {
     std::vector<int> sockets;
@@ -206,7 +206,7 @@ int connect_all(Comm* comm, const Id& id)
     return met ? Success : RemoteError;
 }
 
-// What a device would do. Does not end by itself when a rank is gone.
+// The device's part. Does not end by itself when a rank has died.
 void broadcast(Comm* comm, const void* source, void* destination, Header what)
 {
     int error = Success;
@@ -228,7 +228,7 @@ void broadcast(Comm* comm, const void* source, void* destination, Header what)
         if (!read_all(s, &sent, sizeof sent, &comm->aborted))
             error = RemoteError;
         else if (memcmp(&sent, &what, sizeof what) != 0)
-            error = InvalidUsage; // the ranks do not ask for the same
+            error = InvalidUsage; // the ranks queued different operations
         else if (!read_all(s, destination, what.bytes, &comm->aborted))
             error = RemoteError;
     }
@@ -242,7 +242,7 @@ void broadcast(Comm* comm, const void* source, void* destination, Header what)
 }
 
 extern "C" {
-// Those of this process that were made and not aborted.
+// The number of this process's communicators that were created and not aborted.
 int cuSimCommunicators() { return s_communicators; }
 
 const char* ncclGetErrorString(int error)

@@ -1,4 +1,4 @@
-// Compiling is g++'s work; a "cubin" is the shared object that it makes.
+// g++ compiles; a "cubin" is the resulting shared object.
 #include "sim.h"
 #include <cstdio>
 #include <cstdlib>
@@ -34,7 +34,7 @@ std::string read(const std::string& path)
     return text.str();
 }
 
-// Of "-DNAME=VALUE" and "--define-macro=NAME=VALUE" the definition; other options of NVRTC say nothing to g++.
+// The definition in "-DNAME=VALUE" or "--define-macro=NAME=VALUE"; other options of NVRTC have no meaning for g++.
 std::string definition(const std::string& option)
 {
     for (const char* prefix : {"-D", "--define-macro="})
@@ -95,7 +95,7 @@ int nvrtcCompileProgram(void* program, int count, const char** options)
             defines += " '-D" + d + "'";
     }
 
-    // Instrumented when compiled, but linked without the sanitizer's library: the calls are the simulator's (memory.cpp).
+    // Instrumented when compiled, but linked without the sanitizer's library: the simulator implements the calls (memory.cpp).
     Dl_info self;
     dladdr((void*)&nvrtcVersion, &self);
     std::string here = self.dli_fname;

@@ -1,4 +1,4 @@
-// What the parts of the simulated device tell each other.
+// The interfaces between the parts of the simulated device.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -11,20 +11,20 @@ namespace sim
 struct Dim { unsigned x, y, z; };
 } // namespace sim
 
-// Of the fiber that runs now; what threadIdx and the like stand for.
+// The indices of the running fiber, behind threadIdx and the like.
 extern "C" struct sim_indices { sim::Dim thread, block, block_size, grid_size; } sim_index;
 
 namespace sim
 {
 
-// Ends the launch under way: its cuLaunchKernel fails, and every later call answers with the same error, as a real device's does.
+// Ends the running launch: its cuLaunchKernel fails, and every later call returns the same error, as on a real device.
 void fault(const std::string& what);
 const std::string& fault_text();
 
 // ---- memory.cpp
 void* allocate(size_t bytes);
 bool release(void* pointer);
-bool holds(const void* pointer, size_t bytes);   // one allocation holds all of it
+bool holds(const void* pointer, size_t bytes);   // whether one allocation contains the range
 bool allocation_of(const void* pointer, void** start, size_t* bytes);
 size_t allocated_bytes();
 void* reserve(size_t bytes);                     // addresses without memory
@@ -37,11 +37,11 @@ bool arena_offset(const void* pointer, int* file, size_t* offset, size_t* bytes)
 void adopt(void* pointer, size_t bytes);         // memory of another process, mapped here
 void disown(void* pointer);
 void allow_reads(const char* start, const char* end);
-void begin_block();                              // no thread of this block has touched anything
-void set_shared(char* start, char* end);         // where the module's __shared__ variables lie
-void set_launched_shared(size_t bytes);          // of which the launch said the size
+void begin_block();                              // resets the record of touched memory
+void set_shared(char* start, char* end);         // the range of the module's __shared__ variables
+void set_launched_shared(size_t bytes);          // the launch's dynamic shared memory
 void touch(void* pointer, size_t bytes, bool write); // checks, as every access of a kernel is
-void check_waited(const void* pointer);          // that earlier kernels may not be at this address any more
+void check_waited(const void* pointer);          // that no earlier kernel may still use this address
 
 // ---- block.cpp
 struct Where { int thread, warp; unsigned block_epoch, warp_epoch; };
@@ -49,18 +49,18 @@ bool in_kernel();
 Where where();                                    // of the fiber that runs now
 bool on_stack(const void* pointer);               // of any fiber, or of the host
 char* launched_shared();
-// early: before the kernel before it has ended, as far as the kernel can tell.
+// early: the kernel may start before the previous one has ended.
 void launch(void (*kernel)(void**), void** arguments, Dim grid, Dim block, bool early);
-bool waits_for_earlier_kernels();                 // whether the fiber that runs now has still to
+bool waits_for_earlier_kernels();                 // whether the running fiber still has to
 
 // ---- driver.cpp
-// Now, or when the graph that the stream records is launched.
+// Does work now, or when the graph that the stream records is launched.
 int submit(void* stream, std::function<int()> work);
-// By a thread of its own, once all that the stream had is done; what the stream gets after it waits. False where the stream records.
+// Does work on another thread, after the stream's earlier work; later work of the stream waits for it. False where the stream records.
 bool submit_beside(void* stream, std::shared_future<void>* done, std::function<void()> work);
 bool is_device_memory(const void* pointer, size_t bytes); // of the current context's device
 bool is_usable(void* stream);                             // of the current context, and nothing has faulted
-void spend(void* stream, uint64_t nanoseconds);           // of the stream's time, which events read
+void spend(void* stream, uint64_t nanoseconds);           // adds to the stream's time, which events read
 
 // ---- counters, for tests
 struct Counters

@@ -6,8 +6,8 @@ using Rollout.Kernels.Tests.Cuda;
 namespace Rollout.Gpu.Tests;
 
 /// <summary>
-/// perf/gpu as it is used: what pack.sh packs, in a folder of its own, with no .NET on the PATH and another home; on the simulated
-/// device, where shapes are tiny.
+/// perf/gpu as it is used: the archive of pack.sh, in its own folder, with no .NET on the PATH and another home; on the simulated device,
+/// where shapes are tiny.
 /// </summary>
 public sealed class RunTests : IDisposable
 {
@@ -47,7 +47,7 @@ public sealed class RunTests : IDisposable
         Assert.Equal(["cache.tar", "log.txt", "results.md", "rows.jsonl"], files);
     }
 
-    /// <summary>What fails is a row, says why, and stops nothing that comes after it.</summary>
+    /// <summary>A failure becomes a row that says why, and does not stop what comes after it.</summary>
     [Fact]
     public async Task Without_a_device_every_part_says_so()
     {
@@ -65,7 +65,8 @@ public sealed class RunTests : IDisposable
     }
 
     /// <summary>
-    /// What is measured again replaces what was; a line that a killed process left, and what it did not come to, spoil nothing.
+    /// A repeated measurement replaces the earlier one; the incomplete line of a killed process, and the rows that it did not reach, do no
+    /// harm.
     /// </summary>
     [Fact]
     public async Task The_report_says_what_is_missed_and_what_failed()

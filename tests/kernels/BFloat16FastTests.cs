@@ -3,7 +3,7 @@ using CsCheck;
 
 namespace Rollout.Kernels.Tests;
 
-/// <summary>bf16 weights with activations rounded to bf16: stored exactly, computed to the bit alike on every path.</summary>
+/// <summary>bf16 weights with activations rounded to bf16: stored exactly, and computed with equal bits on every path.</summary>
 public sealed class BFloat16FastTests
 {
     [Theory]
@@ -44,7 +44,7 @@ public sealed class BFloat16FastTests
     }
 
     [Fact]
-    public void A_matmul_is_one_chain_over_rounded_activations_to_the_bit_on_every_path_for_every_row_count_and_thread()
+    public void A_matmul_is_one_chain_over_rounded_activations_to_the_bit_on_every_path()
     {
         foreach ((int inputs, int outputs) in new[] { (1, 5), (2, 33), (127, 33), (128, 64), (301, 70), (1031, 96) })
         {

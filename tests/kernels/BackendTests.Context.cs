@@ -2,7 +2,9 @@ using CsCheck;
 
 namespace Rollout.Kernels.Tests;
 
-/// <summary>Keys and values: contexts longer than a chunk, shared and scattered blocks, far positions, what others left behind.</summary>
+/// <summary>
+/// Keys and values: contexts longer than a chunk, shared and scattered blocks, far positions, blocks that were used before.
+/// </summary>
 public abstract partial class BackendTests
 {
     [Theory]
@@ -10,7 +12,7 @@ public abstract partial class BackendTests
     [InlineData(10, 3, 1)]
     public void Attention_over_any_length_of_context_equals_the_reference(int headDim, int heads, int kvHeads)
     {
-        // One before, at and one after the borders of blocks, of a pair of them, and of chunks, all in one step beside much longer ones.
+        // One before, at and one after the borders of blocks, of pairs of blocks, and of chunks, all in one step with much longer ones.
         int[] lengths = IsSlow
             ? [1, 17, 64, 65, 129]
             : [1, 15, 16, 17, 4099, 32, 33, 63, 64, 65, 66, 127, 128, 129, 300, 1023, 1024, 1025, 2];
@@ -22,7 +24,7 @@ public abstract partial class BackendTests
             int[] scattered = [.. Enumerable.Range(0, needed).OrderBy(b => b * 7919L % 1009).ThenBy(b => b)];
             int[][] tables = [.. lengths.Select(length => scattered[next..(next += Blocks(length))])];
 
-            // What comes before the last rows of each; behind it, what a sequence that went wrong would have left there.
+            // The context before the last rows of each; after it, values that a failed sequence would have left there.
             float[] before = bench.Values(needed * KvCache.BlockTokens * columns);
             for (int s = 0, first = 0; s < lengths.Length; first += Blocks(lengths[s++]) * KvCache.BlockTokens)
             {
@@ -45,8 +47,8 @@ public abstract partial class BackendTests
     }
 
     /// <summary>
-    /// Sequences of one prompt, of which each shares as many blocks as it likes, at any lengths: tokens are those of the reference, and of
-    /// a step that holds the row alone.
+    /// Sequences of one prompt that share any number of blocks, at any lengths: results are those of the reference, and of a step with the
+    /// row alone.
     /// </summary>
     [Fact]
     public void Rows_of_sequences_that_share_blocks_have_the_bits_they_have_alone()
@@ -74,13 +76,13 @@ public abstract partial class BackendTests
             tables[s] = [.. order[..shared], .. order[next..(next += (own + 15) / 16)]];
             stored[s] = [.. Enumerable.Range(shared * 16, own)];
 
-            // The last tokens, or any: a sequence may look back from the middle of what another holds as well.
+            // The last tokens, or any: a sequence may also attend from the middle of another's context.
             asked[s] = random.Next(2) == 0
                 ? [.. stored[s][^random.Next(1, Math.Min(own, 24) + 1)..]]
                 : [.. Enumerable.Range(0, length - 1).Where(_ => random.Next(9) == 0), length - 1];
             if (shared > 0 && random.Next(3) == 0)
             {
-                // The same blocks but for one of them.
+                // The same blocks except for one.
                 int other = random.Next(shared);
                 tables[s][other] = order[next++];
                 stored[s] = [.. Enumerable.Range(other * 16, 16), .. stored[s]];
@@ -91,7 +93,7 @@ public abstract partial class BackendTests
         RopeTable rope = bench.Rope(headDim, 300);
         bench.Soil(cache, 0);
 
-        // Keys and values are the block's: a row that is asked again, or by another sequence, stores what was there.
+        // Keys and values depend on the block: a row that is computed again, or by another sequence, stores the same values.
         int width = heads * headDim, kvWidth = 2 * kvHeads * headDim;
         float[] contents = bench.Values(order.Length * KvCache.BlockTokens * kvWidth);
         if (trunk > 0)
@@ -133,7 +135,7 @@ public abstract partial class BackendTests
     }
 
     [Fact]
-    public void A_row_in_the_middle_of_blocks_that_others_have_filled_sees_only_what_lies_before_it()
+    public void A_row_in_the_middle_of_filled_blocks_sees_only_what_is_before_it()
     {
         Compare(New(), 12, 2e-5, bench =>
         {
@@ -146,7 +148,7 @@ public abstract partial class BackendTests
             float[] values = bench.Values(Tokens * (Width + KvWidth));
             bench.Store(bench.Tensor(Width + KvWidth, values), Heads, rope, cache, 0);
 
-            // Other queries, and the keys and values that the others have stored there.
+            // Other queries, with the keys and values that the other rows have stored there.
             float[] queries = bench.Values(positions.Length * Width);
             float[] mine = [.. positions.SelectMany((position, row) =>
                 queries[(row * Width)..((row + 1) * Width)].Concat(Bench.Row(values, Width + KvWidth, position)[Width..]))];
@@ -159,7 +161,7 @@ public abstract partial class BackendTests
     }
 
     /// <summary>
-    /// Sixteen keys from each of some far positions on, looked at by queries at near ones: angles are products rounded to fp32.
+    /// Sixteen keys from each of several far positions on, attended by queries at near ones: angles are products rounded to fp32.
     /// </summary>
     [Fact]
     public void Keys_at_far_positions_are_rotated_as_the_reference_does()
@@ -214,7 +216,7 @@ public abstract partial class BackendTests
         }
     }
 
-    /// <summary>Scores that no exponential holds, rising, falling and equal: only their differences count.</summary>
+    /// <summary>Scores whose exponentials overflow, rising, falling and equal: only their differences count.</summary>
     [Theory]
     [InlineData(-2100f, 15f)]
     [InlineData(2100f, -15f)]
@@ -224,7 +226,7 @@ public abstract partial class BackendTests
     {
         Compare(New(), 8, 2e-5, bench =>
         {
-            // Without rotation a query of one 1 picks the first number of every key.
+            // Without rotation a query with a single 1 picks the first number of every key.
             const int HeadDim = 16, Tokens = 130;
             KvCache cache = bench.Cache(1, 9, 1, HeadDim);
             RopeTable still = bench.Backend.AllocateRopeTable(new float[HeadDim / 2], Tokens);
@@ -247,7 +249,7 @@ public abstract partial class BackendTests
     {
         Compare(New(), 6, 2e-5, bench =>
         {
-            // Groups of 1, 8 and 20 heads, and of 80, which no tile holds.
+            // Groups of 1, 8 and 20 heads, and of 80, which exceed a tile.
             const int HeadDim = 16, Tokens = 70;
             RopeTable rope = bench.Rope(HeadDim, Tokens);
             List<float> results = [];

@@ -3,7 +3,7 @@ namespace Rollout.Kernels.Tests;
 /// <summary>Layers of different layouts in one cache, keys and values of different widths, and several attentions in one step.</summary>
 public abstract partial class BackendTests
 {
-    /// <summary>Of the layers of a cache: alike; of different heads and widths; and with values of another width than keys.</summary>
+    /// <summary>Layers of a cache: equal; with different heads and widths; and with values of another width than keys.</summary>
     public static readonly TheoryData<string> Layouts = ["alike", "different", "own value widths"];
 
     private KvLayout[] LayoutsOf(string kind)
@@ -18,8 +18,9 @@ public abstract partial class BackendTests
     }
 
     /// <summary>
-    /// All layers in every step, one attention after another: a prompt, one that goes on in the middle of a block, single rows, and both;
-    /// every layer with its own number of heads, every second with norms. With answers a GPU's step is sent at its end, without at once.
+    /// All layers in every step, one attention after another: a prompt, one that continues in the middle of a block, single rows, and both;
+    /// every layer with its own number of heads, every second with norms. A GPU's step with answers is sent at its end, one without is sent
+    /// at once.
     /// </summary>
     [Theory]
     [InlineData("alike", true)]
@@ -81,7 +82,7 @@ public abstract partial class BackendTests
     {
         KvLayout[] layouts = LayoutsOf(kind);
         Bench bench = New();
-        const int Blocks = 4; // and one more, of the row that looks at them
+        const int Blocks = 4; // and one more, of the attending row
         KvCache cache = bench.Backend.AllocateKvCache(Blocks + 1, layouts);
         RopeTable[] ropes = [.. layouts.Select(layout => bench.Rope(layout.KeyDim, 32))];
         int[] blocks = [.. Enumerable.Range(0, Blocks)];
@@ -118,7 +119,7 @@ public abstract partial class BackendTests
         }
     }
 
-    /// <summary>Of single rows: other layers, other heads, the same and other tensors, with norms and without.</summary>
+    /// <summary>Attention of single rows: other layers, other heads, the same and other tensors, with norms and without.</summary>
     [Fact]
     public void Attentions_of_a_step_one_after_another_do_not_disturb_each_other()
     {
@@ -131,7 +132,7 @@ public abstract partial class BackendTests
         float[][] prompts = [.. calls.Select(_ => bench.Values(Rows * Before * 6 * HeadDim))];
         float[][] values = [.. calls.Select(call => bench.Values(Rows * (call.Heads + 4) * HeadDim))];
 
-        // Each in a cache and a step of its own, and all in one step, each in layers of its own or in the same one.
+        // Each in its own cache and step, and all in one step, each in its own layers or in the same one.
         float[][] expected = [.. calls.Select((_, i) => Run([i], apart: true)[0])];
         float[][] together = Run([0, 1, 2, 3, 4], apart: true), shared = Run([0, 1, 2, 3, 4], apart: false);
         for (int i = 0; i < calls.Length; i++)
@@ -149,7 +150,7 @@ public abstract partial class BackendTests
                 caches.Add(cache);
             }
 
-            // Where several look at one layer, what lies before them is the same.
+            // Where several attend in one layer, their context is the same.
             foreach ((int i, KvCache cache) in which.Zip(caches))
             {
                 bench.Backend.BeginStep(Bench.Step(Rows, 2, _ => (0, Before), (s, b) => (s * 2) + b));

@@ -1,6 +1,6 @@
 namespace Rollout.Kernels.Tests;
 
-/// <summary>What a step costs, and what is refused.</summary>
+/// <summary>What a step allocates, and which calls are refused.</summary>
 public abstract partial class BackendTests
 {
     [Fact]
@@ -48,9 +48,9 @@ public abstract partial class BackendTests
         for (int i = 0; i < 20; i++)
             Run();
 
-        // All threads of the process count, so another's allocation may fall into one of the trials, but not into all. This thread's own
-        // may fall into one at most: 6 KB were seen once in a run of all tests, from nobody knows where, and what a step takes would come
-        // again.
+        // All threads of the process count, so an allocation of another thread may occur in one of the trials, but not in all. This
+        // thread's own may occur in one at most: 6 KB were seen once in a run of all tests, of unknown origin; an allocation of the step
+        // itself would occur in every trial.
         long least = long.MaxValue;
         int trialsWithOwn = 0;
         for (int trial = 0; trial < 20 && least > 0; trial++)
@@ -61,7 +61,7 @@ public abstract partial class BackendTests
             trialsWithOwn += GC.GetAllocatedBytesForCurrentThread() > ownBefore ? 1 : 0;
             least = Math.Min(least, GC.GetTotalAllocatedBytes(precise: true) - before);
 
-            // Long enough for the other threads to fall asleep, so that waking them is measured as well.
+            // Long enough for the other threads to sleep, so that waking them is measured as well.
             Thread.Sleep(5);
         }
 

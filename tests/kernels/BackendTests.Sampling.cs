@@ -14,7 +14,9 @@ public abstract partial class BackendTests
         return step.Results[..step.QueryCount];
     }
 
-    /// <summary>The token and its log-probabilities; the noise of float32 and of float64 may part only where scores all but tie.</summary>
+    /// <summary>
+    /// The token and its log-probabilities; the noise of float32 and of float64 may give different tokens only where scores almost tie.
+    /// </summary>
     internal static void CheckAnswer(float[] logits, SampleQuery query, StepLayout step, SampleResult actual)
     {
         double[] z = logits.Select(v => (double)v).ToArray();
@@ -83,7 +85,8 @@ public abstract partial class BackendTests
     }
 
     /// <summary>
-    /// A backend may judge a row by a part of it; where that part is unlike the rest, the kept tokens stay what the rules say.
+    /// A backend may estimate a row from a part of it; where that part differs from the rest, the kept tokens must still be those of the
+    /// rules.
     /// </summary>
     [Theory]
     [InlineData(0)]

@@ -2,10 +2,10 @@ using CsCheck;
 
 namespace Rollout.Kernels.Tests;
 
-/// <summary>Sampling at the borders: of vectors and chunks, of keys, of ties, and where queries meet.</summary>
+/// <summary>Sampling at the borders: of vectors and chunks, of sort keys, of ties, and between queries.</summary>
 public abstract partial class BackendTests
 {
-    /// <summary>A simulated device runs every thread as a fiber: it gets fewer and smaller cases.</summary>
+    /// <summary>A simulated device runs every thread as a fiber, so it runs fewer and smaller cases.</summary>
     private bool IsSlow => Draws < 20000;
 
     [Theory]
@@ -107,8 +107,8 @@ public abstract partial class BackendTests
     }
 
     /// <summary>
-    /// As min_tokens does it: what was to be drawn is forbidden, and nothing else changes. The one bias lies first and last in a vector, in
-    /// the 4096 tokens that a block of a GPU takes, and in the vocabulary.
+    /// As min_tokens does: the token that would be drawn is forbidden, and nothing else changes. The one bias is at the first and last
+    /// place of a vector, of the 4096 tokens that a block of a GPU processes, and of the vocabulary.
     /// </summary>
     [Theory]
     [InlineData(45, 0)]
@@ -143,7 +143,7 @@ public abstract partial class BackendTests
         });
     }
 
-    /// <summary>Where many logits are equal, exactly the tokens that the rules name are left: the mass of these says how many.</summary>
+    /// <summary>Where many logits are equal, exactly the tokens of the rules are kept: their mass shows how many.</summary>
     [Fact]
     public void Truncation_among_equals_equals_the_reference()
     {
@@ -157,7 +157,7 @@ public abstract partial class BackendTests
                 SampleQuery query = Bench.Query(topK: random.Next(3) == 0 ? 0 : random.Next(1, vocabulary + 3));
                 if (random.Next(2) == 0)
                 {
-                    // Half-way between two tokens' shares, where no rounding matters.
+                    // Halfway between two tokens' shares, where rounding does not matter.
                     int[] kept = Sampling.Kept(x, query);
                     double total = kept.Sum(v => Math.Exp(x[v]));
                     int last = random.Next(kept.Length);
@@ -236,7 +236,7 @@ public abstract partial class BackendTests
         Assert.All(Ask(bench.Backend, logits, Vocabulary, step), r => Assert.InRange(r.Token, 0, Vocabulary - 1));
         foreach (float poison in new[] { float.NaN, -float.NaN, float.PositiveInfinity })
         {
-            // The same step, whose answers of before must not stay.
+            // The same step, whose earlier answers must not stay.
             logits[token] = poison;
             Assert.All(Ask(bench.Backend, logits, Vocabulary, step), r => Assert.Equal(SampleResult.Nothing, r));
         }

@@ -3,7 +3,7 @@ using CsCheck;
 
 namespace Rollout.Kernels.Tests;
 
-/// <summary>Weights: written in any pieces, read back, copied, given back.</summary>
+/// <summary>Weights: written in any pieces, read back, copied, discarded.</summary>
 public abstract partial class BackendTests
 {
     [Theory]
@@ -103,9 +103,7 @@ public abstract partial class BackendTests
         backend.CopyBlock(cache, 0, 1);
     }
 
-    /// <summary>
-    /// Random bits, no infinities and nothing that is not a number: that has many bit patterns, which only bfloat16 keeps.
-    /// </summary>
+    /// <summary>Random bits without infinities and NaN: NaN has many bit patterns, which only bfloat16 keeps.</summary>
     private static byte[] Elements(Random random, int count, DType type)
     {
         byte[] bytes = new byte[count * type.Size()];

@@ -14,13 +14,13 @@ public abstract partial class BackendTests : IDisposable
     /// <summary>How it stores matrices.</summary>
     protected virtual WeightFormat Format => WeightFormat.BFloat16;
 
-    /// <summary>The largest share of a value that one rounding takes, of a backend that rounds between operations.</summary>
+    /// <summary>The largest relative error of one rounding, for a backend that rounds between operations.</summary>
     protected virtual double Rounding => 0;
 
-    /// <summary>Tokens drawn to see how they are distributed.</summary>
+    /// <summary>Tokens drawn in tests of the distribution.</summary>
     protected virtual int Draws => 20000;
 
-    /// <summary>Whether values may be of another width than keys.</summary>
+    /// <summary>Whether values may have another width than keys.</summary>
     protected virtual bool HasOwnValueWidths => true;
 
     /// <summary>The reference allocates as it likes.</summary>
@@ -41,11 +41,11 @@ public abstract partial class BackendTests : IDisposable
     }
 
     /// <summary>Runs the same work on the reference and on this backend, same inputs, and compares.</summary>
-    /// <param name="subject">Of this backend.</param>
-    /// <param name="seed">Of the inputs.</param>
-    /// <param name="tolerance">Where nothing is rounded between operations.</param>
+    /// <param name="subject">The work on this backend.</param>
+    /// <param name="seed">Seed of the inputs.</param>
+    /// <param name="tolerance">For a backend that does not round between operations.</param>
     /// <param name="work">Returns what is compared.</param>
-    /// <param name="roundings">That a value may have passed through, with what it is multiplied by.</param>
+    /// <param name="roundings">Roundings that a value may have passed through, times the factors on them.</param>
     private void Compare(Bench subject, int seed, double tolerance, Func<Bench, float[]> work, int roundings = 2)
     {
         if (subject.Backend is ReferenceBackend)
@@ -99,7 +99,7 @@ public abstract partial class BackendTests : IDisposable
         Gen.Select(Gen.Int[1, 9], Gen.Int[1, 200], Gen.Int[0, 2], Gen.Int[0, 1 << 30]).Sample(
             (rows, columns, kind, seed) => Compare(subject, seed, 3e-6, bench =>
             {
-                // Where values are small epsilon decides, and where there are none it divides.
+                // For small values epsilon dominates, and for zeros it is the divisor.
                 using Tensor x = bench.Tensor(rows, columns, kind switch { 0 => 1f, 1 => 2e-3f, _ => 0f }), y = bench.Tensor(rows, columns);
                 bench.Backend.RmsNorm(x, bench.Weight(1, columns), 1e-5f, y, rows);
                 bench.Backend.RmsNorm(x, bench.Weight(1, columns), 1e-6f, x, rows);
@@ -119,7 +119,7 @@ public abstract partial class BackendTests : IDisposable
                 using Tensor x = bench.Tensor(rows, 2 * width, scale), y = bench.Tensor(rows, width);
                 bench.Backend.GatedSilu(x, y, rows);
                 return Bench.Read(y, rows);
-            }, roundings: 4), // gate, of which silu makes up to 1.3 times as much, up, and their product
+            }, roundings: 4), // gate, whose error silu multiplies by up to 1.3, up, and their product
             iter: 60,
             threads: 1);
     }
@@ -139,7 +139,7 @@ public abstract partial class BackendTests : IDisposable
         {
             Compare(New(), headDim, 2e-5, bench =>
             {
-                // Three sequences; the second begins in the middle of a block, after a step that stored what comes before.
+                // Three sequences; the second begins in the middle of a block, after a step that stored its context.
                 int[] lengths = [5, 37, 16];
                 KvCache cache = bench.Cache(2, 20, kvHeads, headDim);
                 RopeTable rope = bench.Rope(headDim, 40);
@@ -181,7 +181,7 @@ public abstract partial class BackendTests : IDisposable
         });
     }
 
-    // ---- A row's bits are its own.
+    // ---- A row's bits depend on the row alone.
 
     [Fact]
     public void Rows_do_not_depend_on_how_many_there_are()
@@ -333,7 +333,7 @@ public abstract partial class BackendTests : IDisposable
         KvCache cache = bench.Cache(1, 1, 1, HeadDim);
         RopeTable rope = bench.Rope(HeadDim, 16);
 
-        // A sequence that went wrong leaves its values behind in a block that is then used again.
+        // A failed sequence leaves its values in a block that is then reused.
         bench.Backend.BeginStep(Bench.Step(1, 1, _ => (0, 16), (_, _) => 0));
         bench.Store(bench.Tensor(3 * HeadDim, Enumerable.Repeat(float.NaN, 16 * 3 * HeadDim).ToArray()), 1, rope, cache, 0);
         bench.Backend.BeginStep(Bench.Step(1, 1, _ => (0, 3), (_, _) => 0));

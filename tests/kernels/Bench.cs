@@ -71,7 +71,7 @@ internal sealed class Bench(Backend backend, int seed = 1)
             Output = output,
         });
 
-    /// <summary>The rows' keys and values into the cache; what they attend to is thrown away.</summary>
+    /// <summary>Stores the rows' keys and values in the cache; the attention's output is discarded.</summary>
     public void Store(Tensor qkv, int heads, RopeTable rope, KvCache cache, int layer)
     {
         using Tensor output = Backend.AllocateTensor(qkv.Rows, heads * cache.Layout(layer).ValueDim);
@@ -79,7 +79,7 @@ internal sealed class Bench(Backend backend, int seed = 1)
     }
 
     /// <summary>
-    /// Whole blocks, 16 rows each, as the beginnings of so many sequences: each sees no more than its own block, which makes it cheap to
+    /// Stores whole blocks, 16 rows each, each as the beginning of another sequence: each sees only its own block, which makes it cheap to
     /// fill a long context. Keys are rotated by their places in the blocks.
     /// </summary>
     public void StoreBlocks(int[] blocks, Tensor qkv, int heads, RopeTable rope, KvCache cache, int layer)
@@ -118,7 +118,7 @@ internal sealed class Bench(Backend backend, int seed = 1)
         return step;
     }
 
-    /// <summary>A step of any positions over any tables. What a table does not say is no block.</summary>
+    /// <summary>A step of any positions over any tables. Entries that a table does not set are no blocks.</summary>
     public static StepLayout Step(int maxBlocks, int[][] positions, int[][] tables)
     {
         StepLayout step = new StepLayout(Math.Max(1, positions.Sum(p => p.Length)), positions.Length, maxBlocks, 1, 0, 0)
@@ -136,7 +136,7 @@ internal sealed class Bench(Backend backend, int seed = 1)
         return step;
     }
 
-    /// <summary>Leaves in every slot of a layer what a sequence that went wrong would have left there.</summary>
+    /// <summary>Fills every slot of a layer with values that a failed sequence would have left there.</summary>
     public void Soil(KvCache cache, int layer)
     {
         KvLayout layout = cache.Layout(layer);
@@ -146,7 +146,7 @@ internal sealed class Bench(Backend backend, int seed = 1)
         StoreBlocks([.. Enumerable.Range(0, cache.Blocks)], garbage, layout.KvHeads, rope, cache, layer);
     }
 
-    /// <summary>Of a row of queries, keys and values.</summary>
+    /// <summary>Width of a row of queries, keys and values.</summary>
     public static int Columns(int heads, KvLayout layout) =>
         (heads * layout.KeyDim) + (layout.KvHeads * (layout.KeyDim + layout.ValueDim));
 

@@ -48,7 +48,7 @@ public sealed class CpuPathTests
         }
     }
 
-    /// <summary>One step through every operation; all that it wrote.</summary>
+    /// <summary>Runs one step through every operation and returns all outputs.</summary>
     private static float[] Run(int threads, int vectorBits, int rows, int keyDim, int valueDim)
     {
         using CpuBackend backend = new CpuBackend(threads, vectorBits);
@@ -104,7 +104,7 @@ public sealed class CpuPathTests
         return [.. all];
     }
 
-    /// <summary>As Hugging Face's models do it: the angle is a product of fp32 numbers, whatever that costs in angle.</summary>
+    /// <summary>As Hugging Face's models do: the angle is a product of fp32 numbers, despite the rounding error.</summary>
     [Fact]
     public void Angles_are_products_rounded_to_fp32_at_every_position_to_the_bit()
     {
@@ -116,7 +116,7 @@ public sealed class CpuPathTests
         using RopeTable rope = backend.AllocateRopeTable(frequencies, 131_072);
         using KvCache cache = bench.Cache(1, 1, 1, HeadDim);
 
-        // Ones in the first half of a query and zeros in the second: cosines, then sines. The CPU rotates queries where they are.
+        // Ones in the first half of a query and zeros in the second: cosines, then sines. The CPU rotates queries in place.
         float[] rows = [.. Enumerable.Range(0, positions.Length * 3 * HeadDim).Select(i => i % HeadDim < Half ? 1f : 0f)];
         using Tensor qkv = bench.Tensor(3 * HeadDim, rows);
         backend.BeginStep(Bench.Step(MaxBlocks, [positions], [new int[MaxBlocks]]));

@@ -2,11 +2,11 @@ using System.Runtime.InteropServices;
 
 namespace Rollout.Kernels.Tests;
 
-/// <summary>The CPU's matmuls to the bit, at the borders of tiles, panels and chunks; and what they may touch.</summary>
+/// <summary>The CPU's matmuls to the bit, at the borders of tiles, panels and chunks; and the memory that they may touch.</summary>
 public sealed unsafe class CpuMatMulTests
 {
     [Fact]
-    public void A_matmul_is_one_chain_of_multiply_adds_to_the_bit_on_every_path_for_every_row_count_and_thread()
+    public void A_matmul_is_one_chain_of_multiply_adds_to_the_bit_on_every_path()
     {
         const int Rows = 27;
         foreach ((int inputs, int outputs) in new[] { (1, 2), (3, 31), (4, 32), (511, 33), (512, 64), (513, 70), (1024, 5), (1031, 65) })
@@ -43,7 +43,7 @@ public sealed unsafe class CpuMatMulTests
         }
     }
 
-    /// <summary>The input in the form that tiles read stays in the room that was asked for it, whatever stands behind.</summary>
+    /// <summary>The packed input stays within its scratch, and nothing after it is written.</summary>
     [Theory]
     [InlineData(WeightFormat.BFloat16)]
     [InlineData(WeightFormat.BFloat16Fast)]
@@ -96,7 +96,7 @@ public sealed unsafe class CpuMatMulTests
             Assert.True(new Span<byte>(buffer.Pointer + from, Guard).IndexOfAnyExcept(Pattern) < 0, $"Beyond the {what}.");
     }
 
-    /// <summary>The room for a matmul's input grows with the tensors; what was taken before and after it stays as it was.</summary>
+    /// <summary>The scratch for a matmul's input grows with the tensors; memory allocated before and after it is unchanged.</summary>
     [Theory]
     [InlineData(WeightFormat.BFloat16)]
     [InlineData(WeightFormat.BFloat16Fast)]
@@ -120,7 +120,7 @@ public sealed unsafe class CpuMatMulTests
         }
     }
 
-    /// <summary>Packing goes through scratch that the thread keeps: of the last matrix, nothing is in the next.</summary>
+    /// <summary>Packing uses scratch that the thread keeps: nothing of one matrix may get into the next.</summary>
     [Theory]
     [InlineData(WeightFormat.BFloat16)]
     [InlineData(WeightFormat.BFloat16Fast)]

@@ -2,10 +2,10 @@ using System.Runtime.InteropServices;
 
 namespace Rollout.Kernels.Tests;
 
-/// <summary>The CPU's memory: zero when it is taken, given back to the machine, and addressed beyond what 32 bits count.</summary>
+/// <summary>The CPU's memory: zero when allocated, returned to the system when freed, and addressed beyond 32 bits.</summary>
 public sealed unsafe class CpuMemoryTests
 {
-    // Sizes about which the way that memory is taken changes: 64 KiB from the system, 2 MiB in huge pages.
+    // Sizes around which the way of allocating changes: 64 KiB from the system, 2 MiB in huge pages.
     public static readonly TheoryData<long> Sizes =
     [
         1, 63, 64, 65, (64 << 10) - 129, (64 << 10) - 128, (64 << 10) - 64, (64 << 10) - 63, 64 << 10, (2 << 20) - 1, 2 << 20,
@@ -80,7 +80,7 @@ public sealed unsafe class CpuMemoryTests
             Assert.Equal(new float[40 * 70], read);
         }
 
-        // Zero keys and values: rows behind them, whose own values are zeros, attend to nothing.
+        // Zero keys and values: later rows, whose own values are zeros, attend to nothing else.
         qkv.Write(3, bench.Values(3 * 48));
         bench.Store(qkv, 1, rope, cache, 0);
         cache.Discard();
@@ -123,7 +123,7 @@ public sealed unsafe class CpuMemoryTests
         void Fill() => new Span<byte>(((CpuTensor)tensor).Data, (int)Size).Fill(1);
     }
 
-    // ---- Offsets beyond 32 bits. Pages that nobody touches cost nothing.
+    // ---- Offsets beyond 32 bits. Untouched pages cost nothing.
 
     [Fact]
     public void A_cache_of_more_than_two_thousand_million_numbers_is_addressed_to_its_end()
@@ -131,7 +131,7 @@ public sealed unsafe class CpuMemoryTests
         using CpuBackend backend = new CpuBackend(2);
         Bench bench = new Bench(backend);
         const int HeadDim = 128, Heads = 8, Blocks = 70000, Tokens = 40;
-        KvLayout[] layouts = [new(8, HeadDim, HeadDim), new(1, HeadDim, HeadDim)]; // the first has as many, and the second lies behind them
+        KvLayout[] layouts = [new(8, HeadDim, HeadDim), new(1, HeadDim, HeadDim)]; // the first layer has this many, and the second follows
         using KvCache huge = Huge(() => backend.AllocateKvCache(Blocks, layouts));
         using KvCache small = backend.AllocateKvCache(4, layouts);
         using RopeTable rope = bench.Rope(HeadDim, Tokens);
@@ -141,7 +141,7 @@ public sealed unsafe class CpuMemoryTests
         Bench.SameBits(expected, Attend(huge, [Blocks - 1, 25537, 0]), "far blocks");
         backend.CopyBlock(huge, Blocks - 1, 25538);
 
-        // Rows behind the copied block, which none of them stores into.
+        // Rows after the copied block, which none of them writes.
         Bench.SameBits(Attend(small, [2, 0, 1], 16), Attend(huge, [25538, 25537, 0], 16), "a copy");
 
         float[] Attend(KvCache cache, int[] table, int first = 0)
@@ -177,7 +177,7 @@ public sealed unsafe class CpuMemoryTests
     [InlineData(WeightFormat.BFloat16)]
     [InlineData(WeightFormat.BFloat16Fast)]
     [InlineData(WeightFormat.Int8)]
-    public void A_matrix_of_more_than_four_thousand_million_elements_is_written_and_read_to_its_end(WeightFormat format)
+    public void A_matrix_of_more_than_four_billion_elements_is_written_and_read_to_its_end(WeightFormat format)
     {
         using CpuBackend backend = new CpuBackend(1, 0, format);
         const int Inputs = 32768, Outputs = 131136, Rows = 40;
@@ -209,7 +209,7 @@ public sealed unsafe class CpuMemoryTests
         if (format == WeightFormat.Int8)
             return;
 
-        // Single elements, the index alone as far as 32 bits go.
+        // Single elements, with an index up to the end of 32 bits.
         long[] places = [5L, 1L << 31, uint.MaxValue, 1L << 32, elements - 1];
         foreach (long place in places)
         {
@@ -303,7 +303,7 @@ public sealed unsafe class CpuMemoryTests
         Assert.All(weights, weight => Assert.True(weight.IsHeld));
     }
 
-    /// <summary>Where the system does not hand out so much address space, this cannot be tested.</summary>
+    /// <summary>Skips where the system does not provide so much address space.</summary>
     private static T Huge<T>(Func<T> allocate)
         where T : DeviceMemory
     {
@@ -313,12 +313,12 @@ public sealed unsafe class CpuMemoryTests
         }
         catch (OutOfMemoryException error)
         {
-            Assert.Skip($"This machine gives no memory that is not touched: {error.Message}");
+            Assert.Skip($"This machine does not allocate untouched memory: {error.Message}");
             throw;
         }
     }
 
-    /// <summary>A weight of a device that has, or has not, got the memory.</summary>
+    /// <summary>A weight of a device that has, or does not have, enough memory.</summary>
     private sealed class FullWeight() : Weight(1, 1)
     {
         public bool IsFull { get; set; }

@@ -1,8 +1,6 @@
 namespace Rollout.Kernels.Tests;
 
-/// <summary>
-/// A step that does not fit together is refused before it touches memory, at every border, and again when asked for again.
-/// </summary>
+/// <summary>An inconsistent step is refused before it touches memory, at every border, and also when it is repeated.</summary>
 public sealed class CpuRefusalTests : IDisposable
 {
     private const int Vocabulary = 40, HeadDim = 16, Blocks = 4;
@@ -36,7 +34,7 @@ public sealed class CpuRefusalTests : IDisposable
         Refused("Row 4 has position 32", step => step.Positions[4] = 32);
         Begins(step => step.Positions[4] = 31);
         Begins(step => (step.Positions[0], step.Positions[1], step.Positions[2]) = (0, 30, 31));
-        Begins(step => (step.Positions[3], step.Positions[4]) = (0, 1)); // another sequence begins anew
+        Begins(step => (step.Positions[3], step.Positions[4]) = (0, 1)); // another sequence starts from its own position
         Begins(step => step.RowStart[1] = 0); // a sequence without rows
         Begins(step => (step.SequenceCount, step.OutputCount) = (0, 0));
         Refused("-1 output rows", step => step.OutputCount = -1);
@@ -87,7 +85,7 @@ public sealed class CpuRefusalTests : IDisposable
         Assert.Contains(problem, error.Message);
     }
 
-    /// <summary>What a step looks back at is checked once a step: in each of them, and also after a refusal.</summary>
+    /// <summary>A step's context is checked once a step, in every step, and also after a refusal.</summary>
     [Fact]
     public void Blocks_and_positions_outside_are_refused_in_every_step_by_every_operation()
     {
@@ -99,19 +97,19 @@ public sealed class CpuRefusalTests : IDisposable
             foreach (int block in new[] { Blocks, -1, int.MaxValue, int.MinValue })
             {
                 StepLayout step = Step();
-                step.BlockTables[3] = block; // the second sequence's second block, in which its last row lies
+                step.BlockTables[3] = block; // the second sequence's second block, which has its last row
                 _backend.BeginStep(step);
                 Refused("call.Cache", $"Sequence 1 has block {block} of 4", () => Attend(_cache, _rope));
                 Refused("call.Cache", $"Sequence 1 has block {block} of 4", () => Attend(_cache, _rope));
             }
 
-            // Blocks behind the last position are nobody's.
+            // Blocks after the last position are not used.
             StepLayout near = Step();
             (near.Positions[3], near.Positions[4], near.BlockTables[3], near.BlockTables[1]) = (14, 15, -7, 99);
             _backend.BeginStep(near);
             Attend(_cache, _rope);
 
-            // A table for positions up to 19; and one for fewer, after this one was good enough.
+            // A table for positions up to 19; and one for fewer, after this one was accepted.
             StepLayout far = Step();
             (far.Positions[3], far.Positions[4]) = (18, 19);
             _backend.BeginStep(far);
@@ -152,7 +150,7 @@ public sealed class CpuRefusalTests : IDisposable
         _backend.CopyBlock(cache, 3, 0);
     }
 
-    /// <summary>What fits one layer does not fit another.</summary>
+    /// <summary>A call that fits one layer is refused for another.</summary>
     [Fact]
     public void Tensors_and_heads_are_checked_against_the_layout_of_the_layer()
     {

@@ -1,6 +1,6 @@
 namespace Rollout.Kernels.Tests;
 
-/// <summary>What the CPU leaves out while it draws changes no token.</summary>
+/// <summary>The work that the CPU skips while it draws changes no token.</summary>
 public sealed class CpuSamplingTests
 {
     [Theory]
@@ -16,7 +16,7 @@ public sealed class CpuSamplingTests
         {
             foreach (float spread in new[] { 0.01f, 2f, 9f })
             {
-                // As it comes, ascending and descending: the best is met anywhere, late and early. And so large that most scores are equal.
+                // Random, ascending and descending: the best comes anywhere, late and early. And so large that most scores are equal.
                 float[] values = bench.Values(vocabulary, spread);
                 float[][] rows = [values, [.. values.Order()], [.. values.OrderDescending()], [.. values.Select(v => v + 3e7f)]];
                 foreach (float[] logits in rows)
@@ -30,7 +30,7 @@ public sealed class CpuSamplingTests
         }
     }
 
-    /// <summary>Twenty-three ones, found by trying positions: no noise is larger.</summary>
+    /// <summary>A random word with twenty-three ones, found by trying positions: no noise is larger.</summary>
     [Fact]
     public void The_largest_noise_lifts_the_least_token_that_it_can_lift()
     {
@@ -42,7 +42,7 @@ public sealed class CpuSamplingTests
         Assert.InRange(largest, 16.6f, 16.7f);
         for (int first = 0; first < 2; first++)
         {
-            // Token 1 or the last has a score just below or just above what the noise makes of the other.
+            // Token 1 or the last has a score just below or just above the other's with noise.
             float[] logits = Enumerable.Repeat(-1000f, 200).ToArray();
             int rival = first == 0 ? 1 : 199;
             foreach ((float gap, bool lifted) in new[] { (0.0005f, true), (0.01f, true), (0.3f, true), (1f, true), (-0.0005f, false) })
@@ -61,7 +61,7 @@ public sealed class CpuSamplingTests
     [InlineData(5)]
     public void Queries_on_several_threads_are_answered_as_on_one(int threads)
     {
-        // Every thread copies, divides, cuts and sorts in room of its own.
+        // Every thread copies, divides, truncates and sorts in its own scratch.
         const int Vocabulary = 3001, Rows = 24;
         using CpuBackend one = new(1), several = new(threads);
         float[] logits = new Bench(one).Values(Rows * Vocabulary, 4f);

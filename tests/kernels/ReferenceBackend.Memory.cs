@@ -1,6 +1,6 @@
 namespace Rollout.Kernels.Tests;
 
-/// <summary>Its memory: arrays of float64, and of what weights are rounded to.</summary>
+/// <summary>Its memory: arrays of float64, and of the type that weights are rounded to.</summary>
 public sealed partial class ReferenceBackend
 {
     private sealed class RefTensor(ReferenceBackend owner, int rows, int columns) : Tensor(rows, columns)

@@ -257,7 +257,7 @@ public sealed partial class ReferenceBackend(WeightFormat format = WeightFormat.
         return x.Select((v, i) => v * factor * scale[0, i]).ToArray();
     }
 
-    /// <summary>That holds the position in the sequence of the row.</summary>
+    /// <summary>The block that has the position, in the row's sequence.</summary>
     private int Block(int row, int position)
     {
         int sequence = 0;

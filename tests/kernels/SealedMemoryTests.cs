@@ -2,7 +2,7 @@ using System.Diagnostics;
 
 namespace Rollout.Kernels.Tests;
 
-/// <summary>Memory that a trainer writes through a path and cannot take away.</summary>
+/// <summary>Memory that a trainer writes through a path and cannot shrink or remove.</summary>
 public sealed class SealedMemoryTests
 {
     [Fact]

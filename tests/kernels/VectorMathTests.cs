@@ -26,7 +26,7 @@ public sealed class VectorMathTests
             return [Bits(x0), Bits(x1), Bits(x2), Bits(x3)];
         }
 
-        // All lanes are the same, so the largest is any.
+        // All lanes are equal, so the largest is any of them.
         static uint Bits<TLanes>(TLanes lanes)
             where TLanes : unmanaged, ILanes<TLanes> =>
             ((uint)TLanes.Largest(TLanes.ToSingle(TLanes.ShiftRight(lanes, 16))) << 16)
@@ -64,7 +64,7 @@ public sealed class VectorMathTests
             Assert.Equal(expected, Canonical(Lanes512.Largest(VectorMath.Log(Lanes512.Create(x)))));
         }
 
-        // Not-a-number is one number here.
+        // All NaNs count as equal here.
         static int Canonical(float value) => float.IsNaN(value) ? -1 : BitConverter.SingleToInt32Bits(value);
     }
 

@@ -27,7 +27,7 @@ public sealed class WorkersTests
     }
 
     [Fact]
-    public void The_caller_goes_through_units_that_follow_one_another_and_then_helps_from_the_other_end()
+    public void The_caller_takes_its_units_in_order_and_then_helps_from_the_other_end()
     {
         using Workers workers = new Workers(2);
         BlockedWorkerJob job = new BlockedWorkerJob();
@@ -73,7 +73,7 @@ public sealed class WorkersTests
         }
     }
 
-    /// <summary>The second thread stays in its first unit until the caller has done all others.</summary>
+    /// <summary>The second thread stays in its first unit until the caller has finished all others.</summary>
     private sealed class BlockedWorkerJob : Job
     {
         private readonly ManualResetEventSlim _started = new();

@@ -5,8 +5,8 @@ namespace Rollout.Perf.Tests;
 
 public sealed class AttentionTests
 {
-    // Where a core computes attention slower than memory gives it keys and values, as on the development machine, sharing gains little
-    // (ratios of 0.78 to 0.99 with both cores). The gate is that it costs nothing.
+    // Where a core computes attention more slowly than memory delivers keys and values, as on the development machine, sharing gains little
+    // (ratios of 0.78 to 0.99 with both cores). The test is that it costs nothing.
     private const double Slack = 1.1;
 
     /// <summary>16 samples of one prompt of 1024 tokens, whose keys and values are stored once.</summary>

@@ -5,13 +5,13 @@ using Rollout.Micro;
 
 namespace Rollout.Perf.Tests;
 
-/// <summary>What the engine's loop does between and around the kernels of a decode step, watched from its own thread.</summary>
+/// <summary>What the engine's loop does between and around the kernels of a decode step, observed from its own thread.</summary>
 public sealed class LoopTests
 {
     private const int WarmUp = 200;
     private const int Measured = 2000;
 
-    /// <summary>One request of each kind: what every step does, and what only some ask for.</summary>
+    /// <summary>One request of each kind: what every step does, and what only some requests need.</summary>
     private static readonly GroupRequest[] s_requests =
     [
         Request("greedy") with { Temperature = 0 },
@@ -22,8 +22,8 @@ public sealed class LoopTests
     ];
 
     /// <summary>
-    /// What a step allocates would show in every window. The runtime, where a thread of its own is late, takes a few hundred bytes once in
-    /// a while on whatever thread meets it: they may be in one window, not in all.
+    /// An allocation of a step would show in every window. The runtime itself occasionally allocates a few hundred bytes on any thread:
+    /// they may be in one window, not in all.
     /// </summary>
     [Fact]
     public async Task A_decode_step_allocates_nothing()
@@ -42,8 +42,8 @@ public sealed class LoopTests
     }
 
     /// <summary>
-    /// A voluntary context switch is a thread that waits for another. Between the operations of a step none may sleep: where every token
-    /// had to wake a thread there would be one a step and more.
+    /// A voluntary context switch is a thread that waits for another. Between the operations of a step none may sleep: if every token had
+    /// to wake a thread there would be one or more a step.
     /// </summary>
     [Fact]
     public async Task A_decode_step_waits_for_no_other_thread()

@@ -4,14 +4,13 @@ using Rollout.Micro;
 namespace Rollout.Perf.Tests;
 
 /// <summary>
-/// A step of any number of rows is a good step: no row count is a cliff. The weights come from memory,
-/// as in a step.
+/// Steps of all row counts are efficient: none is much slower than its neighbours. The weights come from memory, as in a step.
 /// </summary>
 public sealed class MatMulTests
 {
     private const int MostRows = 64;
 
-    // More than the last cache, in copies used in turn, as layers are.
+    // More than the last-level cache holds, in copies used in turn, like layers.
     private const long WeightBytes = 64 << 20;
 
     // From memory all small row counts cost the same. From a cache, one row was measured at up to 1.25 times two.
@@ -26,7 +25,7 @@ public sealed class MatMulTests
     public void No_row_count_costs_more_than_its_neighbours(int outputs, int inputs)
     {
         using CpuBackend backend = new(threads: 1);
-        // An odd number of copies: round by round every row count meets each of them, also the one that lies in better memory.
+        // An odd number of copies: over the rounds every row count uses each of them, also one in faster memory.
         Weight[] weights = new Weight[(WeightBytes / (2L * outputs * inputs)) | 1];
         weights[0] = Workload.RandomWeight(backend, outputs, inputs);
         for (int i = 1; i < weights.Length; i++)

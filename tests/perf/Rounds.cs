@@ -5,10 +5,9 @@ using System.Diagnostics;
 namespace Rollout.Perf.Tests;
 
 /// <summary>
-/// Times variants against each other on a machine that others use. Every round runs each variant once, and a variant's time is its best
-/// round: noise only ever adds time, so the minimum is what the variant itself costs, and the ratio of two minima holds where an absolute
-/// time, or a mean, would not. Time is processor time, which does not pass while another process has the core; so kernels measured here
-/// get one thread.
+/// Times variants against each other on a shared machine. Every round runs each variant once, and a variant's time is its best round: noise
+/// only ever adds time, so the minimum is what the variant itself costs, and the ratio of two minima is stable where an absolute time, or a
+/// mean, is not. Time is processor time, which does not pass while another process has the core; so kernels measured here get one thread.
 /// </summary>
 internal static class Rounds
 {
@@ -17,8 +16,8 @@ internal static class Rounds
     private static readonly TimeSpan s_longest = TimeSpan.FromSeconds(15);
 
     /// <summary>
-    /// Seconds of each variant's best round. There are at least twelve; while <paramref name="hold"/> says that the times are not what
-    /// they should be, more rounds look for better ones, for fifteen seconds. What is really too slow stays too slow.
+    /// Seconds of each variant's best round. There are at least twelve; while <paramref name="hold"/> says that the times do not pass, more
+    /// rounds look for better ones, for fifteen seconds. A real slowdown remains too slow.
     /// </summary>
     public static double[] Best(Func<double[], bool> hold, params Action[] variants)
     {

@@ -12,8 +12,8 @@ public sealed class StepTests
     private const double Factor = 0.5;
 
     /// <summary>
-    /// Eight sequences in one step read the weights once. On a machine where one sequence is bound by reading, that is worth nearly eight;
-    /// two is what must be left of it where arithmetic is slow and memory fast.
+    /// Eight sequences in one step read the weights once. On a machine where one sequence is bound by reading, the gain is nearly
+    /// eightfold; twofold is the minimum required where arithmetic is slow and memory fast.
     /// </summary>
     [Fact]
     public void A_step_of_eight_costs_less_than_half_of_eight_steps_of_one()

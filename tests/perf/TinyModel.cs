@@ -19,7 +19,7 @@ internal static class TinyModel
         }
         """);
 
-    /// <summary>A checkpoint whose step takes some tens of microseconds, so that what the engine adds to it shows.</summary>
+    /// <summary>A checkpoint whose step takes some tens of microseconds, so that the engine's overhead is visible.</summary>
     public static void Write(string folder)
     {
         byte[] config = Config(layers: 2, hidden: 64, intermediate: 128, heads: 4, kvHeads: 2, vocabulary: 512);

@@ -2,12 +2,12 @@ namespace Rollout.Load.Bench;
 
 /// <summary>One sample to draw.</summary>
 /// <param name="Prompt">Token ids.</param>
-/// <param name="MaxTokens">It ends there and not before: every engine does the same work.</param>
+/// <param name="MaxTokens">The exact length, so that every engine does the same work.</param>
 /// <param name="At">Seconds from the start; not sent earlier.</param>
 /// <param name="After">Index of a sample whose first token is waited for before this is sent, or -1.</param>
 internal sealed record Arrival(int[] Prompt, int MaxTokens, double At = 0, int After = -1);
 
-/// <summary>Who comes when. The same seed makes the same list, whoever serves it.</summary>
+/// <summary>Which samples arrive when. The same seed gives the same list for every engine.</summary>
 internal static class Arrivals
 {
     private const int Vocabulary = 32768;
@@ -21,8 +21,8 @@ internal static class Arrivals
 
     /// <summary>
     /// A GRPO step: <paramref name="prompts"/> prompts of 128 tokens, <paramref name="samples"/> samples each, lengths log-normal (median
-    /// 90, sigma 0.7) to 256. Samples end at different lengths, so each is a request; a group's first goes ahead, and the others follow its
-    /// first token, to find the prompt in a prefix cache where there is one.
+    /// 90, sigma 0.7) to 256. Samples end at different lengths, so each is a request; a group's first sample is sent first, and the others
+    /// after its first token, so that they find the prompt in a prefix cache where there is one.
     /// </summary>
     public static Arrival[] Grpo(int prompts, int samples, int seed)
     {

@@ -2,12 +2,12 @@ using Rollout.Client;
 
 namespace Rollout.Load.Bench;
 
-/// <summary>A trainer beside the samples: the whole model through shared memory, again and again.</summary>
+/// <summary>A trainer concurrent with the samples: pushes the whole model through shared memory repeatedly.</summary>
 internal static class BackgroundUpdates
 {
     /// <summary>
-    /// Pushes at every multiple of <paramref name="every"/>, or as soon as the push before has ended, until <paramref name="enough"/>; a
-    /// push under way is ended first. KEEP, so that what is measured is the update and not the recomputing of samples.
+    /// Pushes at every multiple of <paramref name="every"/>, or as soon as the previous push has ended, until <paramref name="enough"/>; a
+    /// push in flight is finished first. KEEP, so that the update is measured without recomputing samples.
     /// </summary>
     public static async Task<List<PushTimings>> RunAsync(
         RolloutClient client, IReadOnlyList<TensorSource> model, TimeSpan every, CancellationToken enough)
@@ -23,7 +23,7 @@ internal static class BackgroundUpdates
         }
         catch (OperationCanceledException)
         {
-            // The samples have come.
+            // The samples are complete.
         }
 
         return pushes;

@@ -7,7 +7,7 @@ using Spectre.Console;
 
 namespace Rollout.Load.Bench;
 
-/// <summary>`bench fixed`, `bench grpo`, `bench open`: Shape S served, and samples asked for as people ask.</summary>
+/// <summary>`bench fixed`, `bench grpo`, `bench open`: Shape S served under realistic patterns of requests.</summary>
 internal static class BenchCommand
 {
     private const int Slots = 64;           // sequences at a time, Rollout's and the peer's
@@ -41,7 +41,7 @@ internal static class BenchCommand
         IReadOnlyList<TensorSource> tensors = updatesEvery > 0 ? BackgroundUpdates.Read(model) : [];
         List<PushTimings> pushes = [];
 
-        // One at a time, so that none holds memory or cores that another measures; round after round, so that noise hits all alike.
+        // One at a time, so that none holds memory or cores while another is measured; in rounds, so that noise affects all equally.
         for (int round = 0; round < repeats; round++)
         {
             progress.Report($"round {round + 1} of {repeats}: rollout");
@@ -74,7 +74,7 @@ internal static class BenchCommand
 
         async Task PlayAsync(ITarget target, Action begin)
         {
-            await BenchRun.PlayAsync(target, Arrivals.Fixed(2, seed: -1), cancellation); // pays for compilation
+            await BenchRun.PlayAsync(target, Arrivals.Fixed(2, seed: -1), cancellation); // warm-up: includes compilation
             begin();
             if (!runs.TryGetValue(target.Name, out List<BenchResult>? list)) runs[target.Name] = list = [];
             list.Add(await BenchRun.PlayAsync(target, arrivals, cancellation));
@@ -134,26 +134,26 @@ internal static class BenchCommand
         AnsiConsole.Write(table);
     }
 
-    /// <param name="Arrivals">Who comes when.</param>
+    /// <param name="Arrivals">The samples to request.</param>
     /// <param name="DType">Weight format.</param>
-    /// <param name="Threads">Cores for everybody.</param>
+    /// <param name="Threads">Cores of each server.</param>
     /// <param name="Repeats">Rounds.</param>
     /// <param name="UpdatesEvery">Seconds between weight updates of the sidecar; 0: none.</param>
     /// <param name="Peer">A llama-server, or none.</param>
     private sealed record BenchWork(Arrival[] Arrivals, string DType, int Threads, int Repeats, double UpdatesEvery, string? Peer);
 
-    /// <param name="Targets">Medians by who served.</param>
+    /// <param name="Targets">Medians by server.</param>
     /// <param name="Pushes">Of all rounds.</param>
     private sealed record BenchResults(SortedDictionary<string, BenchResult> Targets, List<PushTimings> Pushes)
     {
-        /// <summary>Seconds from a push's begin to the word that its weights are served.</summary>
+        /// <summary>Seconds from a push's begin to the reply that its weights are served.</summary>
         public double Push(double quantile) => BenchRun.At([.. Pushes.Select(push => push.Total).Order()], quantile);
 
         /// <summary>Seconds in which the server could run no step.</summary>
         public double Stall(double quantile) => BenchRun.At([.. Pushes.Select(push => push.ServerStall).Order()], quantile);
     }
 
-    /// <summary>What all patterns take.</summary>
+    /// <summary>Options of all patterns.</summary>
     private sealed class Common
     {
         private readonly Option<bool> _json;
@@ -208,7 +208,7 @@ internal static class BenchCommand
 
         public Option<int> Seed { get; } = new("--seed")
         {
-            Description = "Of prompts, lengths and arrivals.",
+            Description = "Seed of prompts, lengths and arrivals.",
             DefaultValueFactory = _ => 1,
         };
 

@@ -2,16 +2,16 @@ using System.Diagnostics;
 
 namespace Rollout.Load.Bench;
 
-/// <summary>Something that draws samples and says when tokens come.</summary>
+/// <summary>A server that draws samples and reports the arrival of tokens.</summary>
 internal interface ITarget : IAsyncDisposable
 {
     string Name { get; }
 
-    /// <summary>Draws one sample; calls <paramref name="onTokens"/> with the number of tokens that came, each time some do.</summary>
+    /// <summary>Draws one sample; calls <paramref name="onTokens"/> with the number of tokens each time some arrive.</summary>
     Task DrawAsync(int id, Arrival arrival, Action<int> onTokens, CancellationToken cancellation);
 }
 
-/// <summary>Plays arrivals against a target and takes times.</summary>
+/// <summary>Sends arrivals to a target and measures times.</summary>
 internal static class BenchRun
 {
     public static async Task<BenchResult> PlayAsync(ITarget target, IReadOnlyList<Arrival> arrivals, CancellationToken cancellation)
@@ -54,7 +54,7 @@ internal static class BenchRun
             }
             catch (Exception e)
             {
-                firstTokens[id].TrySetException(e); // who waits for it need not wait longer
+                firstTokens[id].TrySetException(e); // releases a waiter when the sample fails
                 throw;
             }
         }
@@ -62,7 +62,7 @@ internal static class BenchRun
 
     public static double At(double[] sorted, double quantile) => sorted.Length == 0 ? 0 : sorted[(int)(quantile * (sorted.Length - 1))];
 
-    /// <summary>When the tokens of one sample came.</summary>
+    /// <summary>Arrival times of one sample's tokens.</summary>
     private sealed class Timeline
     {
         private long _last;
@@ -72,7 +72,7 @@ internal static class BenchRun
         /// <summary>Seconds to the first token.</summary>
         public double First { get; private set; }
 
-        /// <summary>Seconds between tokens. Tokens that came together share the time since those before them.</summary>
+        /// <summary>Seconds between tokens. Tokens that arrive together share the time since the previous ones.</summary>
         public List<double> Gaps { get; } = [];
 
         public void Begin() => _last = Stopwatch.GetTimestamp();
@@ -95,7 +95,7 @@ internal static class BenchRun
     }
 }
 
-/// <summary>What one run showed.</summary>
+/// <summary>The result of one run.</summary>
 /// <param name="TokensPerSecond">Generated tokens over the whole run, prefill included.</param>
 /// <param name="FirstP50">Seconds to the first token.</param>
 /// <param name="FirstP99">Seconds to the first token.</param>

@@ -3,7 +3,7 @@ using Rollout.Kernels;
 
 namespace Rollout.Load.Bench;
 
-/// <summary>The engine in this process: what is left when nothing is sent anywhere.</summary>
+/// <summary>The engine in this process, without any transport.</summary>
 internal sealed class InProcessTarget : ITarget
 {
     private readonly RolloutEngine _engine;
@@ -15,7 +15,7 @@ internal sealed class InProcessTarget : ITarget
 
     public string Name => "in process";
 
-    /// <summary>Later samples find nothing in the prefix cache that earlier ones left.</summary>
+    /// <summary>Ensures that later samples find nothing of earlier ones in the prefix cache.</summary>
     public void Forget() => _run++;
 
     public async Task DrawAsync(int id, Arrival arrival, Action<int> onTokens, CancellationToken cancellation)

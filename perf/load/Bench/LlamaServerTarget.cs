@@ -7,7 +7,7 @@ using System.Text.Json;
 namespace Rollout.Load.Bench;
 
 /// <summary>
-/// llama.cpp's server on the same weights, one slot a sequence, asked over HTTP as its users do: token ids in, server-sent events out,
+/// llama.cpp's server on the same weights, one slot a sequence, used over HTTP as its users do: token ids in, server-sent events out,
 /// prompt cache on, the same sampling (temperature 1 and nothing else).
 /// </summary>
 internal sealed class LlamaServerTarget : ITarget

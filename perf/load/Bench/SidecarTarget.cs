@@ -3,7 +3,7 @@ using Rollout.Client;
 
 namespace Rollout.Load.Bench;
 
-/// <summary>A sidecar in a process of its own, asked by the .NET client over its Unix socket.</summary>
+/// <summary>A sidecar in its own process, used by the .NET client over its Unix socket.</summary>
 internal sealed class SidecarTarget : ITarget
 {
     private readonly SidecarProcess _server;
@@ -43,7 +43,7 @@ internal sealed class SidecarTarget : ITarget
         return new SidecarTarget(server, RolloutClient.Connect($"unix:{socket}"), folder);
     }
 
-    /// <summary>Later samples find nothing in the prefix cache that earlier ones left.</summary>
+    /// <summary>Ensures that later samples find nothing of earlier ones in the prefix cache.</summary>
     public void Forget() => _run++;
 
     public async Task DrawAsync(int id, Arrival arrival, Action<int> onTokens, CancellationToken cancellation)

@@ -4,9 +4,7 @@ using Rollout.Kernels.Cuda;
 
 namespace Rollout.Kernels.Tests.Cuda;
 
-/// <summary>
-/// What crosses into NVIDIA's libraries has the layout their headers say, and a library that is missing is told in one sentence.
-/// </summary>
+/// <summary>Data passed to NVIDIA's libraries has the layout of their headers, and a missing library is reported in one sentence.</summary>
 public sealed class BindingsTests
 {
     [Fact]
@@ -22,7 +20,7 @@ public sealed class BindingsTests
         Assert.Equal(72, Unsafe.SizeOf<CUlaunchAttribute>());
         Assert.Equal(8, (int)Marshal.OffsetOf<CUlaunchAttribute>(nameof(CUlaunchAttribute.value)));
         Assert.Equal(128, Unsafe.SizeOf<ncclUniqueId>());
-        Assert.Equal(24, Unsafe.SizeOf<ncclConfig>()); // of NCCL 2.14, which later ones still take
+        Assert.Equal(24, Unsafe.SizeOf<ncclConfig>()); // of NCCL 2.14, which later versions still accept
         Assert.Equal(8, (int)Marshal.OffsetOf<ncclConfig>(nameof(ncclConfig.Magic)));
         Assert.Equal(16, (int)Marshal.OffsetOf<ncclConfig>(nameof(ncclConfig.Blocking)));
         Assert.Equal(64, Unsafe.SizeOf<cublasLtMatmulAlgo>());

@@ -3,8 +3,8 @@ using Rollout.Kernels.Cuda;
 namespace Rollout.Kernels.Tests.Cuda;
 
 /// <summary>
-/// Which context is current on a thread is everybody's: another library, torch say, sets its own between two calls of ours, and finds its
-/// own again when we give something back.
+/// The current context of a thread is shared with other libraries: torch, for one, sets its own between two of our calls, and must find it
+/// unchanged when we free something.
 /// </summary>
 public sealed class ContextTests
 {
@@ -70,13 +70,13 @@ public sealed class ContextTests
         second.Download(ofSecond.Pointer, read);
         Assert.Equal([1, 2, 3, 4], read);
 
-        // What the simulated device refuses, so that the above says something.
+        // The simulated device refuses a call without a context, so that the test above is meaningful.
         CudaException error = Assert.Throws<CudaException>(() => second.Upload(more.Pointer, [1]));
         Assert.StartsWith("cuMemcpyHtoDAsync_v2 (1 bytes): CUDA_ERROR_INVALID_CONTEXT", error.Message, StringComparison.Ordinal);
         more.Dispose();
     }
 
-    /// <summary>A device that is used again after its last user has gone: threads still have the old context.</summary>
+    /// <summary>A device that is used again after its last user was disposed: threads still have the old context.</summary>
     [Fact]
     public void A_device_is_used_again_from_a_thread_that_knew_the_last_one()
     {
@@ -103,7 +103,8 @@ public sealed class ContextTests
     }
 
     /// <summary>
-    /// What four steps of a token compute, three of them noted and one not, with something done between them and between their calls.
+    /// The results of four steps of a token, three with collected launches and one without, with an action between them and between their
+    /// calls.
     /// </summary>
     private static float[][] Steps(Action between)
     {

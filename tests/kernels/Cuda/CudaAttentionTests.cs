@@ -19,7 +19,7 @@ public sealed class CudaAttentionTests
             Random random = new(seed);
             int[] starts = [.. Enumerable.Range(0, sequences).Select(_ => random.Next(1, 1500))];
             int[] rows = [.. Enumerable.Range(0, sequences).Select(_ => random.Next(4) == 0 ? random.Next(1, 40) : 1)];
-            int common = shared ? (8 * random.Next(1, 5)) - random.Next(3) : 0; // blocks that all have: of whole chunks, or one or two less
+            int common = shared ? (8 * random.Next(1, 5)) - random.Next(3) : 0; // blocks that all share: whole chunks, or one or two less
             StepLayout step = Bench.Step(sequences, 128, s => (starts[s], starts[s] + rows[s]), (s, b) => b < common ? b : (s * 128) + b);
             CudaAttentionPlan plan = new();
             plan.Build(step, rowsPerItem, slots);
@@ -54,7 +54,7 @@ public sealed class CudaAttentionTests
             Assert.Equal(step.Positions.Sum(position => (position / CudaAttentionPlan.Chunk) + 1), covered.Count);
             Assert.All(places, place => Assert.InRange(place, 0, plan.Slots - 1));
 
-            // What is not cut, though it could be: no longer than what is left of the room.
+            // Rows that are not cut although they could be are no longer than the remaining room.
             int[] single = [.. Enumerable.Range(0, sequences).Where(s => rows[s] == 1).Select(s => step.RowStart[s])];
             int[] whole = [.. single.Where(row => !covered[(row, 0)] && covered.ContainsKey((row, 1))).Select(Chunks)];
             Assert.All(whole, chunks => Assert.True(chunks > slots - plan.Slots));
@@ -64,7 +64,7 @@ public sealed class CudaAttentionTests
 
             int Chunks(int row) => (step.Positions[row] / CudaAttentionPlan.Chunk) + 1;
 
-            // Those of a chunk that a row sees.
+            // The blocks of a chunk that a row sees.
             int[] Blocks(int row, int chunk)
             {
                 const int ChunkBlocks = CudaAttentionPlan.Chunk / KvCache.BlockTokens;
@@ -76,8 +76,8 @@ public sealed class CudaAttentionTests
     }
 
     /// <summary>
-    /// Rows that decode, cut where there is room for their parts: for none, for the longest, for some, for all; with parts that several
-    /// share. Their bits are those of the same rows as the last of sequences that have two, which are never cut.
+    /// Rows that decode, cut when there is room for their parts: for none, for the longest, for some, for all; with parts that several
+    /// share. Their bits equal those of the same rows as the last of sequences with two rows, which are never cut.
     /// </summary>
     [Theory]
     [InlineData(WeightFormat.BFloat16, 16, 2)]
@@ -100,7 +100,7 @@ public sealed class CudaAttentionTests
             float[] prompts = bench.Values((lengths.Max() + KvCache.BlockTokens) * columns);
             float[] rows = bench.Values(2 * lengths.Length * columns);
 
-            // The first two have all blocks of three chunks in common, and of the fourth all but the last.
+            // The first two share all blocks of three chunks, and all but the last of the fourth.
             int Block(int s, int b) => s == 1 && b < 31 ? b : (s * MaxBlocks) + b;
             for (int s = 0; s < lengths.Length; s++)
             {
@@ -134,8 +134,8 @@ public sealed class CudaAttentionTests
     }
 
     /// <summary>
-    /// The largest heads; more heads for one of keys than an item takes; and as many as make no whole item. By themselves, and as rows of a
-    /// prompt.
+    /// The largest heads; more query heads for a key head than an item holds; and numbers that do not fill an item. As single rows, and as
+    /// rows of a prompt.
     /// </summary>
     [Theory]
     [InlineData(256, 4, 2)]
@@ -156,7 +156,7 @@ public sealed class CudaAttentionTests
             RopeTable rope = bench.Rope(headDim, tokens);
             float[] values = bench.Values(tokens * columns);
 
-            // Single rows before any larger step: what such steps count in then has room for one row. What is not stored yet is zero.
+            // Single rows before any larger step: the counters of such steps then have room for one row. Unwritten parts are zero.
             int[] single = [0, 3, tokens / 2, tokens - 10, tokens - 1];
             return
             [
@@ -175,7 +175,7 @@ public sealed class CudaAttentionTests
         }
     }
 
-    /// <summary>As many rows as sequences, and yet no step that decodes.</summary>
+    /// <summary>As many rows as sequences, but not a decode step.</summary>
     [Fact]
     public void Two_rows_beside_a_sequence_without_any_equal_the_reference()
     {
@@ -198,7 +198,8 @@ public sealed class CudaAttentionTests
     }
 
     /// <summary>
-    /// A token after 131,071 others, which are the same sixteen over and over: cut by chunks, and as the last of two rows, which are not.
+    /// A token after 131,071 others, which are the same sixteen over and over: cut by chunks, and as the last of two rows, which are not
+    /// cut.
     /// </summary>
     [Fact]
     public void The_last_token_of_a_context_of_131_072_equals_the_reference()
@@ -208,7 +209,7 @@ public sealed class CudaAttentionTests
         using CudaBackend backend = new(0, WeightFormat.Float32);
         using ReferenceBackend reference = new(WeightFormat.Float32);
         foreach (int rows in (int[])[1, 2])
-            Bench.Close(Results(reference, rows), Results(backend, rows), 3e-4); // sums of 1,024 chunks that are all alike
+            Bench.Close(Results(reference, rows), Results(backend, rows), 3e-4); // sums of 1,024 equal chunks
 
         float[] Results(Backend on, int rows)
         {
@@ -228,7 +229,7 @@ public sealed class CudaAttentionTests
         }
     }
 
-    /// <summary>As many chunks as are merged at once, 64, and more.</summary>
+    /// <summary>As many chunks as are merged together, 64, and more.</summary>
     [Theory]
     [InlineData(WeightFormat.BFloat16, 64 * CudaAttentionPlan.Chunk)]
     [InlineData(WeightFormat.BFloat16, (66 * CudaAttentionPlan.Chunk) + 5)]
@@ -256,7 +257,7 @@ public sealed class CudaAttentionTests
         Bench.SameBits(results[0], results[1], "cut and whole");
     }
 
-    /// <summary>Steps that decode as many rows are launched alike, however long their contexts: as the graph of one rehearsal.</summary>
+    /// <summary>Steps that decode equally many rows have equal launches, however long their contexts: the graph of one rehearsal.</summary>
     [Fact]
     public void A_step_that_decodes_is_launched_alike_for_all_contexts()
     {
@@ -268,7 +269,7 @@ public sealed class CudaAttentionTests
         RopeTable rope = bench.Rope(HeadDim, MaxBlocks * KvCache.BlockTokens);
         Tensor qkv = bench.Tensor(Rows, 3 * HeadDim), output = backend.AllocateTensor(Rows, HeadDim), logits = bench.Tensor(Rows, 8);
         StepLayout first = Step(5);
-        Run(first); // takes memory
+        Run(first); // allocates memory
         backend.FinishStep(first);
         foreach (StepLayout rehearsal in backend.Rehearsals(first))
             Run(rehearsal);

@@ -9,7 +9,7 @@ public abstract class CudaBackendTests(WeightFormat format) : BackendTests
 
     protected override bool HasOwnValueWidths => false;
 
-    /// <summary>A block of 256 fibers each.</summary>
+    /// <summary>Each draw runs a block of 256 fibers.</summary>
     protected override int Draws => 1000;
 
     protected override Backend Create()
@@ -51,14 +51,14 @@ public abstract class CudaBackendTests(WeightFormat format) : BackendTests
         for (int i = 0; i < sums.Length; i++)
             Assert.InRange(found[i], sums[i] - (Math.Abs(sums[i]) * Rounding), sums[i] + (Math.Abs(sums[i]) * Rounding));
 
-        // What reads it takes it as it is.
+        // Its readers take it in this form.
         Tensor half = backend.AllocateTensor(Rows, Outputs / 2), same = backend.AllocateTensor(Rows, Outputs / 2);
         backend.GatedSilu(rounded, half, Rows);
         backend.GatedSilu(bench.Tensor(Outputs, found), same, Rows);
         Bench.SameBits(Bench.Read(same, Rows), Bench.Read(half, Rows), "gated");
     }
 
-    /// <summary>A step without answers is finished when it was sent; the device may still be at it.</summary>
+    /// <summary>A step without answers is finished once it is sent; the device may still be running it.</summary>
     [Theory]
     [InlineData(false, 1)]
     [InlineData(true, 0)]

@@ -31,7 +31,7 @@ public sealed class CudaCommandsTests
         }
     }
 
-    /// <summary>Rows that share a long prefix are attended by another kernel, of the same arguments.</summary>
+    /// <summary>Rows that share a long prefix use another attention kernel, with the same arguments.</summary>
     [Theory]
     [InlineData("kernel")]
     [InlineData("blocks")]
@@ -67,9 +67,9 @@ public sealed class CudaCommandsTests
         Assert.Equal(1, device.Commands.GraphLaunches);
     }
 
-    /// <summary>Ending a capture that failed fails too, and says less.</summary>
+    /// <summary>Ending a failed capture fails too, with a less specific error.</summary>
     [Fact]
-    public void A_launch_that_fails_in_a_capture_is_what_the_error_names_and_the_stream_can_be_used_again()
+    public void An_error_names_the_launch_that_fails_in_a_capture_and_the_stream_stays_usable()
     {
         SimulatedDevice.RequireSimulated();
         using Device device = new();

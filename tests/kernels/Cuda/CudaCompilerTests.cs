@@ -2,7 +2,7 @@ using Rollout.Kernels.Cuda;
 
 namespace Rollout.Kernels.Tests.Cuda;
 
-/// <summary>Compiled kernels that are kept on disk: what is read back is what was compiled, of this very source.</summary>
+/// <summary>Compiled kernels cached on disk: the code read back is what was compiled from the same source.</summary>
 public sealed class CudaCompilerTests : IDisposable
 {
     private readonly string _name = $"kept{Path.GetRandomFileName().Replace(".", "", StringComparison.Ordinal)}";
@@ -37,7 +37,7 @@ public sealed class CudaCompilerTests : IDisposable
             "a byte" => damaged,
             _ => [.. kept, 0],
         });
-        byte[] again = Compile(); // the same but for the number that a linker gives each of its results
+        byte[] again = Compile(); // the same except for the build id that a linker adds
         Assert.Equal((code.Length, code[kept.Length / 3]), (again.Length, again[kept.Length / 3]));
         Assert.Equal(kept.Length, File.ReadAllBytes(Assert.Single(Files())).Length);
         Assert.Equal(again, Compile());

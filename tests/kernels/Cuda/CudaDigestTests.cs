@@ -4,10 +4,10 @@ using Rollout.Kernels.Cuda;
 
 namespace Rollout.Kernels.Tests.Cuda;
 
-/// <summary>A tensor's digest on the device is the one that the host would have made of its bytes.</summary>
+/// <summary>A tensor's digest on the device equals the host's digest of its bytes.</summary>
 public sealed class CudaDigestTests
 {
-    // Around every boundary of the algorithm: what the host does, stripes of 64, blocks of 1024, pieces of 4096.
+    // Around every boundary of the algorithm: sizes digested on the host, stripes of 64, blocks of 1024, pieces of 4096.
     private static readonly Gen<int> s_length = Gen.OneOf(
         Gen.OneOf(0, 1, 16, 17, 240, 241, 255, 256, 1023, 1024, 1025, 1087, 1088, 1089, 2048, 2049, 4096, 4097, 5120, 5121, 8192, 8193),
         Gen.Int[0, 40_000]);
@@ -27,7 +27,7 @@ public sealed class CudaDigestTests
                 byte[][] expected = new byte[tensors.Length][];
                 for (int t = 0; t < tensors.Length; t++)
                 {
-                    (int length, int shift) = tensors[t]; // from any address on
+                    (int length, int shift) = tensors[t]; // at any address
                     byte[] bytes = new byte[length];
                     random.NextBytes(bytes);
                     placed[t] = (memory.Pointer + (nuint)((t * 40_016) + shift), length);
@@ -42,7 +42,7 @@ public sealed class CudaDigestTests
     }
 
     /// <summary>
-    /// Pieces as large as an update's: more blocks than are added up at a time, and a tensor that ends with one, begins the next, or is far
+    /// Pieces as large as an update's: more blocks than are summed at a time, and a tensor that ends with one, begins the next, or is far
     /// smaller.
     /// </summary>
     [Fact]

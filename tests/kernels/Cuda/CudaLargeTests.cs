@@ -3,13 +3,13 @@ using Rollout.Kernels.Cuda;
 
 namespace Rollout.Kernels.Tests.Cuda;
 
-/// <summary>Models and caches of a real size: offsets past 2^31 elements, 2^32 bytes and what is staged at a time.</summary>
+/// <summary>Models and caches of a real size: offsets past 2^31 elements, 2^32 bytes and the size of the staging buffer.</summary>
 public sealed class CudaLargeTests
 {
-    private const int Staged = 8 << 20; // bytes of a weight on their way at a time
+    private const int Staged = 8 << 20; // bytes of a weight that are staged at a time
 
     /// <summary>
-    /// Tokens of a prompt and some that decode, in the first and in the last blocks of 18 GB of keys and values, and in copies of such
+    /// Tokens of a prompt and of decoding sequences, in the first and last blocks of 18 GB of keys and values, and in copies of such
     /// blocks.
     /// </summary>
     [Fact]
@@ -82,7 +82,7 @@ public sealed class CudaLargeTests
         }
     }
 
-    /// <summary>Real tensors are larger than what is staged: they come in pieces, each to its own place.</summary>
+    /// <summary>Real tensors are larger than the staging buffer: they are written in pieces, each to its own place.</summary>
     [Theory]
     [InlineData(DType.BFloat16)]
     [InlineData(DType.Float32)]

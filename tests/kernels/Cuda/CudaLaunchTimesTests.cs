@@ -4,7 +4,7 @@ namespace Rollout.Kernels.Tests.Cuda;
 
 public sealed class CudaLaunchTimesTests
 {
-    /// <summary>A step that is measured goes launch by launch, names every one, and computes what it computes as a graph.</summary>
+    /// <summary>A measured step launches every kernel separately, names each, and computes the same as its graph.</summary>
     [Fact]
     public void A_measured_step_names_every_launch_and_gives_the_same_answers()
     {

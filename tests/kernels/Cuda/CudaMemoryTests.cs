@@ -2,15 +2,15 @@ using Rollout.Kernels.Cuda;
 
 namespace Rollout.Kernels.Tests.Cuda;
 
-/// <summary>Tests that look at what the device has free run alone: others take of it.</summary>
+/// <summary>Tests that check the device's free memory run alone: others allocate from it.</summary>
 [CollectionDefinition(nameof(AloneOnTheDevice), DisableParallelization = true)]
 public sealed class AloneOnTheDevice;
 
-/// <summary>Memory of the device apart from its addresses: given back and taken again, it is where it was.</summary>
+/// <summary>Device memory that is discarded and restored keeps its addresses.</summary>
 [Collection(nameof(AloneOnTheDevice))]
 public sealed class CudaMemoryTests
 {
-    /// <summary>What tests before have left to finalizers is given back now, not between two looks at what is free.</summary>
+    /// <summary>Frees now what earlier tests left to finalizers, not between two checks of the free memory.</summary>
     public CudaMemoryTests()
     {
         GC.Collect();
@@ -75,8 +75,8 @@ public sealed class CudaMemoryTests
     }
 
     /// <summary>
-    /// Keys and values, and activations in both their forms, sleep like weights: nothing of them is held, and they come back empty but for
-    /// angles.
+    /// Keys and values, and activations in both forms, are discarded like weights: no memory stays allocated, and all but the rope table
+    /// are zero when restored.
     /// </summary>
     [Fact]
     public void Every_kind_of_memory_comes_back_where_it_was()
@@ -120,7 +120,7 @@ public sealed class CudaMemoryTests
         }
     }
 
-    /// <summary>What an operation leaves in a tensor may be in another form than what is written from the host.</summary>
+    /// <summary>An operation may leave a tensor in another form than a write from the host.</summary>
     [Fact]
     public void What_is_written_into_a_tensor_is_read_whatever_was_in_it()
     {
@@ -141,9 +141,7 @@ public sealed class CudaMemoryTests
         Assert.Equal(expected, Bench.Read(next, 2));
     }
 
-    /// <summary>
-    /// All numbers of fp16, and of bf16 what fp32 rounds to around every kind of number: halves, infinities, and what is no number.
-    /// </summary>
+    /// <summary>All numbers of fp16, and roundings of fp32 to bf16 around every kind of number: ties, infinities and NaN.</summary>
     [Theory]
     [InlineData(WeightFormat.BFloat16)]
     [InlineData(WeightFormat.Float32)]

@@ -4,8 +4,8 @@ using Rollout.Kernels.Cuda;
 namespace Rollout.Kernels.Tests.Cuda;
 
 /// <summary>
-/// Steps and what goes on beside them on a device that is late: the simulated one does a stream's work when somebody waits for it. Who does
-/// not wait where it matters reads what was there before, or changes what is still being read.
+/// Steps, and work concurrent with them, on a device that is as late as possible: the simulated one does a stream's work only when it is
+/// waited for. Code that misses a necessary wait reads old contents, or changes what is still being read.
 /// </summary>
 public sealed class CudaOrderTests : IDisposable
 {
@@ -35,14 +35,14 @@ public sealed class CudaOrderTests : IDisposable
     {
         Weight table = _bench.Weight(Tokens, Hidden);
         Tensor output = _backend.AllocateTensor(1, Hidden);
-        Begin(withAnswer: false); // takes memory, which waits
+        Begin(withAnswer: false); // allocates memory, which waits
         Write(table, how);
         Begin(withAnswer: false);
         _backend.Embed(table, output);
         Assert.All(Bench.Read(output, 1), value => Assert.Equal(3f, value));
     }
 
-    /// <summary>Of a step without answers nobody waits for the end: the writer does.</summary>
+    /// <summary>Nothing waits for the end of a step without answers, so the writer has to.</summary>
     [Theory]
     [InlineData("embed")]
     [InlineData("norm")]
@@ -63,7 +63,7 @@ public sealed class CudaOrderTests : IDisposable
             Tensor attended = _backend.AllocateTensor(1, Hidden);
             KvCache cache = _bench.Cache(1, 1, 1, Hidden);
             RopeTable rope = bench.Rope(Hidden, 4);
-            for (int i = 0; i < 2; i++) // the first takes memory and chooses algorithms, which waits
+            for (int i = 0; i < 2; i++) // the first one allocates memory and chooses algorithms, which waits
             {
                 StepLayout step = Begin(withAnswer: false, position: i);
                 _backend.Embed(table, x);
@@ -101,7 +101,7 @@ public sealed class CudaOrderTests : IDisposable
         Weight table = _bench.Weight(Tokens, Hidden), same = _backend.AllocateWeight(Tokens, Hidden);
         _backend.CopyWeight(table, same);
         Tensor output = _backend.AllocateTensor(1, Hidden);
-        Write(same, how); // takes memory, which waits
+        Write(same, how); // allocates memory, which waits
         float[] expected = new float[Hidden];
         _backend.ReadWeight(table, 0, expected);
         for (int i = 0; i < 2; i++)
@@ -115,7 +115,7 @@ public sealed class CudaOrderTests : IDisposable
         Assert.Equal(expected, Bench.Read(output, 1));
     }
 
-    /// <summary>Which tokens of the step before may be asked for: as many as it was asked, and none where it had no answers.</summary>
+    /// <summary>Which tokens of the previous step may be used: as many as it has queries, and none where it has no answers.</summary>
     [Fact]
     public void A_token_that_the_step_before_did_not_answer_is_refused()
     {
@@ -152,7 +152,7 @@ public sealed class CudaOrderTests : IDisposable
     }
 
     /// <summary>
-    /// Rows of a step planned ahead are in another order than the queries whose answers they take, and some of these end.
+    /// Rows of a step planned ahead are in another order than the queries whose answers they use, and some of those sequences end.
     /// </summary>
     [Fact]
     public void Each_row_that_is_planned_ahead_takes_the_answer_of_its_own_query()
@@ -210,8 +210,8 @@ public sealed class CudaOrderTests : IDisposable
     }
 
     /// <summary>
-    /// A step's token is the answer of the step before. Where that found none, its row is for nothing, and reads no memory that is
-    /// nobody's.
+    /// A step's token is the answer of the previous step. Where that found none, the row's result is unused, and the row reads no invalid
+    /// memory.
     /// </summary>
     [Theory]
     [InlineData(false, 5)]
@@ -222,7 +222,7 @@ public sealed class CudaOrderTests : IDisposable
         float[] rows = [.. Enumerable.Range(0, Tokens * Hidden).Select(i => (float)(i / Hidden))];
         _backend.WriteWeight(table, 0, MemoryMarshal.AsBytes<float>(rows), DType.Float32);
         float[] logits = new float[2 * Tokens];
-        logits[5] = 4f; // of query 0, which is what is asked for; query 1 finds another
+        logits[5] = 4f; // the answer of query 0, which is the one used; query 1 finds another
         logits[Tokens + 2] = 4f;
         if (forbidden)
             Array.Fill(logits, float.NaN, 0, Tokens);
@@ -240,7 +240,7 @@ public sealed class CudaOrderTests : IDisposable
         Assert.All(Bench.Read(output, 1), value => Assert.Equal(expected, value));
     }
 
-    /// <summary>What a copy of a block takes along is what the step has stored by then, whether it was queued or only noted.</summary>
+    /// <summary>A copy of a block includes what the step has stored before, whether those launches were queued or only collected.</summary>
     [Theory]
     [InlineData(false)]
     [InlineData(true)]
@@ -268,7 +268,7 @@ public sealed class CudaOrderTests : IDisposable
         for (int layer = 0; layer < Layers; layer++)
             Bench.SameBits(Next(0), Next(2), $"layer {layer}");
 
-        // Of the token after them, which looks at both in one block or the other.
+        // Of the token after them, which attends to both in one block or the other.
         float[] Next(int block)
         {
             List<float> all = [];
@@ -284,7 +284,7 @@ public sealed class CudaOrderTests : IDisposable
         }
     }
 
-    /// <summary>Sleep comes after a step that nobody waited for.</summary>
+    /// <summary>Discarding memory after a step that was not waited for.</summary>
     [Theory]
     [InlineData(0)]
     [InlineData(1)]
@@ -313,7 +313,7 @@ public sealed class CudaOrderTests : IDisposable
     }
 
     /// <summary>
-    /// The two layouts that take turns may have room for different numbers of biases; in what the device has, values begin at one place.
+    /// The two layouts used in turn may have room for different numbers of biases; on the device the values start at one place.
     /// </summary>
     [Fact]
     public void Biases_of_steps_with_different_room_reach_their_tokens()
@@ -372,7 +372,7 @@ public sealed class CudaOrderTests : IDisposable
                 _backend.CopyWeight(from, table);
                 break;
             default:
-                if (_source is null) // stays: giving it back would wait for all that is queued, as filling it does
+                if (_source is null) // not freed: freeing it would wait for all queued work, as filling it does
                 {
                     _source = _backend.Device.Allocate(fp32.Length);
                     _backend.Device.Upload(_source.Pointer, fp32);

@@ -3,13 +3,13 @@ using Rollout.Kernels.Cuda;
 namespace Rollout.Kernels.Tests.Cuda;
 
 /// <summary>
-/// Sampling where one of its rules ends: equal tokens around a cut, more of them than are sorted, the ends of the noise, of the counters
-/// that it is made of, and of the biases. And several rules at once.
+/// Sampling at the borders of its rules: equal tokens around a cut, more of them than are sorted, the extremes of the noise, of the
+/// counters that it is computed from, and of the biases. And several rules at once.
 /// </summary>
 public sealed class CudaSamplingBorderTests : IDisposable
 {
     private const int Slice = CudaSampleScratch.SliceTokens;
-    private const int Sorted = 4096; // ROOM of logits.cuh: more tokens than that go another way
+    private const int Sorted = 4096; // ROOM of logits.cuh: more tokens take another path
 
     private readonly CudaBackend _backend;
     private readonly Bench _bench;
@@ -24,8 +24,7 @@ public sealed class CudaSamplingBorderTests : IDisposable
     public void Dispose() => _backend.Dispose();
 
     /// <summary>
-    /// Alternatives are the model's own, also beside a token that is scored, a temperature, truncation and biases that turn the order
-    /// round.
+    /// Alternatives are the model's own, also with a scored token, a temperature, truncation and biases that reverse the order.
     /// </summary>
     [Theory]
     [InlineData(301, 7)]
@@ -75,8 +74,7 @@ public sealed class CudaSamplingBorderTests : IDisposable
     }
 
     /// <summary>
-    /// Of all random numbers the largest and the smallest: a token of any other likelihood wins or loses by noise that is a number, never
-    /// for certain.
+    /// The largest and the smallest random numbers: the noise is finite, so a token never wins or loses regardless of the likelihoods.
     /// </summary>
     [Theory]
     [InlineData(1099521435351ul, 0xFFFFFFu)]
@@ -127,7 +125,7 @@ public sealed class CudaSamplingBorderTests : IDisposable
             BackendTests.CheckAnswer(logits, queries[q], step, results[q]);
     }
 
-    /// <summary>As many equal tokens as are sorted, and one less or more; also where others are above and below them.</summary>
+    /// <summary>As many equal tokens as are sorted, and one less or more; also with others above and below them.</summary>
     [Theory]
     [InlineData(8)]
     [InlineData(Sorted - 1)]
@@ -140,7 +138,7 @@ public sealed class CudaSamplingBorderTests : IDisposable
         int vocabulary = equals + Above + Below;
         foreach (bool alone in (bool[])[true, false])
         {
-            // Those above and below lie among the equals.
+            // Those above and below are among the equals.
             float[] logits =
             [
                 .. alone ? new float[equals]
@@ -165,7 +163,7 @@ public sealed class CudaSamplingBorderTests : IDisposable
         }
     }
 
-    /// <summary>Several for one token add up, each query has its own, and tokens that they forbid do not count for truncation.</summary>
+    /// <summary>Several biases for one token add up, each query has its own, and forbidden tokens do not count for truncation.</summary>
     [Theory]
     [InlineData(61)]
     [InlineData((2 * Slice) + 7)]

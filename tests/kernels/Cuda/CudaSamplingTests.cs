@@ -3,13 +3,13 @@ using Rollout.Kernels.Cuda;
 namespace Rollout.Kernels.Tests.Cuda;
 
 /// <summary>
-/// What must not be seen of sampling by many blocks a query: where a row is cut, which block merges, and how few of the tokens truncation
-/// looks at.
+/// Sampling a query with many blocks gives the same result wherever a row is cut, whichever block merges, and however few tokens truncation
+/// reads.
 /// </summary>
 public sealed class CudaSamplingTests : IDisposable
 {
     private const int Slice = CudaSampleScratch.SliceTokens;
-    private const int Sorted = 4096; // ROOM of logits.cuh: more tokens than that go another way
+    private const int Sorted = 4096; // ROOM of logits.cuh: more tokens take another path
 
     private readonly CudaBackend _backend;
     private readonly Bench _bench;
@@ -23,7 +23,7 @@ public sealed class CudaSamplingTests : IDisposable
 
     public void Dispose() => _backend.Dispose();
 
-    /// <summary>Rows of most vocabularies begin anywhere: their loads are others than those of a row on a 16-byte boundary.</summary>
+    /// <summary>Rows of most vocabularies are not aligned: they are loaded differently from a row on a 16-byte boundary.</summary>
     [Theory]
     [InlineData(1)]
     [InlineData(2)]
@@ -50,7 +50,7 @@ public sealed class CudaSamplingTests : IDisposable
             BackendTests.CheckAnswer(Row(logits, vocabulary, queries[q].OutputIndex), queries[q], step, results[q]);
     }
 
-    /// <summary>Whatever is asked beside it, of its row and of others, and wherever its row lies.</summary>
+    /// <summary>An answer does not depend on other queries of its row or of others, nor on its row's place.</summary>
     [Theory]
     [InlineData((2 * Slice) + 3)]
     [InlineData(Slice - 2)]
@@ -194,7 +194,7 @@ public sealed class CudaSamplingTests : IDisposable
         Assert.All(results, result => Assert.Equal(-1, result.Token));
     }
 
-    /// <summary>The last that is kept is among the first tokens that are looked at, among later ones, or in neither.</summary>
+    /// <summary>The last kept token is among the first tokens that are read, among later ones, or in neither.</summary>
     [Theory]
     [InlineData(8f)]
     [InlineData(1f)]
@@ -246,8 +246,8 @@ public sealed class CudaSamplingTests : IDisposable
     }
 
     /// <summary>
-    /// By one of many blocks; what truncation and alternatives need besides is a small part of the row. Logits are as a model's, a few that
-    /// are likely and many that hardly are: 240 tokens have 0.95. Where thousands are kept, that takes some passes over the row.
+    /// The row is read once, by one of many blocks; truncation and alternatives read only a small part of it again. Logits resemble a
+    /// model's, with a few likely tokens and many unlikely ones: 240 tokens have 0.95. Keeping thousands takes several passes over the row.
     /// </summary>
     [Fact]
     public void A_row_is_cut_over_blocks_and_read_once()
@@ -265,7 +265,7 @@ public sealed class CudaSamplingTests : IDisposable
             (Bench.Query(minP: 0.05f), 1.3), (Bench.Query(topP: 0.8f), 1.3), (Bench.Query(topP: 0.95f), 1.6),
             (Bench.Query(topP: 0.99f), 10), (Bench.Query(topK: 10_000), 10),
         ];
-        _ = Read(Bench.Query()); // takes memory, and clears it
+        _ = Read(Bench.Query()); // allocates memory, and clears it
         foreach ((SampleQuery query, double most) in cases)
             Assert.InRange(Read(query), 1, most);
 

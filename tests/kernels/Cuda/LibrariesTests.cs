@@ -4,7 +4,7 @@ using Rollout.Kernels.Cuda;
 namespace Rollout.Kernels.Tests.Cuda;
 
 /// <summary>
-/// How NVIDIA's libraries are loaded: by full path, from whatever folder has them, without the system's loader knowing that folder.
+/// How NVIDIA's libraries are loaded: by full path, from the folder that has them, which the system's loader need not know.
 /// </summary>
 public sealed class LibrariesTests : IDisposable
 {
@@ -77,7 +77,7 @@ public sealed class LibrariesTests : IDisposable
     }
 
     [Theory]
-    [InlineData("/usr/local/nvidia/lib64")] // where containers have it from their host
+    [InlineData("/usr/local/nvidia/lib64")] // where containers get it from their host
     [InlineData("/usr/lib/wsl/lib")]
     [InlineData("/usr/lib/x86_64-linux-gnu")]
     public void The_driver_is_looked_for_where_it_is_put_and_nothing_else_is(string folder)
@@ -87,7 +87,7 @@ public sealed class LibrariesTests : IDisposable
         Assert.Equal("libcuda.so.1", CudaLibraries.Candidates(CudaLibraries.Driver).First(file => Path.GetDirectoryName(file) is ""));
     }
 
-    /// <summary>Compiles with what the folder has, in a process of its own: one that has loaded a library keeps it.</summary>
+    /// <summary>Compiles with the folder's libraries, in another process: a process keeps a library once loaded.</summary>
     private OtherProcess Run(string test) => OtherProcess.Run(
         $"{nameof(LibrariesTests)}.{test}", (CudaLibraries.PathVariable, _folder), ("XDG_CACHE_HOME", Path.Combine(_folder, "cache")));
 

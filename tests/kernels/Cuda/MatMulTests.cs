@@ -40,9 +40,9 @@ public sealed class MatMulTests : IDisposable
     [Theory]
     [InlineData("down; up", "down")]                                          // first everywhere
     [InlineData("up from=64; down", "down")]                                  // second for most row counts, but there for all of them
-    [InlineData("halves fails=run; down every=300; up; halves time=1", "up")] // the first two fall out
-    [InlineData("down most=64; up", "up")]                                    // nothing with the first one's bits serves more rows
-    [InlineData("down most=64; up; down least=64", "down")]                   // together they do
+    [InlineData("halves fails=run; down every=300; up; halves time=1", "up")] // the first two are rejected
+    [InlineData("down most=64; up", "up")]                                    // no algorithm with the first one's bits serves more rows
+    [InlineData("down most=64; up; down least=64", "down")]                   // together they serve all rows
     public void The_class_that_the_heuristic_ranks_best_is_taken(string candidates, string expected)
     {
         SimulatedDevice.RequireSimulated();
@@ -62,7 +62,7 @@ public sealed class MatMulTests : IDisposable
     }
 
     /// <summary>
-    /// What candidates multiply is made and compared on the device: a head of an 8B model would be gigabytes of an array.
+    /// The candidates' inputs and results stay on the device: those of the head of an 8B model would be arrays of gigabytes.
     /// </summary>
     [Fact]
     public void Choosing_takes_little_memory_of_the_host()
@@ -78,7 +78,7 @@ public sealed class MatMulTests : IDisposable
     // ---- A row's bits do not depend on the number of rows.
 
     [Theory]
-    [InlineData("down above=300; up")] // at 256 rows nothing of it is to be seen
+    [InlineData("down above=300; up")] // not visible at 256 rows
     [InlineData("down above=256; up")]
     [InlineData("down above=511; up")]
     [InlineData("down above=2; up")]
@@ -135,7 +135,7 @@ public sealed class MatMulTests : IDisposable
         Assert.Throws<ArgumentException>(() => setup.Multiply(2, MatMulOutput.Fp32, shift: 16));
     }
 
-    // ---- What does not work is skipped.
+    // ---- Failing algorithms are skipped.
 
     [Theory]
     [InlineData("halves fails=run; up; down fails=check")] // C4
@@ -151,7 +151,8 @@ public sealed class MatMulTests : IDisposable
     [Theory]
     [InlineData("up fails=run; down fails=run", "2 x did not run (CUBLAS_STATUS_INTERNAL_ERROR).")]
     [InlineData("up above=300; down fails=run; supported above=256", "1 x nothing proposed for 512 rows (CUBLAS_STATUS_NOT_SUPPORTED); "
-        + "1 x did not run (CUBLAS_STATUS_INTERNAL_ERROR); 1 x serves some row counts, but no algorithm with the same bits serves the others.")]
+        + "1 x did not run (CUBLAS_STATUS_INTERNAL_ERROR); "
+        + "1 x serves some row counts, but no algorithm with the same bits serves the others.")]
     [InlineData("up every=5; down most=64", "1 x the bits of a row depend on its place; "
         + "1 x serves some row counts, but no algorithm with the same bits serves the others.")]
     public void When_nothing_is_left_the_error_says_why(string candidates, string why)
@@ -214,12 +215,12 @@ public sealed class MatMulTests : IDisposable
         Assert.Equal(text, File.ReadAllText(Assert.Single(Directory.GetFiles(_folder))));
     }
 
-    /// <summary>Whole files, of which the algorithm does not do what the file says of it.</summary>
+    /// <summary>Undamaged files whose algorithm does not do what the file says.</summary>
     [Theory]
     [InlineData("down")]            // other bits
     [InlineData("up fails=run")]
     [InlineData("up fails=check")]
-    [InlineData("up above=200")]    // other bits above so many rows
+    [InlineData("up above=200")]    // other bits above a number of rows
     [InlineData("up every=5")]
     public void A_kept_choice_that_does_not_hold_is_made_again(string other)
     {
@@ -236,7 +237,7 @@ public sealed class MatMulTests : IDisposable
         Assert.Equal(text, File.ReadAllText(file));
     }
 
-    /// <summary>The file of another device, library or type of output, or of a shape with as many elements, is somebody else's.</summary>
+    /// <summary>The file of another device, library or type of output, or of a shape with as many elements, is not used.</summary>
     [Fact]
     public void A_choice_is_found_by_its_own_device_and_shape_alone()
     {
@@ -280,7 +281,7 @@ public sealed class MatMulTests : IDisposable
         string[] bits = [.. Directory.GetFiles(_folder, "bits-*").Select(File.ReadAllText)];
         Assert.Equal(3, bits.Length);
         Assert.Equal(Bits("up"), Assert.Single(bits.Distinct()));
-        Assert.Equal(bits[0], Bits("up; down", _folder)); // what they left behind
+        Assert.Equal(bits[0], Bits("up; down", _folder)); // the file that they left
         Assert.Equal(4, Directory.GetFiles(_folder).Length);
     }
 
@@ -294,7 +295,7 @@ public sealed class MatMulTests : IDisposable
 
     // ---- When it is chosen.
 
-    /// <summary>A table of embeddings is a matrix that nobody multiplies with.</summary>
+    /// <summary>A table of embeddings is a matrix that is never multiplied.</summary>
     [Fact]
     public void A_weight_that_is_not_multiplied_costs_no_choice()
     {
@@ -304,7 +305,7 @@ public sealed class MatMulTests : IDisposable
         using Weight table = backend.AllocateWeight(640, 32);
     }
 
-    /// <summary>In a rehearsal, which is captured: the choice is made before.</summary>
+    /// <summary>In a rehearsal, which is captured, the choice is made before.</summary>
     [Fact]
     public void The_first_matmul_of_a_shape_may_be_one_that_is_captured()
     {
@@ -319,7 +320,7 @@ public sealed class MatMulTests : IDisposable
             string[] before = Directory.GetFiles(cache);
             StepLayout step = Bench.Step(1, 1, _ => (0, 1), (_, _) => 0);
             (step.OutputCount, step.QueryCount, step.OutputRows[0], step.Queries[0]) = (1, 1, 0, Bench.Query(0));
-            Run(step, multiply: false); // takes memory
+            Run(step, multiply: false); // allocates memory
             backend.FinishStep(step);
             foreach (StepLayout rehearsal in backend.Rehearsals(step))
                 Run(rehearsal);
@@ -355,7 +356,7 @@ public sealed class MatMulTests : IDisposable
         Assert.Equal([1, 64, 300], up.Rows.Select(at => at.Rows));
         Assert.Equal(up.Rows.SelectMany(Digests), slow.Rows.SelectMany(Digests));
         Assert.NotEqual(up.Rows[1].Digest, down.Rows[1].Digest);
-        Assert.Equal(up.Rows[2].Digest, down.Rows[2].Digest); // above 100 rows it sums as the others do
+        Assert.Equal(up.Rows[2].Digest, down.Rows[2].Digest); // above 100 rows it sums like the others
         Assert.Equal(3, Digests(up.Rows[1]).Distinct().Count());
         Assert.Equal([true, true, true], up.Rows.Select(at => at.KeepsRows));
         Assert.Equal([true, true, false], down.Rows.Select(at => at.KeepsRows));
@@ -373,7 +374,7 @@ public sealed class MatMulTests : IDisposable
 
     // ---- Running.
 
-    /// <summary>The bits of a matmul with these candidates, chosen anew or with what the folder has.</summary>
+    /// <summary>The bits of a matmul with these candidates, chosen anew or read from the folder.</summary>
     private static string Bits(string candidates, string? folder = null)
     {
         string own = folder ?? Directory.CreateTempSubdirectory("rollout-matmul-").FullName;

@@ -3,7 +3,7 @@ using System.Diagnostics;
 namespace Rollout.Kernels.Tests.Cuda;
 
 /// <summary>
-/// An explicit test of this program, run in a process of its own: where a fault must not stay, or where two processes meet on a device.
+/// An explicit test of this program, run in another process: where a fault must not persist, or where two processes share a device.
 /// </summary>
 internal sealed class OtherProcess : IDisposable
 {
@@ -18,7 +18,7 @@ internal sealed class OtherProcess : IDisposable
     }
 
     /// <param name="test">Class and method.</param>
-    /// <param name="variables">That it finds in its environment, or with null does not find there.</param>
+    /// <param name="variables">Environment variables to set, or with null to remove.</param>
     public static OtherProcess Run(string test, params (string Name, string? Value)[] variables)
     {
         string program = Path.ChangeExtension(typeof(OtherProcess).Assembly.Location, null);
@@ -38,7 +38,7 @@ internal sealed class OtherProcess : IDisposable
         return new OtherProcess(start);
     }
 
-    /// <summary>What it said, once it has ended.</summary>
+    /// <summary>Its output, once it has ended.</summary>
     public async Task<string> Ended()
     {
         await _process.WaitForExitAsync(TestContext.Current.CancellationToken).WaitAsync(TimeSpan.FromSeconds(90));

@@ -7,8 +7,8 @@ using Rollout.Kernels.Cuda;
 namespace Rollout.Kernels.Tests.Cuda;
 
 /// <summary>
-/// Device memory between real processes: mapped by CUDA IPC, and copied by NCCL, also when the other one dies, is late, or asks for
-/// something else.
+/// Device memory between real processes: mapped by CUDA IPC, and copied by NCCL, also when the other one dies, is late, or queues something
+/// else.
 /// </summary>
 public sealed class PeersTests
 {
@@ -24,7 +24,7 @@ public sealed class PeersTests
     {
         SimulatedDevice.Require();
         using CudaDevice device = new(0);
-        using DeviceBuffer before = device.Allocate(1001); // so that the buffer begins somewhere
+        using DeviceBuffer before = device.Allocate(1001); // so that the buffer does not start the allocation
         using DeviceBuffer buffer = device.Allocate(Bytes);
         device.Upload(buffer.Pointer, Pattern(1));
         using OtherProcess peer = OtherProcess.Run(
@@ -60,7 +60,8 @@ public sealed class PeersTests
     }
 
     /// <summary>
-    /// What an update by CUDA IPC is made of: a tensor of another process, checked and made a part of a fused weight, never on this host.
+    /// The parts of an update by CUDA IPC: a tensor of another process, checked and written to a part of a fused weight, without a copy on
+    /// this host.
     /// </summary>
     [Theory]
     [InlineData(DType.BFloat16, WeightFormat.BFloat16)]
@@ -72,7 +73,7 @@ public sealed class PeersTests
         const int Rows = 24, Columns = 40, FirstRow = 16;
         using CudaBackend backend = new(0, format);
         using CudaDigest digest = backend.CreateDigest(System.IO.Hashing.XxHash128.Hash);
-        using DeviceBuffer letterbox = backend.Device.AllocateZeroed(65); // a handle, and whether it is there
+        using DeviceBuffer letterbox = backend.Device.AllocateZeroed(65); // a handle, and whether it is written
         using OtherProcess trainer = OtherProcess.Run($"{nameof(PeersTests)}.{nameof(Shares_a_tensor)}",
             (HandleVariable, Hex(letterbox.Share())),
             (WhatVariable, (Rows * Columns * type.Size()).ToString(CultureInfo.InvariantCulture)));
@@ -100,7 +101,7 @@ public sealed class PeersTests
         backend.ReadWeight(expected, 0, wanted);
         Assert.Equal(wanted, written);
         Assert.Contains(written, value => value != 0);
-        backend.Device.Upload(letterbox.Pointer + 64, [2]); // it may go
+        backend.Device.Upload(letterbox.Pointer + 64, [2]); // the other process may end
         await trainer.Succeeded();
     }
 
@@ -164,7 +165,7 @@ public sealed class PeersTests
         TimeoutException error = Assert.Throws<TimeoutException>(() => pair.Receive(TimeSpan.FromSeconds(0.2)));
         Assert.Equal("NCCL: a broadcast did not finish within 0.2 s.", error.Message);
         Assert.True(pair.Communicator.IsClosed);
-        Assert.Equal(before, SimulatedDevice.Communicators); // or the other rank's work on this device would go on for good
+        Assert.Equal(before, SimulatedDevice.Communicators); // or the other rank's work on this device would never end
         pair.GoesOn();
     }
 
@@ -180,7 +181,7 @@ public sealed class PeersTests
         Assert.Equal(before, SimulatedDevice.Communicators);
     }
 
-    /// <summary>More ranks than the simulated library takes: it refuses them when the communicator is made already.</summary>
+    /// <summary>More ranks than the simulated library supports: it refuses them after the communicator is created.</summary>
     [Fact]
     public void A_start_that_fails_half_way_leaves_no_communicator()
     {
@@ -263,7 +264,7 @@ public sealed class PeersTests
         }
     }
 
-    /// <summary>This process as rank 0 and another as rank 1, which the broadcast is to come from.</summary>
+    /// <summary>This process as rank 0 and another as rank 1, the root of the broadcast.</summary>
     private sealed class Pair : IDisposable
     {
         private readonly CudaDevice _device = new(0);
@@ -281,7 +282,7 @@ public sealed class PeersTests
 
         public NcclCommunicator Communicator { get; }
 
-        /// <summary>What the other rank did may be known while the broadcast is queued, or when it is waited for.</summary>
+        /// <summary>The other rank's failure may be noticed while the broadcast is queued, or when it is waited for.</summary>
         public void Receive(TimeSpan deadline)
         {
             Communicator.Broadcast(_buffer.Pointer, _buffer.Pointer, Bytes, 1, _device.Stream, s_deadline);

@@ -6,9 +6,8 @@ using Xunit;
 namespace Rollout.Kernels.Tests.Cuda;
 
 /// <summary>
-/// The device that the tests of the CUDA backend run on: the simulated one of tests/cuda-sim, built and pointed to once a test run, or with
-/// ROLLOUT_TEST_CUDA=real this machine's GPU. Tests skip where g++ is missing, and those that look into the simulated device where it is
-/// not the one.
+/// The device that the tests of the CUDA backend run on: the simulated one of tests/cuda-sim, built and selected once a test run, or with
+/// ROLLOUT_TEST_CUDA=real this machine's GPU. Tests skip where g++ is missing; those that inspect the simulated device skip on a real one.
 /// </summary>
 internal static class SimulatedDevice
 {
@@ -19,14 +18,14 @@ internal static class SimulatedDevice
     /// <summary>Skips the test, visibly, where there is no device.</summary>
     public static void Require() => Assert.SkipWhen(s_missing.Value is not null, s_missing.Value ?? "");
 
-    /// <summary>For tests of the simulated device itself, or of what only it counts.</summary>
+    /// <summary>For tests of the simulated device itself, or of its counters.</summary>
     public static void RequireSimulated()
     {
         Assert.SkipWhen(IsReal, "the device is a real one");
         Require();
     }
 
-    /// <summary>What the device has done since the process began.</summary>
+    /// <summary>The device's counters since the process began.</summary>
     public static unsafe Counters Count()
     {
         delegate* unmanaged<Counters*, void> count = (delegate* unmanaged<Counters*, void>)Export("cuSimCounters");
@@ -36,14 +35,14 @@ internal static class SimulatedDevice
     }
 
     /// <summary>
-    /// Whether what is submitted is left undone from now on, for tests of the host's part alone. Every step then answers token 0.
+    /// Whether submitted work is skipped from now on, for tests of the host's part alone. Every step then answers token 0.
     /// </summary>
     public static unsafe void Idle(bool idle)
     {
         ((delegate* unmanaged<int, void>)Export("cuSimIdle"))(idle ? 1 : 0);
     }
 
-    /// <summary>How much memory the device has until disposed. Pages that nobody touches cost nothing.</summary>
+    /// <summary>Sets the device's memory until disposed. Untouched pages cost nothing.</summary>
     public static IDisposable WithBytes(long bytes)
     {
         SetBytes(bytes);
@@ -53,7 +52,7 @@ internal static class SimulatedDevice
     private static unsafe void SetBytes(long bytes) => ((delegate* unmanaged<long, void>)Export("cuSimBytes"))(bytes);
 
     /// <summary>
-    /// What cuBLASLt's heuristic proposes to this thread, until disposed: see candidates() in tests/cuda-sim/cublaslt.cpp.
+    /// Sets the proposals of cuBLASLt's heuristic for this thread, until disposed: see candidates() in tests/cuda-sim/cublaslt.cpp.
     /// </summary>
     public static IDisposable Propose(string candidates)
     {
@@ -68,7 +67,7 @@ internal static class SimulatedDevice
             set(text);
     }
 
-    /// <summary>Communicators of this process that were made and not given back.</summary>
+    /// <summary>Communicators of this process that were created and not freed.</summary>
     public static unsafe int Communicators => ((delegate* unmanaged<int>)Export("cuSimCommunicators"))();
 
     private sealed class Usual : IDisposable

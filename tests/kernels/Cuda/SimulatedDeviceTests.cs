@@ -5,8 +5,8 @@ using Rollout.Kernels.Cuda;
 namespace Rollout.Kernels.Tests.Cuda;
 
 /// <summary>
-/// Tests of the tester: a kernel with a planted fault is caught, and the message says who did what where. A device that has faulted stays
-/// so, as a real one does, so each fault gets a process of its own.
+/// Tests of the simulated device: a kernel with a planted fault is caught, and the message names the thread, the fault and the address. A
+/// device that has faulted stays so, as a real one does, so each fault gets its own process.
 /// </summary>
 public sealed class SimulatedDeviceTests
 {
@@ -72,7 +72,7 @@ public sealed class SimulatedDeviceTests
     [InlineData(6, "divergent barrier: thread 0 of block (0, 0, 0) waits at a warp collective", "")]
     [InlineData(7, "cuMemcpyDtoHAsync_v2", "CUDA_ERROR_INVALID_VALUE")] // read after it was freed
     [InlineData(8, "cuLaunchKernelEx (sum): CUDA_ERROR_INVALID_VALUE", "")] // more threads than a block has
-    [InlineData(9, "cuLaunchKernelEx (sum): CUDA_ERROR_INVALID_VALUE", "")] // more shared memory than was asked for
+    [InlineData(9, "cuLaunchKernelEx (sum): CUDA_ERROR_INVALID_VALUE", "")] // more shared memory than requested
     [InlineData(
         10, "touched global memory before it waited for the kernel before it: thread 7 of block (0, 0, 0)",
         "at byte 28 of an allocation of 2400")]
@@ -89,7 +89,7 @@ public sealed class SimulatedDeviceTests
         Assert.Contains("Failed: 1", output, StringComparison.Ordinal);
     }
 
-    /// <summary>What the test above runs in a process of its own, and expects to fail.</summary>
+    /// <summary>Run by the test above in another process, where it is expected to fail.</summary>
     [Fact(Explicit = true)]
     public void The_planted_fault()
     {

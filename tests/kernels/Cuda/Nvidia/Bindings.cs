@@ -4,7 +4,7 @@ using Rollout.Kernels.Cuda;
 
 namespace Rollout.Kernels.Tests.Cuda;
 
-/// <summary>All that native/ and kernels/Cuda/Native say about NVIDIA's libraries, by reflection, and what the headers call it.</summary>
+/// <summary>All bindings of native/ and kernels/Cuda/Native, by reflection, with their names in NVIDIA's headers.</summary>
 internal static class Bindings
 {
     // The only names that differ from the headers', apart from the endings below. A field may be a path there: "location.type".

@@ -7,14 +7,14 @@ using Xunit;
 namespace Rollout.Kernels.Tests.Cuda;
 
 /// <summary>
-/// Every kernel as a device gets it, compiled by NVIDIA's NVRTC: in another process, because this one has the simulated device's; by the
-/// library's full path and without LD_LIBRARY_PATH, as a user's machine loads it.
+/// Every kernel as a device gets it, compiled by NVIDIA's NVRTC: in another process, because this one has loaded the simulated device's;
+/// with the library's full path and without LD_LIBRARY_PATH, as on a user's machine.
 /// </summary>
 public sealed class CompiledKernels
 {
     private const string TargetVariable = "ROLLOUT_TEST_TARGET";
     private const string OutputVariable = "ROLLOUT_TEST_OUTPUT";
-    private const string VersionFile = "version"; // beside the code, of which there is none where the architecture is not known
+    private const string VersionFile = "version"; // written next to the code, which is missing when the architecture is not known
 
     private static readonly int[] s_headDims = [64, 96, 128, 256];
     private static readonly ConcurrentDictionary<(string Architecture, bool Fp32), Lazy<Task<CompiledKernels>>> s_compiled = new();
@@ -86,7 +86,7 @@ public sealed class CompiledKernels
     private static async Task<CompiledKernels> Compile(string folder, string architecture, bool fp32)
     {
         string output = Directory.CreateTempSubdirectory("rollout-nvrtc-").FullName;
-        string cache = Path.Combine(output, "cache"); // so that nothing was compiled before
+        string cache = Path.Combine(output, "cache"); // so that nothing is cached
         try
         {
             using OtherProcess process = OtherProcess.Run($"{nameof(CompiledKernels)}.{nameof(Compiles)}",

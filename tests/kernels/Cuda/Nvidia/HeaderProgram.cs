@@ -7,8 +7,8 @@ using System.Text;
 namespace Rollout.Kernels.Tests.Cuda;
 
 /// <summary>
-/// A C++ program, written from the bindings and compiled against NVIDIA's headers, that prints what the headers say of each of them; and
-/// what of that differs from the bindings.
+/// A C++ program, generated from the bindings and compiled against NVIDIA's headers, that prints what the headers say of each binding; and
+/// the differences.
 /// </summary>
 internal sealed class HeaderProgram
 {
@@ -34,7 +34,7 @@ internal sealed class HeaderProgram
                 : std::is_signed_v<T> ? "signed" : "unsigned";
         }
 
-        // What a pointer points to, where the header says what that is.
+        // The type that a pointer points to, where the header has one.
         template <class T, class = void> struct Pointee { static constexpr size_t size = 0; };
         template <class T> struct Pointee<T*, std::enable_if_t<!std::is_void_v<T> && sizeof(T) != 0>>
         {
@@ -49,7 +49,7 @@ internal sealed class HeaderProgram
         template <class F> struct Signature;
         template <class R, class... P> struct Signature<R (*)(P...)>
         {
-            // Place 0 is what is returned; one that is not there is nothing.
+            // Place 0 is the return type; a missing place is void.
             template <int Place> static auto at()
             {
                 if constexpr (Place <= (int)sizeof...(P))
@@ -81,7 +81,7 @@ internal sealed class HeaderProgram
     private HeaderProgram(Dictionary<string, string> says) => _says = says;
 
     /// <summary>Compiles and runs it.</summary>
-    /// <param name="includes">Folders of the headers, the first first.</param>
+    /// <param name="includes">Folders of the headers, in order of precedence.</param>
     public static async Task<HeaderProgram> Run(params string[] includes)
     {
         string folder = Directory.CreateTempSubdirectory("rollout-headers-").FullName;
@@ -100,7 +100,7 @@ internal sealed class HeaderProgram
         }
     }
 
-    /// <summary>A line for everything that the bindings have otherwise than the headers.</summary>
+    /// <summary>A line for every difference between the bindings and the headers.</summary>
     public IEnumerable<string> Differences() => [.. OfNumbers(), .. OfStructs(), .. OfFunctions()];
 
     private static string Source()
@@ -217,7 +217,7 @@ internal sealed class HeaderProgram
 
     private static FieldInfo[] Fields(Type type) => type.GetFields(BindingFlags.Instance | BindingFlags.Public | BindingFlags.NonPublic);
 
-    /// <summary>What is returned, at place 0, and the parameters.</summary>
+    /// <summary>The return type, at place 0, and the parameters.</summary>
     private static IEnumerable<(int Place, Type Type)> Places(MethodInfo method) =>
         [(0, method.ReturnType), .. method.GetParameters().Select((parameter, i) => (i + 1, parameter.ParameterType))];
 

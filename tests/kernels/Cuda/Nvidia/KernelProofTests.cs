@@ -5,9 +5,9 @@ using Xunit;
 namespace Rollout.Kernels.Tests.Cuda;
 
 /// <summary>
-/// What NVIDIA's compiler makes of every kernel, held by a table: kernels.tsv beside this file, a line a kernel. Registers, shared memory
-/// and instructions, all of them and those of every loop, may not grow; stack and spills are as they are there. In bf16 a kernel has none,
-/// whatever the table says. With ROLLOUT_TEST_KERNEL_TABLE=write the tests write the table before they read it.
+/// The code that NVIDIA's compiler generates for every kernel, compared with kernels.tsv beside this file, a line a kernel. Registers,
+/// shared memory and instructions, in total and of every loop, may not grow; stack and spills must equal the table's. In bf16 a kernel has
+/// none, whatever the table says. With ROLLOUT_TEST_KERNEL_TABLE=write the tests write the table before they read it.
 /// </summary>
 public sealed class KernelProofTests
 {
@@ -48,7 +48,7 @@ public sealed class KernelProofTests
         if (Writes)
             Write(compiler, target, kernels);
         bool isOfTable = File.ReadLines(Table()).First().StartsWith(compiler, StringComparison.Ordinal);
-        Assert.SkipUnless(isOfTable, $"the table is not of NVRTC {compiled.Version}, which counts otherwise");
+        Assert.SkipUnless(isOfTable, $"the table is not of NVRTC {compiled.Version}, whose counts differ");
         Dictionary<string, string[]> table = Lines().Where(line => line[0] == target).ToDictionary(line => line[1]);
         foreach (string name in kernels.Keys.Union(table.Keys))
         {
@@ -64,7 +64,9 @@ public sealed class KernelProofTests
         Assert.True(wrong.Count == 0, $"{target} is not as kernels.tsv says ({Hint}):\n{string.Join('\n', wrong)}");
     }
 
-    /// <summary>Of a listing as cuobjdump writes it: a loop within a loop, and a branch back that is none, from code out of line.</summary>
+    /// <summary>
+    /// A listing as cuobjdump writes it: a loop within a loop, and a branch back from code out of line that is not a loop.
+    /// </summary>
     [Fact]
     public void Loops_are_found_with_the_loops_within_them()
     {

@@ -4,11 +4,11 @@ using Xunit;
 
 namespace Rollout.Kernels.Tests.Cuda;
 
-/// <summary>One kernel as its device runs it: what it takes of a multiprocessor, and its loops.</summary>
+/// <summary>One kernel's machine code: the resources it uses of a multiprocessor, and its loops.</summary>
 /// <param name="Name">As its source has it.</param>
 /// <param name="Registers">Of a thread.</param>
 /// <param name="StackBytes">Of a thread, in device memory.</param>
-/// <param name="SharedBytes">Of a block, without what the launch asks for.</param>
+/// <param name="SharedBytes">Of a block, without the launch's dynamic shared memory.</param>
 /// <param name="SpillStores">Instructions that write to local memory.</param>
 /// <param name="SpillLoads">Instructions that read from it.</param>
 /// <param name="Instructions">All of its code, up to the jump to itself that ends it.</param>
@@ -60,7 +60,7 @@ internal sealed record MachineCode(
 
                 i--;
                 int end = code.FindIndex(instruction => instruction.Target == instruction.Address);
-                Instruction[] run = end < 0 ? [.. code] : [.. code.Take(end)]; // what follows only fills the last cache line
+                Instruction[] run = end < 0 ? [.. code] : [.. code.Take(end)]; // the rest only pads the last cache line
                 int stores = run.Count(instruction => instruction.Is("STL")), loads = run.Count(instruction => instruction.Is("LDL"));
                 int[] uses = resources[name];
                 kernels.Add(new MachineCode(name, uses[0], uses[1], uses[2], stores, loads, run.Length, MachineLoop.Find(run)));

@@ -4,7 +4,7 @@ namespace Rollout.Kernels.Tests.Cuda;
 /// <param name="Depth">1 for a loop within no other.</param>
 /// <param name="Instructions">Of the whole loop, loops within it included, each counted once.</param>
 /// <param name="IsInner">Whether no other loop is within it.</param>
-/// <param name="Operations">What it has of the operations that are worth seeing, by name.</param>
+/// <param name="Operations">Counts of its notable operations, by name.</param>
 internal sealed record MachineLoop(int Depth, int Instructions, bool IsInner, IReadOnlyDictionary<string, int> Operations)
 {
     // Tensor cores, asynchronous copies, memory, special functions, barriers.
@@ -71,7 +71,9 @@ internal sealed record MachineLoop(int Depth, int Instructions, bool IsInner, IR
         }
     }
 
-    /// <summary>By instruction the nearest that every way to it passes (Cooper, Harvey, Kennedy 2001); -1 for what is never run.</summary>
+    /// <summary>
+    /// By instruction the nearest that every way to it passes (Cooper, Harvey, Kennedy 2001); -1 for unreachable instructions.
+    /// </summary>
     /// <param name="next">By instruction those that may run after it.</param>
     /// <param name="rank">By instruction its place in an order that has a loop's first instruction before the others.</param>
     /// <param name="previous">By instruction those that may run before it.</param>

@@ -3,7 +3,7 @@ using Xunit;
 
 namespace Rollout.Kernels.Tests.Cuda;
 
-/// <summary>NVIDIA's own compiler takes every kernel: that g++ does, for the simulated device, says nothing of inline PTX.</summary>
+/// <summary>NVIDIA's own compiler accepts every kernel: that g++ does, for the simulated device, says nothing about inline PTX.</summary>
 public sealed class NvidiaCompilerTests
 {
     public static TheoryData<string, bool> Targets => new()

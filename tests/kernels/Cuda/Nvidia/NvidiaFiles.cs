@@ -11,7 +11,7 @@ internal static class NvidiaFiles
 {
     public const string FolderVariable = "ROLLOUT_TEST_NVIDIA";
 
-    /// <summary>A folder with the headers of another toolkit, which the bindings are held against too: /usr/local/cuda/include.</summary>
+    /// <summary>A folder with the headers of another toolkit, which the bindings are compared with too: /usr/local/cuda/include.</summary>
     public const string IncludeVariable = "ROLLOUT_TEST_CUDA_INCLUDE";
 
     private static string s_folder = "";
@@ -28,7 +28,7 @@ internal static class NvidiaFiles
         return s_folder;
     }
 
-    /// <summary>Before tests of the simulated device set XDG_CACHE_HOME.</summary>
+    /// <summary>Read before tests of the simulated device set XDG_CACHE_HOME.</summary>
     [ModuleInitializer]
     internal static void Find()
     {

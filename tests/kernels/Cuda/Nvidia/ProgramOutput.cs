@@ -6,7 +6,7 @@ namespace Rollout.Kernels.Tests.Cuda;
 /// <summary>A compiler or tool, run to its end.</summary>
 internal static class ProgramOutput
 {
-    /// <summary>What it wrote to standard output. Where it fails, the test does, with what it wrote to standard error.</summary>
+    /// <summary>Its standard output. When it fails the test fails, with its standard error.</summary>
     public static async Task<string> Of(string program, params string[] arguments)
     {
         ProcessStartInfo start = new(program, arguments) { RedirectStandardOutput = true, RedirectStandardError = true };

@@ -10,13 +10,13 @@ internal static class SharedLibrary
     private const uint DynamicSymbols = 11; // SHT_DYNSYM
 
     /// <summary>Names of the symbols that it defines for others.</summary>
-    /// <exception cref="InvalidDataException">It is no such library.</exception>
+    /// <exception cref="InvalidDataException">The file is not such a library.</exception>
     public static HashSet<string> Exports(string file)
     {
         using FileStream stream = File.OpenRead(file);
         byte[] header = Read(stream, 0, 64);
         if (BinaryPrimitives.ReadUInt32BigEndian(header) != 0x7F454C46 || header[4] != 2)
-            throw new InvalidDataException($"{file} is no ELF file of 64 bits.");
+            throw new InvalidDataException($"{file} is not a 64-bit ELF file.");
         byte[] sections = Read(stream, Long(header, 40), SectionBytes * Short(header, 60));
         for (int at = 0; at < sections.Length; at += SectionBytes)
         {
@@ -35,7 +35,7 @@ internal static class SharedLibrary
         for (int at = 0; at < symbols.Length; at += SymbolBytes)
         {
             int binding = symbols[at + 4] >> 4, section = Short(symbols, at + 6);
-            if (binding is not (1 or 2) || section == 0) // neither global nor weak, or asked of another library
+            if (binding is not (1 or 2) || section == 0) // neither global nor weak, or undefined here
                 continue;
             ReadOnlySpan<byte> name = strings.AsSpan((int)Int(symbols, at));
             names.Add(Encoding.ASCII.GetString(name[..name.IndexOf((byte)0)]));
