@@ -93,15 +93,15 @@ internal static class Workload
     /// <summary>One layer's attention, without norms.</summary>
     public static void Attend(Backend backend, Tensor qkv, RopeTable rope, KvCache cache, int layer, Tensor output) =>
         backend.Attention(new AttentionCall
-    {
-        Qkv = qkv,
-        Heads = Heads,
-        Rope = rope,
-        Scale = 0.125f,
-        Cache = cache,
-        Layer = layer,
-        Output = output,
-    });
+        {
+            Qkv = qkv,
+            Heads = Heads,
+            Rope = rope,
+            Scale = 0.125f,
+            Cache = cache,
+            Layer = layer,
+            Output = output,
+        });
 
     public static int BlocksOf(int tokens) => (tokens + KvCache.BlockTokens - 1) / KvCache.BlockTokens;
 }
