@@ -1,27 +1,28 @@
-// Causal attention over paged keys and values, for prefill and decode alike: a row has the same bits however its step is cut.
+// Causal attention over paged keys and values, for prefill and decode: a row has the same bits however its step is cut.
 //
-// A context is walked in chunks of CHUNK tokens from position 0. Of one chunk and one query: scores are chains over head_dim, their maximum m and the
-// sum l of exp(score - m) come from one warp in a fixed tree, and the weighted values are chains over ascending tokens (mma.cuh). Chunks merge in
-// ascending order (Milakov and Gimelshein 2018; Dao et al. 2022):
+// A context is processed in chunks of CHUNK tokens from position 0. For one chunk and one query: scores are chains over head_dim, their
+// maximum m and the sum l of exp(score - m) come from one warp in a fixed tree, and the weighted values are chains over ascending tokens
+// (mma.cuh). Chunks merge in ascending order (Milakov and Gimelshein 2018; Dao et al. 2022):
 //   M' = max(M, m), L' = L exp(M - M') + l exp(m - M'), A' = A exp(M - M') + a exp(m - M')
-// Tokens of a chunk that a query does not see count as weights of zero, which change no bit.
+// Tokens of a chunk that a query does not see have weights of zero, which change no bit.
 //
-// An item is rows that look at the same blocks of the cache, and one chunk or all of them. With one chunk, what a block finds waits in `partials` for the
-// block that comes last, which merges them (merge.cuh): how a long context of few sequences fills the device. With all, it merges as it goes. Rows of
-// several sequences in one item have a prefix in common, which is then read once for all of them. A block takes one item after the other, so that a launch
-// says nothing of how many there are: steps of as many rows are launched alike.
+// An item is rows that attend to the same blocks of the cache, and one chunk or all of them. With one chunk, a block's result waits in
+// `partials` for the last block, which merges them (merge.cuh): thus a long context of few sequences fills the device. With all chunks, the
+// block merges them itself. Rows of several sequences in one item share a prefix, which is then read once for all of them. A block takes
+// one item after the other, so that the launch does not depend on the number of items: steps of equally many rows have equal launches.
 //
-// Of a block's warps, those with one row tile share its scores by tokens and its output by columns.
+// A block's warps with the same row tile divide its scores by tokens and its output by columns.
 //
-// Where every sequence of the step has one row, `rope` is given, and a block also does what rope_store of step.cu does in other steps: it rotates its
-// queries, and the one that holds the row's own token rotates its key and stores both. Same arithmetic, same bits, one launch less.
+// Where every sequence of the step has one row, `rope` is given, and a block also does what rope_store of step.cu does in other steps: it
+// rotates its queries, and the block with the row's own token rotates its key and stores key and value. Same arithmetic, same bits, one
+// launch less.
 //
 // Cache: [blocks][kv_heads][BLOCK_TOKENS][HEAD_DIM].
 #include "merge.cuh"
 #include "ring.cuh"
 #include "rope.cuh"
 
-// Puts a token's own key or value into a stage that has its place empty.
+// Puts a token's own key or value into its empty place in a stage.
 __device__ __forceinline__ void put_own(stored (*tokens)[STAGE_ROW], int place, const stored* own)
 {
     if (place < 0 || place >= STAGE)
@@ -31,7 +32,8 @@ __device__ __forceinline__ void put_own(stored (*tokens)[STAGE_ROW], int place, 
     __syncthreads();
 }
 
-// Scores of one query for one chunk to weights, by one warp; and what the chunk and those before it count for. Warps see `seen` tokens of it.
+// Turns one query's scores of one chunk into weights, by one warp; and gives the factors of this chunk and of the earlier ones. The query
+// sees `seen` tokens of the chunk.
 __device__ __forceinline__ void weigh(Shared& s, int q, int seen, int lane)
 {
     float weights[CHUNK / 32], most = -INFINITE, sum = 0;
@@ -44,7 +46,7 @@ __device__ __forceinline__ void weigh(Shared& s, int q, int seen, int lane)
     }
 
     most = warp_max(most);
-    __syncwarp(); // weights lie where scores lay
+    __syncwarp(); // weights replace scores
 #pragma unroll
     for (int i = 0; i < CHUNK / 32; i++)
     {
@@ -81,7 +83,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(
     wait_for_earlier_kernels();
     int kv_head = blockIdx.y, group = heads / kv_heads, thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
     int first_head = kv_head * group + blockIdx.z * slice, slice_heads = min(slice, group - (int)blockIdx.z * slice);
-    int row_tile = warp / COLUMN_WARPS * 16, part = warp % COLUMN_WARPS; // what this warp multiplies
+    int row_tile = warp / COLUMN_WARPS * 16, part = warp % COLUMN_WARPS; // the part that this warp multiplies
     for (int next_item = blockIdx.x; next_item < step->items; next_item += gridDim.x)
     {
         Item item = item_of(step, next_item);
@@ -96,7 +98,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(
             __syncthreads();
         }
 
-        // The token that this block adds to the cache. The item has this row only: what several rows share came before.
+        // The token that this block adds to the cache. The item has this row only: shared chunks are earlier ones.
         int own = rope != nullptr && item.last / CHUNK < item.first_chunk + item.chunks ? item.last : -1;
         const int* table = step->table(item.sequence);
         Ring ring;
@@ -240,9 +242,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(
             }
         }
 
-        item = item_of(step, next_item); // again, so that no register keeps it meanwhile
+        item = item_of(step, next_item); // read again, so that no register keeps it meanwhile
 
-        // ---- What the block found: the output, or a part of it [row_slots[row] + chunk][heads][PARTIAL]: weighted values, then m and l.
+        // ---- The block's result: the output, or a part of it [row_slots[row] + chunk][heads][PARTIAL]: weighted values, then m and l.
 #pragma unroll
         for (int i = 0; i < 4; i += 2)
         {

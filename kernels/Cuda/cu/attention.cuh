@@ -1,6 +1,6 @@
-// Sizes of attention.cu, what its blocks are told to do, and their shared memory.
+// Sizes of attention.cu, the items of its blocks, and their shared memory.
 //
-// Definitions of the compiler: HEAD_DIM; ROW_TILES, of 16 queries (rows times heads) an item; SHARED_BYTES of the launch.
+// Defined on the compiler's command line: HEAD_DIM; ROW_TILES, of 16 queries (rows times heads) an item; SHARED_BYTES of the launch.
 #pragma once
 #include "mma.cuh"
 
@@ -16,10 +16,11 @@
 #define HEAD_TILES (HEAD_PADDED / 16)
 #define OUTPUT_TILES ((HEAD_PADDED / 8 + COLUMN_WARPS - 1) / COLUMN_WARPS) // of 8 columns, a warp
 #define SCORE_TILES (STAGE / 8 / COLUMN_WARPS)                              // of 8 tokens, a warp
-#define STAGE_ROW (HEAD_PADDED + 16 / (int)sizeof(stored))                  // longer than needed: rows next to each other begin in other banks
-#define PARTIAL (HEAD_DIM + 4) // of a chunk and a query: weighted values, m, l, and room, so that every part begins at 16 bytes
+#define STAGE_ROW (HEAD_PADDED + 16 / (int)sizeof(stored))                  // padded: neighbouring rows begin in different banks
+#define PARTIAL (HEAD_DIM + 4) // of a chunk and a query: weighted values, m, l, and padding to 16 bytes
 
-// Blocks of a multiprocessor that registers leave room for, and how many of the queries' tiles they can hold for that; the others are loaded again.
+// Blocks of a multiprocessor that registers leave room for, and how many of the queries' tiles registers can then hold; the others are
+// loaded again.
 #define RESIDENT (ROW_TILES == 1 ? (HEAD_DIM <= 64 ? 4 : 3) : (HEAD_DIM <= 64 ? 2 : 1))
 #define KEPT (HEAD_DIM > 128 ? 1 : HEAD_DIM > 32 && HEAD_DIM <= 64 && ROW_TILES == 4 ? 2 : HEAD_TILES)
 
@@ -38,13 +39,13 @@ struct alignas(16) Shared
 {
     stored stages[STAGES][STAGE][STAGE_ROW];
     stored own_key[HEAD_PADDED], own_value[HEAD_PADDED];
-    float queries[TILE][ROW_ROOM(HEAD_PADDED)]; // as rows of A; then what a merge has so far
+    float queries[TILE][ROW_ROOM(HEAD_PADDED)]; // as rows of A; then the intermediate results of a merge
     float scores[TILE][ROW_ROOM(CHUNK)];        // then weights, as rows of A
     float top[TILE], sum[TILE], chunk_top[TILE], chunk_sum[TILE], keep[TILE], take[TILE];
     int position[TILE];
     int sees[TILE];    // whether a query sees a token of the chunk
     int place[TILE];   // row * heads + head
-    int slot[TILE];    // likewise, of the row's first part
+    int slot[TILE];    // the row's first part
     int merges[TILE];  // by row of the item: its chunks, where this block merges them; else 0
     int blocks[2][CHUNK / BLOCK_TOKENS]; // of even and of odd chunks
 };

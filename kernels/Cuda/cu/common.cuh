@@ -1,8 +1,8 @@
-// What all kernels share: how values are stored, and sums over warps and blocks in one fixed order.
-// No CUDA header is included anywhere: NVRTC alone compiles this for a device, and g++ for the simulated one (tests/cuda-sim/device.h).
+// Shared by all kernels: how values are stored, and sums over warps and blocks in one fixed order. No CUDA header is included anywhere:
+// NVRTC alone compiles this for a device, and g++ for the simulated one (tests/cuda-sim/device.h).
 //
-// STORE_BF16 = 1: weights, keys, values and what goes into a matmul are bfloat16; 0: fp32. The residual stream, sums and everything that is
-// not such storage are fp32 either way.
+// STORE_BF16 = 1: weights, keys, values and the inputs of matmuls are bfloat16; 0: fp32. The residual stream, sums and everything else are
+// fp32 either way.
 #pragma once
 
 #if !defined(ROLLOUT_SIM)
@@ -15,7 +15,7 @@ typedef unsigned long long u64;
 
 #define ALL_LANES 0xffffffffu
 
-// What differs between steps that are alike otherwise, at the head of a step's indices. As CudaStep.StepHeader.
+// Values that differ between steps with equal arguments, at the start of a step's indices. As CudaStep.StepHeader.
 struct StepHeader
 {
     int items, queries;      // launches are rounded up
@@ -28,7 +28,7 @@ struct StepHeader
     __device__ const int* table(int sequence) const { return (const int*)((const char*)this + tables_at) + (long long)sequence * table_stride; }
 };
 
-// A block's shared memory whose size the launch says, as a struct.
+// A block's dynamic shared memory, as a struct.
 #if defined(ROLLOUT_SIM)
 #define LAUNCHED_SHARED(type, name) type& name = *(type*)sim_launched_shared()
 #else
@@ -39,9 +39,10 @@ struct StepHeader
 __device__ __forceinline__ u32 shared_address(const void* pointer) { return (u32)__cvta_generic_to_shared(pointer); }
 #endif
 
-// The first thing that a kernel of a step does: it may have been started while the one before it in the stream still ran (programmatic dependent
-// launch), and returns from here once that one has ended and what it wrote is seen. Every kernel waits, so all before that one have ended too. Then the
-// next may be started in turn: whatever room it takes, this kernel's own blocks are all running by then, and it waits for them here.
+// Every kernel of a step begins with this: it may have been started while the previous one in the stream still ran (programmatic dependent
+// launch), and returns from here once that one has ended and its writes are visible. Every kernel waits, so all earlier ones have ended
+// too. Then the next kernel may be started in turn: all blocks of this kernel are running by then, so the next one takes no resources from
+// them, and it waits for them here.
 __device__ __forceinline__ void wait_for_earlier_kernels()
 {
 #if defined(ROLLOUT_SIM)
@@ -52,7 +53,7 @@ __device__ __forceinline__ void wait_for_earlier_kernels()
 #endif
 }
 
-// 16 bytes that another block wrote in this kernel: past the first-level cache.
+// 16 bytes that another block wrote in this kernel: bypasses the first-level cache.
 __device__ __forceinline__ float4 load_written(const float4* from)
 {
 #if defined(ROLLOUT_SIM)
@@ -93,11 +94,11 @@ __device__ __forceinline__ float load(stored x) { return x; }
 __device__ __forceinline__ stored store(float x) { return x; }
 #endif
 
-// As many as 16 bytes hold, in one access.
+// The elements of 16 bytes, in one access.
 #define WIDE (16 / (int)sizeof(stored))
 struct alignas(16) Wide { stored x[WIDE]; };
 
-// Four at a time; those of fp32 lie on 16 bytes, those of bf16 on 8.
+// Four at a time; fp32 is aligned to 16 bytes, bf16 to 8.
 struct alignas(4 * sizeof(stored)) Four { stored x[4]; };
 
 __device__ __forceinline__ float4 load_four(const stored* from)
@@ -127,7 +128,7 @@ template <int THREADS>
 __device__ __forceinline__ float block_sum(float x, float* parts)
 {
     x = warp_sum(x);
-    __syncthreads(); // who still reads an earlier sum
+    __syncthreads(); // other threads may still read an earlier sum
     if ((threadIdx.x & 31) == 0)
         parts[threadIdx.x / 32] = x;
     __syncthreads();

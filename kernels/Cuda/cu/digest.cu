@@ -1,13 +1,14 @@
 // XXH3-128 (Collet, xxHash 0.8: seed 0, its default secret) of tensors in device memory, of more than 240 bytes each.
 //
-// The algorithm adds 16 stripes of 64 bytes to eight accumulators, scrambles these, and goes on. What a stripe adds does not depend on the accumulators:
-// the sums of all blocks of 1024 bytes are made at once, at the speed of memory, and only adding and scrambling them is a chain, one warp a tensor.
+// The algorithm adds 16 stripes of 64 bytes to eight accumulators, scrambles these, and repeats. The terms of a stripe do not depend on the
+// accumulators: the sums of all blocks of 1024 bytes are computed in parallel, at the speed of memory, and only adding and scrambling them
+// is sequential, one warp a tensor.
 #include "common.cuh"
 
 #define BLOCK_BYTES 1024
 #define STRIPE_BYTES 64
 #define WARPS 8
-#define AHEAD 8 // blocks whose sums the chain has on their way
+#define AHEAD 8 // blocks whose sums the chain loads ahead
 
 #define PRIME32_1 0x9E3779B1ull
 #define PRIME32_2 0x85EBCA77ull
@@ -18,15 +19,15 @@
 #define PRIME64_4 0x85EBCA77C2B2AE63ull
 #define PRIME64_5 0x27D4EB2F165667C5ull
 
-// A piece of a tensor: whole blocks, and with the last of them what is left.
+// A piece of a tensor: whole blocks, and after the last of them the rest.
 struct Piece
 {
     const unsigned char* tensor;
     u64 bytes;       // of the tensor
     u64 first_block; // of the piece
     u32 blocks;
-    u32 sums;        // where its sums begin, in blocks
-    u32 state;       // which of the states
+    u32 sums;        // the place of its sums, in blocks
+    u32 state;       // the index of its state
     u32 last;
 };
 
@@ -69,8 +70,8 @@ __device__ __forceinline__ u64 from_lane_xor(u64 x, int other)
 
 __device__ __forceinline__ u64 product_of_halves(u64 x) { return (x & 0xffffffffu) * (x >> 32); }
 
-// sums [blocks][8]: what the stripes of a block add to each accumulator. A warp a block at a time, a lane four of its 128 words: word w is of stripe
-// w / 8, for accumulator w % 8. grid (any, pieces).
+// sums [blocks][8]: the terms of a block's stripes for each accumulator. A warp processes a block at a time, a lane four of its 128 words:
+// word w is of stripe w / 8, for accumulator w % 8. grid (any, pieces).
 extern "C" __global__ void __launch_bounds__(32 * WARPS) digest_sums(const Piece* pieces, u64* sums)
 {
     Piece piece = pieces[blockIdx.y];
@@ -116,7 +117,8 @@ __device__ __forceinline__ u64 merged(const u64* sums, int offset, u64 start)
     return x ^ x >> 32;
 }
 
-// states [tensors][8]: the accumulators between pieces; digests [tensors][2]: low, then high. One warp a piece; lanes from 8 on repeat those before.
+// states [tensors][8]: the accumulators between pieces; digests [tensors][2]: low, then high. One warp a piece; lanes from 8 on repeat the
+// first eight.
 extern "C" __global__ void __launch_bounds__(32) digest_chain(const Piece* pieces, const u64* sums, u64* states, u64* digests)
 {
     __shared__ u64 final_sums[8];

@@ -1,12 +1,13 @@
-// A row of logits as a query sees it, the noise that is added, and what a block of sampling.cu finds out about values of all its threads.
+// A row of logits with a query's biases and temperature, the noise that is added, and reductions over the threads of a block of
+// sampling.cu.
 #pragma once
 #include "common.cuh"
 
 #define THREADS 256
 #define WARPS (THREADS / 32)
 #define NONE 0x7fffffff
-#define SLICE 4096 // tokens that one block looks at, as in CudaSampleScratch
-#define CHUNK 128  // tokens that one warp looks at at a time, likewise
+#define SLICE 4096 // tokens that one block reads, as in CudaSampleScratch
+#define CHUNK 128  // tokens that one warp reads at a time, likewise
 #define ROOM 4096  // tokens that are sorted in shared memory
 
 struct Query // as SampleQuery of kernels/StepLayout.cs
@@ -30,11 +31,11 @@ struct Row
     const int* bias_ids; // ascending
     const float* bias_values;
     int bias_count;
-    float temperature; // 1 where nothing is divided
+    float temperature; // 1: no division
     float top;         // largest x, where it is known
 
-    // Of tokens 4 * group and the three after it; -INFINITE past the vocabulary. Where a row begins depends on the rows before it, so how
-    // it is loaded does, but no order of anything may.
+    // Values of tokens 4 * group and the three after it; -INFINITE past the vocabulary. A row's alignment, and so how it is loaded, depends
+    // on the rows before it, but no order of operations may.
     __device__ __forceinline__ float4 logits_of(int group) const
     {
         int v = group * 4;
@@ -90,7 +91,7 @@ struct Row
     }
 };
 
-// Values as they are: nothing is added or divided.
+// The unmodified values.
 __device__ __forceinline__ Row plain_row(const float* values, int count)
 {
     return Row{values, count, nullptr, nullptr, 0, 1.0f, 0};
@@ -110,7 +111,7 @@ __device__ __forceinline__ Best better(Best a, float value, int id)
 
 // ---- The block.
 
-// What it has in shared memory; query and row too, so that no register holds them for long.
+// Its shared memory; query and row too, so that they occupy no registers for long.
 struct alignas(16) Shared
 {
     union
@@ -128,7 +129,7 @@ struct alignas(16) Shared
 };
 __shared__ Shared shared;
 
-// Of all threads' values; all threads get the answer.
+// Reduces all threads' values; all threads get the result.
 __device__ __forceinline__ double block_total(double x)
 {
     for (int other = 16; other > 0; other >>= 1)

@@ -1,18 +1,20 @@
-// How the block that comes last to a row merges the row's chunks: the chain of attention.cu, chunk after chunk, in two phases. First a warp a query finds
-// what every chunk's values count for: maxima are exact in any order, so 32 chunks go at once, and only the sum is a chain. Then a thread takes four
-// columns of a query, and its chain has nothing in it but fused multiply-adds of what was asked for long before.
+// The last block of a row merges the row's chunks: the chain of attention.cu, chunk after chunk, in two phases. First one warp a query
+// computes the factor of every chunk's values: maxima are exact in any order, so 32 chunks are processed together, and only the sum is a
+// chain. Then each thread processes four columns of a query, and its chain has only fused multiply-adds of values that were loaded well
+// ahead.
 #pragma once
 #include "attention.cuh"
 
 #define UNIT (HEAD_DIM % 4 == 0 ? 4 : 1)      // columns a thread
 #define UNITS (HEAD_DIM / UNIT)
-#define ASKED 8                               // chunks whose values a thread has asked for
-#define MERGED 64                              // chunks at a time, whose factors lie where a query's scores lay
+#define ASKED 8                               // chunks whose values a thread loads ahead
+#define MERGED 64                              // chunks at a time; their factors replace a query's scores
 
 struct Factors { float keep, take; };
 static_assert(sizeof(Factors) * MERGED <= sizeof(Shared::scores[0]), "factors have no more room than scores");
 
-// Of chunks [first, end) of query q, into to[0..]: by what the sums before a chunk and its own are multiplied. parts: the row's first, of this head.
+// For chunks [first, end) of query q, into to[0..]: the factors of the earlier sums and of the chunk's own. parts: the row's first, of this
+// head.
 __device__ __forceinline__ void find_factors(Shared& s, int q, const float* parts, long long chunk_stride, int first, int end, Factors* to, int lane)
 {
     float top = s.top[q], sum = s.sum[q];
@@ -43,7 +45,7 @@ __device__ __forceinline__ void find_factors(Shared& s, int q, const float* part
         top = __shfl_sync(ALL_LANES, above, 31);
     }
 
-    __syncwarp(); // all lanes have read what one replaces
+    __syncwarp(); // all lanes have read the value that one replaces
     if (lane == 0)
     {
         s.top[q] = top;
@@ -51,7 +53,7 @@ __device__ __forceinline__ void find_factors(Shared& s, int q, const float* part
     }
 }
 
-// Adds chunks [first, end) to what is merged: columns [d, d + UNIT). parts: as above, but of column d.
+// Adds chunks [first, end) to the merged values: columns [d, d + UNIT). parts: as above, but of column d.
 __device__ __forceinline__ void add_chunks(float* merged, const float* parts, long long chunk_stride, int first, int end, const Factors* factors)
 {
     parts += first * chunk_stride;
@@ -84,7 +86,7 @@ __device__ __forceinline__ void add_chunks(float* merged, const float* parts, lo
     }
 }
 
-// Of all rows of the item that s.merges names; its first `count` queries. All threads of the block come here.
+// Merges all rows of the item that s.merges marks; its first `count` queries. All threads of the block call this.
 __device__ __forceinline__ void merge_rows(Shared& s, int rows, int count, int slice_heads, int heads, const float* partials, stored* output)
 {
     int thread = threadIdx.x, lane = thread % 32, longest = 0;

@@ -1,21 +1,23 @@
 // A warp's products of small matrices, on tensor cores where storage is bf16: C [16 x 8] += A [16 x 16] B [16 x 8].
 //
-// A is fp32, and goes in as the sum of two bf16 numbers (16 bits of mantissa): queries and softmax weights lose next to nothing, and what memory
-// holds, B, is bf16 already. Every element of C is one chain over tiles of 16 in the order of the calls, whatever is in other rows and columns.
+// A is fp32, and is represented as the sum of two bf16 numbers (16 bits of mantissa): queries and softmax weights lose almost nothing, and
+// B, from memory, is bf16 already. Every element of C is one chain over tiles of 16 in the order of the calls, whatever is in other rows
+// and columns.
 //
-// Lanes hold what "mma.m16n8k16" of the PTX manual says: with g = lane / 4 and t = lane % 4, C's rows g and g + 8 at columns 2t and 2t + 1.
+// Lanes hold the elements that the PTX manual gives for "mma.m16n8k16": with g = lane / 4 and t = lane % 4, C's rows g and g + 8 at columns
+// 2t and 2t + 1.
 #pragma once
 #include "common.cuh"
 
-// Room, in fp32 numbers, of a row of A in shared memory, of `columns` numbers (a multiple of 16). Under bf16 it has the upper parts, then the lower.
-// 48 or 112 bytes more than a multiple of 128: eight rows at the same column lie in different banks.
+// The size, in fp32 numbers, of a row of A in shared memory, of `columns` numbers (a multiple of 16). With bf16 it has the upper parts,
+// then the lower. 48 or 112 bytes more than a multiple of 128: eight rows at the same column are in different banks.
 #define ROW_ROOM(columns) ((columns) + 12)
 
 #if STORE_BF16
 struct RowTile { u32 high[4], low[4]; };
 struct ColumnTile { u32 pairs[2]; };
 
-#define LOW_PART(columns) ((columns) + 8) // where the lower parts of a row begin, in bf16 numbers
+#define LOW_PART(columns) ((columns) + 8) // offset of a row's lower parts, in bf16 numbers
 
 #if defined(ROLLOUT_SIM)
 __device__ __forceinline__ u32 bf16_pair(float first, float second) { return store(first) | (u32)store(second) << 16; }
@@ -39,8 +41,8 @@ __device__ __forceinline__ void mma(float* c, const u32* a, const u32* b)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Two or four tiles of 8 x 8, into a and then b. Lanes 8i to 8i + 7 bring the rows, of 8 numbers, of tile i; of every tile a lane gets columns 2t and
-// 2t + 1 of row g, or, transposed, column g of rows 2t and 2t + 1.
+// Two or four tiles of 8 x 8, into a and then b. Lanes 8i to 8i + 7 have the addresses of the rows, of 8 numbers, of tile i; of every tile
+// a lane receives columns 2t and 2t + 1 of row g, or, transposed, column g of rows 2t and 2t + 1.
 __device__ __forceinline__ void load_2(u32* a, const stored* row)
 {
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(a[0]), "=r"(a[1]) : "r"(shared_address(row)) : "memory");
@@ -82,7 +84,7 @@ __device__ __forceinline__ void load_rows(RowTile& tile, const float* rows, int 
     load_4(tile.low, tile.low + 2, row + LOW_PART(COLUMNS));
 }
 
-// B's columns are rows of memory, columns [8][stride]: COUNT tiles, 1 or 2, that follow each other along the rows of memory.
+// B's columns are rows of memory, columns [8][stride]: COUNT tiles, 1 or 2, consecutive along the rows of memory.
 template <int COUNT>
 __device__ __forceinline__ void load_columns(ColumnTile* tiles, const stored* columns, int stride, int lane)
 {
@@ -93,7 +95,7 @@ __device__ __forceinline__ void load_columns(ColumnTile* tiles, const stored* co
         load_2(tiles[0].pairs, row);
 }
 
-// B as memory has it, rows [16][stride]: COUNT tiles, 1 or 2, beside each other.
+// B in memory order, rows [16][stride]: COUNT tiles, 1 or 2, side by side.
 template <int COUNT>
 __device__ __forceinline__ void load_columns_of_rows(ColumnTile* tiles, const stored* rows, int stride, int lane)
 {
@@ -111,7 +113,7 @@ __device__ __forceinline__ void multiply_add(float* c, const RowTile& a, const C
 }
 
 #else
-// fp32 has no tensor cores: a lane computes its four elements itself, and a tile is where its rows and columns lie.
+// fp32 has no tensor cores: a lane computes its four elements itself, and a tile holds pointers to its rows and columns.
 struct RowTile { const float *upper, *lower; };
 struct ColumnTile { const float *left, *right; int step; };
 

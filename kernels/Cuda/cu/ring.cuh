@@ -1,10 +1,11 @@
-// How keys, then values, of chunk after chunk come into shared memory: through a ring of STAGES places of STAGE tokens each, all threads copying.
+// Copies keys, then values, of chunk after chunk into shared memory, through a ring of STAGES places of STAGE tokens each; all threads
+// copy.
 #pragma once
 #include "attention.cuh"
 #include "copy.cuh"
 
 #define ROOM (16 / (int)sizeof(stored))
-#define VECTOR (HEAD_DIM % ROOM == 0 ? ROOM : 1)                    // elements of one copy: heads of odd sizes have no 16 bytes in line
+#define VECTOR (HEAD_DIM % ROOM == 0 ? ROOM : 1)                    // elements of one copy: heads of odd sizes are not aligned to 16 bytes
 #define VECTORS (HEAD_DIM / VECTOR)                                 // of a token
 #define PASS (VECTOR == 1 ? 1 : THREADS / VECTORS)                  // tokens that all threads copy at once
 #define PASSES ((STAGE + PASS - 1) / PASS)
@@ -12,12 +13,12 @@
 
 struct Ring
 {
-    const stored *keys, *values; // where this thread's part of token 0 of block 0 lies
+    const stored *keys, *values; // this thread's part of token 0 of block 0
     const int* table;
     u32 block_bytes;
-    int thread, token, d;        // what of a pass this thread copies
+    int thread, token, d;        // the part of a pass that this thread copies
     int last;                    // the furthest token of any row
-    int end_token, end_chunk;    // what is copied lies before
+    int end_token, end_chunk;    // exclusive end of the copying
     int chunk, stage, ahead;
     u32 copied, used;
     bool is_value;
@@ -28,7 +29,7 @@ struct Ring
         thread = threadIdx.x;
         token = thread / VECTORS;
         d = thread % VECTORS * VECTOR;
-        int line = BLOCK_TOKENS % PASS == 0 && VECTOR > 1 ? token : 0; // which of all passes the thread's copies have in common
+        int line = BLOCK_TOKENS % PASS == 0 && VECTOR > 1 ? token : 0; // common to the thread's copies in all passes
         int offset = (kv_head * BLOCK_TOKENS + line) * HEAD_DIM + (VECTOR > 1 ? d : 0);
         keys = all_keys + offset;
         values = all_values + offset;
@@ -48,14 +49,14 @@ struct Ring
             copy_next(s);
     }
 
-    // Stages that a chunk has.
+    // Stages of a chunk.
     __device__ __forceinline__ int stages_of(int of) const { return (min(CHUNK, last + 1 - of * CHUNK) + STAGE - 1) / STAGE; }
 
-    // Waits for the next stage, and sees to it that another is under way.
+    // Waits for the next stage, and starts copying another.
     __device__ __forceinline__ int next(Shared& s)
     {
         wait_for_groups<STAGES - 2>();
-        __syncthreads(); // of all threads; and all are done with the place that is written next
+        __syncthreads(); // for all threads' copies; and all are done with the place that is written next
         copy_next(s);
         return used++ % STAGES;
     }
@@ -72,7 +73,8 @@ private:
     {
         if (chunk < end_chunk)
         {
-            // The next chunk's blocks: asked for with the first of this one's keys, put down with the first of its values. A barrier comes before their use.
+            // The next chunk's blocks: loaded with the first of this one's keys, stored with the first of its values. A barrier comes
+            // before their use.
             if (stage == 0 && chunk + 1 < end_chunk && thread < CHUNK_BLOCKS)
             {
                 if (is_value)
@@ -97,7 +99,7 @@ private:
     {
         const char* from = (const char*)(is_value ? values : keys);
         const int* blocks = &s.blocks[chunk & 1][stage * (STAGE / BLOCK_TOKENS)];
-        int tokens = end_token - chunk * CHUNK - stage * STAGE; // those further back become zeros
+        int tokens = end_token - chunk * CHUNK - stage * STAGE; // later ones become zeros
         stored(*to)[STAGE_ROW] = s.stages[copied++ % STAGES];
         if (VECTOR == 1)
         {
@@ -119,7 +121,7 @@ private:
             int row = token + pass * PASS;
             if (STAGE % PASS != 0 && row >= STAGE)
                 break;
-            int common = BLOCK_TOKENS % PASS == 0 ? pass * PASS : row; // in its block and its line but for what is in `from` already
+            int common = BLOCK_TOKENS % PASS == 0 ? pass * PASS : row; // the offset in its block, except for what is in `from` already
             const char* block = from + (u64)(u32)blocks[common / BLOCK_TOKENS] * block_bytes;
             copy_16(&to[row][d], (const stored*)block + common % BLOCK_TOKENS * HEAD_DIM, row < tokens);
         }

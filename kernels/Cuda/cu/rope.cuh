@@ -2,7 +2,7 @@
 #pragma once
 #include "common.cuh"
 
-// put(i, value) takes each of the head_dim numbers. cosines [head_dim / 2] of the position, then sines.
+// put(i, value) is called with each of the head_dim numbers. cosines [head_dim / 2] of the position, then sines.
 template <class Put>
 __device__ __forceinline__ void rotate_head(const float* x, const float* norm, float epsilon, const float* cosines, int head_dim, int lane, Put put)
 {

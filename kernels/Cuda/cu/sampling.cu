@@ -1,9 +1,9 @@
-// Answers sample queries as protos/rollout/v1/DEFINITIONS.md defines them, by as many blocks a query as its row has slices.
+// Answers sample queries as protos/rollout/v1/DEFINITIONS.md defines them, with one block for each slice of a query's row.
 //
-// Each block goes over its slice once: for the model's log-sum, the log-sum of what is sampled from, and the arg-max of x + Gumbel noise.
-// What it finds waits for the block that comes last for the query, which merges it and, where tokens are left out, draws
-// (truncation.cuh). Slices and the order of every sum are fixed by the vocabulary alone: a thread's tokens ascending, then a tree over
-// the block; a thread's slices, then the same tree.
+// Each block reads its slice once: for the model's log-sum, the log-sum of the sampled distribution, and the arg-max of x + Gumbel noise.
+// Its result waits for the query's last block, which merges all results and, with truncation, draws (truncation.cuh). Slices and the order
+// of every sum are fixed by the vocabulary alone: a thread's tokens ascending, then a tree over the block; a thread's slices, then the same
+// tree.
 #include "truncation.cuh"
 
 #define SMALLEST_TEMPERATURE 1.17549435e-38f // greedy below: dividing by less would overflow
@@ -17,11 +17,11 @@ struct Result // as SampleResult of kernels/StepLayout.cs
 // Of a slice; sums are of exp(value - the slice's largest).
 struct Found
 {
-    double mass;     // as drawn_sum, where top-p alone cuts
-    float top, sum;  // of the logits; the top is INFINITE where one of them is no number below that
+    double mass;     // as drawn_sum, when only top-p truncates
+    float top, sum;  // of the logits; the top is INFINITE when one of them is NaN or +infinity
     float drawn_sum; // of biased logits over temperature
     Best largest;    // biased logit
-    Best best;       // of what is drawn from, with noise
+    Best best;       // of the sampled values, with noise
 };
 static_assert(sizeof(Found) == 40, "CudaSampleScratch has room for other parts");
 
@@ -45,7 +45,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(
     __syncthreads();
     const Query& query = shared.query;
     if (query.output_index >= end_output)
-        return; // so that it met one about logits that come later
+        return; // a query about logits of a later launch
     Row row = plain_row(logits + (long long)(query.output_index - first_output) * stride, vocabulary);
     row.bias_count = query.bias_count;
     if (row.bias_count > 0)
@@ -63,7 +63,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(
     if (draws && row.bias_count > 0)
         biased = row.bias_from(first * 4) < row.bias_from(end * 4);
 
-    // ---- The largest of the slice, and of its chunks. All loads are under way before the first is needed.
+    // ---- The largest of the slice, and of its chunks. All loads are in flight before the first is needed.
     float4 loaded[SLICE / 4 / THREADS];
 #pragma unroll
     for (int i = 0; i < SLICE / 4 / THREADS; i++)
@@ -168,7 +168,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(
     if (weighs)
         mine.mass = block_total(mass);
 
-    // ---- The block that comes last for the query goes on.
+    // ---- Only the query's last block continues.
     if (thread == 0)
         found[slice] = mine;
     __threadfence();
@@ -223,7 +223,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(
     {
         if (greedy || !(shared.row.top < INFINITE && shared.row.top > -INFINITE))
         {
-            // A temperature so small that the quotient overflows is the limit it stands for.
+            // A temperature so small that the quotient overflows is treated as the limit, greedy.
             token = largest.value == -INFINITE ? -1 : largest.id;
         }
         else

@@ -1,11 +1,11 @@
-// The operations of a step between its matmuls. One block a row unless said otherwise; strides count elements. Tensors begin on 16 bytes, so that rows of
-// whole fours are read and written by fours.
+// The operations of a step between its matmuls. One block a row unless said otherwise; strides count elements. Tensors are aligned to 16
+// bytes, so that rows whose length is a multiple of four are read and written four elements at a time.
 #include "rope.cuh"
 
 #define THREADS 256
 
-// output[row] = table[tokens[row]]; table [vocab][columns]. Token ~q is what the step before sampled for its query q, answers [queries][3], token first;
-// where it found none, any does.
+// output[row] = table[tokens[row]]; table [vocab][columns]. Token ~q is the one that the previous step sampled for its query q, answers
+// [queries][3], token first; where it found none, any token is used.
 extern "C" __global__ void __launch_bounds__(THREADS) embed(const stored* table, const int* tokens, const int* answers, float* output, int columns)
 {
     wait_for_earlier_kernels();
@@ -27,7 +27,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) embed(const stored* table,
 }
 ROLLOUT_KERNEL(embed)
 
-// output[row] = input[row] / sqrt(mean(input[row]^2) + epsilon) * scale, as a matmul takes it.
+// output[row] = input[row] / sqrt(mean(input[row]^2) + epsilon) * scale, in a matmul's input type.
 extern "C" __global__ void __launch_bounds__(THREADS) rms_norm(const float* input, const float* scale, float epsilon, stored* output, int columns)
 {
     __shared__ float parts[THREADS / 32];
@@ -66,9 +66,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) rms_norm(const float* inpu
 }
 ROLLOUT_KERNEL(rms_norm)
 
-// Rows [heads | kv_heads | kv_heads] of head_dim: norms over query and key heads where scales are given, rotation by the row's position, queries in
-// place, keys and values into the row's slot of the cache [blocks][kv_heads][block_tokens][head_dim]. rope [positions][2][head_dim / 2]: cosines,
-// then sines. One warp a head: blockIdx (row, heads + 2 * kv_heads), 32 threads. Where all sequences have one row, attention.cu does this by itself.
+// Rows [heads | kv_heads | kv_heads] of head_dim: norms over query and key heads where scales are given, rotation by the row's position,
+// queries in place, keys and values into the row's slot of the cache [blocks][kv_heads][block_tokens][head_dim]. rope
+// [positions][2][head_dim / 2]: cosines, then sines. One warp a head: blockIdx (row, heads + 2 * kv_heads), 32 threads. When all sequences
+// have one row, attention.cu does this itself.
 extern "C" __global__ void __launch_bounds__(32) rope_store(
     float* qkv, int stride, int heads, int kv_heads, int head_dim, const float* query_norm, const float* key_norm, float epsilon,
     const float* rope, const StepHeader* step, const int* positions, const int* sequences, int block_tokens, stored* keys, stored* values)
@@ -102,7 +103,7 @@ __device__ __forceinline__ stored gated(stored gate, stored up)
     return store(x / (1.0f + exp_of(-x)) * load(up));
 }
 
-// output[row, i] = silu(gate_up[row, i]) * gate_up[row, width + i]. A thread takes WIDE columns.
+// output[row, i] = silu(gate_up[row, i]) * gate_up[row, width + i]. A thread computes WIDE columns.
 extern "C" __global__ void __launch_bounds__(THREADS) gated_silu(const stored* gate_up, stored* output, int width)
 {
     wait_for_earlier_kernels();
@@ -143,7 +144,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) gather(const float* input,
 }
 ROLLOUT_KERNEL(gather)
 
-// fp32 to what a matmul takes. A thread takes four.
+// fp32 to a matmul's input type. A thread converts four.
 extern "C" __global__ void __launch_bounds__(THREADS) round_values(const float* input, stored* output, long long count)
 {
     wait_for_earlier_kernels();
@@ -158,7 +159,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) round_values(const float* 
 }
 ROLLOUT_KERNEL(round_values)
 
-// And back, for whoever needs fp32.
+// And back to fp32.
 extern "C" __global__ void __launch_bounds__(THREADS) widen_values(const stored* input, float* output, long long count)
 {
     wait_for_earlier_kernels();

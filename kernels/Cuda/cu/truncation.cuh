@@ -1,15 +1,15 @@
-// Which tokens truncation keeps, and the draw from them: by the block that comes last for its query.
+// Truncation, and the draw from the tokens that it keeps: done by the query's last block.
 //
-// Tokens are ordered by descending x, equals by ascending id, as numbers (see packed); every rule keeps the first so many. The largest x
-// of every chunk of CHUNK tokens is known. Where n tokens are wanted, at least n are at or above the n-th largest of these, and few more:
-// chunks below it need not be looked at. What is found there is sorted in shared memory. Where too many are kept, their last is found by
+// Tokens are ordered by descending x, equals by ascending id, as numbers (see packed); every rule keeps a prefix of this order. The largest
+// x of every chunk of CHUNK tokens is known. When n tokens are needed, at least n are at or above the n-th largest of these, and few more:
+// chunks below it need not be read. The tokens found are sorted in shared memory. When too many are kept, the last kept one is found by
 // bisection over the row.
 #pragma once
 #include "logits.cuh"
 
-#define LEAST (-3.402823466e38f) // finite: what is forbidden is never kept
+#define LEAST (-3.402823466e38f) // finite: forbidden tokens are never kept
 
-// What was drawn, and the sum of exp(x - top) over what it was drawn from.
+// The drawn token, and the sum of exp(x - top) over the tokens that it was drawn from.
 struct Drawn
 {
     Best best;
@@ -18,8 +18,8 @@ struct Drawn
 
 // ---- The row.
 
-// All tokens up to the last, in chunks that have such: visit(token, x, v). tops: the largest x of every chunk, or null. Chunks next to
-// each other are of different warps, since the lowest ids are the most frequent tokens. A warp has two on their way.
+// Visits all tokens up to the last, in chunks that have such: visit(token, x, v). tops: the largest x of every chunk, or null. Neighbouring
+// chunks belong to different warps, since the lowest ids are the most frequent tokens. A warp loads two at a time.
 template <class Visit>
 __device__ __forceinline__ void visit_up_to(u64 last, const Row& row, const float* tops, Visit visit)
 {
@@ -66,7 +66,7 @@ struct Mass
     double mass, count;
 };
 
-// Of the tokens up to the last; with weigh = false their number is their mass.
+// Mass of the tokens up to the last; with weigh = false their number is their mass.
 __device__ Mass mass_up_to(u64 last, const Row& row, const float* tops, bool weigh)
 {
     double mass = 0, count = 0;
@@ -80,14 +80,14 @@ __device__ Mass mass_up_to(u64 last, const Row& row, const float* tops, bool wei
     return Mass{weigh ? block_total(mass) : count, count};
 }
 
-// Tokens after one and up to another, and the mass of those before.
+// Tokens after one and up to another, and the mass of the earlier ones.
 struct Range
 {
     u64 after, last;
     double before;
 };
 
-// No more tokens than `most`, or one, among which the mass first reaches the target.
+// Finds at most `most` tokens, or one, among which the mass first reaches the target.
 __device__ Range narrow(const Row& row, const float* tops, double target, bool weigh, int most)
 {
     Range range = {0, packed(-INFINITE, NONE), 0};
@@ -118,7 +118,7 @@ __device__ Range narrow(const Row& row, const float* tops, double target, bool w
     return range;
 }
 
-// A value that at least so many tokens reach, unless there are no more chunks.
+// A value that at least this many tokens reach, unless there are fewer chunks.
 __device__ float bound_for(int wanted, const Row& row, const float* tops, float top)
 {
     Row of_chunks = plain_row(tops, (row.vocabulary + CHUNK - 1) / CHUNK);
@@ -126,7 +126,7 @@ __device__ float bound_for(int wanted, const Row& row, const float* tops, float 
     return value_of(narrow(of_chunks, nullptr, min(wanted, of_chunks.vocabulary), false, wanted / 4 + 1).last);
 }
 
-// Puts tokens into the list, in any order. Returns how many there are, also where there is no room for them.
+// Puts tokens into the list, in any order. Returns their number, even when they do not fit.
 __device__ int collect(u64 after, u64 last, const Row& row, const float* tops)
 {
     __syncthreads(); // all are done with an earlier list
@@ -186,7 +186,7 @@ __device__ double mass_of_first(int count, bool weigh)
     return block_total(mass);
 }
 
-// The fewest tokens of the sorted list, but one at least, whose mass reaches the target; all, where it does not.
+// The smallest number of tokens of the sorted list, at least one, whose mass reaches the target; all, when it does not.
 __device__ int reaching(int count, double target, bool weigh)
 {
     int less = 0;
@@ -202,7 +202,7 @@ __device__ int reaching(int count, double target, bool weigh)
     return count;
 }
 
-// How many tokens of the sorted list top-k and top-p keep; 0 where the list ends before they do. mass: of the whole row.
+// How many tokens of the sorted list top-k and top-p keep; 0 when they keep more than the list has. mass: of the whole row.
 __device__ int kept_of_list(int count, bool is_all, bool by_k, double mass)
 {
     const Query& query = shared.query;
@@ -253,7 +253,7 @@ __device__ Drawn draw_from_row(bool by_k, double mass, const float* tops)
     return Drawn{block_best(best), block_sum<THREADS>(sum, shared.values)};
 }
 
-// mass: of the whole row, where top-p alone is asked for. tops: the largest x of every chunk.
+// mass: of the whole row, when only top-p truncates. tops: the largest x of every chunk.
 __device__ __noinline__ Drawn draw_truncated(bool by_k, double mass, const float* tops)
 {
     const Row& row = shared.row;

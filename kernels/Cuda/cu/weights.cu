@@ -1,5 +1,5 @@
-// Elements of a checkpoint into storage. TYPE of the source: 0 bfloat16, 1 fp16, 2 fp32. Matrices are kept as `stored`, vectors as fp32.
-// And what matmuls are tried with: numbers to multiply, and a comparison of the rows that came out.
+// Writes elements of a checkpoint to storage. TYPE of the source: 0 bfloat16, 1 fp16, 2 fp32. Matrices are stored as `stored`, vectors as
+// fp32. Also kernels for testing matmuls: inputs to multiply, and a comparison of the resulting rows.
 #include "common.cuh"
 
 #define THREADS 256
@@ -57,7 +57,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) scatter_vector(
 }
 ROLLOUT_KERNEL(scatter_vector)
 
-#define UNITS 32 // a thread: elements, or 16 bytes
+#define UNITS 32 // per thread: elements, or units of 16 bytes
 
 __device__ __forceinline__ u32 mixed(u32 x)
 {
@@ -86,8 +86,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) fill_pattern(void* destina
 }
 ROLLOUT_KERNEL(fill_pattern)
 
-// Counts units of 16 bytes, and elements behind the last, that are not what stands in the reference, which repeats: its bytes are whole
-// units. Only reads what other launches wrote, and reads much: the simulated device would take minutes to look at every access.
+// Counts units of 16 bytes, and elements after the last, that differ from the reference, which repeats: its bytes are whole units. It only
+// reads results of other launches, and reads much: checking every access would take the simulated device minutes.
 extern "C" __global__ SIM_UNCHECKED void __launch_bounds__(THREADS) compare_rows(
     const void* values, const void* reference, long long bytes, long long reference_bytes, u32* different)
 {
