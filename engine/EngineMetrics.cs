@@ -23,7 +23,11 @@ public sealed class EngineMetrics : IDisposable
         _failed = _meter.CreateCounter<long>("rollout.updates.failed", description: "Weight updates not put in service, by reason");
         _bytes = _meter.CreateCounter<long>("rollout.updates.bytes", "By", "Payload bytes of committed updates");
         _seconds = _meter.CreateHistogram<double>("rollout.updates.seconds", "s", "Seconds of committed updates, by phase",
-            tags: null, new InstrumentAdvice<double> { HistogramBucketBoundaries = [1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100] });
+            tags: null,
+            new InstrumentAdvice<double>
+            {
+                HistogramBucketBoundaries = [1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100],
+            });
         _meter.CreateObservableGauge("rollout.weights.version", () => (long)version(), description: "Version being served");
         _meter.CreateObservableCounter("rollout.tokens.sampled", ByStaleness,
             description: "Sampled tokens of samples that have ended, by how many versions old they were then");

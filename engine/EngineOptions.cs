@@ -20,7 +20,9 @@ public sealed record EngineOptions
     /// </summary>
     public long KvCacheBytes { get; init; }
 
-    /// <summary>Instead of bytes: the part, above 0 and up to 1, of what the device has free once weights are loaded. 0: not given.</summary>
+    /// <summary>
+    /// Instead of bytes: the fraction, above 0 and up to 1, of the device memory that is free once the weights are loaded. 0: not given.
+    /// </summary>
     public double KvCacheFraction { get; init; }
 
     /// <summary>Samples that may wait for a seat before requests are refused with "no room".</summary>
@@ -39,7 +41,9 @@ public enum EngineState
     /// <summary>Some memory was given back; see <see cref="MemoryTags"/>.</summary>
     Sleeping,
 
-    /// <summary>The weights in service cannot be trusted: an update in place ended half-way, or sleep discarded them. Only a full update ends this.</summary>
+    /// <summary>
+    /// The weights in service cannot be trusted: an update in place ended half-way, or sleep discarded them. Only a full update ends this.
+    /// </summary>
     Poisoned,
 
     Faulted,

@@ -41,7 +41,10 @@ internal sealed class Pause
         _inForce.TrySetResult(); // whoever waits for it learns the state
     }
 
-    /// <summary>Asked before every step: ends the lease when it is over, and a waiting pause's wait when nothing is left to wait for.</summary>
+    /// <summary>
+    /// Whether the pause stops the loop; called before every step. Ends the pause when its lease is over, and a waiting pause takes force
+    /// when every group that began has ended.
+    /// </summary>
     public bool Stops(Scheduler scheduler)
     {
         if (_state == EngineState.Running) return false;

@@ -19,7 +19,7 @@ public sealed partial class RolloutEngine
         Backend.FinishStep(step);
     }
 
-    /// <summary>Goes through the backend's rehearsals with a set of weights that is about to serve, unless they have been gone through.</summary>
+    /// <summary>Runs the backend's rehearsals with a set of weights that is about to serve, unless they have run already.</summary>
     private void Rehearse(WeightSet weights)
     {
         if (weights.IsRehearsed || _asleep.HasFlag(MemoryTags.KvCache)) return; // waking comes here again

@@ -12,7 +12,9 @@ public sealed partial class RolloutEngine
     /// <param name="manifest">What is going to be sent.</param>
     /// <param name="alsoWrong">Problems that its reader found already, to be listed with the others.</param>
     /// <exception cref="UpdateRejectedException">The manifest does not fit; lists every problem.</exception>
-    /// <exception cref="EngineStateException">Another update is under way, and the message names its owner; or the weights sleep.</exception>
+    /// <exception cref="EngineStateException">
+    /// Another update is in progress (the message names its owner), or the weights sleep.
+    /// </exception>
     /// <exception cref="NoRoomException">Staging was asked for and the device has no memory for it.</exception>
     public WeightUpdate BeginUpdate(UpdateManifest manifest, IReadOnlyList<Problem>? alsoWrong = null)
     {
@@ -92,7 +94,9 @@ public sealed partial class RolloutEngine
         await action.Done.Task.ConfigureAwait(false);
     }
 
-    /// <summary>On the loop, between two steps. Under DRAIN the action waits until every group that began on the old weights has ended.</summary>
+    /// <summary>
+    /// Called by the loop between two steps. Under DRAIN the action waits until every group that began on the old weights has ended.
+    /// </summary>
     private void TryRunBoundaryAction()
     {
         if (_boundaryAction is not { } action || (action.Policy == UpdatePolicy.Drain && _scheduler.HasBegun)) return;

@@ -42,8 +42,8 @@ public sealed partial class RolloutEngine : IAsyncDisposable
     private BoundaryAction? _boundaryAction; // what an update wants done between two steps; the loop's
     private volatile MemoryTags _asleep;
 
-    private RolloutEngine(string name, ModelSpec model, Transformer transformer, Tokenizer? tokenizer, Backend backend, EngineOptions options,
-        WeightSet weights, IReadOnlyList<DescribedWeight> described)
+    private RolloutEngine(string name, ModelSpec model, Transformer transformer, Tokenizer? tokenizer, Backend backend,
+        EngineOptions options, WeightSet weights, IReadOnlyList<DescribedWeight> described)
     {
         ModelName = name;
         Model = model;
@@ -57,7 +57,11 @@ public sealed partial class RolloutEngine : IAsyncDisposable
         ArgumentOutOfRangeException.ThrowIfNegative(options.MaxBatchTokens);
         ArgumentOutOfRangeException.ThrowIfNegative(options.KvCacheBytes);
         if (options.KvCacheFraction is not (>= 0 and <= 1) || (options.KvCacheFraction > 0 && options.KvCacheBytes > 0))
-            throw new ArgumentOutOfRangeException(nameof(options), options.KvCacheFraction, "A part of the free memory is from 0 to 1, and given instead of bytes.");
+        {
+            throw new ArgumentOutOfRangeException(nameof(options), options.KvCacheFraction,
+                "A part of the free memory is from 0 to 1, and given instead of bytes.");
+        }
+
         int stepTokens = options.MaxBatchTokens == 0 ? backend.StepTokens : options.MaxBatchTokens;
         int context = options.MaxContext == 0 ? model.MaxPositions : Math.Min(options.MaxContext, model.MaxPositions);
         int blocks = KvBlockCount(transformer.Kv, backend, options, context);
@@ -197,7 +201,7 @@ public sealed partial class RolloutEngine : IAsyncDisposable
         return step;
     }
 
-    /// <summary>Whether a step may run now. Ends a pause whose lease is over, and groups that only poisoned weights could continue.</summary>
+    /// <summary>Whether a step may run now. Ends a pause whose lease is over, and all groups where the weights are poisoned.</summary>
     private bool MayStep()
     {
         bool paused = _pause.Stops(_scheduler);

@@ -49,7 +49,9 @@ public sealed class Group
     /// <summary>Weights version under which the prompt was computed last.</summary>
     public ulong PromptVersion { get; internal set; }
 
-    /// <summary>Completes when every sample has ended. Never faults: how a sample ended is in its <see cref="Sequence.FinishReason"/>.</summary>
+    /// <summary>
+    /// Completes when every sample has ended. Never faults: <see cref="Sequence.FinishReason"/> says how each sample ended.
+    /// </summary>
     public Task Completed => _completed.Task;
 
     // ---- For the loop.
@@ -77,8 +79,8 @@ public sealed class Group
     internal bool WakeHeld { get; set; }
 
     /// <summary>
-    /// False while siblings wait for the leader to complete the prompt; afterwards they have been sampled from it, or were queued on their own.
-    /// True at first: a group may end before the scheduler has it and counts its siblings.
+    /// False while siblings wait for the leader to complete the prompt; afterwards they have been forked from it, or were queued on their
+    /// own. Initially true: a group may end before it reaches the scheduler, which counts its siblings.
     /// </summary>
     internal bool Forked { get; set; } = true;
 

@@ -49,8 +49,8 @@ public sealed record GroupRequest
     public int PromptTop { get; init; }
 
     /// <summary>
-    /// End a sample, with finish reason abort, when new weights make its oldest token (or, under KEEP, its oldest keys and values) more than
-    /// this many versions old. Null: it may grow as old as it likes.
+    /// End a sample, with finish reason abort, when new weights make its oldest token (or, under KEEP, its oldest keys and values) more
+    /// than this many versions old. Null: no limit.
     /// </summary>
     public int? MaxStaleness { get; init; }
 

@@ -68,7 +68,9 @@ public sealed class KvBlocks
         return hash == 0 ? 1 : hash;
     }
 
-    /// <summary>Gives <paramref name="sequence"/> blocks for its first <paramref name="tokens"/> tokens, or nothing when they don't suffice.</summary>
+    /// <summary>
+    /// Gives <paramref name="sequence"/> blocks for its first <paramref name="tokens"/> tokens, or none when too few are free.
+    /// </summary>
     internal bool TryGrow(Sequence sequence, int tokens)
     {
         int wanted = CountFor(tokens);
@@ -140,7 +142,9 @@ public sealed class KvBlocks
         return true;
     }
 
-    /// <summary>Takes all blocks from the sequence. Its tail goes first to be taken, so that long-lived prefixes stay cached longest.</summary>
+    /// <summary>
+    /// Frees all blocks of the sequence. Its last block is evicted first, so that long-lived prefixes stay cached longest.
+    /// </summary>
     internal void Release(Sequence sequence)
     {
         for (int i = sequence.BlockCount - 1; i >= 0; i--) Drop(sequence.BlockTable[i]);

@@ -19,7 +19,9 @@ internal sealed class ScheduledStep(StepLayout layout)
     /// <summary>What each query of the layout is for.</summary>
     public ReadOnlySpan<StepQuery> Queries => _queries.AsSpan(0, Layout.QueryCount);
 
-    /// <summary>To be done after the forward pass: sequences forked from their leader get their own copy of its last, partial block.</summary>
+    /// <summary>
+    /// Copies to make after the forward pass: a sequence forked from its leader gets its own copy of the last, partial block.
+    /// </summary>
     public List<BlockCopy> Copies { get; } = new(layout.RowStart.Length - 1);
 
     public void Clear()

@@ -196,7 +196,10 @@ public sealed class Scheduler
     /// <summary>Whether keys and values outlive new weights. Log-probabilities of a prompt are always those of one version.</summary>
     private static bool Keeps(Sequence sequence, UpdatePolicy policy) => policy == UpdatePolicy.Keep && !sequence.IsScoring;
 
-    /// <summary>Blocks for the first <paramref name="tokens"/> tokens, preempting the youngest sequences. False when it was preempted itself.</summary>
+    /// <summary>
+    /// Allocates blocks for the sequence's first <paramref name="tokens"/> tokens, preempting the youngest sequences. False when it was
+    /// preempted itself.
+    /// </summary>
     private bool MakeRoom(Sequence sequence, int tokens)
     {
         while (!_blocks.TryGrow(sequence, tokens))
@@ -262,7 +265,7 @@ public sealed class Scheduler
         step.AddRows(sequence, tokens);
     }
 
-    /// <summary>What is asked of the logits of sequence s: its prompt's log-probabilities, and its next token once the gap is closed.</summary>
+    /// <summary>Adds the queries of sequence s: its prompt's log-probabilities, and its next token once the gap is closed.</summary>
     private void AddQueries(ScheduledStep step, int s)
     {
         Sequence sequence = step.Sequences[s];
@@ -327,7 +330,8 @@ public sealed class Scheduler
         }
     }
 
-    private string NoToken => $"no token can be drawn under weights version {Version}: its logits are not finite, or every token is forbidden";
+    private string NoToken =>
+        $"no token can be drawn under weights version {Version}: its logits are not finite, or every token is forbidden";
 
     /// <summary>Takes a sequence out of whichever list it is in, and ends it. There is no other way out.</summary>
     private void End(Sequence sequence, FinishReason reason, string error = "")

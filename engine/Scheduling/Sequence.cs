@@ -160,7 +160,9 @@ public sealed class Sequence
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     internal void Publish() => Volatile.Write(ref _published, Sampled);
 
-    /// <summary>Publishes what there is and ends the sample. The count is written before the reason, so a reader of both sees all.</summary>
+    /// <summary>
+    /// Publishes all tokens and ends the sample. The count is written before the reason, so a reader of both sees all tokens.
+    /// </summary>
     internal void Finish(FinishReason reason, string error = "")
     {
         Error = error;

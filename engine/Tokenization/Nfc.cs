@@ -127,7 +127,8 @@ internal static partial class Nfc
             {
                 int sign = entry.IndexOfAny(['+', '-', '=']);
                 int dot = entry.IndexOf('.');
-                (int from, int first) = (Hex(entry.AsSpan(0, sign)), Hex(entry.AsSpan(sign + 1, (dot < 0 ? entry.Length : dot) - sign - 1)));
+                int from = Hex(entry.AsSpan(0, sign));
+                int first = Hex(entry.AsSpan(sign + 1, (dot < 0 ? entry.Length : dot) - sign - 1));
                 int second = dot < 0 ? 0 : Hex(entry.AsSpan(dot + 1));
                 Decompositions.Add(from, (first, second));
                 if (entry[sign] == '+')

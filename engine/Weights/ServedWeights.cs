@@ -4,10 +4,11 @@ using Rollout.Kernels;
 namespace Rollout.Engine;
 
 /// <summary>
-/// The weights in service, the spare set beside them, the update that is changing them, if one is, and whether they can be trusted. The loop
-/// reads <see cref="Current"/> and commits; everything else comes from any thread.
+/// The weights in service, the spare set, the update in progress, if there is one, and whether the weights can be trusted. The loop reads
+/// <see cref="Current"/> and commits; everything else may be called from any thread.
 /// </summary>
-internal sealed class ServedWeights(Backend backend, LoadPlan plan, WeightSet loaded, IReadOnlyList<DescribedWeight> described) : IDisposable
+internal sealed class ServedWeights(Backend backend, LoadPlan plan, WeightSet loaded, IReadOnlyList<DescribedWeight> described)
+    : IDisposable
 {
     private readonly Lock _lock = new();
     private WeightSet _current = loaded;
@@ -49,7 +50,8 @@ internal sealed class ServedWeights(Backend backend, LoadPlan plan, WeightSet lo
             if (_active is { Manifest: var other })
                 throw new EngineStateException(state, $"'{other.Owner}' is updating the weights to version {other.NewVersion}");
             if (_asleep) throw new EngineStateException(EngineState.Sleeping, "the weights are asleep: wake them before an update");
-            IReadOnlyList<Problem> problems = [.. alsoWrong, .. UpdatePreflight.Check(manifest, plan, backend.WeightFormat, _version, _poison)];
+            IReadOnlyList<Problem> problems =
+                [.. alsoWrong, .. UpdatePreflight.Check(manifest, plan, backend.WeightFormat, _version, _poison)];
             if (problems.Count > 0) throw new UpdateRejectedException(problems);
 
             UpdateMode mode = ModeOf(manifest);
@@ -172,7 +174,8 @@ internal sealed class ServedWeights(Backend backend, LoadPlan plan, WeightSet lo
 
     private void ThrowUnlessActive(ActiveUpdate update)
     {
-        if (_active != update) throw new UpdateFailedException(update.EndedFor, "the update was ended before the engine could carry it out");
+        if (_active != update)
+            throw new UpdateFailedException(update.EndedFor, "the update was ended before the engine could carry it out");
     }
 
     private void MarkUnknown(ActiveUpdate update)

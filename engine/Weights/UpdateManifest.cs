@@ -31,7 +31,7 @@ public enum UpdateMode
     InPlace,
 }
 
-/// <summary>One tensor of an update: a Hugging Face name, the type and full shape of the bytes sent, and where in the payload they stand.</summary>
+/// <summary>One tensor of an update: its Hugging Face name, the type and full shape, and where in the payload its bytes are.</summary>
 /// <param name="Name">The checkpoint's.</param>
 /// <param name="Type">Of the bytes sent.</param>
 /// <param name="Shape">Of the full tensor.</param>

@@ -78,8 +78,10 @@ internal static class UpdatePreflight
         if (tensor.SparseCount is not { } count) return;
         if (format == WeightFormat.Int8 && entry.RowElements > 1)
             problems.Add(new(Field(tensor.Name), "is stored as int8, where elements share a scale with their row: send it whole"));
-        if (entry.Elements > uint.MaxValue) problems.Add(new(Field(tensor.Name), "has more elements than a sparse index can name: send it whole"));
-        if (count < 0 || count > entry.Elements) problems.Add(new(Field(tensor.Name), $"sparse_count is {count} of {entry.Elements} elements"));
+        if (entry.Elements > uint.MaxValue)
+            problems.Add(new(Field(tensor.Name), "has more elements than a sparse index can name: send it whole"));
+        if (count < 0 || count > entry.Elements)
+            problems.Add(new(Field(tensor.Name), $"sparse_count is {count} of {entry.Elements} elements"));
         if (entry.Tied) problems.Add(new(Field(tensor.Name), $"is tied to '{entry.TiedTo}': send it whole or not at all"));
     }
 

@@ -37,7 +37,8 @@ public sealed class WeightUpdate : IDisposable
         _engine = engine;
         _active = update;
         _preflightSeconds = preflightSeconds;
-        _incoming = [.. Manifest.Tensors.Select(tensor => new IncomingTensor(tensor, plan[tensor.Name], engine.Backend, update.Destination))];
+        _incoming = [.. Manifest.Tensors.Select(
+            tensor => new IncomingTensor(tensor, plan[tensor.Name], engine.Backend, update.Destination))];
         _cursor = new PayloadCursor(_incoming, 0, 0);
     }
 
@@ -109,8 +110,8 @@ public sealed class WeightUpdate : IDisposable
     /// <summary>Puts the new weights in service between two steps and applies the manifest's policy to the samples in flight.</summary>
     /// <param name="expectedDigest">The combined digest the sender computed (see weights.proto); empty: not compared.</param>
     /// <param name="cancellation">
-    /// Takes the commit back if the engine has not carried it out, as while draining. The answer is true either way: the task ends with the result
-    /// when the weights were swapped, and with an exception when they never will be.
+    /// Withdraws the commit if the engine has not carried it out, for example while draining. The task ends with the result where the
+    /// weights were swapped, and with an exception where they never will be.
     /// </param>
     /// <exception cref="UpdateFailedException">Bytes are missing, the digest differs, or the commit was taken back.</exception>
     public async Task<CommitResult> CommitAsync(ReadOnlyMemory<byte> expectedDigest, CancellationToken cancellation = default)

@@ -29,7 +29,8 @@ public static class LearningCurve
         plot.XLabel("step");
         plot.YLabel("reward, accuracy");
         plot.Axes.Right.Label.Text = "KL, nats a token";
-        foreach (LabelStyle label in (LabelStyle[])[plot.Axes.Bottom.Label, plot.Axes.Left.Label, plot.Axes.Right.Label, plot.Axes.Title.Label])
+        LabelStyle[] labels = [plot.Axes.Bottom.Label, plot.Axes.Left.Label, plot.Axes.Right.Label, plot.Axes.Title.Label];
+        foreach (LabelStyle label in labels)
             (label.FontSize, label.Bold) = (18, false);
         foreach (IAxis axis in (IAxis[])[plot.Axes.Bottom, plot.Axes.Left, plot.Axes.Right])
             axis.TickLabelStyle.FontSize = 14;

@@ -36,8 +36,8 @@ for (int step = 1; step <= options.Steps && clock.Elapsed.TotalMinutes < options
     Problem[] problems = task.NextTraining(options.Prompts);
 
     TimeSpan started = clock.Elapsed;
-    IReadOnlyList<RolloutGroup> groups = await rollouts.SampleAsync([.. problems.Select(p => p.Tokens)], options.Samples, ArithmeticTask.MaxAnswerTokens,
-        temperature: 1, seed: SampleSeed(step));
+    IReadOnlyList<RolloutGroup> groups = await rollouts.SampleAsync(
+        [.. problems.Select(p => p.Tokens)], options.Samples, ArithmeticTask.MaxAnswerTokens, temperature: 1, seed: SampleSeed(step));
     TimeSpan sampled = clock.Elapsed;
     if (groups.Any(g => g.Samples.Any(s => s.Version != (ulong)step - 1)))
         throw new InvalidOperationException($"step {step} was sampled from weights other than version {step - 1}");
@@ -65,7 +65,7 @@ ulong SampleSeed(int step) => ((ulong)(uint)options.Seed << 40) | ((ulong)step <
 
 async Task<double> AccuracyAsync(IReadOnlyList<Problem> problems)
 {
-    IReadOnlyList<RolloutGroup> groups = await rollouts.SampleAsync([.. problems.Select(p => p.Tokens)], n: 1, ArithmeticTask.MaxAnswerTokens,
-        temperature: 0, seed: 0);
+    IReadOnlyList<RolloutGroup> groups = await rollouts.SampleAsync(
+        [.. problems.Select(p => p.Tokens)], n: 1, ArithmeticTask.MaxAnswerTokens, temperature: 0, seed: 0);
     return groups.Zip(problems, (g, p) => ArithmeticTask.Reward(p, g.Samples[0].Tokens)).Average();
 }

@@ -104,8 +104,11 @@ public static class TorchStateDict
             Add(name, parameter);
         foreach ((string? name, Tensor? buffer) in module.named_buffers(recurse: false, include_nonpersistent: false))
             Add(name, buffer);
-        foreach ((string? name, nn.Module? child) in module.named_children().DistinctBy(child => child.module, ReferenceEqualityComparer.Instance))
+        foreach ((string? name, nn.Module? child) in module.named_children()
+            .DistinctBy(child => child.module, ReferenceEqualityComparer.Instance))
+        {
             Collect(child, $"{prefix}{name}.", names, tensors, type);
+        }
 
         void Add(string name, Tensor tensor)
         {

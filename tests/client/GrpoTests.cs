@@ -107,7 +107,8 @@ public sealed class GrpoTests
         (double Loss, double GradientNorm) Step(float apart)
         {
             manual_seed(1);
-            using Policy policy = new Policy(new PolicyConfig { VocabSize = ArithmeticTask.VocabSize, NumHiddenLayers = 1, HiddenSize = 32 });
+            using Policy policy = new Policy(
+                new PolicyConfig { VocabSize = ArithmeticTask.VocabSize, NumHiddenLayers = 1, HiddenSize = 32 });
             using MasterWeights weights = new MasterWeights(policy);
             using Policy reference = policy.Freeze();
             int[] prompt = ArithmeticTask.Encode("12+34=");

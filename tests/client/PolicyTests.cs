@@ -40,7 +40,8 @@ public sealed class PolicyTests
         {
             using DisposeScope scope = NewDisposeScope();
             using IDisposable _ = no_grad();
-            using Policy policy = new Policy(new PolicyConfig { VocabSize = ArithmeticTask.VocabSize, NumHiddenLayers = 2, HiddenSize = 64 });
+            using Policy policy = new Policy(
+                new PolicyConfig { VocabSize = ArithmeticTask.VocabSize, NumHiddenLayers = 2, HiddenSize = 64 });
             using (MasterWeights weights = new MasterWeights(policy))
                 HuggingFaceFolder.Write(folder, policy);
             using Policy again = Load(folder);
@@ -60,7 +61,8 @@ public sealed class PolicyTests
         string folder = Directory.CreateTempSubdirectory("rollout-test-").FullName;
         try
         {
-            using Policy policy = new Policy(new PolicyConfig { VocabSize = ArithmeticTask.VocabSize, NumHiddenLayers = 1, HiddenSize = 32 });
+            using Policy policy = new Policy(
+                new PolicyConfig { VocabSize = ArithmeticTask.VocabSize, NumHiddenLayers = 1, HiddenSize = 32 });
             HuggingFaceFolder.Write(folder, policy);
             using JsonDocument document = JsonDocument.Parse(File.ReadAllText(Path.Combine(folder, "tokenizer.json")));
             Dictionary<string, int> vocabulary = document.RootElement.GetProperty("model").GetProperty("vocab").EnumerateObject()

@@ -148,7 +148,8 @@ public sealed class TorchStateDictTests
     public void Parameters_that_share_a_storage_are_each_read_from_their_own_place()
     {
         using Sharing module = new Sharing();
-        Dictionary<string, float[]> tensors = TorchStateDict.Of(module).ToDictionary(t => t.Name, t => MemoryMarshal.Cast<byte, float>(Bytes(t)).ToArray());
+        Dictionary<string, float[]> tensors = TorchStateDict.Of(module)
+            .ToDictionary(t => t.Name, t => MemoryMarshal.Cast<byte, float>(Bytes(t)).ToArray());
         Assert.Equal(["gate", "up"], tensors.Keys.Order());
         Assert.Equal([0, 1, 2, 3, 4, 5], tensors["gate"]);
         Assert.Equal([6, 7, 8, 9, 10, 11], tensors["up"]);

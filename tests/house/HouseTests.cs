@@ -5,13 +5,16 @@ using Xunit;
 
 namespace Rollout.House.Tests;
 
-/// <summary>The house's rules, held by tests: which project may know which, and where unsafe code may live.</summary>
+/// <summary>
+/// The rules of the repository that tests enforce: which project may reference which, where unsafe code may be, and how long lines, files
+/// and names of tests may be.
+/// </summary>
 public sealed partial class HouseTests
 {
     private static readonly string s_root = FindRoot();
 
     /// <summary>
-    /// Project folder to the project folders it may reference. Tests, perf and examples stand outside the house and may look in.
+    /// Project folder to the project folders it may reference. Tests, perf and examples are not restricted.
     /// </summary>
     private static readonly Dictionary<string, string[]> s_arrows = new()
     {
@@ -24,7 +27,7 @@ public sealed partial class HouseTests
         ["sidecar/client.torch"] = ["sidecar/client", "native"],
     };
 
-    /// <summary>Packages a project must not know, by prefix.</summary>
+    /// <summary>Packages a project must not reference, by prefix.</summary>
     private static readonly Dictionary<string, string[]> s_foreign = new()
     {
         ["engine"] = ["Grpc", "Google.Protobuf", "Microsoft.AspNetCore", "OpenTelemetry", "TorchSharp"],
@@ -52,7 +55,7 @@ public sealed partial class HouseTests
     }
 
     /// <summary>
-    /// The arithmetic is our own; the assembler writes down the instructions that .NET has no name for. The bindings need nothing at all.
+    /// The arithmetic is our own. The assembler encodes the instructions that .NET has no intrinsics for. The bindings need no package.
     /// </summary>
     [Fact]
     public void Kernels_know_one_package_and_native_none()
@@ -104,7 +107,7 @@ public sealed partial class HouseTests
             Assert.DoesNotContain("AllowUnsafeBlocks", File.ReadAllText(ProjectFile(project)), StringComparison.Ordinal);
     }
 
-    /// <summary>A second surface beside gRPC finds there all that is not a matter of form.</summary>
+    /// <summary>A second surface beside gRPC must be able to use these folders without any gRPC type.</summary>
     [Theory]
     [InlineData("sidecar/server/Generation")]
     [InlineData("sidecar/server/Control")]
@@ -115,18 +118,42 @@ public sealed partial class HouseTests
         Assert.DoesNotContain(files, file => SurfaceType().IsMatch(File.ReadAllText(file)));
     }
 
-    /// <summary>Its documentation says exp(x) / sum exp(x): no maximum is subtracted, so it overflows on ordinary logits.</summary>
+    /// <summary>Its documentation says exp(x) / sum exp(x): the maximum is not subtracted, so it overflows on ordinary logits.</summary>
     [Fact]
-    public void Nobody_uses_TensorPrimitives_SoftMax()
+    public void TensorPrimitives_SoftMax_is_not_used()
         => Assert.DoesNotContain(Sources().Where(file => file != "tests/house/HouseTests.cs"),
             file => File.ReadAllText(Path.Combine(s_root, file)).Contains("TensorPrimitives.SoftMax", StringComparison.Ordinal));
 
     [Fact]
-    public void A_file_is_about_one_thing()
+    public void Lines_have_at_most_140_columns()
     {
-        const int MostLines = 800;
-        Assert.DoesNotContain(Sources(), file => File.ReadLines(Path.Combine(s_root, file)).Count() > MostLines);
+        const int MostColumns = 140;
+        Assert.True(AllLines().Count() > 10_000);
+        NoneOf(AllLines().Where(line => line.Text.Length > MostColumns)
+            .Select(line => $"{line.Place}: {line.Text.Length} columns, at most {MostColumns}"));
     }
+
+    [Fact]
+    public void Files_have_at_most_500_lines()
+    {
+        const int MostLines = 500;
+        NoneOf(Sources().Select(file => (File: file, Lines: File.ReadLines(Path.Combine(s_root, file)).Count()))
+            .Where(file => file.Lines > MostLines)
+            .Select(file => $"{file.File}:{file.Lines}: {file.Lines} lines, at most {MostLines}"));
+    }
+
+    [Fact]
+    public void Names_of_tests_are_below_80_characters()
+    {
+        const int MostCharacters = 79;
+        NoneOf(AllLines().Where(line => line.Place.StartsWith("tests/", StringComparison.Ordinal))
+            .Select(line => (line.Place, Name: TestMethod().Match(line.Text).Groups[1].Value))
+            .Where(test => test.Name.Length > MostCharacters)
+            .Select(test => $"{test.Place}: {test.Name} has {test.Name.Length} characters, at most {MostCharacters}"));
+    }
+
+    [GeneratedRegex(@"\bpublic (?:static )?(?:async )?(?:void|Task|ValueTask) (\w+)\(")]
+    private static partial Regex TestMethod();
 
     [GeneratedRegex(@"\bunsafe\b\s*(class|struct|static|void|\{|partial|sealed)|\bstackalloc\s+\w+\*|\[(DllImport|LibraryImport)\b")]
     private static partial Regex UnsafeOrNative();
@@ -138,6 +165,18 @@ public sealed partial class HouseTests
         => Directory.EnumerateFiles(s_root, "*.cs", SearchOption.AllDirectories)
             .Select(file => Path.GetRelativePath(s_root, file))
             .Where(file => !file.Split('/').Any(part => part is "bin" or "obj"));
+
+    /// <summary>Every line of C# in the repository, with its place as file:line.</summary>
+    private static IEnumerable<(string Place, string Text)> AllLines()
+        => Sources().Order(StringComparer.Ordinal).SelectMany(file => File.ReadLines(Path.Combine(s_root, file))
+            .Select((text, i) => ($"{file}:{i + 1}", text)));
+
+    /// <summary>Fails with one line for each violation.</summary>
+    private static void NoneOf(IEnumerable<string> violations)
+    {
+        string[] found = [.. violations];
+        if (found.Length > 0) Assert.Fail($"{found.Length} violations:\n{string.Join('\n', found)}");
+    }
 
     private static IEnumerable<string> Items(string project, string kind)
         => XDocument.Load(ProjectFile(project)).Descendants(kind).Select(item => item.Attribute("Include")!.Value);

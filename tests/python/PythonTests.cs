@@ -6,7 +6,9 @@ namespace Rollout.Python.Tests;
 /// <summary>Every Python test of this folder as a test of its own, so that `dotnet test` runs and counts them.</summary>
 public sealed partial class PythonTests(PythonRun run)
 {
-    /// <summary>As unittest names them: file.class.method. Read from the files, so that a test which does not run cannot go unnoticed.</summary>
+    /// <summary>
+    /// Named as unittest does: file.class.method. Read from the files, so that a test which does not run cannot go unnoticed.
+    /// </summary>
     public static TheoryData<string> Tests
     {
         get

@@ -78,7 +78,8 @@ internal sealed class SharedMemoryFile : IDisposable
             throw Refused(path, $"it must lie in {Root}");
         if (System.IO.Path.GetFullPath(path) != path) throw Refused(path, "it must be written without '.', '..' or doubled slashes");
         if (Directory.Exists(path)) throw Refused(path, "it is a directory");
-        for (string parent = System.IO.Path.GetDirectoryName(path)!; parent.Length > Root.Length; parent = System.IO.Path.GetDirectoryName(parent)!)
+        for (string parent = System.IO.Path.GetDirectoryName(path)!; parent.Length > Root.Length;
+            parent = System.IO.Path.GetDirectoryName(parent)!)
         {
             if (new DirectoryInfo(parent).LinkTarget is not null) throw Refused(path, $"{parent} is a symbolic link");
         }
@@ -86,5 +87,6 @@ internal sealed class SharedMemoryFile : IDisposable
         return path;
     }
 
-    private static UpdateFailedException Refused(string path, string reason) => new(UpdateFailure.Source, $"shared memory '{path}' refused: {reason}");
+    private static UpdateFailedException Refused(string path, string reason)
+        => new(UpdateFailure.Source, $"shared memory '{path}' refused: {reason}");
 }

@@ -59,8 +59,8 @@ internal sealed class UpdateTransaction(
             (UpdateManifest manifest, IReadOnlyList<Engine.Problem> problems) = ManifestConverter.Convert(begin);
             _update = engine.BeginUpdate(manifest, problems);
             V1.UpdateMode mode = ManifestConverter.ToWire(_update.Mode);
-            Log.UpdateBegun(
-                logger, begin.BaseVersion, begin.NewVersion, _owner, begin.Manifest.Count, begin.PayloadBytes, mode.ToString(), milliseconds);
+            Log.UpdateBegun(logger, begin.BaseVersion, begin.NewVersion, _owner, begin.Manifest.Count, begin.PayloadBytes,
+                mode.ToString(), milliseconds);
             _segment = shared.Lend(begin.SegmentBytes, () => engine.Backend.AvailableBytes);
             Ready ready = new() { StagingBytes = (ulong)_update.StagingBytes, Mode = mode, Segment = ToWire(_segment) };
             await ReplyAsync(new UpdateReply { Ready = ready }, linked.Token);

@@ -166,7 +166,8 @@ public sealed class GenerateTests : IAsyncLifetime
     {
         await _client.WaitUntilReadyAsync(TimeSpan.FromSeconds(20), Token);
         _fake.Health = HealthCheckResponse.Types.ServingStatus.NotServing;
-        RolloutTimeoutException error = await Assert.ThrowsAsync<RolloutTimeoutException>(() => _client.WaitUntilReadyAsync(TimeSpan.FromSeconds(0.3), Token));
+        RolloutTimeoutException error = await Assert.ThrowsAsync<RolloutTimeoutException>(
+            () => _client.WaitUntilReadyAsync(TimeSpan.FromSeconds(0.3), Token));
         Assert.Contains("NotServing", error.Message);
         Assert.Contains(_fake.Address, error.Message);
 

@@ -17,7 +17,8 @@ public sealed class PayloadTests
     [Fact]
     public void Tensors_stand_in_order_at_aligned_offsets()
     {
-        PayloadLayout layout = PayloadLayout.Of([Zeros("a", TensorDType.BF16, 3, 5), Zeros("b", TensorDType.F32, 64), Zeros("c", TensorDType.F16)]);
+        PayloadLayout layout = PayloadLayout.Of(
+            [Zeros("a", TensorDType.BF16, 3, 5), Zeros("b", TensorDType.F32, 64), Zeros("c", TensorDType.F16)]);
         Assert.Equal([0UL, 256, 512], layout.Manifest.Select(entry => entry.Offset));
         Assert.Equal([30L, 256, 2], layout.Sizes);
         Assert.Equal(514, layout.PayloadBytes);
@@ -95,7 +96,8 @@ public sealed class PayloadTests
     [Fact]
     public void A_layout_fits_the_same_names_types_and_shapes_only()
     {
-        PayloadLayout layout = PayloadLayout.Of([Zeros("a", TensorDType.BF16, 4, 2)]);
+        PayloadLayout layout = PayloadLayout.Of(
+            [Zeros("a", TensorDType.BF16, 4, 2)]);
         Assert.True(layout.Fits([Zeros("a", TensorDType.BF16, 4, 2)], PayloadLayout.Alignment));
         Assert.False(layout.Fits([Zeros("b", TensorDType.BF16, 4, 2)], PayloadLayout.Alignment));
         Assert.False(layout.Fits([Zeros("a", TensorDType.F16, 4, 2)], PayloadLayout.Alignment));

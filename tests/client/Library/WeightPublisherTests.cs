@@ -290,7 +290,8 @@ public sealed class WeightPublisherTests : IAsyncLifetime
     public async Task The_timeout_covers_a_sidecar_that_hangs()
     {
         _fake.Weights.BeforeReady = context => Task.Delay(Timeout.Infinite, context.CancellationToken);
-        WeightUpdateFailedException error = await FailsAsync(Tensors(Bytes(10, 1)), new PushOptions { Timeout = TimeSpan.FromSeconds(0.3) });
+        PushOptions options = new() { Timeout = TimeSpan.FromSeconds(0.3) };
+        WeightUpdateFailedException error = await FailsAsync(Tensors(Bytes(10, 1)), options);
         Assert.Equal((UpdateOutcome.NotCommitted, StatusCode.DeadlineExceeded), (error.Outcome, error.StatusCode));
         Assert.Contains("0.3 s", error.Message);
     }

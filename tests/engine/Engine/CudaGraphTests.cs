@@ -5,22 +5,25 @@ using Xunit;
 
 namespace Rollout.Engine.Tests;
 
-/// <summary>Graphs are captured at start and for a spare set of weights before it serves: no step after that does more than launch one.</summary>
+/// <summary>Graphs are captured at start, and for a spare set of weights before it serves: later steps only launch them.</summary>
 [Collection(nameof(CudaTests))]
 public sealed class CudaGraphTests
 {
     private static CancellationToken Cancelled => TestContext.Current.CancellationToken;
 
-    /// <summary>64 prompts of 150 tokens, 16 samples each, of lengths that differ, in 256 seats. The host's part alone: the device is idle.</summary>
+    /// <summary>
+    /// 64 prompts of 150 tokens, 16 samples each of different lengths, 256 seats. Only the host's part: the device does no work.
+    /// </summary>
     [Fact]
-    public async Task No_step_of_a_grpo_rollout_captures_a_graph_and_those_that_decode_are_one_each()
+    public async Task No_step_of_a_grpo_rollout_captures_a_graph_and_each_decode_step_launches_one()
     {
         SimulatedDevice.RequireSimulated();
         SimulatedDevice.Idle(true);
         try
         {
             CudaBackend backend = new(0);
-            await using RolloutEngine engine = RolloutEngine.Load(TestModels.Folder("qwen3"), backend, new EngineOptions { MaxSequences = 256 });
+            await using RolloutEngine engine = RolloutEngine.Load(
+                TestModels.Folder("qwen3"), backend, new EngineOptions { MaxSequences = 256 });
             (long graphs, long launches, long steps) = (SimulatedDevice.Count().Graphs, backend.GraphLaunches, engine.Status.Steps);
             Random random = new(1);
             Group[] groups = [.. Enumerable.Range(0, 64).Select(g => engine.Submit(new GroupRequest
@@ -44,7 +47,7 @@ public sealed class CudaGraphTests
     }
 
     [Fact]
-    public async Task After_a_staged_update_steps_are_graphs_at_once_and_a_second_update_captures_none()
+    public async Task After_a_staged_update_steps_are_graphs_and_a_second_update_captures_none()
     {
         SimulatedDevice.RequireSimulated();
         using UpdatePayload payload = UpdatePayload.Of("qwen3");
@@ -67,7 +70,9 @@ public sealed class CudaGraphTests
         }
     }
 
-    /// <summary>What is prepared for new weights comes before they serve: where it fails, so does the commit, and the old version is what is reported.</summary>
+    /// <summary>
+    /// Graphs are captured before new weights serve: where that fails, so does the commit, and the old version is reported.
+    /// </summary>
     [Fact]
     public async Task A_commit_whose_graphs_cannot_be_captured_fails_and_does_not_hang()
     {
@@ -81,7 +86,8 @@ public sealed class CudaGraphTests
         update.Write(0, payload.Bytes);
         UpdateFailedException error = await Assert.ThrowsAsync<UpdateFailedException>(
             () => update.CommitAsync(payload.Digest, Cancelled).WaitAsync(TimeSpan.FromSeconds(20), Cancelled));
-        Assert.Equal((UpdateFailure.Engine, "InvalidOperationException: no memory for graphs; the update was not committed"), (error.Failure, error.Message));
+        Assert.Equal(UpdateFailure.Engine, error.Failure);
+        Assert.Equal("InvalidOperationException: no memory for graphs; the update was not committed", error.Message);
         Assert.Equal((EngineState.Faulted, 0ul), (engine.Status.State, engine.Version));
     }
 
@@ -112,10 +118,12 @@ public sealed class CudaGraphTests
     {
         SimulatedDevice.RequireSimulated();
         CudaBackend backend = new(0);
-        await using RolloutEngine engine = RolloutEngine.Load(TestModels.Folder("qwen3"), backend, new EngineOptions { MaxSequences = 256 });
+        await using RolloutEngine engine = RolloutEngine.Load(
+            TestModels.Folder("qwen3"), backend, new EngineOptions { MaxSequences = 256 });
         await engine.RunAsync(s_request with { N = 1 });
         long few = await Sent(10), many = await Sent(30);
-        Assert.InRange((many - few) / 20, 1, 1200); // header, tokens, positions, sequences, output rows, slots, query, item, table: a line or two each
+        // Header, tokens, positions, sequences, output rows, slots, query, item, table: a cache line or two each.
+        Assert.InRange((many - few) / 20, 1, 1200);
 
         async Task<long> Sent(int tokens)
         {
@@ -125,7 +133,15 @@ public sealed class CudaGraphTests
         }
     }
 
-    private static readonly GroupRequest s_request = new() { Id = "probe", Prompt = [5, 6, 7], N = 3, MaxTokens = 10, Seed = 3, IgnoreEos = true };
+    private static readonly GroupRequest s_request = new()
+    {
+        Id = "probe",
+        Prompt = [5, 6, 7],
+        N = 3,
+        MaxTokens = 10,
+        Seed = 3,
+        IgnoreEos = true,
+    };
 
     private static readonly EngineOptions s_options = new() { MaxBatchTokens = 64, MaxSequences = 4, MaxContext = 256 };
 

@@ -16,7 +16,8 @@ public sealed class CudaTests
     private static CancellationToken Cancelled => TestContext.Current.CancellationToken;
 
     private static RolloutEngine Load(string family, WeightFormat format, EngineOptions? options = null)
-        => RolloutEngine.Load(TestModels.Folder(family), new CudaBackend(0, format), options ?? new EngineOptions { MaxBatchTokens = 64, MaxSequences = 8 });
+        => RolloutEngine.Load(
+            TestModels.Folder(family), new CudaBackend(0, format), options ?? new EngineOptions { MaxBatchTokens = 64, MaxSequences = 8 });
 
     [Theory, MemberData(nameof(Families))]
     public async Task In_fp32_greedy_continuations_are_the_references_token_for_token(string family)
@@ -41,8 +42,9 @@ public sealed class CudaTests
     }
 
     /// <summary>
-    /// bf16 rounds what goes into a matmul, keys, values, and gate and up. That costs little more than what rounding the matmuls' inputs alone costs, on
-    /// these models of 64 to 128 numbers a token; it does not lean to either side; and it changes a choice only where two tokens are nearly as probable.
+    /// bf16 rounds the inputs of matmuls, keys, values, and gate and up. On these models, of width 64 to 128, that costs little more than
+    /// rounding the matmuls' inputs alone; the error has no bias; and it changes a choice only where two tokens are almost equally
+    /// probable.
     /// </summary>
     [Theory, MemberData(nameof(Families))]
     public async Task In_bf16_log_probabilities_are_near_the_references_and_clear_choices_are_equal(string family)
@@ -84,7 +86,9 @@ public sealed class CudaTests
         }
     }
 
-    /// <summary>Of the log-probabilities of the reference's tokens, given the ones before: the mean distance, and the mean difference.</summary>
+    /// <summary>
+    /// Mean absolute and mean signed difference of the log-probabilities of the reference's tokens, each given the tokens before it.
+    /// </summary>
     private static async Task<(double Off, double Mean)> Differences(string family, Backend backend, bool checkChoices)
     {
         TestModels.Golden golden = TestModels.ReadGolden(family);
@@ -97,7 +101,8 @@ public sealed class CudaTests
         {
             int[] prompt = golden.Prompts[i];
             int[] whole = [.. prompt, .. golden.Continuations[i].Tokens];
-            Group group = engine.Submit(new GroupRequest { Id = $"{i}", Prompt = whole, MaxTokens = 0, PromptLogProbs = true, PromptTop = 1 });
+            Group group = engine.Submit(
+                new GroupRequest { Id = $"{i}", Prompt = whole, MaxTokens = 0, PromptLogProbs = true, PromptTop = 1 });
             await group.Completed.WaitAsync(TimeSpan.FromSeconds(60), Cancelled);
             for (int t = 0; t < golden.Continuations[i].Tokens.Length; t++)
                 differences.Add(golden.Continuations[i].LogProbs[t] - group.PromptLogProbs[prompt.Length - 1 + t]);
@@ -118,12 +123,15 @@ public sealed class CudaTests
         return (differences.Average(Math.Abs), differences.Average());
     }
 
-    /// <summary>What a step of decoding asks of the device, whatever the number of rows: runs that differ by ten steps, and their difference.</summary>
+    /// <summary>
+    /// A decode step costs eight launches a layer, one graph and one synchronisation, and reads every matrix once, whatever the number of
+    /// rows: the difference of two runs that differ by ten steps.
+    /// </summary>
     [Theory]
     [InlineData("qwen2", 1)] // biases
     [InlineData("qwen3", 5)] // norms of heads
     [InlineData("qwen3", 18)]
-    public async Task A_step_of_decoding_costs_eight_launches_a_layer_one_graph_one_wait_and_reads_every_matrix_once(string family, int n)
+    public async Task A_decode_step_costs_one_graph_and_one_wait_and_reads_every_matrix_once(string family, int n)
     {
         SimulatedDevice.RequireSimulated();
         CudaBackend backend = new(0);
@@ -143,8 +151,10 @@ public sealed class CudaTests
         Assert.Equal(Steps, steps.Synchronisations);
         Assert.Equal(Steps, manyGraphs - fewGraphs);
         Assert.Equal(0, steps.Allocations);
-        long layer = model.HiddenSize * ((long)model.Attention.QueryWidth + (2 * model.Attention.KvWidth) + model.Attention.QueryWidth + (3L * model.Mlp.Width));
-        Assert.Equal(Steps * sizeof(ushort) * ((model.Layers.Count * layer) + ((long)model.VocabSize * model.HiddenSize)), steps.MatMulWeightBytes);
+        long queries = model.Attention.QueryWidth;
+        long layer = model.HiddenSize * (queries + (2 * model.Attention.KvWidth) + queries + (3L * model.Mlp.Width));
+        long elements = (model.Layers.Count * layer) + ((long)model.VocabSize * model.HiddenSize);
+        Assert.Equal(Steps * sizeof(ushort) * elements, steps.MatMulWeightBytes);
         Assert.InRange(steps.DeviceToHostBytes / Steps, 1, 12 * n);
 
         async Task<(SimulatedDevice.Counters Counters, long Graphs)> Run(int tokens)
@@ -163,7 +173,7 @@ public sealed class CudaTests
         }
     }
 
-    /// <summary>Keys and values that samples of a group have in common come to the device's cores once a step, whatever the number of samples.</summary>
+    /// <summary>Keys and values that the samples of a group share are read once a step, whatever the number of samples.</summary>
     [Theory]
     [InlineData(WeightFormat.BFloat16, 1)]
     [InlineData(WeightFormat.BFloat16, 8)]
@@ -199,23 +209,27 @@ public sealed class CudaTests
     }
 
     [Fact]
-    public async Task The_next_step_is_queued_before_the_answers_of_the_one_before_are_waited_for()
+    public async Task The_next_step_is_queued_before_the_results_of_the_one_before_are_waited_for()
     {
         SimulatedDevice.Require();
         ScriptedBackend device = new(new CudaBackend(0));
-        await using RolloutEngine engine = RolloutEngine.Load(TestModels.Folder("qwen3"), device, new EngineOptions { MaxBatchTokens = 64, MaxSequences = 8 });
+        await using RolloutEngine engine = RolloutEngine.Load(
+            TestModels.Folder("qwen3"), device, new EngineOptions { MaxBatchTokens = 64, MaxSequences = 8 });
         await engine.RunAsync(new GroupRequest { Id = "probe", Prompt = [5, 6, 7], N = 2, MaxTokens = 6, Seed = 3, IgnoreEos = true });
-        Assert.Equal("BF" + "BBFBFBFBFBFF", device.Order); // the first to take memory; and the tokens' number says when the last is known to be the last
+        // The first step allocates memory; from max_tokens the scheduler knows which step is the last.
+        Assert.Equal("BF" + "BBFBFBFBFBFF", device.Order);
     }
 
     [Fact]
-    public async Task Under_keep_new_weights_take_over_between_two_steps_though_one_is_under_way()
+    public async Task Under_keep_new_weights_take_over_between_two_steps_though_one_is_in_flight()
     {
         SimulatedDevice.Require();
         using UpdatePayload payload = UpdatePayload.Of("qwen3");
         ScriptedBackend device = new(new CudaBackend(0));
-        GroupRequest request = new() { Id = "probe", Prompt = [.. Enumerable.Range(3, 40)], N = 3, MaxTokens = 30, Seed = 9, IgnoreEos = true };
-        await using RolloutEngine engine = RolloutEngine.Load(TestModels.Folder("qwen3"), device, new EngineOptions { MaxBatchTokens = 64, MaxSequences = 8 });
+        int[] prompt = [.. Enumerable.Range(3, 40)];
+        GroupRequest request = new() { Id = "probe", Prompt = prompt, N = 3, MaxTokens = 30, Seed = 9, IgnoreEos = true };
+        await using RolloutEngine engine = RolloutEngine.Load(
+            TestModels.Folder("qwen3"), device, new EngineOptions { MaxBatchTokens = 64, MaxSequences = 8 });
         using WeightUpdate update = await engine.OpenUpdateAsync(payload.Manifest(0, 1) with { Policy = UpdatePolicy.Keep });
         update.Write(0, payload.Bytes);
         Group group = engine.SubmitAndHold(device, request, tokens: 10);
@@ -236,13 +250,13 @@ public sealed class CudaTests
     }
 
     /// <summary>
-    /// Samples that end when nobody expects it, many and in little memory: their rows of the step that was queued ahead are for nothing, and their blocks
-    /// belong to others at once. What every token was drawn with is what scoring it gives, bit for bit.
+    /// Many samples, in little memory, that end before max_tokens: their rows of the step queued ahead are discarded, and their blocks go
+    /// to other samples at once. Every token's log-probability equals, bit for bit, what scoring the sample gives.
     /// </summary>
     [Theory]
     [InlineData(400)]
     [InlineData(100_000)]
-    public async Task Samples_that_end_while_a_step_is_under_way_harm_nobody(int kvTokens)
+    public async Task Samples_that_end_while_a_step_is_in_flight_do_not_change_others(int kvTokens)
     {
         SimulatedDevice.Require();
         using CudaBackend sizes = new(0);
@@ -278,14 +292,17 @@ public sealed class CudaTests
         }
     }
 
-    /// <summary>What a step sends can outgrow its place while the step before is under way: here by biases, of a group that waited for seats.</summary>
+    /// <summary>
+    /// A step can outgrow its upload buffer while the one before is in flight: here by the biases of a group that waited for seats.
+    /// </summary>
     [Fact]
-    public async Task A_step_that_is_larger_than_any_before_takes_the_answers_of_the_one_under_way_along()
+    public async Task A_step_larger_than_any_before_keeps_the_results_of_the_one_in_flight()
     {
         SimulatedDevice.Require();
         GroupRequest first = new() { Id = "first", Prompt = [5, 6, 7], N = 5, MaxTokens = 6, Seed = 1, IgnoreEos = true };
         GroupRequest second = first with { Id = "second", N = 1, MaxTokens = 20, Seed = 2 };
-        GroupRequest third = first with { Id = "third", Seed = 3, LogitBias = Enumerable.Range(3, 300).ToDictionary(id => id, id => id % 7 / 10f) };
+        Dictionary<int, float> biases = Enumerable.Range(3, 300).ToDictionary(id => id, id => id % 7 / 10f);
+        GroupRequest third = first with { Id = "third", Seed = 3, LogitBias = biases };
         string[][] alone = [await Run(first), await Run(second), await Run(third)];
         Assert.Equal(alone, await Together());
 
@@ -297,21 +314,24 @@ public sealed class CudaTests
 
         async Task<string[][]> Together()
         {
-            await using RolloutEngine engine = Load("qwen3", WeightFormat.BFloat16, new EngineOptions { MaxBatchTokens = 64, MaxSequences = 6 });
+            await using RolloutEngine engine = Load(
+                "qwen3", WeightFormat.BFloat16, new EngineOptions { MaxBatchTokens = 64, MaxSequences = 6 });
             Group[] groups = [engine.Submit(first), engine.Submit(second), engine.Submit(third)];
             await Task.WhenAll(groups.Select(group => group.Completed)).WaitAsync(TimeSpan.FromSeconds(60), Cancelled);
             return [.. groups.Select(group => group.Sequences.Select(sample => sample.Bits()).ToArray())];
         }
     }
 
-    /// <summary>Also by a context that attention cuts, which the first token of all is not.</summary>
+    /// <summary>Also for a context long enough that attention splits it into chunks, unlike the first step's.</summary>
     [Fact]
-    public async Task All_memory_is_taken_at_start()
+    public async Task All_memory_is_allocated_at_start()
     {
         SimulatedDevice.RequireSimulated();
         await using RolloutEngine engine = Load("qwen3", WeightFormat.BFloat16);
         SimulatedDevice.Counters before = SimulatedDevice.Count();
-        await engine.RunAsync(new GroupRequest { Id = "probe", Prompt = [.. Enumerable.Range(3, 300)], N = 2, MaxTokens = 4, TopLogProbs = 3, IgnoreEos = true });
+        int[] prompt = [.. Enumerable.Range(3, 300)];
+        await engine.RunAsync(
+            new GroupRequest { Id = "probe", Prompt = prompt, N = 2, MaxTokens = 4, TopLogProbs = 3, IgnoreEos = true });
         Assert.Equal(0, (SimulatedDevice.Count() - before).Allocations);
     }
 
@@ -321,7 +341,8 @@ public sealed class CudaTests
         SimulatedDevice.Require();
         CudaBackend backend = new(0);
         long free = backend.AvailableBytes;
-        await using RolloutEngine engine = RolloutEngine.Load(TestModels.Folder("qwen3"), backend, new EngineOptions { KvCacheFraction = 0.02, MaxContext = 64 });
+        await using RolloutEngine engine = RolloutEngine.Load(
+            TestModels.Folder("qwen3"), backend, new EngineOptions { KvCacheFraction = 0.02, MaxContext = 64 });
         ModelSpec model = engine.Model;
         long taken = engine.Status.KvBlocksTotal * 2L * model.Layers.Count * model.Attention.KvWidth * KvCache.BlockTokens * sizeof(ushort);
         Assert.InRange(taken, 0.019 * free, 0.02 * free);
@@ -334,15 +355,23 @@ public sealed class CudaTests
         Gen.Select(Gen.OneOf(TestModels.Families), DeterminismTests.s_request, DeterminismTests.s_way, Gen.Int, Gen.Bool).Sample(
             (family, request, way, noise, fp32) =>
             {
-                request = request with { Prompt = request.Prompt[..Math.Min(request.Prompt.Length, 40)], MaxTokens = Math.Min(request.MaxTokens ?? 12, 12), MinTokens = 0 };
+                request = request with
+                {
+                    Prompt = request.Prompt[..Math.Min(request.Prompt.Length, 40)],
+                    MaxTokens = Math.Min(request.MaxTokens ?? 12, 12),
+                    MinTokens = 0,
+                };
                 way = way with { Neighbours = Math.Min(way.Neighbours, 6) };
                 string[] alone = Run(new DeterminismTests.Way(512, 64, 100_000, 0, false, 1, 0), 0);
                 string[] other = Run(way, noise);
                 return alone.SequenceEqual(other) ? true : throw new InvalidOperationException(
                     $"alone:\n{string.Join('\n', alone)}\nother way:\n{string.Join('\n', other)}");
 
-                string[] Run(DeterminismTests.Way run, int seed) => DeterminismTests.Run(
-                    family, request, run, seed, new CudaBackend(0, fp32 ? WeightFormat.Float32 : WeightFormat.BFloat16)).GetAwaiter().GetResult();
+                string[] Run(DeterminismTests.Way run, int seed)
+                {
+                    CudaBackend backend = new(0, fp32 ? WeightFormat.Float32 : WeightFormat.BFloat16);
+                    return DeterminismTests.Run(family, request, run, seed, backend).GetAwaiter().GetResult();
+                }
             },
             iter: 6,
             threads: 1);
@@ -356,7 +385,8 @@ public sealed class CudaTests
         SimulatedDevice.Require();
 
         // A context of several chunks, so that attention is cut by chunks, and samples share them.
-        GroupRequest request = new() { Id = "probe", Prompt = [.. Enumerable.Range(3, 130)], N = 4, MaxTokens = 8, Seed = 11, IgnoreEos = true };
+        int[] prompt = [.. Enumerable.Range(3, 130)];
+        GroupRequest request = new() { Id = "probe", Prompt = prompt, N = 4, MaxTokens = 8, Seed = 11, IgnoreEos = true };
         string[] alone = await Run(new(512, 64, 100_000, 0, false, 1, 0));
         foreach (DeterminismTests.Way way in (DeterminismTests.Way[])
         [
@@ -379,7 +409,8 @@ public sealed class CudaTests
     {
         SimulatedDevice.Require();
         using UpdatePayload payload = UpdatePayload.Of("qwen2");
-        GroupRequest request = new() { Id = "probe", Prompt = [.. Enumerable.Range(3, 20)], N = 2, MaxTokens = 10, Seed = 9, IgnoreEos = true };
+        int[] prompt = [.. Enumerable.Range(3, 20)];
+        GroupRequest request = new() { Id = "probe", Prompt = prompt, N = 2, MaxTokens = 10, Seed = 9, IgnoreEos = true };
         EngineOptions options = new() { MaxBatchTokens = 64, MaxSequences = 8 };
         await using RolloutEngine fresh = RolloutEngine.Load(payload.Folder, new CudaBackend(0, format), options);
         await using RolloutEngine engine = Load("qwen2", format, options);

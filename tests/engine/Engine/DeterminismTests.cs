@@ -65,7 +65,8 @@ public sealed class DeterminismTests
     [InlineData(512)]
     public async Task Every_case_the_contract_names(int chunk)
     {
-        GroupRequest request = new() { Id = "probe", Prompt = [.. Enumerable.Range(3, 70)], N = 4, MaxTokens = 24, Seed = 11, IgnoreEos = true };
+        int[] prompt = [.. Enumerable.Range(3, 70)];
+        GroupRequest request = new() { Id = "probe", Prompt = prompt, N = 4, MaxTokens = 24, Seed = 11, IgnoreEos = true };
         string[] alone = await Run("qwen3", request, new Way(512, 64, 100_000, 0, false, 1, 0), 0);
         foreach (Way way in (Way[])
         [
@@ -117,7 +118,8 @@ public sealed class DeterminismTests
         }
 
         if (way.Neighbours == 0) neighbours.Add(engine.Submit(request));
-        await Task.WhenAll(neighbours.Select(group => group.Completed)).WaitAsync(TimeSpan.FromSeconds(120), TestContext.Current.CancellationToken);
+        await Task.WhenAll(neighbours.Select(group => group.Completed))
+            .WaitAsync(TimeSpan.FromSeconds(120), TestContext.Current.CancellationToken);
         Group probe = neighbours.Single(group => group.Request.Id == "probe");
         if (way.KvTokens < 200 && way.Neighbours > 6) Assert.True(engine.Status.Preemptions > 0 || way.BatchTokens == 1 || way.Seats == 2);
         return [.. probe.Sequences.Select(sample => sample.Bits())];

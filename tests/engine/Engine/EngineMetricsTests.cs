@@ -11,7 +11,7 @@ public sealed class EngineMetricsTests
     private static CancellationToken Cancelled => TestContext.Current.CancellationToken;
 
     [Fact]
-    public async Task Every_update_is_counted_once_by_what_became_of_it_and_a_commits_seconds_by_phase()
+    public async Task Every_update_is_counted_once_by_outcome_and_a_commits_seconds_by_phase()
     {
         using UpdatePayload payload = UpdatePayload.Of("qwen3");
         // Its name tells its metrics from those of other tests.

@@ -33,7 +33,9 @@ public sealed class GoldenTests
         }
     }
 
-    /// <summary>The engine reports the whole vocabulary as alternatives; log-probabilities and logits differ by a constant per row.</summary>
+    /// <summary>
+    /// The engine reports the whole vocabulary as alternatives. Log-probabilities and logits differ by a constant in each row.
+    /// </summary>
     [Theory, MemberData(nameof(Families))]
     public async Task Log_probabilities_of_every_prompt_position_are_those_of_the_reference_logits(string family)
     {

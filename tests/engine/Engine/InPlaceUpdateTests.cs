@@ -3,7 +3,9 @@ using Xunit;
 
 namespace Rollout.Engine.Tests;
 
-/// <summary>An update in place: no step runs while bytes land, and what ends half-way poisons the engine until a full update commits.</summary>
+/// <summary>
+/// An update in place: no step runs while bytes are written, and one that ends half-way poisons until a full update commits.
+/// </summary>
 public sealed class InPlaceUpdateTests
 {
     private static readonly GroupRequest s_request = new()
@@ -139,12 +141,13 @@ public sealed class InPlaceUpdateTests
     }
 
     [Fact]
-    public async Task Without_memory_for_a_second_set_an_update_goes_in_place_unless_it_must_be_staged()
+    public async Task Without_memory_for_a_second_set_updates_go_in_place_unless_staged_is_requested()
     {
         using UpdatePayload payload = UpdatePayload.Of("qwen3");
         ScriptedBackend backend = new() { FreeBytes = 1000 };
         await using RolloutEngine engine = RolloutEngine.Load(TestModels.Folder("qwen3"), backend, new EngineOptions());
-        NoRoomException e = Assert.Throws<NoRoomException>(() => engine.BeginUpdate(payload.Manifest(0, 1) with { Mode = UpdateMode.Staged }));
+        NoRoomException e = Assert.Throws<NoRoomException>(
+            () => engine.BeginUpdate(payload.Manifest(0, 1) with { Mode = UpdateMode.Staged }));
         Assert.Contains("1000", e.Message, StringComparison.Ordinal);
         using (WeightUpdate update = engine.BeginUpdate(payload.Manifest(0, 1))) Assert.Equal(UpdateMode.InPlace, update.Mode);
         backend.FreeBytes = long.MaxValue;

@@ -156,7 +156,8 @@ public sealed class LimitsTests
         Group[] all = [engine.Submit(request with { N = 2 }), engine.Submit(request with { Id = "b", N = 3 })];
         AbortCounts everything = await engine.AbortAsync(ids: null);
         await Task.WhenAll(all.Select(group => group.Completed)).WaitAsync(TimeSpan.FromSeconds(30), Cancelled);
-        Assert.Equal(all.SelectMany(group => group.Sequences).Count(sample => sample.FinishReason == FinishReason.Abort), everything.Sequences);
+        int ended = all.SelectMany(group => group.Sequences).Count(sample => sample.FinishReason == FinishReason.Abort);
+        Assert.Equal(ended, everything.Sequences);
     }
 
     [Fact]

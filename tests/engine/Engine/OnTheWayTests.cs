@@ -52,7 +52,7 @@ public sealed class OnTheWayTests
     }
 
     [Fact]
-    public async Task What_comes_to_an_engine_that_fell_asleep_meanwhile_ends_and_what_had_begun_goes_on()
+    public async Task A_request_that_arrives_after_sleep_began_ends_and_groups_in_flight_go_on()
     {
         ScriptedBackend backend = new();
         await using RolloutEngine engine = TestModels.Load("qwen3", backend);
@@ -73,7 +73,7 @@ public sealed class OnTheWayTests
     }
 
     [Fact]
-    public async Task What_comes_to_an_engine_that_was_poisoned_meanwhile_ends_and_after_an_update_it_would_be_served()
+    public async Task A_request_that_arrives_after_poisoning_ends_and_is_served_after_an_update()
     {
         using UpdatePayload payload = UpdatePayload.Of("qwen3");
         await using RolloutEngine engine = TestModels.Load("qwen3");

@@ -105,7 +105,8 @@ public sealed class PartialUpdateTests
                 Mode = UpdateMode.Staged,
             };
             using WeightUpdate update = await engine.OpenUpdateAsync(manifest);
-            UpdateFailedException e = Assert.Throws<UpdateFailedException>(() => update.Write(0, [.. MemoryMarshal.AsBytes<uint>(indices), 0, 0, 0, 0]));
+            UpdateFailedException e = Assert.Throws<UpdateFailedException>(
+                () => update.Write(0, [.. MemoryMarshal.AsBytes<uint>(indices), 0, 0, 0, 0]));
             Assert.Contains(reason, e.Message, StringComparison.Ordinal);
         }
 
@@ -113,7 +114,7 @@ public sealed class PartialUpdateTests
     }
 
     [Fact]
-    public async Task Twenty_thousand_small_tensors_cost_microseconds_each_beside_the_bytes_in_few()
+    public async Task Twenty_thousand_small_tensors_cost_microseconds_each_more_than_a_few()
     {
         // 9 tensors a layer; the same number of bytes either way.
         double many = await SecondsAsync(layers: 2222, hidden: 16, vocabulary: 32);
@@ -134,7 +135,8 @@ public sealed class PartialUpdateTests
         TensorDeclaration[] tensors = [.. ModelSpec.Load(folder.Path).CheckpointTensors()
             .Select(tensor => new TensorDeclaration(tensor.Name, DType.BFloat16, tensor.Shape))];
         SafetensorsWriter.Write(folder["model.safetensors"], [.. tensors.Select(tensor => (tensor, new byte[tensor.Bytes]))]);
-        await using RolloutEngine engine = RolloutEngine.Load(folder.Path, new CpuBackend(1), new EngineOptions { MaxSequences = 1, KvCacheBytes = 1 << 24 });
+        await using RolloutEngine engine = RolloutEngine.Load(
+            folder.Path, new CpuBackend(1), new EngineOptions { MaxSequences = 1, KvCacheBytes = 1 << 24 });
         long offset = 0;
         List<ManifestTensor> manifest = [];
         foreach (TensorDeclaration tensor in tensors)

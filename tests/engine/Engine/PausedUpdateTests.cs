@@ -73,7 +73,8 @@ public sealed class PausedUpdateTests
             ulong[] versions = sample.Versions(0, sample.Published).ToArray();
             Assert.Equal(versions.Select((_, i) => i < old ? 0ul : 1ul), versions);
         });
-        Assert.Equal((await fresh.RunAsync(later.Request)).Select(sample => sample.Bits()), later.Sequences.Select(sample => sample.Bits()));
+        IReadOnlyList<Sequence> expected = await fresh.RunAsync(later.Request);
+        Assert.Equal(expected.Select(sample => sample.Bits()), later.Sequences.Select(sample => sample.Bits()));
         Assert.Equal((EngineState.Running, 0, 0), (engine.Status.State, engine.Status.Running, engine.Status.Waiting));
     }
 
@@ -154,7 +155,7 @@ public sealed class PausedUpdateTests
     }
 
     [Fact]
-    public async Task A_pause_that_waits_waits_for_an_update_in_place_too_and_lets_no_step_run_meanwhile()
+    public async Task A_waiting_pause_waits_for_an_update_in_place_too_and_no_step_runs_meanwhile()
     {
         using UpdatePayload payload = UpdatePayload.Of("qwen3");
         ScriptedBackend backend = new();

@@ -120,7 +120,7 @@ public sealed class PrefixTests
     }
 
     [Fact]
-    public async Task Samples_that_wait_for_a_seat_find_the_prompt_their_first_sample_left_and_it_is_counted()
+    public async Task Samples_that_wait_for_a_seat_hit_the_prompt_of_the_first_one_and_are_counted()
     {
         await using RolloutEngine engine = TestModels.Load("qwen3", new EngineOptions { MaxSequences = 1 });
         Group group = engine.Submit(new() { Id = "a", Prompt = [.. Enumerable.Range(3, 40)], N = 3, MaxTokens = 5, IgnoreEos = true });

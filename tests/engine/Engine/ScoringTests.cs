@@ -76,7 +76,7 @@ public sealed class ScoringTests
     [Theory]
     [InlineData(UpdatePolicy.Keep)]
     [InlineData(UpdatePolicy.Recompute)]
-    public async Task The_other_samples_of_a_group_go_on_when_the_first_is_too_stale_to_finish_the_prompt(UpdatePolicy policy)
+    public async Task The_other_samples_of_a_group_go_on_when_the_first_goes_stale_in_the_prompt(UpdatePolicy policy)
     {
         using UpdatePayload payload = UpdatePayload.Of("qwen3");
         await using RolloutEngine fresh = RolloutEngine.Load(payload.Folder, new CpuBackend(1), new EngineOptions());

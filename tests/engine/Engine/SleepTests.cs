@@ -136,7 +136,7 @@ public sealed class SleepTests
     }
 
     [Fact]
-    public async Task Samples_in_flight_keep_the_weights_awake_and_outlive_the_sleep_of_their_keys_and_values_under_a_pause()
+    public async Task Samples_in_flight_keep_the_weights_awake_and_survive_the_sleep_of_the_cache()
     {
         await using RolloutEngine undisturbed = TestModels.Load("qwen3");
         ScriptedBackend backend = new();
@@ -154,7 +154,8 @@ public sealed class SleepTests
         Assert.Equal(EngineState.Sleeping, engine.Status.State);
         await engine.WakeUpAsync(MemoryTags.KvCache);
         await group.Completed.WaitAsync(Cancelled);
-        Assert.Equal((await undisturbed.RunAsync(s_request)).Select(sample => sample.Bits()), group.Sequences.Select(sample => sample.Bits()));
+        IReadOnlyList<Sequence> expected = await undisturbed.RunAsync(s_request);
+        Assert.Equal(expected.Select(sample => sample.Bits()), group.Sequences.Select(sample => sample.Bits()));
     }
 
     [Fact]

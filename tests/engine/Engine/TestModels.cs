@@ -22,7 +22,8 @@ internal static class TestModels
         Tokenizer? tokenizer = null)
         => RolloutEngine.Load(Folder(family), new CpuBackend(threads, vectorBits), options ?? new EngineOptions(), tokenizer);
 
-    public static RolloutEngine Load(string family, ScriptedBackend backend) => RolloutEngine.Load(Folder(family), backend, new EngineOptions());
+    public static RolloutEngine Load(string family, ScriptedBackend backend)
+        => RolloutEngine.Load(Folder(family), backend, new EngineOptions());
 
     /// <summary>
     /// Submits, and returns with the loop held when every sample has this many tokens: whatever a test orders before it lets go meets

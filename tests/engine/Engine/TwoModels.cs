@@ -2,7 +2,9 @@ using Rollout.Kernels;
 
 namespace Rollout.Engine.Tests;
 
-/// <summary>Two sets of weights of one shape, run by hand over one KV cache: what an engine must have done that swapped one for the other.</summary>
+/// <summary>
+/// Two sets of weights of one shape, run by hand over one KV cache: the reference for an engine that swaps one for the other.
+/// </summary>
 internal sealed class TwoModels : IDisposable
 {
     private readonly ModelSpec _spec;
@@ -23,8 +25,8 @@ internal sealed class TwoModels : IDisposable
     }
 
     /// <summary>
-    /// Samples a sequence alone, a token a step: the old model draws the first <paramref name="swap"/> tokens, the new one the rest, reading
-    /// the keys and values the old one wrote.
+    /// Samples a sequence alone, a token a step: the old model draws the first <paramref name="swap"/> tokens, the new one the rest,
+    /// reading the keys and values the old one wrote.
     /// </summary>
     public (int[] Tokens, float[] LogProbs) Run(GroupRequest request, int sampleIndex, int swap)
     {

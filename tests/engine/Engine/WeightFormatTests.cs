@@ -3,7 +3,9 @@ using Xunit;
 
 namespace Rollout.Engine.Tests;
 
-/// <summary>The faster formats behind the whole engine: near Hugging Face's outputs, as repeatable as bf16, and packed by every kind of update.</summary>
+/// <summary>
+/// The faster formats through the whole engine: near Hugging Face's outputs, as repeatable as bf16, and packed by every kind of update.
+/// </summary>
 public sealed class WeightFormatTests
 {
     private static readonly GroupRequest s_request = new()
@@ -59,8 +61,8 @@ public sealed class WeightFormatTests
 
         TestContext.Current.TestOutputHelper!.WriteLine($"{family} {format}: mean |dlogp| {sum / count:F4}, worst {worst:F4} of {count}");
 
-        // Nothing in a random model forgives an error. bf16 activations leave 0.1% in every matmul, which became 0.011 to 0.025; eight bits almost
-        // 1%, which became 0.08 to 0.15. A wrong weight makes an error of nats.
+        // A random model damps no error. bf16 activations leave an error of 0.1% in every matmul, which became 0.011 to 0.025; eight bits
+        // leave almost 1%, which became 0.08 to 0.15. A wrong weight makes an error of whole nats.
         double most = format == WeightFormat.Int8 ? 0.25 : 0.05;
         Assert.InRange(sum / count, 1e-4, most);
         Assert.InRange(worst, 0, 4 * most);
@@ -93,7 +95,8 @@ public sealed class WeightFormatTests
     public async Task Single_elements_of_an_int8_matrix_are_refused_before_a_byte_moves()
     {
         await using RolloutEngine engine = Load(TestModels.Folder("qwen2"), WeightFormat.Int8);
-        DescribedWeight matrix = engine.Describe().Weights.First(weight => weight.Name.EndsWith("down_proj.weight", StringComparison.Ordinal));
+        DescribedWeight matrix = engine.Describe().Weights
+            .First(weight => weight.Name.EndsWith("down_proj.weight", StringComparison.Ordinal));
         UpdateManifest manifest = new()
         {
             Tensors = [new ManifestTensor(matrix.Name, DType.BFloat16, matrix.Shape, 0, SparseCount: 1)],
@@ -115,7 +118,8 @@ public sealed class WeightFormatTests
         string[] expected = [.. (await alone.RunAsync(s_request)).Select(sample => sample.Bits())];
         await using RolloutEngine busy = RolloutEngine.Load(
             TestModels.Folder("qwen3"), new CpuBackend(2, 0, format), new EngineOptions { MaxBatchTokens = 16, MaxSequences = 8 });
-        Group[] others = [.. Enumerable.Range(0, 6).Select(i => busy.Submit(s_request with { Id = $"other {i}", Prompt = [.. Enumerable.Range(i, 30 + i)] }))];
+        Group[] others = [.. Enumerable.Range(0, 6).Select(
+            i => busy.Submit(s_request with { Id = $"other {i}", Prompt = [.. Enumerable.Range(i, 30 + i)] }))];
         Assert.Equal(expected, (await busy.RunAsync(s_request)).Select(sample => sample.Bits()));
         foreach (Group other in others) await other.Completed;
     }

@@ -46,7 +46,7 @@ public sealed class WeightUpdateTests
     }
 
     [Fact]
-    public async Task Under_recompute_the_rest_of_a_sample_is_a_fresh_run_of_the_new_model_on_the_prefix()
+    public async Task Under_recompute_the_rest_of_a_sample_is_a_fresh_run_on_the_prefix()
     {
         using UpdatePayload payload = UpdatePayload.Of("qwen3");
         await using RolloutEngine fresh = RolloutEngine.Load(payload.Folder, new CpuBackend(1), new EngineOptions());
@@ -85,7 +85,7 @@ public sealed class WeightUpdateTests
     [Theory]
     [InlineData(UpdateMode.Staged)]
     [InlineData(UpdateMode.InPlace)]
-    public async Task Under_keep_the_tokens_after_the_swap_are_the_new_models_on_the_old_models_keys_and_values(UpdateMode mode)
+    public async Task Under_keep_tokens_after_the_swap_are_the_new_models_on_the_old_keys_and_values(UpdateMode mode)
     {
         using UpdatePayload payload = UpdatePayload.Of("qwen3");
         using CpuBackend backend = new(1);
@@ -241,7 +241,8 @@ public sealed class WeightUpdateTests
         UpdateManifest manifest = new() { Tensors = tensors, PayloadBytes = payload.Bytes.Length, BaseVersion = 7, NewVersion = 0 };
         UpdateRejectedException e = Assert.Throws<UpdateRejectedException>(() => engine.BeginUpdate(manifest));
         string all = string.Join('\n', e.Problems);
-        foreach (string part in (string[])["base_version", "new_version", "[3, 5]", "mystery", "missing", "named twice", "past the payload"])
+        string[] parts = ["base_version", "new_version", "[3, 5]", "mystery", "missing", "named twice", "past the payload"];
+        foreach (string part in parts)
             Assert.Contains(part, all, StringComparison.Ordinal);
         Assert.Null(engine.Status.UpdateOwner);
     }
@@ -310,7 +311,7 @@ public sealed class WeightUpdateTests
     }
 
     [Fact]
-    public async Task Weights_that_are_no_numbers_end_samples_with_an_error_and_the_next_update_mends_it()
+    public async Task NaN_weights_end_samples_with_an_error_and_the_next_update_repairs_that()
     {
         using UpdatePayload payload = UpdatePayload.Of("qwen3");
         await using RolloutEngine engine = TestModels.Load("qwen3");

@@ -133,7 +133,8 @@ public sealed class SafetensorsFileTests : IDisposable
     [InlineData(new byte[] { 2, 0, 0, 0, 0, 0, 0, 0, 0xC3, 0x28 }, "not valid UTF-8")]
     public void A_header_length_that_lies_is_refused(byte[] bytes, string problem)
     {
-        InvalidModelException error = Assert.Throws<InvalidModelException>(() => SafetensorsFile.Open(_folder.Write("a.safetensors", bytes)));
+        InvalidModelException error = Assert.Throws<InvalidModelException>(
+            () => SafetensorsFile.Open(_folder.Write("a.safetensors", bytes)));
         Assert.Contains(problem, error.Message);
     }
 

@@ -30,7 +30,7 @@ public sealed class StopStringMatcherTests
         }, iter: 3000, threads: 1);
 
     [Fact]
-    public void A_short_stop_string_that_was_passed_over_does_not_fire_again_with_the_next_token()
+    public void A_short_stop_string_before_min_tokens_does_not_match_at_the_next_token()
     {
         StopStringMatcher matcher = new(["a long one", "a"], new PieceTokenizer(["a"u8.ToArray(), "x"u8.ToArray(), []]));
         Assert.True(matcher.Append(0));

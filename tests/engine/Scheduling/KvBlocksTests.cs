@@ -85,7 +85,7 @@ public sealed class KvBlocksTests
     }
 
     [Fact]
-    public void Room_is_taken_from_empty_blocks_then_from_the_prefix_used_longest_ago_and_from_its_end()
+    public void Empty_blocks_go_first_then_the_least_recently_used_prefix_from_its_end()
     {
         KvBlocks blocks = new(8);
         int[] first = [.. Block('x'), .. Block('y')];

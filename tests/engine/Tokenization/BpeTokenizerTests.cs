@@ -136,8 +136,11 @@ public class BpeTokenizerTests
                 (BytePairMerger.Merge best, int at) = (new BytePairMerger.Merge(int.MaxValue, 0), -1);
                 for (int i = 0; i + 1 < expected.Count; i++)
                 {
-                    if (merges.TryGetValue(BytePairMerger.Pair(expected[i], expected[i + 1]), out BytePairMerger.Merge merge) && merge.Rank < best.Rank)
+                    if (merges.TryGetValue(BytePairMerger.Pair(expected[i], expected[i + 1]), out BytePairMerger.Merge merge)
+                        && merge.Rank < best.Rank)
+                    {
                         (best, at) = (merge, i);
+                    }
                 }
                 if (at < 0)
                     break;
@@ -234,7 +237,8 @@ public class BpeTokenizerTests
     }
 
     private static Gen<string> GenText { get; } = Gen.OneOf(
-        Gen.OneOf("the", " ", "\n", "'s", "12", "é", "e\u0301", "привет", "你好", "\U0001F642", "\U0001D400", "<|", "Ġ", "\0", "!?")
+        Gen.OneOf(
+            "the", " ", "\n", "'s", "12", "é", "e\u0301", "привет", "你好", "\U0001F642", "\U0001D400", "<|", "Ġ", "\0", "!?")
             .Array[0, 20].Select(parts => string.Concat(parts)),
         Gen.Int[0, 0x10FFFF].Where(Rune.IsValid).Array[0, 20].Select(runes => string.Concat(runes.Select(rune => new Rune(rune)))));
 

@@ -21,7 +21,8 @@ public sealed class PackedTensorTests
         using CpuBackend backend = new(1);
         using WeightSet weights = WeightSet.Allocate(backend, plan);
         PlainTensor whole = PlainTensor.Random(random, experts * rows * Inputs, DType.Float32);
-        IncomingTensor tensor = new(new ManifestTensor("experts", DType.Float32, [experts, rows, Inputs], 0), plan["experts"], backend, weights);
+        ManifestTensor sent = new("experts", DType.Float32, [experts, rows, Inputs], 0);
+        IncomingTensor tensor = new(sent, plan["experts"], backend, weights);
         for (int at = 0; at < whole.Bytes.Length;)
         {
             int piece = Math.Min(whole.Bytes.Length - at, random.Next(1, 2 * rows * Inputs * sizeof(float)));
@@ -71,7 +72,8 @@ public sealed class PackedTensorTests
             [.. slots.Select((slot, i) => new LoadPiece((long)i * Rows * Wide, (long)Rows * Wide, slot, 0))]);
         PlainTensor whole = PlainTensor.Random(new Random(5), Experts * Rows * Wide, DType.BFloat16);
         using TemporaryFolder folder = new();
-        SafetensorsWriter.Write(folder["model.safetensors"], [(new TensorDeclaration("experts", DType.BFloat16, [Experts, Rows, Wide]), whole.Bytes)]);
+        TensorDeclaration declaration = new("experts", DType.BFloat16, [Experts, Rows, Wide]);
+        SafetensorsWriter.Write(folder["model.safetensors"], [(declaration, whole.Bytes)]);
         using CpuBackend backend = new(1);
         using WeightSet weights = WeightSet.Allocate(backend, plan);
         using Checkpoint checkpoint = Checkpoint.Open(folder.Path);
@@ -101,7 +103,8 @@ public sealed class PackedTensorTests
 
         long elements = rows * Inputs;
         plan.Load("experts", [experts, rows, Inputs],
-            [.. Enumerable.Range(0, experts).Select(i => new LoadPiece(i * elements, elements, new WeightSlot(slots[i]), firstRows[i] * (long)Inputs))]);
+            [.. Enumerable.Range(0, experts).Select(
+                i => new LoadPiece(i * elements, elements, new WeightSlot(slots[i]), firstRows[i] * (long)Inputs))]);
         return (plan, slots, firstRows);
     }
 }

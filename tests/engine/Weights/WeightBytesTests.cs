@@ -55,7 +55,7 @@ public sealed class WeightBytesTests
     }
 
     [Fact] // larger than what one core takes at once
-    public async Task After_a_chain_of_updates_of_large_tensors_every_element_is_the_last_that_was_committed()
+    public async Task After_updates_of_large_tensors_every_element_is_the_last_committed()
     {
         PlainModel model = PlainModel.Of(
             "llama", 1, heads: 2, kvHeads: 1, headDim: 8, hidden: 33, intermediate: 9_001, vocabulary: 8_300, tied: true);

@@ -56,7 +56,9 @@ public sealed class ChunkTests
         Gen<byte[]> chunk = fields.Select(Gen.Int[-1, 1], Gen.Int[0, 4].Select(i => (byte)(i == 0 ? 0x0A : i == 1 ? 0x2A : 0x12)),
             (bytes, wrong, tag) => (byte[])[tag, (byte)Math.Max(0, bytes.Length + (wrong * (bytes.Length % 2))), .. bytes]);
         Gen<byte[]> message = Gen.OneOf(chunk, chunk.Select(chunk, (a, b) => (byte[])[.. a, .. b]), Gen.Byte.Array[0, 12]);
-        message.Select(Gen.Int[0, 12].Array[0, 4]).Sample((bytes, cuts) => Assert.Equal(Outcome(() => UpdateRequest.Parser.ParseFrom(bytes)), Outcome(() => ChunkMarshaller.Parse(Cut(bytes, cuts)))), iter: 20_000);
+        message.Select(Gen.Int[0, 12].Array[0, 4]).Sample((bytes, cuts) => Assert.Equal(
+            Outcome(() => UpdateRequest.Parser.ParseFrom(bytes)),
+            Outcome(() => ChunkMarshaller.Parse(Cut(bytes, cuts)))), iter: 20_000);
 
         static object Outcome(Func<UpdateRequest> parse)
         {
