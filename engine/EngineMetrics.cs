@@ -2,7 +2,7 @@ using System.Diagnostics.Metrics;
 
 namespace Rollout.Engine;
 
-/// <summary>What the engine counts, as System.Diagnostics.Metrics: weight updates, and how stale the tokens are that it returns.</summary>
+/// <summary>The engine's metrics (System.Diagnostics.Metrics): weight updates, and the staleness of the tokens it returns.</summary>
 public sealed class EngineMetrics : IDisposable
 {
     public const string MeterName = "Rollout.Engine";
@@ -34,12 +34,12 @@ public sealed class EngineMetrics : IDisposable
     }
 
     /// <summary>
-    /// Tokens of ended sequences by how many versions old they were when their sequence ended; the last counts all older ones.
+    /// Tokens of ended sequences by how many versions old they were when their sequence ended. The last entry counts all older ones.
     /// </summary>
     internal ReadOnlyMemory<long> TokensByStaleness => _tokensByStaleness;
 
     /// <summary>Called by the loop when a sequence has ended.</summary>
-    /// <param name="versions">That drew its tokens.</param>
+    /// <param name="versions">The weights version that drew each of its tokens.</param>
     /// <param name="served">The version in service.</param>
     internal void CountTokens(ReadOnlySpan<ulong> versions, ulong served)
     {

@@ -1,6 +1,6 @@
 namespace Rollout.Engine;
 
-/// <summary>What an operator may set. Everything else is derived and shown in <see cref="EngineStatus"/>.</summary>
+/// <summary>The settings of an operator. Everything else is derived and shown in <see cref="EngineStatus"/>.</summary>
 public sealed record EngineOptions
 {
     /// <summary>Longest sample, prompt included, in tokens. 0: the model's own limit.</summary>
@@ -25,7 +25,7 @@ public sealed record EngineOptions
     /// </summary>
     public double KvCacheFraction { get; init; }
 
-    /// <summary>Samples that may wait for a seat before requests are refused with "no room".</summary>
+    /// <summary>Samples that may wait for a batch slot before requests are refused with "no room".</summary>
     public int MaxWaiting { get; init; } = 65_536;
 }
 
@@ -62,7 +62,7 @@ public enum PauseMode
 }
 
 /// <summary>
-/// Read from any thread without waiting for the loop or the device: while steps run, two numbers may be of two different steps.
+/// Read from any thread without waiting for the loop or the device: while steps run, two values may come from different steps.
 /// </summary>
 public sealed record EngineStatus
 {
@@ -75,7 +75,7 @@ public sealed record EngineStatus
     /// <summary>Samples with a seat in the batch.</summary>
     public int Running { get; init; }
 
-    /// <summary>Samples without one.</summary>
+    /// <summary>Samples waiting for a seat.</summary>
     public int Waiting { get; init; }
 
     public int KvBlocksTotal { get; init; }
@@ -83,7 +83,7 @@ public sealed record EngineStatus
     /// <summary>Held by samples.</summary>
     public int KvBlocksUsed { get; init; }
 
-    /// <summary>Free to take, still holding a reusable prefix.</summary>
+    /// <summary>Free, but still holding a reusable prefix.</summary>
     public int KvBlocksCached { get; init; }
 
     public long Steps { get; init; }
@@ -96,7 +96,7 @@ public sealed record EngineStatus
 
     public long Preemptions { get; init; }
 
-    /// <summary>Who is updating, or null.</summary>
+    /// <summary>The owner of the update in progress, or null.</summary>
     public string? UpdateOwner { get; init; }
 
     public MemoryTags Asleep { get; init; }

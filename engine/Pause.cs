@@ -1,11 +1,11 @@
 namespace Rollout.Engine;
 
 /// <summary>
-/// Whether the loop may run. A pause is a lease: it ends by itself when whoever asked for it does not renew it. Owned by the loop; others
-/// only look at <see cref="State"/>.
+/// Whether the loop may run. A pause is a lease: it expires unless its owner renews it. Owned by the loop; other threads only read
+/// <see cref="State"/>.
 /// <code>
-///   Running -- Begin(Wait) --> Pausing -- nothing that began is left --> Paused -- End, lease over --> Running
-///      +------ Begin(Abort, Keep) ----------------------------------------^
+///   Running -- Begin(Wait) --> Pausing -- all begun groups ended --> Paused -- End, lease over --> Running
+///      +------ Begin(Abort, Keep) --------------------------------------^
 /// </code>
 /// </summary>
 internal sealed class Pause
@@ -19,7 +19,7 @@ internal sealed class Pause
 
     public string Owner => _owner;
 
-    /// <summary>While groups that began may end, new ones wait.</summary>
+    /// <summary>Whether new groups must wait, while those that began run to their end.</summary>
     public bool HoldsNewGroups => _state == EngineState.Pausing;
 
     /// <summary>Returns a task that completes when no step will run any more.</summary>
@@ -38,7 +38,7 @@ internal sealed class Pause
     {
         _state = EngineState.Running;
         _owner = "";
-        _inForce.TrySetResult(); // whoever waits for it learns the state
+        _inForce.TrySetResult(); // its waiters then read the state
     }
 
     /// <summary>

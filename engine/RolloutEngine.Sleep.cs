@@ -1,6 +1,6 @@
 namespace Rollout.Engine;
 
-/// <summary>Memory that can be given back while the engine has nothing to do.</summary>
+/// <summary>Memory that can be given back while the engine is idle.</summary>
 [Flags]
 public enum MemoryTags
 {
@@ -16,20 +16,20 @@ public enum MemoryTags
 }
 
 /// <param name="Tag">One tag.</param>
-/// <param name="AllocatedBytes">Of address space.</param>
-/// <param name="FreedBytes">By which the process's use of the device fell, measured; pages never touched were never held.</param>
+/// <param name="AllocatedBytes">Address space.</param>
+/// <param name="FreedBytes">Measured decrease of the memory that the process uses; pages never touched do not count.</param>
 public readonly record struct FreedMemory(MemoryTags Tag, long AllocatedBytes, long FreedBytes);
 
-/// <summary>Sleep: memory goes back to the machine, so that a trainer on the same device can have it.</summary>
+/// <summary>Sleep: gives memory back, so that a trainer on the same device can use it.</summary>
 public sealed partial class RolloutEngine
 {
     /// <summary>
-    /// Gives back the memory of these tags that do not sleep yet; completes when the machine has it. Weights are discarded: after waking
-    /// the engine is poisoned until a full update commits.
+    /// Frees the memory of those of these tags that are awake; completes when it is free. Weights are discarded: after waking the engine is
+    /// poisoned until a full update commits.
     /// </summary>
     /// <exception cref="EngineStateException">
-    /// Samples are in flight; under a pause the KV cache alone may sleep, and they recompute after it. Or an update is under way and the
-    /// weights were to sleep.
+    /// Samples are in flight; while paused the KV cache alone may sleep, and the samples recompute after it. Or the weights were to sleep
+    /// while an update is in progress.
     /// </exception>
     public Task<IReadOnlyList<FreedMemory>> SleepAsync(MemoryTags tags) => OnLoop<IReadOnlyList<FreedMemory>>(() =>
     {
@@ -57,8 +57,8 @@ public sealed partial class RolloutEngine
         return freed;
     });
 
-    /// <summary>Takes the memory of these tags again, where they sleep. Returns what still sleeps.</summary>
-    /// <exception cref="NoRoomException">The device has not got it; what sleeps goes on sleeping.</exception>
+    /// <summary>Allocates the memory of those of these tags that sleep. Returns the tags that still sleep.</summary>
+    /// <exception cref="NoRoomException">The device does not have enough memory; what could not be allocated stays asleep.</exception>
     public Task<MemoryTags> WakeUpAsync(MemoryTags tags) => OnLoop(() =>
     {
         ThrowIfDown();

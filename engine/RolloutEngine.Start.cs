@@ -2,19 +2,19 @@ using Rollout.Kernels;
 
 namespace Rollout.Engine;
 
-/// <summary>What is done before the first real step, so that no step pays for it.</summary>
+/// <summary>Work done before the first real step, so that no step pays for it.</summary>
 public sealed partial class RolloutEngine
 {
     /// <summary>
-    /// Runs one token through the model, so that what a backend allocates at its first step is allocated now, and not when a trainer has
-    /// taken the rest of the memory.
+    /// Runs one token through the model, so that what a backend allocates at its first step is allocated now, and not after a trainer has
+    /// allocated the rest of the memory.
     /// </summary>
     private void RunOneToken()
     {
         StepLayout step = _steps[0].Layout;
         (step.SequenceCount, step.RowStart[1], step.OutputCount, step.QueryCount) = (1, 1, 1, 1);
         step.Queries[0] = new SampleQuery { Target = -1, Temperature = 1, TopP = 1, Position = 1 };
-        _transformer.Forward(step, _weights.Current, _kv, _workspace); // into a block that no sequence holds
+        _transformer.Forward(step, _weights.Current, _kv, _workspace); // writes to a block that no sequence uses
         _transformer.Sample(step, _weights.Current, _workspace);
         Backend.FinishStep(step);
     }
@@ -22,13 +22,13 @@ public sealed partial class RolloutEngine
     /// <summary>Runs the backend's rehearsals with a set of weights that is about to serve, unless they have run already.</summary>
     private void Rehearse(WeightSet weights)
     {
-        if (weights.IsRehearsed || _asleep.HasFlag(MemoryTags.KvCache)) return; // waking comes here again
+        if (weights.IsRehearsed || _asleep.HasFlag(MemoryTags.KvCache)) return; // called again on waking
         foreach (StepLayout step in Backend.Rehearsals(_steps[0].Layout)) Rehearse(step, weights);
         weights.IsRehearsed = true;
     }
 
     /// <summary>
-    /// The same, one rehearsal between two steps, so that decoding goes on meanwhile. A commit makes up for rehearsals that were left out.
+    /// The same, with one rehearsal between two steps, so that decoding continues. A commit runs the rehearsals that were left out.
     /// </summary>
     internal async Task RehearseAsync(WeightSet weights)
     {

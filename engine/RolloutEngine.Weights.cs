@@ -2,20 +2,20 @@ using System.Diagnostics;
 
 namespace Rollout.Engine;
 
-/// <summary>Weight updates: what they want of the loop is done between two steps.</summary>
+/// <summary>Weight updates: their actions on the loop run between two steps.</summary>
 public sealed partial class RolloutEngine
 {
-    /// <summary>The tensors being served, as they last came.</summary>
+    /// <summary>The tensors being served, as they were last sent.</summary>
     public (ulong Version, IReadOnlyList<DescribedWeight> Weights) Describe() => _weights.Describe();
 
-    /// <summary>Checks the manifest and begins an update: one at a time.</summary>
+    /// <summary>Checks the manifest and begins an update. There is at most one at a time.</summary>
     /// <param name="manifest">What is going to be sent.</param>
-    /// <param name="alsoWrong">Problems that its reader found already, to be listed with the others.</param>
+    /// <param name="alsoWrong">Problems that the caller has found already; listed with the others.</param>
     /// <exception cref="UpdateRejectedException">The manifest does not fit; lists every problem.</exception>
     /// <exception cref="EngineStateException">
     /// Another update is in progress (the message names its owner), or the weights sleep.
     /// </exception>
-    /// <exception cref="NoRoomException">Staging was asked for and the device has no memory for it.</exception>
+    /// <exception cref="NoRoomException">Staging was requested and the device has no memory for it.</exception>
     public WeightUpdate BeginUpdate(UpdateManifest manifest, IReadOnlyList<Problem>? alsoWrong = null)
     {
         ThrowIfDown();
@@ -45,7 +45,7 @@ public sealed partial class RolloutEngine
         if (update.Manifest.Policy == UpdatePolicy.Abort) AbortBegun();
     }, cancellation);
 
-    /// <summary>Completes when the update is in service. Returns for how many seconds no step could run.</summary>
+    /// <summary>Completes when the update is in service. Returns the seconds during which no step could run.</summary>
     internal async Task<double> CommitAsync(ActiveUpdate update, IReadOnlyList<DescribedWeight> described, CancellationToken cancellation)
     {
         double stall = 0;
@@ -61,7 +61,9 @@ public sealed partial class RolloutEngine
         return stall;
     }
 
-    /// <summary>Without a commit: when this returns another update may begin, and the engine is poisoned if it has to be.</summary>
+    /// <summary>
+    /// Ends an update without a commit: on return another may begin, and the engine is poisoned if served weights were written.
+    /// </summary>
     internal void EndUpdate(ActiveUpdate update, UpdateFailure why)
     {
         _weights.End(update, why);
@@ -69,7 +71,7 @@ public sealed partial class RolloutEngine
         Metrics.Failed(why.ToString().ToLowerInvariant());
     }
 
-    /// <summary>What an update wants done between two steps, once its policy allows it.</summary>
+    /// <summary>An action of an update that runs between two steps, once its policy allows it.</summary>
     private sealed record BoundaryAction(UpdatePolicy Policy, Action Run)
     {
         public TaskCompletionSource Done { get; } = new(TaskCreationOptions.RunContinuationsAsynchronously);
@@ -89,7 +91,7 @@ public sealed partial class RolloutEngine
             if (_boundaryAction != action) return; // it has run
             _boundaryAction = null;
             action.Done.TrySetException(new UpdateFailedException(UpdateFailure.Deadline,
-                "the commit was taken back, by its deadline or its caller, before the engine could carry it out"));
+                "the commit was withdrawn, by its deadline or its caller, before the engine could carry it out"));
         }), null);
         await action.Done.Task.ConfigureAwait(false);
     }
@@ -102,7 +104,7 @@ public sealed partial class RolloutEngine
         if (_boundaryAction is not { } action || (action.Policy == UpdatePolicy.Drain && _scheduler.HasBegun)) return;
         try
         {
-            action.Run(); // any other exception than the one below ends the loop, which tells whoever waits for the action
+            action.Run(); // any other exception ends the loop, which then fails the action
             _boundaryAction = null;
             action.Done.SetResult();
         }

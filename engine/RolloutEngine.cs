@@ -5,13 +5,13 @@ using Rollout.Kernels;
 namespace Rollout.Engine;
 
 /// <summary>
-/// The engine: one thread owns sequences, KV blocks, weights and the device. Everybody else hands it commands through an inbox, which it
-/// empties between two steps, and reads samples from their group.
+/// The engine: one thread, the loop, owns sequences, KV blocks, weights and the device. Other threads post commands to an inbox, which the
+/// loop empties between two steps, and read samples from their group.
 /// <code>
 ///   callers --commands--> [ inbox ] --> loop: apply commands -> Next -> Forward -> Sample -> CollectResults --> groups --> readers
 /// </code>
-/// Where the device works beside the host, the next step is planned and queued before the results of the one before are collected, so that
-/// the device never waits for the host. Commands and updates are applied while no step is in flight.
+/// Where the device runs asynchronously, the next step is planned and queued before the results of the one before are collected, so that
+/// the device does not wait for the host. Commands and updates are applied while no step is in flight.
 /// </summary>
 public sealed partial class RolloutEngine : IAsyncDisposable
 {
@@ -24,7 +24,7 @@ public sealed partial class RolloutEngine : IAsyncDisposable
     private readonly KvCache _kv;
     private readonly KvBlocks _blocks;
     private readonly Scheduler _scheduler;
-    private readonly ScheduledStep[] _steps; // in turn
+    private readonly ScheduledStep[] _steps; // used alternately
     private ScheduledStep? _inFlight;
     private readonly Pause _pause = new();
 
@@ -39,7 +39,7 @@ public sealed partial class RolloutEngine : IAsyncDisposable
     private volatile string? _fault;
 
     private readonly ServedWeights _weights;
-    private BoundaryAction? _boundaryAction; // what an update wants done between two steps; the loop's
+    private BoundaryAction? _boundaryAction; // of an update, to run between two steps; only the loop uses it
     private volatile MemoryTags _asleep;
 
     private RolloutEngine(string name, ModelSpec model, Transformer transformer, Tokenizer? tokenizer, Backend backend,
@@ -98,7 +98,7 @@ public sealed partial class RolloutEngine : IAsyncDisposable
 
     internal EngineMetrics Metrics { get; }
 
-    /// <summary>Never waits for the loop or the device.</summary>
+    /// <summary>Returns without waiting for the loop or the device.</summary>
     public EngineStatus Status => new()
     {
         State = State,
@@ -125,7 +125,7 @@ public sealed partial class RolloutEngine : IAsyncDisposable
             : _weights.WrittenBy is not null ? EngineState.Updating
             : _pause.State;
 
-    private string Reason // of the state, so in the same order; poison shows also under sleep, since waking will not be enough
+    private string Reason // in the order of State; poison is also reported during sleep, since waking does not cure it
         => _fault
             ?? (_asleep == MemoryTags.None ? _weights.Poison ?? _weights.WrittenBy?.Manifest.Owner ?? _pause.Owner
                 : _weights.Poison is { } poison ? $"asleep: {_asleep}; poisoned: {poison}"
@@ -135,7 +135,7 @@ public sealed partial class RolloutEngine : IAsyncDisposable
     /// <param name="modelFolder">config.json, *.safetensors and, for text, tokenizer.json.</param>
     /// <param name="backend">The device.</param>
     /// <param name="options">Limits.</param>
-    /// <param name="tokenizer">Used instead of the folder's.</param>
+    /// <param name="tokenizer">Replaces the folder's tokenizer.</param>
     /// <param name="progress">Fraction of the weights loaded.</param>
     /// <exception cref="InvalidModelException">The folder cannot be served; lists every problem.</exception>
     public static RolloutEngine Load(string modelFolder, Backend backend, EngineOptions options, Tokenizer? tokenizer = null,
@@ -151,7 +151,7 @@ public sealed partial class RolloutEngine : IAsyncDisposable
         return new RolloutEngine(name, model, transformer, tokenizer, backend, options, weights, described);
     }
 
-    /// <summary>As <see cref="Load"/>, of weights that are on the device already and were in no file.</summary>
+    /// <summary>As <see cref="Load"/>, with weights that are on the device already.</summary>
     internal static RolloutEngine Start(string name, ModelSpec model, Backend backend, EngineOptions options, WeightSet weights)
         => new(name, model, new Transformer(model), tokenizer: null, backend, options, weights, described: []);
 
@@ -174,7 +174,7 @@ public sealed partial class RolloutEngine : IAsyncDisposable
                 if (betweenSteps || (Backend.StepsInFlight > 1 && !IsInterrupted)) queued = TryQueueStep();
 
                 (ScheduledStep? earlier, _inFlight) = (_inFlight, queued);
-                if (earlier is not null) CollectResults(earlier); // while the device works on the step just queued
+                if (earlier is not null) CollectResults(earlier); // while the device runs the step just queued
                 else if (queued is null) WaitForWork();
             }
         }
@@ -186,10 +186,10 @@ public sealed partial class RolloutEngine : IAsyncDisposable
         EndAll(Stopped);
     }
 
-    /// <summary>Whether something has to be done while no step is in flight.</summary>
+    /// <summary>Whether the loop has work that must wait until no step is in flight.</summary>
     private bool IsInterrupted => !_inbox.IsEmpty || _boundaryAction is not null || _pause.State != EngineState.Running;
 
-    /// <summary>Plans the next step and hands it to the device. Null where no step may run, or there is nothing to compute.</summary>
+    /// <summary>Plans the next step and hands it to the device. Null when no step may run or there is nothing to compute.</summary>
     private ScheduledStep? TryQueueStep()
     {
         ScheduledStep step = _inFlight == _steps[0] ? _steps[1] : _steps[0];
@@ -210,7 +210,7 @@ public sealed partial class RolloutEngine : IAsyncDisposable
         return !paused && _weights.WrittenBy is null && _asleep == MemoryTags.None && _weights.Poison is null;
     }
 
-    /// <summary>Waits for a step's results and hands them out.</summary>
+    /// <summary>Waits for a step's results and passes them to the groups.</summary>
     private void CollectResults(ScheduledStep step)
     {
         Backend.FinishStep(step.Layout);
@@ -235,7 +235,7 @@ public sealed partial class RolloutEngine : IAsyncDisposable
         while (_inbox.TryDequeue(out Action? command)) command();
     }
 
-    /// <summary>Serves nothing any more, but goes on answering: callers learn why instead of waiting.</summary>
+    /// <summary>Ends all groups and from then on only answers commands, so that callers get the error instead of waiting.</summary>
     private void Fault(Exception e)
     {
         _fault = $"{e.GetType().Name}: {e.Message}";
@@ -265,11 +265,11 @@ public sealed partial class RolloutEngine : IAsyncDisposable
 
     // ---- Commands, from any thread.
 
-    /// <summary>Checks the request and queues it. Its samples come through the group.</summary>
+    /// <summary>Checks the request and queues it. Its samples are read from the group.</summary>
     /// <exception cref="InvalidRequestException">Lists everything wrong with it.</exception>
-    /// <exception cref="NoRoomException">Too many samples wait already.</exception>
+    /// <exception cref="NoRoomException">Too many samples are waiting already.</exception>
     /// <exception cref="EngineStateException">The engine sleeps or is poisoned.</exception>
-    /// <exception cref="EngineFaultedException">The engine serves nothing any more.</exception>
+    /// <exception cref="EngineFaultedException">The engine has failed.</exception>
     public Group Submit(GroupRequest request)
     {
         ThrowIfDown();
@@ -304,15 +304,15 @@ public sealed partial class RolloutEngine : IAsyncDisposable
 
         Post(() =>
         {
-            if (group.Completed.IsCompleted) return; // aborted before it was queued: its id is known as soon as Submit has registered it
+            if (group.Completed.IsCompleted) return; // aborted before it was queued, which its registered id allows
             if (_fault is not null || _stopping) _scheduler.End(group, FinishReason.Error, _fault ?? Stopped);
-            else if (Refusal() is not null) _scheduler.End(group, FinishReason.Abort); // put to sleep or poisoned since Submit checked
+            else if (Refusal() is not null) _scheduler.End(group, FinishReason.Abort); // went to sleep or was poisoned after Submit's check
             else _scheduler.Submit(group);
         });
         return group;
     }
 
-    /// <summary>Ends a group; its samples keep what they have. Returns how many samples were still going.</summary>
+    /// <summary>Ends a group; its samples keep their tokens. Returns the number of samples that had not ended.</summary>
     public Task<int> AbortAsync(Group group) => OnLoop(() => _scheduler.End(group, FinishReason.Abort));
 
     /// <summary>Ends groups by id, or all of them.</summary>
@@ -336,7 +336,7 @@ public sealed partial class RolloutEngine : IAsyncDisposable
         return new AbortCounts(groups, samples, unknown);
     });
 
-    /// <summary>Completes once the pause is in force. A pause is a lease: it ends by itself, and pausing again renews it.</summary>
+    /// <summary>Completes once the pause is in force. A pause is a lease: it expires, and pausing again renews it.</summary>
     public async Task<PauseResult> PauseAsync(PauseMode mode, string owner, TimeSpan lease, CancellationToken cancellation = default)
     {
         (Task inForce, int aborted) = await OnLoop(() =>
@@ -366,7 +366,7 @@ public sealed partial class RolloutEngine : IAsyncDisposable
         _stopping = true;
         _wake.Release();
         await Task.Run(_thread.Join).ConfigureAwait(false);
-        ApplyCommands(); // posted after the loop's last look
+        ApplyCommands(); // posted after the loop last emptied the inbox
         _workspace.Dispose();
         _kv.Dispose();
         _weights.Dispose();
@@ -406,7 +406,7 @@ public sealed partial class RolloutEngine : IAsyncDisposable
         return done.Task;
     }
 
-    /// <summary>Why no request can be taken now, or null.</summary>
+    /// <summary>Why no request can be accepted now, or null.</summary>
     private EngineStateException? Refusal()
         => State switch
         {
@@ -423,7 +423,7 @@ public sealed partial class RolloutEngine : IAsyncDisposable
     }
 }
 
-/// <summary>What an abort ended, and the ids that were not in flight.</summary>
+/// <summary>Groups and samples that an abort ended, and the ids that were not in flight.</summary>
 public sealed record AbortCounts(int Groups, int Sequences, IReadOnlyList<string> Unknown);
 
 public sealed record PauseResult(EngineState State, int AbortedSamples);

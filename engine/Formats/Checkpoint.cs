@@ -11,7 +11,7 @@ public sealed record CheckpointTensor(SafetensorsFile File, TensorInfo Info)
 
 /// <summary>
 /// The weights of a Hugging Face model folder: model.safetensors, or, when there is none, the shards that model.safetensors.index.json
-/// names. One view of both: tensor name to file and place.
+/// names. Both are presented as one map from tensor name to file and offset.
 /// </summary>
 public sealed class Checkpoint : IDisposable
 {
@@ -115,7 +115,7 @@ public sealed class Checkpoint : IDisposable
             problems.Add($"{IndexFile}: weight_map is empty");
     }
 
-    /// <summary>An index comes from the same stranger as the weights: it must not reach outside its folder.</summary>
+    /// <summary>The index is untrusted input: it must not refer to files outside its folder.</summary>
     private static bool IsPlainFileName(string name) =>
         name.EndsWith(".safetensors", StringComparison.Ordinal) && name.AsSpan().IndexOfAny("/\\:\0") < 0;
 }

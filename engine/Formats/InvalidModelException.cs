@@ -2,7 +2,7 @@ namespace Rollout.Engine;
 
 /// <summary>
 /// A model on disk that cannot be used: a file that does not parse, a checkpoint that does not fit its config, a feature that is not
-/// supported. Carries every problem found, so that a user mends a file once.
+/// supported. Carries every problem found, so that a user can fix all of them at once.
 /// </summary>
 public sealed class InvalidModelException : Exception
 {
@@ -21,7 +21,7 @@ public sealed class InvalidModelException : Exception
     {
     }
 
-    /// <summary>The file or folder that is at fault.</summary>
+    /// <summary>The invalid file or folder.</summary>
     public string Path { get; }
 
     /// <summary>Every problem found, each a sentence that names the field or tensor.</summary>
@@ -33,7 +33,7 @@ public sealed class InvalidModelException : Exception
             throw new InvalidModelException(path, problems);
     }
 
-    /// <summary>A name from a file as it may stand in a message: quoted, without control characters, not too long.</summary>
+    /// <summary>A name from a file, made safe for a message: quoted, without control characters, truncated.</summary>
     internal static string Quote(string name)
     {
         const int Most = 200;

@@ -3,15 +3,15 @@ using System.Text.Unicode;
 
 namespace Rollout.Engine;
 
-/// <summary>Reads the JSON files of a model folder; whatever is wrong with one becomes an <see cref="InvalidModelException"/>.</summary>
+/// <summary>Reads the JSON files of a model folder. Anything wrong with one becomes an <see cref="InvalidModelException"/>.</summary>
 internal static class JsonFile
 {
     // The largest real ones are tokenizer.json files of some 35 MB.
     private const long MostBytes = 256L << 20;
 
     /// <summary>
-    /// The root of a file that holds a JSON object: no key stands twice, and every string is valid Unicode, so that callers need not
-    /// expect <see cref="JsonElement.GetString"/> to throw.
+    /// The root of a file that holds a JSON object. Its keys are unique and every string is valid Unicode, so
+    /// <see cref="JsonElement.GetString"/> does not throw.
     /// </summary>
     public static JsonElement ReadObject(string path)
     {

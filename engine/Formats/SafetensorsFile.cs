@@ -7,11 +7,11 @@ using Microsoft.Win32.SafeHandles;
 namespace Rollout.Engine;
 
 /// <summary>
-/// A safetensors file, open for reading: 8 bytes of header length, a JSON header, then the tensors without a gap. The header is checked
-/// whole before anything is believed, as the format's reference implementation does.
+/// A safetensors file, open for reading: 8 bytes of header length, a JSON header, then the tensors without gaps. The whole header is
+/// checked before any of it is used, as the format's reference implementation does.
 /// <para>
-/// Bytes are read through the file handle and not mapped: were the file truncated while in use, a mapping would end the process with
-/// SIGBUS where a read merely comes up short.
+/// Bytes are read through the file handle and not mapped: if the file were truncated while in use, a mapping would end the process with
+/// SIGBUS, whereas a read only returns fewer bytes.
 /// </para>
 /// </summary>
 public sealed class SafetensorsFile : IDisposable
@@ -19,7 +19,7 @@ public sealed class SafetensorsFile : IDisposable
     /// <summary>The reference implementation's limit on the header.</summary>
     internal const int MostHeaderBytes = 100_000_000;
 
-    // Far above any real file; they bound the memory that a hostile header can take.
+    // Far above any real file. They bound the memory that a hostile header can make the parser allocate.
     private const int MostDimensions = 16;
     private const int MostProblems = 1000;
     private const int LengthBytes = 8;
@@ -36,7 +36,7 @@ public sealed class SafetensorsFile : IDisposable
 
     public string Path { get; }
 
-    /// <summary>Open for reading as long as this is.</summary>
+    /// <summary>Open for as long as this object is not disposed.</summary>
     public SafeFileHandle Handle { get; }
 
     /// <summary>Position of the data section, which all tensors fill without a gap.</summary>
@@ -75,8 +75,8 @@ public sealed class SafetensorsFile : IDisposable
 
     /// <summary>Reads bytes of a tensor. May be called from several threads at once.</summary>
     /// <param name="tensor">A tensor of this file, of a type that weights can have.</param>
-    /// <param name="byteOffset">First byte, counted from the tensor's first.</param>
-    /// <param name="destination">Filled whole; must end within the tensor.</param>
+    /// <param name="byteOffset">First byte to read, relative to the start of the tensor.</param>
+    /// <param name="destination">Filled completely; the range must end within the tensor.</param>
     /// <exception cref="InvalidModelException">The element type is not supported, or the file has become shorter.</exception>
     public void Read(TensorInfo tensor, long byteOffset, Span<byte> destination)
     {
@@ -145,11 +145,11 @@ public sealed class SafetensorsFile : IDisposable
         }
         catch (InvalidOperationException e)
         {
-            // What the reader throws for an escaped half of a surrogate pair.
+            // Thrown by the reader for an escaped half of a surrogate pair.
             header.Problems.Add($"the header holds a string that is not valid Unicode: {e.Message}");
         }
 
-        // Offsets say nothing when some entries could not be read.
+        // The offsets cannot be checked when some entries could not be read.
         if (header.Problems.Count == 0)
             header.CheckLayout(dataStart, fileBytes);
         InvalidModelException.ThrowIfAny(path, header.Problems);
@@ -194,7 +194,7 @@ public sealed class SafetensorsFile : IDisposable
                 if (name != "__metadata__")
                     ParseTensor(ref reader, name, dataStart);
                 else if (hasMetadata)
-                    Report("__metadata__ stands twice in the header");
+                    Report("__metadata__ appears twice in the header");
                 else
                     ParseMetadata(ref reader);
                 hasMetadata |= name == "__metadata__";
@@ -243,7 +243,7 @@ public sealed class SafetensorsFile : IDisposable
                 }
                 else if (!Metadata.TryAdd(key, reader.GetString()!))
                 {
-                    Report($"__metadata__ {InvalidModelException.Quote(key)} stands twice");
+                    Report($"__metadata__ {InvalidModelException.Quote(key)} appears twice");
                 }
             }
         }
@@ -288,7 +288,7 @@ public sealed class SafetensorsFile : IDisposable
                 }
                 reader.Skip();
                 if (twice)
-                    Report($"{key} of tensor {quoted} stands twice");
+                    Report($"{key} of tensor {quoted} appears twice");
             }
             if (Problems.Count > before)
                 return;
@@ -307,7 +307,7 @@ public sealed class SafetensorsFile : IDisposable
             else if (BitsOf(dtype) is var bits && bits != 0 && (Int128)elements * bits != (Int128)(end - begin) * 8)
                 Report($"tensor {quoted} has {end - begin} bytes, not those of [{string.Join(", ", shape)}] {dtype}");
             else if (!Tensors.TryAdd(name, new TensorInfo(name, dtype, shape, dataStart + begin, end - begin)))
-                Report($"tensor {quoted} stands twice in the header");
+                Report($"tensor {quoted} appears twice in the header");
         }
 
         /// <summary>Reads [n, n, ...] with n from 0 to long.MaxValue; leaves the reader on the end of the value.</summary>
@@ -342,7 +342,7 @@ public sealed class SafetensorsFile : IDisposable
             return null;
         }
 
-        /// <summary>The product of the dimensions, or null when it is no 64-bit number.</summary>
+        /// <summary>The product of the dimensions, or null when it exceeds 64 bits.</summary>
         private static long? CountElements(long[] shape)
         {
             if (shape.Contains(0))

@@ -90,7 +90,7 @@ public sealed class SafetensorsWriter : IDisposable
         {
             json.WriteStartObject();
             json.WriteStartObject("__metadata__");
-            json.WriteString("format", "pt"); // transformers refuses files that do not say it
+            json.WriteString("format", "pt"); // transformers refuses files without it
             json.WriteEndObject();
             long offset = 0L;
             foreach (TensorDeclaration tensor in tensors)
@@ -113,7 +113,7 @@ public sealed class SafetensorsWriter : IDisposable
             }
             json.WriteEndObject();
         }
-        // The first tensor starts at a multiple of 8, as the reference writer has it.
+        // The first tensor starts at a multiple of 8, as in the reference writer.
         int padding = -buffer.WrittenCount & 7;
         buffer.GetSpan(padding)[..padding].Fill((byte)' ');
         buffer.Advance(padding);

@@ -10,7 +10,7 @@ namespace Rollout.Engine;
 /// <param name="Bytes">Length in the file.</param>
 public sealed record TensorInfo(string Name, string DTypeName, IReadOnlyList<long> Shape, long Offset, long Bytes)
 {
-    /// <summary>The element type, or null for one that weights cannot have.</summary>
+    /// <summary>The element type, or null where it is not one of those supported for weights.</summary>
     public DType? DType => ParseDType(DTypeName);
 
     /// <summary>The number of elements.</summary>

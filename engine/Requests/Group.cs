@@ -54,7 +54,7 @@ public sealed class Group
     /// </summary>
     public Task Completed => _completed.Task;
 
-    // ---- For the loop.
+    // ---- Used by the loop.
 
     /// <summary>Tokens that end a sample.</summary>
     internal int[] EndTokens { get; }
@@ -72,11 +72,11 @@ public sealed class Group
     /// <summary>The sample that is computing the prompt, if one is.</summary>
     internal Sequence? PromptRunner { get; set; }
 
-    /// <summary>Set while a step's results are taken in, to raise a group of which samples ended once.</summary>
-    internal bool HasNews { get; set; }
+    /// <summary>Set while a step's results are collected and a sample has ended, so that the reader is woken once.</summary>
+    internal bool HasEndedSamples { get; set; }
 
-    /// <summary>Whether <see cref="StreamWakes"/> has the group among those to raise.</summary>
-    internal bool WakeHeld { get; set; }
+    /// <summary>Whether the group is in the list of <see cref="StreamWakes"/>, whose readers are to be woken.</summary>
+    internal bool IsWakePending { get; set; }
 
     /// <summary>
     /// False while siblings wait for the leader to complete the prompt; afterwards they have been forked from it, or were queued on their
@@ -85,7 +85,7 @@ public sealed class Group
     internal bool Forked { get; set; } = true;
 
     /// <summary>
-    /// What is new since the last call, until every sequence has ended: with StreamTokens as tokens come, otherwise as sequences end.
+    /// Yields the new tokens of each sequence until all have ended: as tokens are sampled with StreamTokens, otherwise as sequences end.
     /// One reader at a time.
     /// </summary>
     public async IAsyncEnumerable<SequenceChunk> ReadAsync([EnumeratorCancellation] CancellationToken cancellation = default)
@@ -115,10 +115,10 @@ public sealed class Group
     }
 
     /// <summary>Called by the loop, once a prompt position.</summary>
-    /// <param name="position">The log-probability is that of the token after it.</param>
-    /// <param name="logProb">Without meaning at the last position.</param>
-    /// <param name="topIds">Alternatives for that token.</param>
-    /// <param name="topLogProbs">Theirs.</param>
+    /// <param name="position">The prompt position whose logits these are.</param>
+    /// <param name="logProb">Of the prompt token after the position; not used at the last position.</param>
+    /// <param name="topIds">Alternatives for the token after the position.</param>
+    /// <param name="topLogProbs">The log-probabilities of the alternatives.</param>
     /// <param name="version">Of the weights that computed them.</param>
     internal void StorePromptLogProb(
         int position, float logProb, ReadOnlySpan<int> topIds, ReadOnlySpan<float> topLogProbs, ulong version)

@@ -1,6 +1,6 @@
 namespace Rollout.Engine;
 
-/// <summary>What is added to the logits of some tokens before temperature, in the form a step wants it: ids ascending.</summary>
+/// <summary>Values added to the logits of some tokens before temperature, in the form that a step needs: ids ascending.</summary>
 internal sealed record LogitBias(int[] Ids, float[] Values)
 {
     private static readonly LogitBias s_none = new([], []);

@@ -1,20 +1,20 @@
 namespace Rollout.Engine;
 
-/// <summary>One thing wrong with an input: which field, and what a person can do about it.</summary>
+/// <summary>One thing wrong with an input: the field, and a message for a person.</summary>
 /// <param name="Field">
-/// As the input's type names it, with an index where one element is wrong: <c>MaxTokens</c>, <c>Prompt[3]</c>. A surface that takes the
-/// input in another form calls it what it is called there, see <see cref="Rename"/>.
+/// The name of the field in the input's type, with an index where one element is wrong: <c>MaxTokens</c>, <c>Prompt[3]</c>. A surface
+/// with other names maps it to its own, see <see cref="Rename"/>.
 /// </param>
 /// <param name="Message">Names no other field than <see cref="OtherField"/>.</param>
 /// <param name="Other">The field that <see cref="OtherField"/> stands for in the message; "" where there is none.</param>
 public readonly record struct Problem(string Field, string Message, string Other = "")
 {
-    /// <summary>Stands in a message for the name of a second field that is part of the problem.</summary>
+    /// <summary>Placeholder in a message for the name of a second field that is part of the problem.</summary>
     public const string OtherField = "{other}";
 
-    /// <summary>The same problem in another form's names.</summary>
-    /// <param name="field">The field's name in that form, by its name here, without the index.</param>
-    /// <param name="inMessage">As above, for the field that the message names.</param>
+    /// <summary>The same problem under another form's field names.</summary>
+    /// <param name="field">Maps a field's name, without the index, to its name in the other form.</param>
+    /// <param name="inMessage">The same, for the second field named in the message.</param>
     public Problem Rename(Func<string, string> field, Func<string, string> inMessage)
     {
         int index = Field.IndexOf('[', StringComparison.Ordinal);
@@ -26,7 +26,7 @@ public readonly record struct Problem(string Field, string Message, string Other
         => Other.Length == 0 ? $"{Field}: {Message}" : $"{Field}: {Message.Replace(OtherField, Other, StringComparison.Ordinal)}";
 }
 
-/// <summary>A request that can never run as it stands. Lists everything wrong with it, not the first thing found.</summary>
+/// <summary>An invalid request: sending it again cannot succeed. Lists every problem.</summary>
 public sealed class InvalidRequestException(IReadOnlyList<Problem> problems)
     : Exception(string.Join("; ", problems))
 {

@@ -1,8 +1,8 @@
 namespace Rollout.Engine;
 
 /// <summary>
-/// Looks for stop strings in the bytes of the sampled tokens as they come. A match may begin in one token and end in another. Keeps the
-/// last bytes only, and allocates nothing per token.
+/// Finds stop strings in the bytes of the sampled tokens, token by token. A match may begin in one token and end in another. Keeps only
+/// the last bytes, and allocates nothing per token.
 /// </summary>
 internal sealed class StopStringMatcher
 {
@@ -22,10 +22,10 @@ internal sealed class StopStringMatcher
         _window = new byte[_tail.Length + 64];
     }
 
-    /// <summary>The stop string that ended in the last token: the first in the order given.</summary>
+    /// <summary>The stop string that ended in the last token; the first in the given order if there are several.</summary>
     public string? Matched { get; private set; }
 
-    /// <summary>Takes the next token's bytes. True when a stop string ends in them.</summary>
+    /// <summary>Appends the next token's bytes. True when a stop string ends in them.</summary>
     public bool Append(int token)
     {
         Matched = null;
@@ -37,7 +37,7 @@ internal sealed class StopStringMatcher
         bytes.CopyTo(window[_tailLength..]);
         for (int i = 0; i < _patterns.Length; i++)
         {
-            // A match ends in the new bytes; one that ended before was seen before.
+            // Only matches that end in the new bytes count; earlier ones were found by earlier calls.
             int from = Math.Max(0, _tailLength + 1 - _patterns[i].Length);
             if (window[from..].IndexOf(_patterns[i]) < 0) continue;
             Matched = _strings[i];

@@ -3,49 +3,49 @@ using System.Diagnostics;
 namespace Rollout.Engine;
 
 /// <summary>
-/// Wakes the readers of streams after steps. Waking a reader, its reply and reading that reply cost tens of microseconds of some core, for
-/// one token as for ten; where steps are short that would be more than the step. So the time between two rounds of waking grows with what
-/// a round costs, and a reader finds the tokens of several steps. Steps longer than that wake after every one. The loop owns it.
+/// Wakes the readers of streams after steps. Waking a reader and sending and reading its reply cost tens of microseconds of CPU time, for
+/// one token or for ten, which can exceed a short step. So the interval between two rounds grows with the cost of a round, and a reader
+/// gets the tokens of several steps at once. After steps longer than the interval readers are woken every time. Owned by the loop.
 /// </summary>
 internal sealed class StreamWakes(int maxSequences)
 {
-    // As perf/load's frames measures it, server and client together.
+    // Measured by the frames mode of perf/load, server and client together.
     private static readonly long s_ticksPerGroup = Stopwatch.Frequency / 50_000;
     private static readonly long s_ticksPerSample = Stopwatch.Frequency / 500_000;
 
-    private readonly List<Group> _held = new(maxSequences);
-    private int _samples; // that got a token in this step
+    private readonly List<Group> _pending = new(maxSequences);
+    private int _samples; // samples that got a token in this step
     private long _next;
 
-    /// <summary>A sample of a streaming group has a token more.</summary>
+    /// <summary>Records that a sample of a streaming group got a token.</summary>
     public void Add(Group group)
     {
         _samples++;
-        if (group.WakeHeld) return;
-        group.WakeHeld = true;
-        _held.Add(group);
+        if (group.IsWakePending) return;
+        group.IsWakePending = true;
+        _pending.Add(group);
     }
 
-    /// <summary>A step has ended: wakes the readers if it is time.</summary>
+    /// <summary>Called after each step: wakes the readers if the interval is over.</summary>
     /// <param name="now">By <see cref="Stopwatch"/>.</param>
     public void EndStep(long now)
     {
         int samples = _samples;
         _samples = 0;
-        if (_held.Count == 0 || now < _next) return;
-        _next = now + (_held.Count * s_ticksPerGroup) + (samples * s_ticksPerSample);
+        if (_pending.Count == 0 || now < _next) return;
+        _next = now + (_pending.Count * s_ticksPerGroup) + (samples * s_ticksPerSample);
         RaiseAll();
     }
 
-    /// <summary>No step may follow soon: nothing waits for it.</summary>
+    /// <summary>Wakes all pending readers at once, because no step may follow soon.</summary>
     public void RaiseAll()
     {
-        foreach (Group group in _held)
+        foreach (Group group in _pending)
         {
-            group.WakeHeld = false;
+            group.IsWakePending = false;
             group.Raise();
         }
 
-        _held.Clear();
+        _pending.Clear();
     }
 }

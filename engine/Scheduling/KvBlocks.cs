@@ -6,13 +6,13 @@ using Rollout.Kernels;
 namespace Rollout.Engine;
 
 /// <summary>
-/// The pool of KV blocks: reference counts, and a cache of full blocks keyed by a hash chain over everything their keys and values
-/// depend on: parent block, tokens, weights version, cache salt. A block of other weights has another key, so it cannot be hit; nobody
-/// flushes anything.
+/// The pool of KV blocks: reference counts, and a cache of full blocks keyed by a hash chain over everything their keys and values depend
+/// on: parent block, tokens, weights version, cache salt. A block of other weights has another key and cannot be hit, so an update needs
+/// no flush.
 /// <code>
 ///   used:   ReferenceCount > 0, held by samples
-///   free:   ReferenceCount = 0, in a list from first to be taken to last; a free block may still hold a cached prefix,
-///           which is forgotten when the block is taken
+///   free:   ReferenceCount = 0, in a list in order of allocation; a free block may still hold a cached prefix,
+///           which is evicted when the block is allocated
 /// </code>
 /// </summary>
 public sealed class KvBlocks
@@ -45,13 +45,13 @@ public sealed class KvBlocks
 
     public int Used => Total - Free;
 
-    /// <summary>Free blocks that still hold a prefix someone may hit.</summary>
+    /// <summary>Free blocks that still hold a prefix.</summary>
     public int Cached { get; private set; }
 
-    /// <summary>Blocks that hold this many tokens.</summary>
+    /// <summary>The number of blocks needed for this many tokens.</summary>
     public static int CountFor(int tokens) => (tokens + BlockTokens - 1) / BlockTokens;
 
-    /// <summary>How many of this many tokens lie in full blocks.</summary>
+    /// <summary>The number of these tokens that are in full blocks.</summary>
     public static int FullTokens(int tokens) => tokens / BlockTokens * BlockTokens;
 
     /// <summary>
@@ -80,8 +80,8 @@ public sealed class KvBlocks
     }
 
     /// <summary>
-    /// Hands the sequence the longest cached prefix, all but its last token at most (a step needs a row to get logits from). Returns the
-    /// tokens found.
+    /// Gives the sequence the longest cached prefix, at most all but its last token (a step needs one row to compute logits). Returns the
+    /// number of tokens found.
     /// </summary>
     internal int AttachPrefix(Sequence sequence, ulong version, UInt128 salt)
     {
@@ -112,7 +112,7 @@ public sealed class KvBlocks
         {
             int at = sequence.HashedBlocks;
             UInt128 hash = Hash(sequence.BlockHash, tokens.Slice(at * BlockTokens, BlockTokens), version, salt);
-            // Two samples may compute the same block at the same time; the first to finish is the one others find.
+            // Two samples may compute the same block at the same time; the first to finish is cached.
             if (_cached.TryAdd(hash, sequence.BlockTable[at])) _hashes[sequence.BlockTable[at]] = hash;
             sequence.BlockHash = hash;
             sequence.HashedBlocks++;
@@ -120,8 +120,8 @@ public sealed class KvBlocks
     }
 
     /// <summary>
-    /// Gives <paramref name="sibling"/> the leader's blocks for the first <paramref name="tokens"/> tokens: full ones shared, the last,
-    /// partly filled one replaced by a block of its own, whose content is to be copied. False, and nothing given, when no block is free.
+    /// Gives <paramref name="sibling"/> the leader's blocks for the first <paramref name="tokens"/> tokens. Full blocks are shared; for the
+    /// last, partly filled one it gets its own block, to which the content must be copied. False, and no change, when no block is free.
     /// </summary>
     internal bool TryFork(Sequence leader, Sequence sibling, int tokens, out BlockCopy copy)
     {
@@ -153,7 +153,7 @@ public sealed class KvBlocks
         sequence.BlockHash = 0;
     }
 
-    /// <summary>No prefix can be hit any more. Blocks in use keep what they hold, unshared.</summary>
+    /// <summary>Evicts all cached prefixes. Blocks in use keep their content but are no longer shared.</summary>
     internal void ForgetCached()
     {
         _cached.Clear();
@@ -179,7 +179,7 @@ public sealed class KvBlocks
             if (_references[block] < 0) throw new InvalidOperationException($"KV block {block} was released twice");
             if (_references[block] > 0) used++;
             if (_hashes[block] != 0 && (!_cached.TryGetValue(_hashes[block], out int at) || at != block))
-                throw new InvalidOperationException($"KV block {block} carries a hash nobody can find");
+                throw new InvalidOperationException($"KV block {block} has a hash that is not in the cache");
         }
 
         if (free != Free || cached != Cached || used + free != Total)
@@ -209,7 +209,7 @@ public sealed class KvBlocks
     private void Drop(int block)
     {
         if (--_references[block] > 0) return;
-        // Empty blocks are taken before those that hold a prefix.
+        // Empty blocks are allocated before those that hold a prefix.
         InsertFree(block, after: _hashes[block] == 0 ? Total : _previous[Total]);
     }
 

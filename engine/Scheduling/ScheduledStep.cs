@@ -4,7 +4,7 @@ namespace Rollout.Engine;
 
 /// <summary>
 /// A step from its planning to its results: what the backend computes, and for which sequences. It fills the <see cref="StepLayout"/> and
-/// reads the results back; which sequences and how many tokens is the scheduler's decision. Allocated once and filled again and again.
+/// reads the results back; the scheduler decides which sequences and how many tokens. Allocated once and reused.
 /// </summary>
 internal sealed class ScheduledStep(StepLayout layout)
 {
@@ -51,7 +51,7 @@ internal sealed class ScheduledStep(StepLayout layout)
     /// <summary>The last row of sequence s.</summary>
     public int LastRowOf(int s) => Layout.RowStart[s + 1] - 1;
 
-    /// <summary>Asks for the log-probabilities of the prompt at every row of sequence s.</summary>
+    /// <summary>Adds queries for the log-probabilities of the prompt at every row of sequence s.</summary>
     public void AddPromptQueries(int s)
     {
         Sequence sequence = _sequences[s];
@@ -70,7 +70,7 @@ internal sealed class ScheduledStep(StepLayout layout)
         }
     }
 
-    /// <summary>Asks for the sequence's next token, from the logits of a row.</summary>
+    /// <summary>Adds a query for the sequence's next token, from the logits of a row.</summary>
     public void AddSampleQuery(Sequence sequence, int row)
     {
         Group group = sequence.Group;
@@ -95,7 +95,7 @@ internal sealed class ScheduledStep(StepLayout layout)
 
     private void Add(StepQuery what, int row, int alternatives, SampleQuery query)
     {
-        // Queries of one row follow each other and share its logits.
+        // Queries of one row are consecutive and share its logits.
         if (Layout.OutputCount == 0 || Layout.OutputRows[Layout.OutputCount - 1] != row) Layout.OutputRows[Layout.OutputCount++] = row;
         query.OutputIndex = Layout.OutputCount - 1;
         query.AlternativesStart = Layout.AlternativesCount;
@@ -108,10 +108,10 @@ internal sealed class ScheduledStep(StepLayout layout)
     // ---- Reading.
 
     /// <summary>
-    /// Stores the result of query q: a sampled token in its sequence, or a prompt position's log-probabilities in its group. Returns why
-    /// the sequence ends with it, if it does: an error where the logits allow no token.
+    /// Stores the result of query q: a sampled token in its sequence, or a prompt position's log-probabilities in its group. Returns the
+    /// reason if the sequence ends with it: an error where the logits allow no token.
     /// </summary>
-    /// <param name="q">Of a sequence that has not ended.</param>
+    /// <param name="q">A query of a sequence that has not ended.</param>
     /// <param name="version">Of the weights that the step ran on.</param>
     public FinishReason StoreResult(int q, ulong version)
     {

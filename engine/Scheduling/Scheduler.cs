@@ -6,18 +6,18 @@ namespace Rollout.Engine;
 /// <summary>
 /// Decides which tokens the next step computes. There is no prefill and no decode: a sequence has computed and total tokens, and a step
 /// closes the gap, oldest sequence first, within a budget of tokens. Chunked prefill, prefix hits, preemption (drop the keys and
-/// values, recompute later) and new weights under RECOMPUTE are all that one rule.
+/// values, recompute later) and new weights under RECOMPUTE all follow from that rule.
 /// <code>
 ///   Submit -> [ waiting ] -- a seat, and blocks for all its tokens --> [ running ] --> ended
 ///                 ^                                                        |
 ///                 +-------- preempted: youngest first, computed = 0 -------+
 /// </code>
-/// These decisions change when a token comes, never which: see DEFINITIONS.md. Not thread-safe: the engine's loop owns it.
+/// These decisions change when a token is sampled, never which token: see DEFINITIONS.md. Not thread-safe: the engine's loop owns it.
 /// <para>
 /// A step may be planned while the one before is in flight. Rows and queries count as computed and in flight when they are planned; a row's
-/// token may be the result of a query of the step before; and a sequence that turns out to have ended computes a row in vain. Steps run in
-/// the order in which they were planned, so blocks may change hands meanwhile. Everything else, new weights above all, happens while no
-/// step is in flight.
+/// token may be the result of a query of the step before; and the row of a sequence that turns out to have ended is discarded. Steps run
+/// in the order in which they were planned, so a freed block may be reused at once. Everything else, in particular a change of weights,
+/// happens while no step is in flight.
 /// </para>
 /// </summary>
 public sealed class Scheduler
@@ -33,10 +33,10 @@ public sealed class Scheduler
     private readonly StreamWakes _streams;
 
     /// <param name="blocks">The pool.</param>
-    /// <param name="maxSequences">Seats.</param>
-    /// <param name="maxBatchTokens">Tokens of a step.</param>
+    /// <param name="maxSequences">Most sequences with a seat.</param>
+    /// <param name="maxBatchTokens">Most tokens in one step.</param>
     /// <param name="sequenceEnded">Called on the loop when a sequence has ended.</param>
-    /// <param name="groupEnded">Called on the loop when a group's last sequence has ended, before anyone can see it.</param>
+    /// <param name="groupEnded">Called on the loop when a group's last sequence has ended, before readers can see it.</param>
     internal Scheduler(
         KvBlocks blocks, int maxSequences, int maxBatchTokens, Action<Sequence> sequenceEnded, Action<Group> groupEnded)
     {
@@ -61,7 +61,7 @@ public sealed class Scheduler
 
     internal bool IsEmpty => _running.Count == 0 && _waiting.Count == 0;
 
-    /// <summary>Whether a group that had a seat has sequences left.</summary>
+    /// <summary>Whether a group that has had a seat has sequences that have not ended.</summary>
     internal bool HasBegun => _running.Count > 0 || _waiting.Any(sequence => sequence.Group.Begun);
 
     public long GeneratedTokens { get; private set; }
@@ -105,7 +105,7 @@ public sealed class Scheduler
             if (budget == 0 || _running.Count == _maxSequences) break;
             Sequence sequence = node.Value;
             if (sequence.Gap == 0 || !MayBegin(sequence, admitNew)) continue;
-            if (!TrySeat(sequence)) break; // no overtaking: whoever is next gets the next free blocks
+            if (!TrySeat(sequence)) break; // no overtaking: the first in the queue gets the next free blocks
             _waiting.Remove(node);
             int tokens = Math.Min(sequence.Gap, budget);
             AddRows(step, sequence, tokens);
@@ -118,8 +118,8 @@ public sealed class Scheduler
     }
 
     /// <summary>
-    /// Collects what the step computed and sampled, ends sequences, and wakes the readers of groups, each once: of those in which a
-    /// sequence ended now, and of those that stream when it is time.
+    /// Collects what the step computed and sampled, ends sequences, and wakes the readers of groups, each once: at once where a sequence
+    /// ended, otherwise as <see cref="StreamWakes"/> decides.
     /// </summary>
     internal void CollectResults(ScheduledStep step)
     {
@@ -134,10 +134,10 @@ public sealed class Scheduler
         _streams.EndStep(Stopwatch.GetTimestamp());
     }
 
-    /// <summary>Wakes the readers of streams that were left asleep for the steps to follow, because none may follow soon.</summary>
+    /// <summary>Wakes all readers of streams that have unread tokens, because no step may follow soon.</summary>
     internal void WakeStreams() => _streams.RaiseAll();
 
-    /// <summary>Ends all sequences of a group that have not ended. Returns how many that were.</summary>
+    /// <summary>Ends all sequences of a group that have not ended. Returns their number.</summary>
     internal int End(Group group, FinishReason reason, string error = "")
     {
         if (!group.Forked) SetForked(group);
@@ -166,7 +166,7 @@ public sealed class Scheduler
         }
     }
 
-    /// <summary>Keys and values are about to go: running sequences give up their seats and recompute, and no prefix can be hit.</summary>
+    /// <summary>Drops all keys and values: running sequences are preempted and recompute, and no prefix can be hit.</summary>
     internal void DropAllKv()
     {
         for (int i = _running.Count - 1; i >= 0; i--) Preempt(i);
@@ -176,7 +176,7 @@ public sealed class Scheduler
     /// <summary>Ends sequences whose oldest part is older than their request allows, before a step is spent on them.</summary>
     private void EndStale(UpdatePolicy policy)
     {
-        // To the side first: ending a sample changes both lists.
+        // Collected first, because ending a sample changes both lists.
         List<Sequence> stale = [.. _running.Concat(_waiting).Where(sequence =>
             sequence.Group.Request.MaxStaleness is { } most && Version - OldestPart(sequence, policy) > (ulong)most)];
         foreach (Sequence sequence in stale)
@@ -193,7 +193,7 @@ public sealed class Scheduler
         return Keeps(sequence, policy) && sequence.Computed > 0 ? Math.Min(oldest, sequence.OldestKvVersion) : oldest;
     }
 
-    /// <summary>Whether keys and values outlive new weights. Log-probabilities of a prompt are always those of one version.</summary>
+    /// <summary>Whether a sequence keeps its keys and values under new weights. A prompt is always scored under one version.</summary>
     private static bool Keeps(Sequence sequence, UpdatePolicy policy) => policy == UpdatePolicy.Keep && !sequence.IsScoring;
 
     /// <summary>
@@ -213,7 +213,7 @@ public sealed class Scheduler
         return true;
     }
 
-    /// <summary>Back to the front of the queue, without keys and values.</summary>
+    /// <summary>Moves a sequence back to the front of the queue, without keys and values.</summary>
     private void Preempt(int index)
     {
         Sequence sequence = _running[index];
@@ -277,7 +277,7 @@ public sealed class Scheduler
 
     /// <summary>
     /// The leader's prompt is complete with this step: its siblings sample their first token from the same logits and share its blocks.
-    /// Those that find no seat or no block wait like anyone else, and will find the prefix that the leader leaves.
+    /// Those that get no seat or no block wait in the queue and then hit the leader's cached prefix.
     /// </summary>
     private void Fork(ScheduledStep step, Sequence leader, int row)
     {
@@ -306,7 +306,7 @@ public sealed class Scheduler
         _unforked -= group.Sequences.Count - 1;
     }
 
-    /// <summary>Sequences of a group go to the front of the queue, in their order.</summary>
+    /// <summary>Puts sequences of a group at the front of the queue, in their order.</summary>
     private void QueueFrom(Group group, int first)
     {
         for (int i = group.Sequences.Count - 1; i >= first; i--) _waiting.AddFirst(group.Sequences[i]);
@@ -333,7 +333,7 @@ public sealed class Scheduler
     private string NoToken =>
         $"no token can be drawn under weights version {Version}: its logits are not finite, or every token is forbidden";
 
-    /// <summary>Takes a sequence out of whichever list it is in, and ends it. There is no other way out.</summary>
+    /// <summary>Removes a sequence from the list it is in, and ends it. Every sequence ends here.</summary>
     private void End(Sequence sequence, FinishReason reason, string error = "")
     {
         if (!_running.Remove(sequence)) _waiting.Remove(sequence);
@@ -342,23 +342,23 @@ public sealed class Scheduler
         Group group = sequence.Group;
         if (!group.Forked)
         {
-            // The leader ends before the prompt is complete: nobody computes it for its siblings any more.
+            // The leader ends before the prompt is complete: its siblings must compute it themselves.
             SetForked(group);
             QueueFrom(group, 1);
         }
 
-        // The engine forgets the group before anyone can see its end: whoever sees it may use its id again.
+        // The engine removes the group before readers can see its end, because they may then reuse its id.
         bool last = group.CountEnded() == group.Sequences.Count;
         if (last) _groupEnded(group);
         sequence.Finish(reason, error);
         if (last) group.Complete();
-        group.HasNews = true;
+        group.HasEndedSamples = true;
     }
 
     private static void WakeIfEnded(Group group)
     {
-        if (!group.HasNews) return;
-        group.HasNews = false;
+        if (!group.HasEndedSamples) return;
+        group.HasEndedSamples = false;
         group.Raise();
     }
 }

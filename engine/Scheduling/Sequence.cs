@@ -4,8 +4,8 @@ using Rollout.Kernels;
 namespace Rollout.Engine;
 
 /// <summary>
-/// One sample: its tokens, how many of them have keys and values, and the blocks these lie in. Owned by the loop; readers look only at
-/// what <see cref="Published"/> covers.
+/// One sample: its tokens, the number of them that have keys and values, and the blocks that hold these. Owned by the loop; readers read
+/// only what <see cref="Published"/> covers.
 /// <code>
 ///   tokens   [ prompt ............ | sampled ........ ]
 ///            0            PromptLength            Total
@@ -15,8 +15,8 @@ namespace Rollout.Engine;
 /// </summary>
 public sealed class Sequence
 {
-    // Rooms for this many sampled tokens are taken at once; longer samples move to larger arrays. A reader that holds the old ones finds
-    // in them everything that was published when it took them.
+    // Arrays are allocated for this many sampled tokens at first; longer samples move to larger arrays. A reader that holds the old ones
+    // finds in them everything that was published when it got them.
     private const int FirstCapacity = 4096;
 
     private int[] _tokens;
@@ -47,9 +47,9 @@ public sealed class Sequence
         Total = prompt.Length;
     }
 
-    // ---- For readers.
+    // ---- Used by readers.
 
-    /// <summary>Place in the group; part of the noise's key.</summary>
+    /// <summary>Index in the group; part of the noise's key.</summary>
     public int Index { get; }
 
     public int PromptLength { get; }
@@ -78,7 +78,7 @@ public sealed class Sequence
     /// <summary>Alternatives of tokens [start, end), [tokens, TopLogProbs], most probable first.</summary>
     public ReadOnlySpan<int> TopIds(int start, int end) => _topIds.AsSpan(start * TopLogProbs, (end - start) * TopLogProbs);
 
-    /// <summary>Their model log-probabilities.</summary>
+    /// <summary>Model log-probabilities of the alternatives.</summary>
     public ReadOnlySpan<float> TopLogProbValues(int start, int end)
         => _topLogProbs.AsSpan(start * TopLogProbs, (end - start) * TopLogProbs);
 
@@ -88,7 +88,7 @@ public sealed class Sequence
     /// <summary>The stop string that ended the sample, or null.</summary>
     public string? MatchedStop => StopStrings?.Matched;
 
-    // ---- For the loop.
+    // ---- Used by the loop.
 
     internal Group Group { get; set; } = null!;
 
@@ -100,13 +100,13 @@ public sealed class Sequence
     /// <summary>Tokens known: prompt and sampled.</summary>
     internal int Total { get; private set; }
 
-    /// <summary>Tokens whose keys and values lie in the blocks, or will when the steps in flight are done.</summary>
+    /// <summary>Tokens whose keys and values are in the blocks, or will be when the steps in flight are done.</summary>
     internal int Computed { get; set; }
 
     /// <summary>Tokens that steps in flight sample.</summary>
     internal int InFlight { get; set; }
 
-    /// <summary>The query, of the step planned last, that samples the last of them.</summary>
+    /// <summary>The query of the latest planned step that samples the last of them.</summary>
     internal int LastQuery { get; set; }
 
     /// <summary>Tokens to compute before the next can be sampled; none when the last is in flight.</summary>
@@ -120,7 +120,7 @@ public sealed class Sequence
 
     internal int BlockCount { get; set; }
 
-    /// <summary>Leading blocks whose hash is known, and the hash of the last of them.</summary>
+    /// <summary>The number of leading blocks whose hash is known, and the hash of the last one.</summary>
     internal int HashedBlocks { get; set; }
 
     internal UInt128 BlockHash { get; set; }
@@ -128,10 +128,12 @@ public sealed class Sequence
     /// <summary>False once its keys and values come from more than one version: such blocks are never shared.</summary>
     internal bool SingleVersionKv { get; set; } = true;
 
-    /// <summary>Whether the log-probabilities of the group's prompt are still to come, from this sequence's rows.</summary>
+    /// <summary>Whether this sequence's rows still have to produce the log-probabilities of the group's prompt.</summary>
     internal bool IsScoring => Group.Request.PromptLogProbs && Index == 0 && Sampled == 0;
 
-    /// <summary>Why the sequence ends with the token appended last, or None. Asked once a token: stop strings are matched along.</summary>
+    /// <summary>
+    /// Why the sequence ends with the token appended last, or None. Called once a token, because it advances the stop-string matcher.
+    /// </summary>
     internal FinishReason EndOfLastToken()
     {
         int token = _tokens[Total - 1];
@@ -141,8 +143,8 @@ public sealed class Sequence
     }
 
     /// <param name="result">The token drawn and its log-probabilities.</param>
-    /// <param name="topIds">Its alternatives.</param>
-    /// <param name="topLogProbs">Theirs.</param>
+    /// <param name="topIds">Alternatives for the token.</param>
+    /// <param name="topLogProbs">Log-probabilities of the alternatives.</param>
     /// <param name="version">Of the weights that drew it.</param>
     internal void Append(in SampleResult result, ReadOnlySpan<int> topIds, ReadOnlySpan<float> topLogProbs, ulong version)
     {

@@ -2,7 +2,9 @@ using System.Buffers;
 
 namespace Rollout.Engine;
 
-/// <summary>Tokens that are looked for in the text itself, before it is split into words: the leftmost, and of those the longest.</summary>
+/// <summary>
+/// Tokens that are found in the text itself, before it is split into words: the leftmost match, and of those the longest.
+/// </summary>
 internal sealed class AddedTokens
 {
     private readonly SearchValues<string> _any;
@@ -14,7 +16,7 @@ internal sealed class AddedTokens
         _byFirst = tokens.OrderByDescending(token => token.Text.Length).ToLookup(token => token.Text[0]);
     }
 
-    /// <summary>Finds the first token: where, how long, and its id; false when there is none.</summary>
+    /// <summary>Finds the first token: its position, length and id. False when there is none.</summary>
     public bool TryFind(ReadOnlySpan<char> text, out int at, out int length, out int id)
     {
         at = text.IndexOfAny(_any);

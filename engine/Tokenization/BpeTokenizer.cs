@@ -5,13 +5,14 @@ using System.Text;
 namespace Rollout.Engine;
 
 /// <summary>
-/// Byte-level byte-pair encoding as GPT-2, Llama 3 and Qwen use it, from a tokenizer.json of Hugging Face's tokenizers, whose ids it gives.
+/// Byte-level byte-pair encoding as in GPT-2, Llama 3 and Qwen, read from a tokenizer.json. The ids equal those of Hugging Face's
+/// tokenizers.
 /// <code>
 ///   text -> added tokens -> NFC -> added tokens -> words (regular expressions) -> UTF-8 bytes -> merges -> ids
 /// </code>
 /// <para>
 /// Not built on Microsoft.ML.Tokenizers: its merging takes minutes for a word of a million letters (2.0.1), it has no ignore_merges, and it
-/// knows neither the two kinds of added token nor, with invariant globalisation, NFC.
+/// supports neither the two kinds of added token nor, with invariant globalisation, NFC.
 /// </para>
 /// </summary>
 public sealed class BpeTokenizer : Tokenizer
@@ -66,7 +67,7 @@ public sealed class BpeTokenizer : Tokenizer
         return [.. ids];
     }
 
-    /// <summary>Takes out the added tokens that are matched before normalisation.</summary>
+    /// <summary>Extracts the added tokens that are matched before normalisation.</summary>
     private void EncodeRaw(ReadOnlySpan<char> text, BytePairMerger merger, List<int> ids)
     {
         while (_data.AddedRaw is { } added && added.TryFind(text, out int at, out int length, out int id))
@@ -80,7 +81,7 @@ public sealed class BpeTokenizer : Tokenizer
 
     private ReadOnlySpan<char> Normalize(ReadOnlySpan<char> text) => _data.Nfc ? Nfc.Normalize(text) : text;
 
-    /// <summary>Takes out those that are matched after it.</summary>
+    /// <summary>Extracts those that are matched after it.</summary>
     private void EncodeNormalized(ReadOnlySpan<char> text, BytePairMerger merger, List<int> ids)
     {
         while (_data.AddedNormalized is { } added && added.TryFind(text, out int at, out int length, out int id))
@@ -132,7 +133,7 @@ public sealed class BpeTokenizer : Tokenizer
         return vocabulary.GetAlternateLookup<ReadOnlySpan<char>>().TryGetValue(text[..word.Length], out id);
     }
 
-    /// <summary>What a tokenizer.json says, checked.</summary>
+    /// <summary>The checked content of a tokenizer.json.</summary>
     internal sealed class Data
     {
         /// <summary>Bytes by id, of all tokens that are not special; special ones have none.</summary>
@@ -143,7 +144,7 @@ public sealed class BpeTokenizer : Tokenizer
 
         public required Dictionary<long, BytePairMerger.Merge> Merges { get; init; }
 
-        /// <summary>With ignore_merges, the vocabulary: a word in it is one token whatever the merges say.</summary>
+        /// <summary>With ignore_merges, the vocabulary: a word in it is one token, without merging.</summary>
         public required Dictionary<string, int>? WholeWords { get; init; }
 
         /// <summary>Bytes of the longest token.</summary>

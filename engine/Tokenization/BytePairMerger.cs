@@ -4,8 +4,7 @@ namespace Rollout.Engine;
 
 /// <summary>
 /// Byte-pair merging of one word at a time: the pair of lowest rank is merged first, the leftmost among equals, until none is left.
-/// The pairs wait in a heap, so that a word of n bytes takes n log n however long it is; rescanning the word after each merge, which is
-/// what one would write for short words, is quadratic.
+/// The pairs are kept in a heap, so that a word of n bytes takes O(n log n) time; rescanning the word after each merge is quadratic.
 /// Holds scratch memory: one instance per thread and text.
 /// </summary>
 internal sealed class BytePairMerger(Dictionary<long, BytePairMerger.Merge> merges) : IDisposable
@@ -16,13 +15,13 @@ internal sealed class BytePairMerger(Dictionary<long, BytePairMerger.Merge> merg
     private int[] _next = [];
     private int[] _previous = [];
 
-    /// <summary>What a pair of tokens becomes. Lower ranks go first.</summary>
+    /// <summary>The token that a pair becomes. Lower ranks are merged first.</summary>
     public readonly record struct Merge(int Rank, int Id);
 
     /// <summary>The key of a pair.</summary>
     public static long Pair(int left, int right) => (long)left << 32 | (uint)right;
 
-    /// <summary>Merges a word given as the tokens of its bytes, and appends what results.</summary>
+    /// <summary>Merges a word given as the tokens of its bytes, and appends the resulting ids.</summary>
     public void Apply(ReadOnlySpan<byte> word, ReadOnlySpan<int> byteIds, List<int> output)
     {
         int count = word.Length;

@@ -4,8 +4,8 @@ using System.Text;
 namespace Rollout.Engine;
 
 /// <summary>
-/// Unicode normalisation form C. Ours, because string.Normalize does nothing when globalisation is invariant, as it is here (no libicu
-/// to deploy, and the same result on every machine).
+/// Unicode normalisation form C. Implemented here because string.Normalize does nothing with invariant globalisation, which Rollout uses
+/// (no libicu to deploy, and the same result on every machine).
 /// </summary>
 internal static partial class Nfc
 {
@@ -13,12 +13,12 @@ internal static partial class Nfc
     private const int HangulBase = 0xAC00, LeadBase = 0x1100, VowelBase = 0x1161, TrailBase = 0x11A7;
     private const int Leads = 19, Vowels = 21, Trails = 28;
 
-    // Everything below is its own normal form and combines with nothing before it.
+    // Every character below is its own normal form and composes with no character before it.
     private const char FirstCombining = '\u0300';
 
     private static readonly Lazy<Tables> s_tables = new(() => new Tables());
 
-    /// <summary>The normal form; <paramref name="text"/> itself when it is plain enough to be in it. No lone surrogates.</summary>
+    /// <summary>The normal form; <paramref name="text"/> itself when no character can change. It must have no lone surrogates.</summary>
     public static ReadOnlySpan<char> Normalize(ReadOnlySpan<char> text)
     {
         if (text.IndexOfAnyInRange(FirstCombining, char.MaxValue) < 0)
@@ -89,7 +89,7 @@ internal static partial class Nfc
         for (int i = 0; i < runes.Count; i++)
         {
             (int rune, int combining) = (runes[i], tables.Class(runes[i]));
-            // A mark reaches its starter when nothing between has the same or a higher class.
+            // A mark composes with its starter when no mark between them has the same or a higher class.
             bool reaches = starter >= 0 && (kept == starter + 1 || lastClass < combining && lastClass != 0);
             if (reaches && TryCompose(runes[starter], rune, tables, out int composed))
             {

@@ -19,8 +19,10 @@ public abstract class Tokenizer
     /// <summary>
     /// The ids of a text. Special and added tokens are recognised in the text; half a surrogate pair is read as U+FFFD.
     /// </summary>
-    /// <param name="text">Any text, of any length; the time taken grows no faster than length times its logarithm.</param>
-    /// <param name="addSpecialTokens">Adds what the model expects around a text, such as a token that begins it.</param>
+    /// <param name="text">Any text of any length n; the time is O(n log n).</param>
+    /// <param name="addSpecialTokens">
+    /// Adds the special tokens that the model expects around a text, such as a beginning-of-text token.
+    /// </param>
     public abstract int[] Encode(string text, bool addSpecialTokens);
 
     /// <summary>

@@ -4,12 +4,12 @@ using System.Text.Json;
 namespace Rollout.Engine;
 
 /// <summary>
-/// Reads a tokenizer.json into what <see cref="BpeTokenizer"/> needs. Whatever would change ids or text and is not supported is refused by
-/// name, never ignored. truncation and padding are ignored: they concern batches, and transformers overrides them too.
+/// Reads a tokenizer.json into what <see cref="BpeTokenizer"/> needs. A setting that would change ids or text and is not supported is
+/// refused by name, never ignored. truncation and padding are ignored: they concern batches, and transformers overrides them too.
 /// </summary>
 internal sealed class TokenizerJson
 {
-    // Largest id: bounds the tables, which a hostile id could otherwise blow up.
+    // Largest id: bounds the size of the tables against hostile files.
     private const int MostId = 1 << 22;
 
     private readonly List<string> _problems = [];
@@ -86,7 +86,7 @@ internal sealed class TokenizerJson
             _problems.Add("model must be an object");
             return;
         }
-        // Old files of GPT-2 do not say their type.
+        // Old files of GPT-2 have no type.
         if (Get(model, "type") is { } type && GetText(model, "type") != "BPE")
             _problems.Add($"model.type must be BPE; it is {Shorten(type)}");
         foreach (string name in (string[])["continuing_subword_prefix", "end_of_word_suffix"])
@@ -124,7 +124,7 @@ internal sealed class TokenizerJson
                 (string? one, string? other) = (InvalidModelException.Quote(_textById[id]), InvalidModelException.Quote(entry.Name));
                 Report($"model.vocab: {one} and {other} have the same id, {id}");
             }
-            // A token with other characters, such as one repeated among the added tokens, is never made by merging.
+            // A token with other characters, such as one repeated among the added tokens, is never the result of a merge.
             _tokenBytes[id] = ByteAlphabet.ToBytes(entry.Name) ?? Encoding.UTF8.GetBytes(entry.Name);
         }
         List<int> missing = new List<int>();
@@ -158,7 +158,7 @@ internal sealed class TokenizerJson
             }
             else
             {
-                // Of a pair that stands twice the reference takes the last.
+                // Where a pair is listed twice the reference uses the last.
                 _merges[BytePairMerger.Pair(leftId, rightId)] = new BytePairMerger.Merge(rank, id);
             }
             rank++;
@@ -215,13 +215,13 @@ internal sealed class TokenizerJson
                     Report($"added_tokens {quoted}: {option} is not supported");
             }
             if (!seen.Add(text))
-                Report($"added_tokens {quoted} stands twice");
+                Report($"added_tokens {quoted} appears twice");
             else if (_vocabulary.TryGetValue(text, out int known) && known != id)
                 Report($"added_tokens {quoted} has id {id}, but {known} in model.vocab");
             else if (!_textById.TryAdd(id, text) && _textById[id] != text)
                 Report($"added_tokens {quoted} has the id of {InvalidModelException.Quote(_textById[id])}, {id}");
 
-            // normalized says in which form of the text the token is looked for, and it is decoded in that form.
+            // normalized says in which form of the text the token is matched, and it is decoded in that form.
             bool normalized = IsTrue(token, "normalized");
             string form = normalized && _nfc ? Nfc.Normalize(text).ToString() : text;
             (normalized ? _addedNormalized : _addedRaw).Add((form, id));
@@ -343,7 +343,7 @@ internal sealed class TokenizerJson
 
     private void Report(string problem)
     {
-        // A vocabulary may hold a problem per token; nobody reads more than some.
+        // A vocabulary may have a problem in every token, so the list is capped.
         const int Most = 1000;
         if (_problems.Count < Most)
             _problems.Add(problem);

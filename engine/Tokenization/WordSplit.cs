@@ -8,17 +8,17 @@ namespace Rollout.Engine;
 /// <summary>
 /// One step of splitting text into words by a regular expression of tokenizer.json.
 /// <para>
-/// Such expressions are written for Oniguruma, which sees code points; .NET sees UTF-16, where a letter beyond U+FFFF is two surrogates
-/// and no letter. So before matching, each of those is replaced by one character of its general category, and what is written
-/// differently in the two dialects, or means something else, is refused.
+/// Such expressions are written for Oniguruma, which matches code points; .NET matches UTF-16 units, where a letter beyond U+FFFF is two
+/// surrogates and not a letter. So before matching, each such character is replaced by one of its general category below U+FFFF. Syntax
+/// that the two dialects write differently or give different meanings is refused.
 /// </para>
 /// </summary>
 internal sealed partial class WordSplit
 {
-    /// <summary>GPT-2's, which a ByteLevel pre-tokenizer uses by itself.</summary>
+    /// <summary>GPT-2's pattern, the default of a ByteLevel pre-tokenizer.</summary>
     public const string Gpt2Pattern = @"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
 
-    // Of each general category that exists beyond U+FFFF, a character below that no pattern is likely to name.
+    // For each general category that exists beyond U+FFFF, a character below it that a pattern is unlikely to name.
     private static readonly Dictionary<UnicodeCategory, char> s_stand = new()
     {
         [UnicodeCategory.UppercaseLetter] = '\uA640',
@@ -53,17 +53,17 @@ internal sealed partial class WordSplit
 
     private WordSplit(string pattern, bool keepGaps)
     {
-        // The timeout is for patterns that backtrack without end: they come with the model.
+        // The timeout is for patterns that backtrack exponentially: they come with the model and are untrusted.
         _regex = new Regex(pattern, RegexOptions.CultureInvariant | RegexOptions.Compiled, TimeSpan.FromSeconds(10));
         _keepGaps = keepGaps;
     }
 
     public delegate void Receiver(ReadOnlySpan<char> word);
 
-    /// <summary>The characters that stand for those beyond U+FFFF; for tests.</summary>
+    /// <summary>The characters that replace those beyond U+FFFF; for tests.</summary>
     internal static IReadOnlyDictionary<UnicodeCategory, char> StandIns => s_stand;
 
-    /// <summary>Compiles a pattern, or says why it cannot be.</summary>
+    /// <summary>Compiles a pattern, or says why it cannot be used.</summary>
     /// <param name="pattern">In Oniguruma's syntax.</param>
     /// <param name="keepGaps">Text between matches is a word too; otherwise it is dropped.</param>
     /// <param name="problem">Null on success.</param>
@@ -86,7 +86,7 @@ internal sealed partial class WordSplit
     /// <summary>Splits at a fixed string instead.</summary>
     public static WordSplit Literal(string text, bool keepGaps) => new(Regex.Escape(text), keepGaps);
 
-    /// <summary>Hands the words of a text to a receiver, in order.</summary>
+    /// <summary>Passes the words of a text to a receiver, in order.</summary>
     public void Split(ReadOnlySpan<char> text, Receiver receiver)
     {
         if (text.IndexOfAnyInRange('\uD800', '\uDFFF') >= 0)
@@ -141,7 +141,7 @@ internal sealed partial class WordSplit
     }
 
     /// <summary>
-    /// Names the first thing in a pattern that .NET reads differently from Oniguruma, or that this check does not know to be the same.
+    /// Names the first construct in a pattern that .NET interprets differently from Oniguruma, or that is not known to be the same.
     /// </summary>
     private static string? FindDifference(string pattern)
     {

@@ -1,6 +1,6 @@
 namespace Rollout.Engine;
 
-/// <summary>What <see cref="ServedWeights"/> knows of the update under way, of which there is one at a time.</summary>
+/// <summary>The state that <see cref="ServedWeights"/> keeps of the update in progress. There is at most one at a time.</summary>
 /// <param name="manifest">Has passed the preflight.</param>
 /// <param name="mode">Staged or in place.</param>
 /// <param name="destination">The set that its bytes are written to: the spare one, or in place the one in service.</param>

@@ -6,7 +6,7 @@ using Rollout.Kernels;
 
 namespace Rollout.Engine;
 
-/// <summary>One tensor on its way from the payload into its place in a weight set: hashed as sent, stored as the device likes it.</summary>
+/// <summary>One tensor of a payload being written to its place in a weight set: hashed as sent, stored in the device's layout.</summary>
 internal sealed class IncomingTensor
 {
     private readonly ManifestTensor _tensor;
@@ -15,7 +15,7 @@ internal sealed class IncomingTensor
     private readonly int _elementSize;
     private readonly uint[]? _indices; // of the values that follow; null: all elements, in order
     private readonly long _indexBytes;
-    private XxHash128? _hash; // only while a tensor is half here: there may be many tensors
+    private XxHash128? _hash; // only while the tensor is partly received, because there may be many tensors
     private UInt128 _digest;
     private readonly int _unitBytes; // what the device stores at once: a row of a matrix, or a single element
     private byte[]? _split;          // a unit whose bytes came in several pieces
@@ -49,7 +49,7 @@ internal sealed class IncomingTensor
     /// <summary>Stopwatch ticks spent on hashing and storing.</summary>
     public long ApplyTicks { get; private set; }
 
-    /// <summary>XxHash128 of what was sent, in its canonical order; once all has been taken.</summary>
+    /// <summary>XxHash128 of the bytes sent, in its canonical byte order. Valid once all bytes have been taken.</summary>
     public byte[] Digest()
     {
         byte[] digest = new byte[16];
@@ -57,11 +57,11 @@ internal sealed class IncomingTensor
         return digest;
     }
 
-    /// <summary>As it will be served. Of a tensor that came in part, the digest of the whole is not known.</summary>
+    /// <summary>The description of the tensor once served. A tensor sent in part has no known digest.</summary>
     public DescribedWeight Describe(byte[] digest)
         => new(_tensor.Name, _tensor.Type, _tensor.Shape, _tensor.SparseCount is null ? digest : []);
 
-    /// <summary>How much to take at once, of <paramref name="most"/> bytes: whole units of what the device stores fastest.</summary>
+    /// <summary>How many bytes to take at once, at most <paramref name="most"/>: whole units of what the device stores fastest.</summary>
     public int PieceBytes(int most)
     {
         long unit = _indices is null && Entry.RowElements > 1 ? _backend.WriteRows * Entry.RowElements * _elementSize : 1;

@@ -1,9 +1,9 @@
 namespace Rollout.Engine;
 
-/// <summary>A place in the payload, moving on through its tensors and the alignment gaps between them.</summary>
+/// <summary>A position in the payload that advances through its tensors and the alignment gaps between them.</summary>
 internal sealed class PayloadCursor(IReadOnlyList<IncomingTensor> tensors, int first, long position)
 {
-    /// <summary>Fits a core's L2 beside what it is packed into.</summary>
+    /// <summary>Fits a core's L2 cache together with the packed result.</summary>
     public const int MostPieceBytes = 512 * 1024;
 
     private int _current = first;
@@ -11,11 +11,11 @@ internal sealed class PayloadCursor(IReadOnlyList<IncomingTensor> tensors, int f
     /// <summary>The next payload byte.</summary>
     public long Position { get; private set; } = position;
 
-    /// <summary>The tensor that byte belongs to, or that comes next; null behind the last.</summary>
+    /// <summary>The tensor that byte belongs to, or else the next one; null after the last.</summary>
     public IncomingTensor? Tensor => _current < tensors.Count ? tensors[_current] : null;
 
     /// <summary>
-    /// How much to take next, of what comes before <paramref name="end"/>: several small tensors, or whole units of a large one.
+    /// How many bytes before <paramref name="end"/> to take next: several small tensors, or whole units of a large one.
     /// </summary>
     public int PieceBytes(long end)
     {
@@ -23,7 +23,7 @@ internal sealed class PayloadCursor(IReadOnlyList<IncomingTensor> tensors, int f
         return left <= MostPieceBytes ? (int)left : Tensor!.PieceBytes(MostPieceBytes);
     }
 
-    /// <summary>Hands the next bytes to the tensors they belong to.</summary>
+    /// <summary>Passes the next bytes to the tensors they belong to.</summary>
     public void Take(ReadOnlySpan<byte> bytes)
     {
         while (!bytes.IsEmpty)
@@ -44,11 +44,11 @@ internal sealed class PayloadCursor(IReadOnlyList<IncomingTensor> tensors, int f
     }
 
     /// <summary>
-    /// Takes all that comes before <paramref name="end"/> on all cores. The thread that waits for them is not the caller's, which may serve
-    /// a connection.
+    /// Takes all bytes before <paramref name="end"/>, on all cores. A pool thread waits for them and not the caller's, which may serve a
+    /// connection.
     /// </summary>
     /// <param name="end">A payload byte.</param>
-    /// <param name="read">Takes, on one core, what lies between a cursor and a payload byte.</param>
+    /// <param name="read">Takes, on one core, the bytes from a cursor up to a payload byte.</param>
     public Task TakeOnAllCoresAsync(long end, Action<PayloadCursor, long> read)
         => Task.Run(() => TakeOnAllCores(end, read), CancellationToken.None);
 
@@ -65,7 +65,7 @@ internal sealed class PayloadCursor(IReadOnlyList<IncomingTensor> tensors, int f
     /// <summary>A part of the payload that one core reads from its first byte to its last.</summary>
     private readonly record struct Lot(PayloadCursor Cursor, long End);
 
-    /// <summary>All that comes before <paramref name="end"/>, cut between tensors into lots of a few pieces or one large tensor.</summary>
+    /// <summary>All bytes before <paramref name="end"/>, cut between tensors into parts of a few pieces or of one large tensor.</summary>
     private IEnumerable<Lot> Lots(long end)
     {
         int first = _current;

@@ -22,16 +22,16 @@ internal sealed class ServedWeights(Backend backend, LoadPlan plan, WeightSet lo
 
     public WeightSet Current => _current;
 
-    /// <summary>Of the last commit; 0 is the checkpoint as loaded.</summary>
+    /// <summary>The version of the last commit; 0 is the checkpoint as loaded.</summary>
     public ulong Version => Volatile.Read(ref _version);
 
-    /// <summary>Why the weights in service are not those of any version, or null.</summary>
+    /// <summary>Why the weights in service are not those of one version, or null where they are.</summary>
     public string? Poison => _poison;
 
-    /// <summary>The update under way, or null.</summary>
+    /// <summary>The update in progress, or null.</summary>
     public ActiveUpdate? Active => _active;
 
-    /// <summary>The update in place that may write the weights in service, or null: while there is one no step may run.</summary>
+    /// <summary>The update in place that may write the weights in service, or null. While it is set no step may run.</summary>
     public ActiveUpdate? WrittenBy => _writtenBy;
 
     public (ulong Version, IReadOnlyList<DescribedWeight> Weights) Describe()
@@ -40,7 +40,7 @@ internal sealed class ServedWeights(Backend backend, LoadPlan plan, WeightSet lo
     }
 
     /// <param name="manifest">What is going to be sent.</param>
-    /// <param name="alsoWrong">Problems that its reader found already.</param>
+    /// <param name="alsoWrong">Problems that the caller has found already.</param>
     /// <param name="state">The engine's, for the message of a refusal.</param>
     /// <inheritdoc cref="RolloutEngine.BeginUpdate"/>
     public ActiveUpdate Begin(UpdateManifest manifest, IReadOnlyList<Problem> alsoWrong, EngineState state)
@@ -61,8 +61,8 @@ internal sealed class ServedWeights(Backend backend, LoadPlan plan, WeightSet lo
     }
 
     /// <summary>
-    /// Staged, before the first byte: what the update changes counts as unknown from here on, and the spare set gets from the one in
-    /// service what the update leaves alone.
+    /// Staged, before the first byte: marks the weights that the update changes as unknown, and copies those that it does not change from
+    /// the set in service to the spare set.
     /// </summary>
     public void PrepareStaging(ActiveUpdate update)
     {
@@ -91,7 +91,7 @@ internal sealed class ServedWeights(Backend backend, LoadPlan plan, WeightSet lo
         }
     }
 
-    /// <summary>On the loop, between two steps: what the update brought is served from here on.</summary>
+    /// <summary>Called by the loop between two steps: puts the update's weights in service.</summary>
     /// <exception cref="UpdateFailedException">It has ended already.</exception>
     public void Commit(ActiveUpdate update, IReadOnlyList<DescribedWeight> described)
     {
@@ -102,12 +102,12 @@ internal sealed class ServedWeights(Backend backend, LoadPlan plan, WeightSet lo
             foreach (LoadPiece piece in PiecesOf(update.Manifest.Tensors)) _current.Holds(piece.Slot, update.Manifest.NewVersion);
             _described = update.Manifest.Partial ? Merge(_described, described) : described;
             Volatile.Write(ref _version, update.Manifest.NewVersion);
-            _poison = null; // only a full update gets here while there is one
+            _poison = null; // while poisoned, only a full update can commit
             _active = _writtenBy = null;
         }
     }
 
-    /// <summary>Another update may begin. Bytes that were written to the weights in service poison them.</summary>
+    /// <summary>Ends the update without a commit. If bytes were written to the weights in service, they are poisoned.</summary>
     public void End(ActiveUpdate update, UpdateFailure why)
     {
         lock (_lock)
@@ -116,7 +116,7 @@ internal sealed class ServedWeights(Backend backend, LoadPlan plan, WeightSet lo
             update.EndedFor = why;
             if (update.HasTouchedServedWeights)
             {
-                // Not before a byte has been written: until then what is in service stays known, and partial updates can build on it.
+                // Only once a byte has been written: until then the served weights are known, and partial updates can build on them.
                 MarkUnknown(update);
                 _poison = $"the update in place to version {update.Manifest.NewVersion} by '{update.Manifest.Owner}' ended half-way "
                     + $"({why.ToString().ToLowerInvariant()})";
@@ -126,8 +126,8 @@ internal sealed class ServedWeights(Backend backend, LoadPlan plan, WeightSet lo
         }
     }
 
-    /// <summary>Gives the memory of both sets back. Bytes allocated.</summary>
-    /// <exception cref="EngineStateException">An update is under way.</exception>
+    /// <summary>Frees the memory of both sets. Returns the bytes that were allocated.</summary>
+    /// <exception cref="EngineStateException">An update is in progress.</exception>
     public long Discard(EngineState state)
     {
         lock (_lock)
@@ -142,8 +142,8 @@ internal sealed class ServedWeights(Backend backend, LoadPlan plan, WeightSet lo
         }
     }
 
-    /// <summary>Takes the memory of one set again. What it held is gone.</summary>
-    /// <exception cref="OutOfMemoryException">The device does not have it; the weights stay asleep.</exception>
+    /// <summary>Allocates the memory of one set again. Its content is lost.</summary>
+    /// <exception cref="OutOfMemoryException">The device does not have enough memory; the weights stay asleep.</exception>
     public void Restore()
     {
         lock (_lock)
@@ -156,17 +156,17 @@ internal sealed class ServedWeights(Backend backend, LoadPlan plan, WeightSet lo
 
     public void Dispose()
     {
-        // An update may still be writing into one of them: that one is freed when the process ends.
+        // An update may still be writing to one of them; that one is freed when the process ends.
         if (_active is not { Mode: UpdateMode.InPlace }) _current.Dispose();
         if (_active is not { Mode: UpdateMode.Staged }) _spare?.Dispose();
     }
 
-    /// <exception cref="NoRoomException">Staging was asked for and there is no memory.</exception>
+    /// <exception cref="NoRoomException">Staging was requested and there is no memory for it.</exception>
     private UpdateMode ModeOf(UpdateManifest manifest)
     {
         if (manifest.Mode == UpdateMode.InPlace) return UpdateMode.InPlace;
         long available = _spare is null ? backend.AvailableBytes : long.MaxValue;
-        // A quarter more: samples in flight need some, too.
+        // A quarter more, because samples in flight need memory too.
         if (_current.Bytes / 4 * 5 <= available) return UpdateMode.Staged;
         return manifest.Mode == UpdateMode.Auto ? UpdateMode.InPlace
             : throw new NoRoomException($"staging takes {_current.Bytes} bytes, the device has {available} left: update in place");
@@ -190,7 +190,7 @@ internal sealed class ServedWeights(Backend backend, LoadPlan plan, WeightSet lo
         Dictionary<string, DescribedWeight> byName = changed.ToDictionary(weight => weight.Name);
         return [.. old.Select(weight => byName.GetValueOrDefault(weight.Name) ?? Follow(weight))];
 
-        // A tied head that is not sent this time has the bytes, and so the digest, of its original.
+        // A tied head that this update does not send has the bytes, and so the digest, of its original.
         DescribedWeight Follow(DescribedWeight weight)
             => plan[weight.Name] is { Tied: true } tied && byName.TryGetValue(tied.TiedTo, out DescribedWeight? original)
                 ? original with { Name = weight.Name }

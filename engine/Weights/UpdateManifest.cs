@@ -2,13 +2,13 @@ using Rollout.Kernels;
 
 namespace Rollout.Engine;
 
-/// <summary>What becomes of samples in flight when new weights take over, between two steps.</summary>
+/// <summary>What happens to samples in flight when new weights take over, between two steps.</summary>
 public enum UpdatePolicy
 {
-    /// <summary>Drop their keys and values, recompute them under the new weights, go on.</summary>
+    /// <summary>Drop their keys and values, recompute them under the new weights, and continue.</summary>
     Recompute,
 
-    /// <summary>Go on with the keys and values they have.</summary>
+    /// <summary>Continue with their present keys and values.</summary>
     Keep,
 
     /// <summary>Let groups that have begun end on the old weights first; new ones wait for the new weights.</summary>
@@ -18,16 +18,16 @@ public enum UpdatePolicy
     Abort,
 }
 
-/// <summary>Where the bytes of an update land.</summary>
+/// <summary>Where the bytes of an update are written.</summary>
 public enum UpdateMode
 {
     /// <summary>Staged where the device has memory for a second set of weights, else in place.</summary>
     Auto,
 
-    /// <summary>Beside the weights in service, which serve on until the commit.</summary>
+    /// <summary>Into a second set of weights; the present ones stay in service until the commit.</summary>
     Staged,
 
-    /// <summary>In the weights in service, while no step runs.</summary>
+    /// <summary>Into the weights in service, while no step runs.</summary>
     InPlace,
 }
 
@@ -37,7 +37,8 @@ public enum UpdateMode
 /// <param name="Shape">Of the full tensor.</param>
 /// <param name="Offset">In the payload.</param>
 /// <param name="SparseCount">
-/// Null: all elements are sent. Else only so many: that many uint32 indices into the flattened tensor, ascending, then as many values.
+/// Null: all elements are sent. Otherwise the number of elements sent: that many uint32 indices into the flattened tensor, ascending,
+/// then as many values.
 /// </param>
 public readonly record struct ManifestTensor(string Name, DType Type, IReadOnlyList<long> Shape, long Offset, long? SparseCount = null)
 {
@@ -56,7 +57,7 @@ public readonly record struct ManifestTensor(string Name, DType Type, IReadOnlyL
     public long Bytes => SparseCount is { } count ? count * (sizeof(uint) + Type.Size()) : Elements * Type.Size();
 }
 
-/// <summary>Everything the preflight needs to know before a byte moves.</summary>
+/// <summary>Everything the preflight checks before a byte is sent.</summary>
 public sealed record UpdateManifest
 {
     public required IReadOnlyList<ManifestTensor> Tensors { get; init; }
@@ -76,36 +77,36 @@ public sealed record UpdateManifest
     /// <summary>Tensors that are not named keep their bytes; without this, one that is not named is a problem.</summary>
     public bool Partial { get; init; }
 
-    /// <summary>Named to a second updater, which is refused.</summary>
+    /// <summary>Named in the error that a second updater gets.</summary>
     public string Owner { get; init; } = "";
 
-    /// <summary>Whether every byte of the model is sent, so that nothing of what is in service is needed.</summary>
+    /// <summary>Whether every element of the model is sent, so that the weights in service are not needed.</summary>
     public bool IsFull => !Partial && Tensors.All(tensor => tensor.SparseCount is null);
 }
 
-/// <summary>The preflight found these; no byte has moved.</summary>
+/// <summary>Problems found by the preflight; no byte has been sent.</summary>
 public sealed class UpdateRejectedException(IReadOnlyList<Problem> problems)
     : Exception($"the update was rejected: {string.Join("; ", problems)}")
 {
     public IReadOnlyList<Problem> Problems { get; } = problems;
 }
 
-/// <summary>Why an update did not commit, in few words: what a metric is labelled with.</summary>
+/// <summary>Why an update did not commit; the label of a metric.</summary>
 public enum UpdateFailure
 {
     /// <summary>The manifest did not fit.</summary>
     Rejected,
 
-    /// <summary>Bytes came out of order, too few or too many, or messages did.</summary>
+    /// <summary>Bytes or messages arrived out of order, or there were too few or too many.</summary>
     Protocol,
 
-    /// <summary>The bytes could not be read where the sender said they stand.</summary>
+    /// <summary>The bytes could not be read where the sender said they are.</summary>
     Source,
 
-    /// <summary>What arrived is not what was sent.</summary>
+    /// <summary>The bytes received differ from those sent.</summary>
     Digest,
 
-    /// <summary>The sender ended it, or is gone.</summary>
+    /// <summary>The sender ended it or disconnected.</summary>
     Sender,
 
     /// <summary>It took longer than its deadline.</summary>
@@ -115,18 +116,18 @@ public enum UpdateFailure
     Engine,
 }
 
-/// <summary>The update failed on the way. Staged, the old weights are still served; in place, the engine may be poisoned.</summary>
+/// <summary>The update failed. Staged: the old weights are still served. In place: the engine may be poisoned.</summary>
 public sealed class UpdateFailedException(UpdateFailure failure, string reason) : Exception(reason)
 {
     public UpdateFailure Failure { get; } = failure;
 }
 
-/// <summary>What a commit did. Seconds are wall time.</summary>
+/// <summary>The result of a commit. Seconds are wall time.</summary>
 public sealed record CommitResult
 {
     public required ulong Version { get; init; }
 
-    /// <summary>Of all that was sent, as weights.proto combines it.</summary>
+    /// <summary>Digest of all that was sent, combined as in weights.proto.</summary>
     public required byte[] Digest { get; init; }
 
     /// <summary>Checking the manifest, and allocating the spare set at the first staged update.</summary>
@@ -138,9 +139,9 @@ public sealed record CommitResult
     /// <summary>Hashing and packing, summed over cores.</summary>
     public required double ApplySeconds { get; init; }
 
-    /// <summary>From the order to commit to the step boundary where the new weights took over.</summary>
+    /// <summary>From the commit request to the step boundary at which the new weights took over.</summary>
     public required double SwapSeconds { get; init; }
 
-    /// <summary>How long no step could run: the swap itself, or all of an update in place from its first byte.</summary>
+    /// <summary>How long no step could run: during the swap, or for an update in place from its first byte to the commit.</summary>
     public required double StallSeconds { get; init; }
 }

@@ -3,14 +3,14 @@ using Rollout.Kernels;
 
 namespace Rollout.Engine;
 
-/// <summary>Compares an update's manifest with the model before a byte moves, and lists every difference.</summary>
+/// <summary>Compares an update's manifest with the model before a byte is sent, and lists every difference.</summary>
 internal static class UpdatePreflight
 {
-    /// <param name="manifest">What the sender is going to send.</param>
-    /// <param name="plan">What the model has.</param>
+    /// <param name="manifest">Describes what the sender is going to send.</param>
+    /// <param name="plan">The tensors of the model.</param>
     /// <param name="servedVersion">Of the weights in service.</param>
     /// <param name="format">How the device stores matrices.</param>
-    /// <param name="poison">Why they cannot be trusted, or null.</param>
+    /// <param name="poison">Why the weights in service cannot be trusted, or null.</param>
     public static IReadOnlyList<Problem> Check(
         UpdateManifest manifest, LoadPlan plan, WeightFormat format, ulong servedVersion, string? poison)
     {
@@ -30,7 +30,7 @@ internal static class UpdatePreflight
             if (!seen.Add(tensor.Name)) problems.Add(new(Field(tensor.Name), "named twice"));
             int found = problems.Count;
             CheckTensor(tensor, plan, format, problems);
-            if (problems.Count > found) continue; // how many bytes it has is not known
+            if (problems.Count > found) continue; // its length is not known
             if (tensor.Offset < end)
             {
                 problems.Add(new(Field(tensor.Name), before is null
@@ -52,7 +52,7 @@ internal static class UpdatePreflight
             if (!manifest.Partial && !entry.Tied && !seen.Contains(entry.Source)) problems.Add(new(Field(entry.Source), "missing"));
         }
 
-        // Gaps serve alignment; a payload that is mostly gap is a mistake that would be paid for in memory.
+        // Gaps are for alignment; a payload that is mostly gaps is a mistake that would cost memory.
         long most = end + (manifest.Tensors.Count + 1L) * 4096;
         if (problems.Count == 0 && manifest.PayloadBytes > most)
             problems.Add(new("payload_bytes", $"{manifest.PayloadBytes}, but the tensors end at {end}"));

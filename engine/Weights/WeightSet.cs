@@ -4,12 +4,12 @@ namespace Rollout.Engine;
 
 /// <summary>
 /// All weights of a model on the device, in the fused form that its blocks use. An engine has one set in service and, while an update
-/// is staged, a spare; a commit exchanges the two references between steps.
+/// is staged, a spare. A commit swaps the two references between steps.
 /// </summary>
 public sealed class WeightSet : IDisposable
 {
     private readonly WeightArena _arena;
-    private readonly ulong?[] _versions; // that brought what each weight holds; null while that is not known
+    private readonly ulong?[] _versions; // version of each weight's content; null while it is not known
 
     private WeightSet(WeightArena arena)
     {
@@ -19,7 +19,7 @@ public sealed class WeightSet : IDisposable
 
     public long Bytes => _arena.Bytes;
 
-    /// <summary>Whether the backend has gone through its <see cref="Backend.Rehearsals"/> with this set. The loop's.</summary>
+    /// <summary>Whether the backend has run its <see cref="Backend.Rehearsals"/> with this set. Used by the loop only.</summary>
     internal bool IsRehearsed { get; set; }
 
     public Weight this[WeightSlot slot] => _arena.Weights[slot.Index];
@@ -27,41 +27,41 @@ public sealed class WeightSet : IDisposable
     /// <summary>In the order of <see cref="LoadPlan.Weights"/>.</summary>
     public IReadOnlyList<Weight> All => _arena.Weights;
 
-    /// <summary>A weight that not every model has.</summary>
+    /// <summary>An optional weight; null where the model does not have it.</summary>
     public Weight? this[WeightSlot? slot] => slot is { } there ? this[there] : null;
 
-    /// <summary>Takes the memory; the contents come later.</summary>
+    /// <summary>Allocates the memory; the content is written later.</summary>
     public static WeightSet Allocate(Backend backend, LoadPlan plan)
         => new(backend.AllocateWeights([.. plan.Weights.Select(weight => (weight.Outputs, weight.Inputs))]));
 
-    /// <summary>The version that brought what a weight holds; null while that is not known.</summary>
+    /// <summary>The version of a weight's content; null while it is not known.</summary>
     public ulong? VersionOf(WeightSlot slot) => _versions[slot.Index];
 
-    /// <summary>A weight holds what this version brought.</summary>
+    /// <summary>Records that a weight's content is of this version.</summary>
     public void Holds(WeightSlot slot, ulong version) => _versions[slot.Index] = version;
 
-    /// <summary>Every weight holds what this version brought.</summary>
+    /// <summary>Records that the content of every weight is of this version.</summary>
     public void HoldsAll(ulong version) => Array.Fill(_versions, version);
 
-    /// <summary>A weight is being written: what it holds is not known until <see cref="Holds"/>.</summary>
+    /// <summary>Records that a weight is being written: its content is not known until <see cref="Holds"/>.</summary>
     public void Changing(WeightSlot slot) => _versions[slot.Index] = null;
 
-    /// <summary>Weights that do not hold what the other set's do.</summary>
+    /// <summary>Weights whose content differs from the other set's.</summary>
     public IEnumerable<WeightSlot> NotHolding(WeightSet other)
     {
         for (int i = 0; i < _versions.Length; i++)
             if (other._versions[i] is { } version && _versions[i] != version) yield return new WeightSlot(i);
     }
 
-    /// <summary>Gives the memory back to the machine, contents lost.</summary>
+    /// <summary>Frees the memory; the content is lost.</summary>
     public void Discard()
     {
         Array.Clear(_versions);
         _arena.Discard();
     }
 
-    /// <summary>Takes the memory again.</summary>
-    /// <exception cref="OutOfMemoryException">The device does not have it all; none is held.</exception>
+    /// <summary>Allocates the memory again.</summary>
+    /// <exception cref="OutOfMemoryException">The device does not have enough memory; nothing is allocated.</exception>
     public void Restore() => _arena.Restore();
 
     public void Dispose() => _arena.Dispose();

@@ -5,14 +5,14 @@ using Rollout.Kernels;
 namespace Rollout.Engine;
 
 /// <summary>
-/// One transaction: what a manifest names lands in a weight set, and a commit between two steps makes it what is served.
+/// One transaction: the tensors of a manifest are written to a weight set, and a commit between two steps puts it in service.
 /// <code>
-///   BeginUpdate -> Open -> ReadFrom* -> Commit      staged: bytes land in the spare set, the commit exchanges the two
-///       |           |          |                    in place: Open stops the loop, bytes land in the set in service
+///   BeginUpdate -> Open -> ReadFrom* -> Commit      staged: bytes go to the spare set, the commit swaps the two
+///       |           |          |                    in place: Open stops the loop, bytes go to the set in service
 ///       +-----------+----------+--> End, Dispose    staged, or in place before a byte: the old weights stay
 ///                                                   in place after a byte: poisoned
 /// </code>
-/// One thread at a time. Parts of the payload come in ascending order.
+/// Used by one thread at a time. Parts of the payload must be read in ascending order.
 /// </summary>
 public sealed class WeightUpdate : IDisposable
 {
@@ -25,13 +25,13 @@ public sealed class WeightUpdate : IDisposable
     private bool _open;
     private Task _rehearsed = Task.CompletedTask;
     private UpdateFailure? _failed;
-    private bool _stopped; // in the middle of a read
+    private bool _stopped; // during a read
     private volatile bool _ended;
 
-    /// <param name="engine">Does between two steps what the update wants of it.</param>
-    /// <param name="update">Begun.</param>
+    /// <param name="engine">Runs the update's actions between two steps.</param>
+    /// <param name="update">The update, which has begun.</param>
     /// <param name="plan">Where each tensor goes.</param>
-    /// <param name="preflightSeconds">What the preflight took.</param>
+    /// <param name="preflightSeconds">Duration of the preflight.</param>
     internal WeightUpdate(RolloutEngine engine, ActiveUpdate update, LoadPlan plan, double preflightSeconds)
     {
         _engine = engine;
@@ -47,20 +47,20 @@ public sealed class WeightUpdate : IDisposable
     /// <summary>Staged or in place.</summary>
     public UpdateMode Mode => _active.Mode;
 
-    /// <summary>Held beside the weights in service.</summary>
+    /// <summary>Memory of the spare set; 0 in place.</summary>
     public long StagingBytes => Mode == UpdateMode.Staged ? _active.Destination.Bytes : 0;
 
-    /// <summary>Payload bytes taken so far.</summary>
+    /// <summary>Payload bytes read so far.</summary>
     public long ReceivedBytes => _cursor.Position;
 
     /// <summary>The set that its bytes are written to.</summary>
     internal WeightSet Destination => _active.Destination;
 
-    /// <summary>Whether the weights in service may hold a byte of it: an end without a commit then poisons the engine.</summary>
+    /// <summary>Whether the weights in service may contain bytes of it: ending without a commit then poisons the engine.</summary>
     public bool HasTouchedServedWeights => _active.HasTouchedServedWeights;
 
     /// <summary>
-    /// Makes the destination ready for bytes. In place: completes when no step runs any more, under DRAIN after what began has ended.
+    /// Prepares the destination. In place: completes when no step runs any more, under DRAIN after every group that began has ended.
     /// Staged: copies what a partial update does not send into the spare set. May be called again.
     /// </summary>
     /// <exception cref="UpdateFailedException">Steps did not stop before <paramref name="cancellation"/>; nothing has happened.</exception>
@@ -75,15 +75,15 @@ public sealed class WeightUpdate : IDisposable
         else
         {
             await Task.Run(() => _engine.PrepareStaging(_active), CancellationToken.None).ConfigureAwait(false);
-            _rehearsed = _engine.RehearseAsync(_active.Destination); // while the bytes come
+            _rehearsed = _engine.RehearseAsync(_active.Destination); // while bytes are received
         }
 
         _open = true;
     }
 
-    /// <summary>Takes a part of the payload. It must follow the last one without a gap.</summary>
+    /// <summary>Reads a part of the payload. It must follow the previous one without a gap.</summary>
     /// <exception cref="UpdateFailedException">
-    /// Out of order, past the payload's end, cannot be read, or not what the manifest says. The update cannot go on.
+    /// It is out of order, past the payload's end, unreadable, or contradicts the manifest. The update cannot continue.
     /// </exception>
     public async Task ReadFromAsync(PayloadSource source, CancellationToken cancellation = default)
     {
@@ -113,13 +113,13 @@ public sealed class WeightUpdate : IDisposable
     /// Withdraws the commit if the engine has not carried it out, for example while draining. The task ends with the result where the
     /// weights were swapped, and with an exception where they never will be.
     /// </param>
-    /// <exception cref="UpdateFailedException">Bytes are missing, the digest differs, or the commit was taken back.</exception>
+    /// <exception cref="UpdateFailedException">Bytes are missing, the digest differs, or the commit was withdrawn.</exception>
     public async Task<CommitResult> CommitAsync(ReadOnlyMemory<byte> expectedDigest, CancellationToken cancellation = default)
     {
-        await OpenAsync(cancellation).ConfigureAwait(false); // where there was nothing to send
+        await OpenAsync(cancellation).ConfigureAwait(false); // for an update without bytes
         IncomingTensor? missing = _incoming.FirstOrDefault(tensor => tensor.Taken < tensor.Bytes);
         if (missing is not null)
-            throw Fail(UpdateFailure.Protocol, $"only {missing.Taken} of {missing.Bytes} bytes of tensor '{missing.Name}' have come");
+            throw Fail(UpdateFailure.Protocol, $"only {missing.Taken} of {missing.Bytes} bytes of tensor '{missing.Name}' have arrived");
 
         byte[][] digests = [.. _incoming.Select(tensor => tensor.Digest())];
         CheckTied(digests);
@@ -131,7 +131,7 @@ public sealed class WeightUpdate : IDisposable
         }
 
         double transfer = Stopwatch.GetElapsedTime(_ready).TotalSeconds;
-        // Cancelled or failed: the commit meets the same, and tells it truthfully.
+        // If it was cancelled or failed, the commit fails in the same way and reports it.
         await _rehearsed.WaitAsync(cancellation).ConfigureAwait(ConfigureAwaitOptions.SuppressThrowing);
         long committing = Stopwatch.GetTimestamp();
         DescribedWeight[] described = [.. _incoming.Select((tensor, i) => tensor.Describe(digests[i]))];
@@ -159,7 +159,7 @@ public sealed class WeightUpdate : IDisposable
         return hash.GetCurrentHash();
     }
 
-    /// <summary>Ends it for this reason, unless it has ended or failed for another.</summary>
+    /// <summary>Ends the update for this reason, unless it has already ended or failed for another.</summary>
     public void End(UpdateFailure why)
     {
         if (_ended) return;
@@ -168,7 +168,7 @@ public sealed class WeightUpdate : IDisposable
         _engine.EndUpdate(_active, _failed.Value);
     }
 
-    /// <summary>Ends it. After a commit this changes nothing.</summary>
+    /// <summary>Ends the update. Does nothing after a commit.</summary>
     public void Dispose() => End(UpdateFailure.Sender);
 
     // ---- Checks.
@@ -188,7 +188,7 @@ public sealed class WeightUpdate : IDisposable
         _active.HasTouchedServedWeights |= Mode == UpdateMode.InPlace && length > 0;
     }
 
-    /// <summary>A head sent beside the embedding it is tied to has no place of its own: it must be the same bytes.</summary>
+    /// <summary>A head sent along with the embedding it is tied to has no weight of its own: its bytes must be equal.</summary>
     private void CheckTied(byte[][] digests)
     {
         for (int i = 0; i < _incoming.Length; i++)

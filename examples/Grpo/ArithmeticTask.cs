@@ -9,20 +9,20 @@ public sealed record Problem(string Prompt, string Answer)
     /// <summary>The question as the policy reads it.</summary>
     public int[] Tokens { get; } = ArithmeticTask.Encode(Prompt);
 
-    /// <summary>The right answer as the policy should write it, with its end.</summary>
+    /// <summary>The right answer as the policy should write it, with the end token.</summary>
     public int[] AnswerTokens { get; } = [.. ArithmeticTask.Encode(Answer), ArithmeticTask.EndOfText];
 }
 
 /// <summary>
-/// Additions of two two-digit numbers, the sum written units first, as one adds by hand: "47+85=" wants "231", for 132. One pair in ten
-/// is held out: neither the warm start nor GRPO ever sees it, in either order.
+/// Additions of two two-digit numbers. The sum is written with its units first, as in addition by hand: the answer to "47+85=" is "231",
+/// for 132. One pair in ten is held out: neither the warm start nor GRPO sees it, in either order.
 /// </summary>
 public sealed class ArithmeticTask
 {
-    /// <summary>One token a byte, and one more that ends a text.</summary>
+    /// <summary>One token for each byte, and one that ends a text.</summary>
     public const int EndOfText = 256;
     public const int VocabSize = 257;
-    /// <summary>Three digits and the end.</summary>
+    /// <summary>Three digits and the end token.</summary>
     public const int MaxAnswerTokens = 4;
 
     private readonly Random _random;
@@ -32,7 +32,7 @@ public sealed class ArithmeticTask
     public ArithmeticTask(int seed)
     {
         _random = new Random(seed);
-        // The split is the same for every seed, so that accuracies compare.
+        // The split is the same for every seed, so that accuracies can be compared.
         Random split = new Random(17);
         List<Problem> training = [], heldOut = [];
         for (int a = 10; a < 100; a++)
@@ -51,7 +51,7 @@ public sealed class ArithmeticTask
         split.Shuffle(_heldOut);
     }
 
-    /// <summary>The problems no training sees, shuffled.</summary>
+    /// <summary>The problems that are never trained on, shuffled.</summary>
     public IReadOnlyList<Problem> HeldOut => _heldOut;
 
     public IReadOnlyList<Problem> Training => _training;
@@ -60,7 +60,7 @@ public sealed class ArithmeticTask
 
     public static int[] Encode(string text) => [.. Encoding.UTF8.GetBytes(text).Select(b => (int)b)];
 
-    /// <summary>1 for exactly the right answer and then the end, else 0.</summary>
+    /// <summary>1 for exactly the right answer followed by the end token, else 0.</summary>
     public static double Reward(Problem problem, IReadOnlyList<int> completion) =>
         completion.SequenceEqual(problem.AnswerTokens) ? 1 : 0;
 

@@ -3,11 +3,11 @@ using static TorchSharp.torch;
 
 namespace Rollout.Examples.Grpo;
 
-/// <summary>A prompt and one completion of it, which counts as many times as it was sampled.</summary>
+/// <summary>A prompt and one completion of it, weighted by how often it was sampled.</summary>
 public sealed record BatchRow(int[] Prompt, int[] Completion, float[]? LogProbs = null, float Advantage = 0, int Count = 1);
 
 /// <summary>
-/// Rows padded on the right to one length: with causal attention nothing sees the padding. Column t of the weights and behaviour
+/// Rows padded on the right to one length: with causal attention no token attends to the padding. Column t of the weights and behaviour
 /// log-probabilities belongs to token t + 1, which the logits at t predict. Only completions have weight.
 /// </summary>
 public sealed class Batch
@@ -43,7 +43,7 @@ public sealed class Batch
     public Tensor Behaviour { get; }
     public Tensor Advantages { get; }
 
-    /// <summary>The log-probability a policy gives every token but the first, given those before it.</summary>
+    /// <summary>The log-probability under a policy of every token but the first, given those before it.</summary>
     public Tensor LogProbs(Policy policy)
     {
         long length = Tokens.shape[1];

@@ -3,7 +3,7 @@ using static TorchSharp.torch;
 
 namespace Rollout.Examples.Grpo;
 
-/// <summary>What one training step measured.</summary>
+/// <summary>Measurements of one training step.</summary>
 /// <param name="Loss">The clipped policy-gradient loss.</param>
 /// <param name="Kl">Estimated KL divergence, in nats a token, from the policy after the warm start.</param>
 /// <param name="Clipped">Share of the completion tokens whose ratio was clipped.</param>
@@ -20,7 +20,7 @@ public sealed class Grpo(Policy policy, Policy reference, MasterWeights weights)
 
     private int _step;
 
-    /// <summary>How much better each sample was than its siblings, in standard deviations of the group; 0 where all were alike.</summary>
+    /// <summary>Each sample's reward minus the group's mean, in standard deviations of the group; 0 where all rewards are equal.</summary>
     public static float[] Advantages(IReadOnlyList<double> rewards)
     {
         double mean = rewards.Average();
@@ -44,13 +44,13 @@ public sealed class Grpo(Policy policy, Policy reference, MasterWeights weights)
         Tensor drift = batch.LogProbs(reference) - logProbs;
         float kl = batch.Mean(drift.exp() - drift - 1).item<float>();
         float clippedShare = batch.Mean(ratio.ne(clipped).to(float32)).item<float>();
-        // The warm start's momentum is kept, but not its pace.
+        // The optimizer keeps the warm start's momentum; the learning rate is warmed up again.
         double gradientNorm = weights.Step(LearningRate * Math.Min(1, ++_step / 10.0));
         return new(loss.item<float>(), kl, clippedShare, gradientNorm, difference);
     }
 
-    // Samples of a group that are alike, token for token and bit for bit, have the same gradient: one row that counts for all of them
-    // costs less. Soon most are.
+    // Identical samples of a group, in tokens and log-probability bits, have the same gradient: one weighted row for all of them costs
+    // less. Soon most samples are identical.
     private static IEnumerable<BatchRow> Rows(RolloutGroup rollouts, double[] rewards) =>
         from pair in rollouts.Samples.Zip(Advantages(rewards), (sample, advantage) => (sample, advantage))
         group pair by (string.Join(',', pair.sample.Tokens), string.Join(',', pair.sample.LogProbs)) into alike

@@ -5,7 +5,7 @@ using Rollout.Client.Torch;
 
 namespace Rollout.Examples.Grpo;
 
-/// <summary>Writes a policy as a folder that Hugging Face transformers, and so the sidecar, loads.</summary>
+/// <summary>Writes a policy as a folder that Hugging Face transformers and the sidecar can load.</summary>
 public static class HuggingFaceFolder
 {
     public const string EndOfText = "<|endoftext|>";
@@ -63,7 +63,7 @@ public static class HuggingFaceFolder
         int unprintable = 0;
         for (int b = 0; b < 256; b++)
         {
-            // GPT-2's alphabet: printable Latin-1 stands for itself, the other bytes for the code points from 256 on.
+            // GPT-2's alphabet: printable Latin-1 characters represent themselves, code points from 256 on the other bytes.
             bool printable = b is (>= '!' and <= '~') or (>= 0xa1 and <= 0xac) or >= 0xae;
             vocabulary[((char)(printable ? b : 256 + unprintable++)).ToString()] = b;
         }

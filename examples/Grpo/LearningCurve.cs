@@ -3,7 +3,7 @@ using ScottPlot.Plottables;
 
 namespace Rollout.Examples.Grpo;
 
-/// <summary>The picture of a run: reward and held-out accuracy on the left axis, KL on the right.</summary>
+/// <summary>The plot of a run: reward and held-out accuracy on the left axis, KL on the right.</summary>
 public static class LearningCurve
 {
     public static void Save(

@@ -2,11 +2,11 @@ using System.CommandLine;
 
 namespace Rollout.Examples.Grpo;
 
-/// <summary>What the command line chose.</summary>
+/// <summary>The options of the command line.</summary>
 public sealed record Options(
     int Seed, int Steps, double Minutes, double Target, int Prompts, int Samples, int Threads, string Device, string Out)
 {
-    /// <summary>Parses the arguments; help and mistakes are printed, and answered with null and an exit code.</summary>
+    /// <summary>Parses the arguments. For help and errors, prints them and returns null and an exit code.</summary>
     public static (Options? Options, int ExitCode) Parse(string[] args)
     {
         Option<int> seed = new Option<int>("--seed")

@@ -2,7 +2,7 @@ using System.Buffers.Binary;
 
 namespace Rollout.Examples.Grpo;
 
-/// <summary>A TrueType font made from a 5 by 7 dot matrix: the printable ASCII that labels need, a square for every dot.</summary>
+/// <summary>A TrueType font made from a 5 by 7 dot matrix: the printable ASCII that labels need, with a square for every dot.</summary>
 internal static class PixelFont
 {
     private const int Columns = 5, Rows = 7, Dot = 100, Advance = 600, Descent = 200, UnitsPerEm = 1000;
@@ -25,7 +25,7 @@ internal static class PixelFont
 
     public static byte[] Build()
     {
-        // Glyph 0 is drawn for what is missing: nothing. Glyph n is the n-th character from ' '.
+        // Glyph 0, for missing characters, is empty. Glyph n is the n-th character from ' '.
         byte[] dots = Convert.FromHexString(Dots);
         int count = Last - First + 2;
         Writer glyphs = new Writer();

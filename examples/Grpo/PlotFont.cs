@@ -4,8 +4,8 @@ using SkiaSharp;
 namespace Rollout.Examples.Grpo;
 
 /// <summary>
-/// Text on plots where no font is installed, as in a bare container: there ScottPlot would leave every label out, without a word.
-/// Where fonts are installed one of them is used, and nothing of this.
+/// Text on plots where no font is installed, for example in a minimal container: ScottPlot would silently omit every label there. Where
+/// fonts are installed, one of them is used instead.
 /// </summary>
 public static class PlotFont
 {

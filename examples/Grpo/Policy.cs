@@ -22,8 +22,8 @@ public sealed record PolicyConfig
 }
 
 /// <summary>
-/// Qwen3 in TorchSharp, in fp32. Parameters carry the names of the Hugging Face checkpoint, so a folder written from this module loads
-/// there, and what is pushed needs no renaming. TorchSharp registers every field that is a module or tensor under its ComponentName.
+/// Qwen3 in TorchSharp, in fp32. Parameters have the names of the Hugging Face checkpoint, so transformers loads a folder written from this
+/// module, and pushed tensors need no renaming. TorchSharp registers every field that is a module or tensor under its ComponentName.
 /// </summary>
 public sealed class Policy : nn.Module<Tensor, Tensor>
 {
@@ -54,7 +54,7 @@ public sealed class Policy : nn.Module<Tensor, Tensor>
         return _head is null ? nn.functional.linear(hidden, _model.Embedding) : _head.forward(hidden);
     }
 
-    /// <summary>Another policy with the same weights, which no training will change.</summary>
+    /// <summary>A copy of the policy whose weights training does not change.</summary>
     public Policy Freeze()
     {
         using IDisposable _ = no_grad();
@@ -67,7 +67,7 @@ public sealed class Policy : nn.Module<Tensor, Tensor>
     private void Initialize()
     {
         using IDisposable _ = no_grad();
-        // The two matrices that write into the residual stream start smaller, so that depth does not grow it.
+        // The two matrices that write to the residual stream start smaller, so that it does not grow with depth.
         double residual = 1 / Math.Sqrt(2.0 * _config.NumHiddenLayers);
         foreach ((string? name, Parameter? parameter) in named_parameters())
         {

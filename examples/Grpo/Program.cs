@@ -14,8 +14,8 @@ torch.manual_seed(options.Seed);
 Report report = new Report(options);
 ArithmeticTask task = new ArithmeticTask(options.Seed);
 
-// A small Qwen3 that has seen just enough right answers to be right now and then: GRPO learns from the difference.
-// It trains on a GPU where TorchSharp has one: built with -p:Torch=cuda.
+// A small Qwen3, trained on just enough right answers to be right sometimes: GRPO learns from the difference.
+// It trains on a GPU if built with -p:Torch=cuda and one is available.
 torch.Device device = torch.cuda.is_available() ? torch.CUDA : torch.CPU;
 using Policy policy = new Policy(new PolicyConfig { VocabSize = ArithmeticTask.VocabSize }, device);
 using MasterWeights weights = new MasterWeights(policy);
@@ -60,7 +60,7 @@ report.Finish(clock.Elapsed);
 report.Plot(Path.Combine(options.Out, "learning-curve.png"));
 return 0;
 
-// The groups of a step take the seeds from here on: no two groups of any two steps or seeds draw the same noise.
+// First seed of a step's groups: no two groups, of any steps and seeds, draw the same noise.
 ulong SampleSeed(int step) => ((ulong)(uint)options.Seed << 40) | ((ulong)step << 16);
 
 async Task<double> AccuracyAsync(IReadOnlyList<Problem> problems)

@@ -3,11 +3,11 @@ using Spectre.Console;
 
 namespace Rollout.Examples.Grpo;
 
-/// <summary>One step as the person at the terminal sees it.</summary>
+/// <summary>One step as shown on the terminal.</summary>
 public sealed record StepReport(
     int Step, double Reward, GrpoStats Stats, long Tokens, TimeSpan Sampling, TimeSpan Training, TimeSpan Update, TimeSpan Elapsed);
 
-/// <summary>Says how the run goes, a line a step, and what came of it: a table and a picture.</summary>
+/// <summary>Reports the run: a line for each step, and at the end a table and a plot.</summary>
 public sealed class Report(Options options)
 {
     private readonly List<StepReport> _steps = [];
@@ -40,7 +40,7 @@ public sealed class Report(Options options)
         int filled = (int)Math.Round(step.Reward * 10);
         string colour = step.Reward switch { < 0.3 => "red", < 0.9 => "yellow", _ => "green" };
         string difference = step.Stats.LogProbDifference <= 1e-3 ? "default" : "bold red";
-        // Fits 80 columns, which is also what Spectre takes a pipe to have. |dlogp|: the engine's log-probabilities against ours.
+        // Fits 80 columns, which Spectre also assumes for a pipe. |dlogp|: the engine's log-probabilities against ours.
         AnsiConsole.MarkupLine(string.Create(CultureInfo.InvariantCulture,
             $"{step.Step,4} {step.Reward,6:f3} [{colour}]{new string('█', filled)}[/][grey]{new string('░', 10 - filled)}[/] "
             + $"{step.Stats.Kl,6:f3}  [{difference}]{step.Stats.LogProbDifference,7:0.0e+00}[/] "

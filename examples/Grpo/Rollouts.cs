@@ -4,13 +4,13 @@ using Rollout.Client.Torch;
 
 namespace Rollout.Examples.Grpo;
 
-/// <summary>One sampled completion, the log-probability the engine gave each token, and the version of the weights that did.</summary>
+/// <summary>One sampled completion, the engine's log-probability of each token, and the weights version that drew it.</summary>
 public sealed record RolloutSample(int[] Tokens, float[] LogProbs, ulong Version);
 
 /// <summary>All samples of one prompt.</summary>
 public sealed record RolloutGroup(int[] Prompt, IReadOnlyList<RolloutSample> Samples);
 
-/// <summary>The sidecar, started as a process of its own: where samples come from and weights go to.</summary>
+/// <summary>The sidecar, started as a child process: the source of samples and the target of weight pushes.</summary>
 public sealed class Rollouts : IAsyncDisposable
 {
     private readonly SidecarProcess _sidecar;
@@ -27,7 +27,7 @@ public sealed class Rollouts : IAsyncDisposable
     /// <summary>Runs `rollout serve` on a Unix socket and waits until it has loaded the model.</summary>
     public static async Task<Rollouts> StartAsync(string modelFolder, int threads, string device)
     {
-        // The build puts the program's path into this assembly; a trainer outside the repository names an installed `rollout`.
+        // The build puts the program's path into this assembly; a trainer outside the repository uses an installed `rollout`.
         string program = typeof(Rollouts).Assembly.GetCustomAttributes<AssemblyMetadataAttribute>()
             .Single(attribute => attribute.Key == "RolloutProgram").Value!;
         return new Rollouts(await SidecarProcess.StartAsync(new SidecarOptions
@@ -39,7 +39,7 @@ public sealed class Rollouts : IAsyncDisposable
         }));
     }
 
-    /// <summary>Samples n completions of every prompt, all groups on one call; temperature 0 takes the likeliest token.</summary>
+    /// <summary>Samples n completions of every prompt, all groups on one call; temperature 0 picks the most probable token.</summary>
     public async Task<IReadOnlyList<RolloutGroup>> SampleAsync(
         IReadOnlyList<int[]> prompts, int n, int maxTokens, float temperature, ulong seed)
     {
@@ -55,7 +55,7 @@ public sealed class Rollouts : IAsyncDisposable
         ? throw new InvalidOperationException($"a sample ended with {sample.FinishReason}: {sample.Error}")
         : new RolloutSample(sample.Ids, sample.LogProbs, sample.Versions[^1].Version);
 
-    /// <summary>Puts the policy's present weights into the running sidecar, as bf16, through shared memory, all or nothing.</summary>
+    /// <summary>Pushes the policy's weights to the running sidecar, as bf16, through shared memory, all or nothing.</summary>
     public async Task PushAsync(Policy policy, ulong version) => await _publisher.PushAsync(policy, version);
 
     public async ValueTask DisposeAsync()

@@ -13,13 +13,13 @@ CONFIG = dict(
     model_type="qwen3", vocab_size=EOS + 1, hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=LAYERS, head_dim=DIM,
     num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, rms_norm_eps=1e-6, rope_theta=1e4, max_position_embeddings=64, eos_token_id=EOS)
 
-# The task: "47+85=" wants "231", the sum with its units first, and then the end. One pair in twelve is held out, in either order.
+# The task: the answer to "47+85=" is "231", the sum with its units first, then the end token. One pair in twelve is held out, in either order.
 def problem(a, b): return list(f"{a}+{b}=".encode()), [*str(a + b)[::-1].encode(), EOS]
 pairs = [(a, b) for a in range(10, 100) for b in range(10, 100)]
 held_out = [problem(a, b) for a, b in pairs if a * b % 11 == 5]
 training = [problem(a, b) for a, b in pairs if a * b % 11 != 5]
 
-# What the sidecar gets and computes with, so that trainer and sidecar agree; the gradient goes to the fp32 weight itself.
+# The bf16 weights that the sidecar computes with, so that trainer and sidecar agree; the gradient goes to the fp32 weight.
 def bf16(weight): return weight + (weight.bfloat16() - weight).detach()
 
 class Linear(nn.Linear):
@@ -80,7 +80,7 @@ def main(steps, warm_steps, seed, n=16):
         loss.backward()
         nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
-    for step in range(1, warm_steps + 1):  # supervised, until it is right now and then: GRPO learns from the difference
+    for step in range(1, warm_steps + 1):  # supervised, until it is right sometimes: GRPO learns from the difference
         logprobs, mask = policy.logprobs(*zip(*draw.choices(training, k=64)))
         if (logprobs * mask).sum(1).exp().mean() > 0.18:
             break
@@ -96,7 +96,7 @@ def main(steps, warm_steps, seed, n=16):
             assert all(sample.versions[-1].version == step - 1 for sample in samples), "sampled from other weights"
             rewards = torch.tensor([[float(s.ids.tolist() == answer) for s in group] for group, answer in zip(groups, answers)])
             advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, unbiased=False, keepdim=True) + 1e-4)
-            # Samples that are alike have the same gradient: computing one of them for all costs less. Soon most are.
+            # Identical samples have the same gradient: computing it once for all of them costs less. Soon most are identical.
             keys = [(tuple(prompt), tuple(s.ids.tolist())) for prompt, group in zip(prompts, groups) for s in group]
             rows = {key: row for row, key in enumerate(dict.fromkeys(keys))}
             logprobs, mask = (values[[rows[key] for key in keys]] for values in policy.logprobs(*zip(*rows)))
@@ -114,6 +114,6 @@ def main(steps, warm_steps, seed, n=16):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200, help="GRPO steps (%(default)s)")
-    parser.add_argument("--warm-steps", type=int, default=600, help="at most so many supervised steps before them (%(default)s)")
+    parser.add_argument("--warm-steps", type=int, default=600, help="at most this many supervised steps before them (%(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of the weights, the problems and the samples (%(default)s)")
     main(**vars(parser.parse_args()))

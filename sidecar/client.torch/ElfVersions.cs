@@ -8,12 +8,12 @@ namespace Rollout.Client.Torch;
 /// <param name="Name">The version, such as <c>GLIBCXX_3.4.32</c>.</param>
 /// <param name="Index">The number that <c>.gnu.version</c> uses for it.</param>
 /// <param name="IsWeak">Whether the dynamic loader tolerates its absence.</param>
-/// <param name="FlagsOffset">Where in the file its two flag bytes are.</param>
+/// <param name="FlagsOffset">Offset of its two flag bytes in the file.</param>
 public readonly record struct ElfVersionNeed(string Library, string Name, int Index, bool IsWeak, int FlagsOffset);
 
 /// <summary>
 /// Reads the version needs of a 64-bit little-endian ELF shared library, and can mark one of them weak.
-/// It goes by the program headers alone, as the dynamic loader does: section headers may be stripped.
+/// It uses only the program headers, as the dynamic loader does, because section headers may be stripped.
 /// </summary>
 public sealed class ElfVersions
 {
@@ -26,9 +26,9 @@ public sealed class ElfVersions
     private readonly List<(ulong Address, ulong Offset, ulong Size)> _segments = [];
     private readonly Dictionary<long, ulong> _dynamic = [];
 
-    /// <summary>Parses an image; it is kept, and <see cref="MarkWeak"/> changes it.</summary>
+    /// <summary>Parses an image. It is not copied, and <see cref="MarkWeak"/> modifies it.</summary>
     /// <param name="image">The whole file.</param>
-    /// <param name="name">What to call the file in errors.</param>
+    /// <param name="name">Name of the file in error messages.</param>
     /// <exception cref="BadImageFormatException">It is not a whole 64-bit little-endian ELF shared library.</exception>
     public ElfVersions(byte[] image, string name)
     {
@@ -44,7 +44,7 @@ public sealed class ElfVersions
 
     /// <summary>
     /// Marks <paramref name="need"/> weak, so that the loader accepts a library without that version. Refused when a relocation uses a
-    /// symbol of the version: then something would really be missing at run time.
+    /// symbol of the version, because that symbol would be missing at run time.
     /// </summary>
     /// <exception cref="InvalidOperationException">The version is in use.</exception>
     public void MarkWeak(ElfVersionNeed need)

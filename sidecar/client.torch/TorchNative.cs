@@ -8,11 +8,11 @@ namespace Rollout.Client.Torch;
 /// Makes TorchSharp's native library load where the C++ runtime is older than GCC 13 (Debian 12, Ubuntu 22.04, RHEL 9).
 /// libLibTorchSharp.so says it needs GLIBCXX_3.4.32 but uses nothing of it: its one symbol of that version,
 /// std::ios_base_library_init, has no relocation. When, and only when, the plain load fails for that reason, a private copy with
-/// that one version marked weak is loaded in its stead.
+/// that one version marked weak is loaded instead.
 /// </summary>
 public static class TorchNative
 {
-    /// <summary>The version that GCC 13 added and TorchSharp 0.107 asks for in vain.</summary>
+    /// <summary>The version that GCC 13 added and that TorchSharp 0.107 requires without using it.</summary>
     public const string UnusedVersion = "GLIBCXX_3.4.32";
 
     private const string LibraryFile = "libLibTorchSharp.so";
@@ -20,11 +20,13 @@ public static class TorchNative
     private static readonly Lock s_lock = new();
     private static bool s_loaded;
 
-    /// <summary>Whether this process runs on the mended copy.</summary>
+    /// <summary>Whether this process uses the patched copy.</summary>
     public static bool IsMended { get; private set; }
 
     /// <summary>Call this before the first use of TorchSharp. Later calls do nothing.</summary>
-    /// <exception cref="DllNotFoundException">The native libraries cannot be loaded, for a reason this class does not mend.</exception>
+    /// <exception cref="DllNotFoundException">
+    /// The native libraries cannot be loaded, for a reason that this class does not handle.
+    /// </exception>
     public static void EnsureLoaded()
     {
         lock (s_lock)
@@ -35,7 +37,7 @@ public static class TorchNative
         }
     }
 
-    /// <summary>The library as the host would find it, or null: then TorchSharp's own search is left to say what is missing.</summary>
+    /// <summary>The library as the host would find it, or null: then TorchSharp's own search reports what is missing.</summary>
     internal static string? FindLibrary()
     {
         IEnumerable<string> directories = (AppContext.GetData("NATIVE_DLL_SEARCH_DIRECTORIES") as string ?? "")
@@ -45,7 +47,7 @@ public static class TorchNative
         return directories.Select(directory => Path.Combine(directory, LibraryFile)).FirstOrDefault(File.Exists);
     }
 
-    /// <summary>Writes the mended copy of <paramref name="library"/> under <paramref name="cache"/>, unless it is there already.</summary>
+    /// <summary>Writes the patched copy of <paramref name="library"/> under <paramref name="cache"/>, unless it is there already.</summary>
     /// <returns>The path of the copy.</returns>
     internal static string Mend(string library, string cache)
     {
@@ -61,7 +63,7 @@ public static class TorchNative
         if (File.Exists(copy) && image.AsSpan().SequenceEqual(File.ReadAllBytes(copy)))
             return copy;
 
-        // Two processes may be here at once. Each writes its own file; the renames are atomic and leave the same bytes.
+        // Two processes may do this at once. Each writes its own file; the renames are atomic and leave the same bytes.
         string partial = Path.Combine(directory, $"{LibraryFile}.{Environment.ProcessId}.{Guid.NewGuid():n}");
         try
         {
@@ -98,7 +100,7 @@ public static class TorchNative
         nint handle = NativeLibrary.Load(MendSomewhere(path));
         IsMended = true;
         AssemblyLoadContext context = AssemblyLoadContext.GetLoadContext(typeof(TorchSharp.torch).Assembly) ?? AssemblyLoadContext.Default;
-        // Asked when the ordinary search has failed, by P/Invoke and by TorchSharp's own start-up alike.
+        // Called when the normal search has failed, by P/Invoke and by TorchSharp's own start-up.
         context.ResolvingUnmanagedDll += (_, name) => name is "LibTorchSharp" or LibraryFile ? handle : 0;
     }
 
@@ -120,7 +122,7 @@ public static class TorchNative
         }
         catch (Exception error) when (error is IOException or UnauthorizedAccessException)
         {
-            // No home to write to (a service account, a read-only container): a folder of this process's own will do.
+            // No writable home folder (a service account, a read-only container): use a folder for this process only.
             return Mend(library, Directory.CreateTempSubdirectory("rollout-").FullName);
         }
     }

@@ -6,20 +6,20 @@ namespace Rollout.Client.Torch;
 /// <summary>Pushes a TorchSharp module as a <see cref="WeightPublisher"/> pushes tensors.</summary>
 public static class TorchPublishing
 {
-    // A module's tensors are listed once: their names and shapes stay, and their values are read at each push.
+    // A module's tensors are listed once: names and shapes do not change, and values are read at each push.
     private static readonly ConditionalWeakTable<torch.nn.Module, TensorSource[]> s_sources = [];
 
     /// <summary>
     /// Makes the module's parameters and persistent buffers, rounded to bfloat16, the weights the next token is drawn from: all of them
-    /// or none. Names must be the Hugging Face checkpoint's; a module that names its fields so pushes as it is.
+    /// or none. Names must be the Hugging Face checkpoint's; a module with these field names needs no renaming.
     /// </summary>
-    /// <param name="publisher">Kept for the training run: it keeps the shared memory.</param>
+    /// <param name="publisher">Reuse it for the whole training run, because it keeps the shared memory.</param>
     /// <param name="module">Read during the call only.</param>
     /// <param name="newVersion">Must be greater than the version being served; null: one more than it.</param>
     /// <param name="options">Policy, transport, timeout.</param>
-    /// <param name="cancellationToken">Leaves the old weights served, until the commit is sent.</param>
+    /// <param name="cancellationToken">Until the commit is sent, cancelling leaves the old weights served.</param>
     /// <exception cref="WeightUpdateRejectedException">The module is not the model being served; lists every difference.</exception>
-    /// <exception cref="WeightUpdateFailedException">It began and did not end well; the outcome says which weights are served.</exception>
+    /// <exception cref="WeightUpdateFailedException">It began and did not succeed; the outcome says which weights are served.</exception>
     public static Task<PushResult> PushAsync(this WeightPublisher publisher, torch.nn.Module module, ulong? newVersion = null,
         PushOptions? options = null, CancellationToken cancellationToken = default)
     {

@@ -6,10 +6,10 @@ namespace Rollout.Client.Torch;
 /// <summary>The element type in which weights are published.</summary>
 public enum PublishedType
 {
-    /// <summary>As the module holds them.</summary>
+    /// <summary>Unchanged.</summary>
     AsIs,
 
-    /// <summary>Floating-point tensors rounded to bfloat16, to the nearest, ties to even; other tensors as they are.</summary>
+    /// <summary>Floating-point tensors rounded to bfloat16, to nearest, ties to even; other tensors as they are.</summary>
     BFloat16,
 }
 
@@ -42,11 +42,11 @@ public sealed class TorchTensor
     public long ByteLength { get; }
 
     /// <summary>
-    /// Writes bytes of the tensor as it is now: row-major, little-endian, without gaps, whatever its strides and device. Tensors that no
-    /// span can hold are copied in parts.
+    /// Writes bytes of the tensor as it is now: row-major, little-endian, without gaps, for any strides and device. A tensor too large for
+    /// a span can be copied in parts.
     /// </summary>
-    /// <param name="destination">Receives as many bytes as it is long: whole elements.</param>
-    /// <param name="offset">The first byte to copy: that of a whole element.</param>
+    /// <param name="destination">Filled completely; its length must be whole elements.</param>
+    /// <param name="offset">The first byte to copy, at the start of an element.</param>
     /// <exception cref="ArgumentException">The part cuts an element, or reaches past the end.</exception>
     public void CopyTo(Span<byte> destination, long offset = 0)
     {
@@ -58,7 +58,7 @@ public sealed class TorchTensor
         if (destination.IsEmpty)
             return;
 
-        // Nothing is copied twice where nothing has to change: to(), flatten() and contiguous() then return the tensor itself.
+        // to(), flatten() and contiguous() return the tensor itself where nothing has to change, so nothing is copied twice.
         using DisposeScope scope = NewDisposeScope();
         using IDisposable _ = no_grad();
         Tensor part = _tensor.detach().flatten().narrow(0, offset / size, destination.Length / size);
@@ -96,8 +96,8 @@ public static class TorchStateDict
         return tensors;
     }
 
-    // Module.named_parameters() leaves out what it has seen anywhere under another name, and with it a tied tensor's second name. Within
-    // one module that is right all the same: TorchSharp registers fields by their own name beside the name they were given explicitly.
+    // Module.named_parameters() on the whole module omits a parameter that it has seen under another name, and so a tied tensor's second
+    // name. Within one module that is right: TorchSharp registers a field under its own name as well as under its explicit name.
     private static void Collect(nn.Module module, string prefix, HashSet<string> names, List<TorchTensor> tensors, PublishedType type)
     {
         foreach ((string? name, TorchSharp.Modules.Parameter? parameter) in module.named_parameters(recurse: false))

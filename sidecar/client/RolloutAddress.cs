@@ -16,10 +16,10 @@ internal sealed class RolloutAddress
         EndPoint = endPoint;
     }
 
-    /// <summary>As the caller wrote it, for messages.</summary>
+    /// <summary>The address as the caller wrote it, for messages.</summary>
     public string Text { get; }
 
-    /// <summary>What HTTP is told; for a Unix socket only the Host header.</summary>
+    /// <summary>The address for HTTP; for a Unix socket only the Host header.</summary>
     public Uri Uri { get; }
 
     public EndPoint EndPoint { get; }

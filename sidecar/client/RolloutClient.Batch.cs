@@ -14,15 +14,15 @@ public sealed partial class RolloutClient
         CancellationToken cancellationToken = default) =>
         GenerateBatchAsync(requests.ToAsyncEnumerable(), onRefused, timeout, cancellationToken);
 
-    /// <summary>Many groups on one call. Yields each sample when it ends, whichever group it belongs to.</summary>
-    /// <param name="requests">Read and sent while samples come back, so it may go on as long as wanted and depend on them.</param>
+    /// <summary>Many groups on one call. Yields each sample of any group when it ends.</summary>
+    /// <param name="requests">Read and sent while samples are returned, so it may be endless and depend on them.</param>
     /// <param name="onRefused">
-    /// Called for each group that is refused, as it happens; then nothing is thrown for it. It may be called on another thread than the
-    /// one that reads the samples, but never by two at once.
+    /// Called for each refused group at once; nothing is thrown for it then. It may be called on another thread than the
+    /// one that reads the samples, but never by two threads at once.
     /// </param>
     /// <param name="timeout">Of the whole batch; <see cref="DefaultWorkTimeout"/> when null.</param>
     /// <remarks>
-    /// A refused group disturbs no other: without <paramref name="onRefused"/> all refusals are thrown together at the end, after the last
+    /// A refused group does not affect the others: without <paramref name="onRefused"/> all refusals are thrown together after the last
     /// sample. Leaving the loop early or cancelling ends all samples that are still running.
     /// </remarks>
     /// <exception cref="RolloutBatchException">Groups were refused and there is no <paramref name="onRefused"/>.</exception>
@@ -45,14 +45,14 @@ public sealed partial class RolloutClient
         GenerateGroupsAsync(requests.ToAsyncEnumerable(), onRefused, timeout, cancellationToken);
 
     /// <summary>Many groups on one call. Yields each group when its last sample has ended, in order of ending.</summary>
-    /// <param name="requests">Read and sent while groups come back, so it may go on as long as wanted and depend on them.</param>
+    /// <param name="requests">Read and sent while groups are returned, so it may be endless and depend on them.</param>
     /// <param name="onRefused">
-    /// Called for each group that is refused, as it happens; then nothing is thrown for it. It may be called on another thread than the
-    /// one that reads the groups, but never by two at once.
+    /// Called for each refused group at once; nothing is thrown for it then. It may be called on another thread than the
+    /// one that reads the groups, but never by two threads at once.
     /// </param>
     /// <param name="timeout">Of the whole batch; <see cref="DefaultWorkTimeout"/> when null.</param>
     /// <remarks>
-    /// A refused group disturbs no other: without <paramref name="onRefused"/> all refusals are thrown together at the end, after the last
+    /// A refused group does not affect the others: without <paramref name="onRefused"/> all refusals are thrown together after the last
     /// group. A sample that fails or is aborted is part of its group like any other: <see cref="Sample.FinishReason"/> says so. Leaving the
     /// loop early or cancelling ends all samples that are still running.
     /// </remarks>
@@ -90,7 +90,7 @@ public sealed partial class RolloutClient
         Batch batch = new Batch(onRefused);
         ExceptionDispatchInfo? sendError = null;
         bool allSent = false;
-        // Not awaited when the caller leaves early: it may be waiting for the caller's next request.
+        // Not awaited when the caller stops early: it may be waiting for the caller's next request.
         _ = SendAsync();
         try
         {
@@ -124,7 +124,7 @@ public sealed partial class RolloutClient
             }
             catch (Exception e)
             {
-                // Set before the call is cancelled, so that the reader finds it.
+                // Set before the call is cancelled, so that the reader sees it.
                 Volatile.Write(ref sendError, ExceptionDispatchInfo.Capture(e));
                 if (!token.IsCancellationRequested)
                     await ended.CancelAsync();
@@ -140,7 +140,7 @@ public sealed partial class RolloutClient
             }
             catch (Exception e) when (e is RpcException or InvalidOperationException or OperationCanceledException or IOException)
             {
-                // The call has ended; the reader is told why.
+                // The call has ended; the reader gets the error.
                 return false;
             }
         }
@@ -154,17 +154,17 @@ public sealed partial class RolloutClient
             catch (RpcException e)
             {
                 cancellationToken.ThrowIfCancellationRequested();
-                // The caller's own exception from making requests is why the call was cancelled, so it is what is thrown.
+                // An exception from the caller's enumerable of requests is why the call was cancelled, so that exception is thrown.
                 Volatile.Read(ref sendError)?.Throw();
                 throw Translate(e, options.WithCancellationToken(cancellationToken));
             }
         }
     }
 
-    /// <summary>A sample that has ended, what it was asked for with, and whether it is the last of its group.</summary>
+    /// <summary>A sample that has ended, its request, and whether it is the last of its group.</summary>
     private readonly record struct EndedSample(Sample Sample, RolloutRequest Request, bool LastOfGroup);
 
-    /// <summary>The groups of one batch that have been sent and have not ended. Sender and reader both use it.</summary>
+    /// <summary>The groups of one batch that have been sent and have not ended. Used by sender and reader.</summary>
     private sealed class Batch(Action<RolloutException>? onRefused)
     {
         private readonly Lock _lock = new();
@@ -173,7 +173,7 @@ public sealed partial class RolloutClient
         private readonly Lock _refusing = new();
         private readonly List<RolloutException> _refused = [];
 
-        /// <summary>The message to send, or null where the group is refused already here.</summary>
+        /// <summary>The message to send, or null where the client itself refuses the group.</summary>
         public V1.GenerateRequest? Begin(RolloutRequest request)
         {
             V1.GenerateRequest message;
@@ -192,7 +192,7 @@ public sealed partial class RolloutClient
                 added = _groups.TryAdd(request.RequestId, (request, new GroupAssembly(request.RequestId, request.Options.N)));
             if (added)
                 return message;
-            // The sidecar would refuse it too, but its answer could not be told from one about the first group.
+            // The sidecar would refuse it too, but its answer could not be distinguished from one about the first group.
             Refuse(RolloutException.From(StatusCode.AlreadyExists, "a group with the same id is in flight", request.RequestId));
             return null;
         }

@@ -2,7 +2,7 @@ namespace Rollout.Client;
 
 public sealed partial class RolloutClient
 {
-    /// <summary>Log-probabilities of given tokens under the current weights: teacher, reference policy, evaluation.</summary>
+    /// <summary>Log-probabilities of given tokens under the current weights: for a teacher, a reference policy or evaluation.</summary>
     /// <param name="input">Token ids (<c>int[]</c>) or text (<c>string</c>).</param>
     /// <param name="top">Alternatives to report at every position.</param>
     /// <param name="cacheSalt">Requests with different salts never share cached keys and values.</param>
@@ -30,11 +30,11 @@ public sealed partial class RolloutClient
         return AbortAsync(request, timeout, cancellationToken);
     }
 
-    /// <summary>Ends every group in flight, whoever asked for it.</summary>
+    /// <summary>Ends every group in flight, of all callers.</summary>
     public Task<AbortResult> AbortAllAsync(TimeSpan? timeout = null, CancellationToken cancellationToken = default) =>
         AbortAsync(new V1.AbortRequest { All = true }, timeout, cancellationToken);
 
-    /// <summary>What the sidecar is doing; answers at once, also during an update.</summary>
+    /// <summary>What the sidecar is doing. Answers at once, also during an update.</summary>
     public async Task<SidecarStatus> StatusAsync(TimeSpan? timeout = null, CancellationToken cancellationToken = default)
     {
         V1.StatusReply reply = await CallAsync(
@@ -43,8 +43,8 @@ public sealed partial class RolloutClient
     }
 
     /// <summary>Returns once no step runs any more.</summary>
-    /// <param name="owner">Named to whoever asks why nothing moves.</param>
-    /// <param name="lease">The pause ends by itself after this long, so a dead owner leaves nothing stuck; pausing again renews it.</param>
+    /// <param name="owner">Shown in the status while paused.</param>
+    /// <param name="lease">The pause expires after this, so that a dead owner does not block the sidecar; pausing again renews it.</param>
     /// <param name="timeout">Null: the lease, at least <see cref="DefaultControlTimeout"/>.</param>
     public async Task<PauseResult> PauseAsync(
         PauseMode mode, string owner, TimeSpan lease, TimeSpan? timeout = null, CancellationToken cancellationToken = default)
@@ -68,7 +68,7 @@ public sealed partial class RolloutClient
         return new PauseResult(SidecarStatus.From(reply.State), (int)reply.AbortedSamples);
     }
 
-    /// <summary>Ends a pause; does nothing where there is none.</summary>
+    /// <summary>Ends a pause. Does nothing where there is none.</summary>
     public async Task<EngineState> ResumeAsync(TimeSpan? timeout = null, CancellationToken cancellationToken = default)
     {
         V1.ResumeReply reply = await CallAsync(
@@ -77,11 +77,11 @@ public sealed partial class RolloutClient
     }
 
     /// <summary>
-    /// Makes the sidecar give memory back, for a trainer on the same machine, and returns when it is free. Nothing may be in flight; the KV
-    /// cache alone may also sleep under a pause.
+    /// Makes the sidecar give memory back, for a trainer on the same machine, and returns when it is free. No sample may be in flight; the
+    /// KV cache alone may also sleep while paused.
     /// </summary>
-    /// <param name="tags">What sleeps already is left alone.</param>
-    /// <exception cref="RolloutStateException">Samples are in flight, or a weight update is under way.</exception>
+    /// <param name="tags">Memory that sleeps already is not affected.</param>
+    /// <exception cref="RolloutStateException">Samples are in flight, or a weight update is in progress.</exception>
     public async Task<SleepResult> SleepAsync(
         MemoryTags tags = MemoryTags.All, TimeSpan? timeout = null, CancellationToken cancellationToken = default)
     {
@@ -96,8 +96,8 @@ public sealed partial class RolloutClient
             MemoryTagsExtensions.From(reply.Asleep));
     }
 
-    /// <summary>Takes memory again where it sleeps. After the weights have slept, a full push comes before anything else.</summary>
-    /// <returns>What still sleeps.</returns>
+    /// <summary>Allocates memory that sleeps. After the weights have slept, a full push is needed before sampling.</summary>
+    /// <returns>The tags that still sleep.</returns>
     public async Task<MemoryTags> WakeUpAsync(
         MemoryTags tags = MemoryTags.All, TimeSpan? timeout = null, CancellationToken cancellationToken = default)
     {
@@ -116,7 +116,7 @@ public sealed partial class RolloutClient
         return WeightsDescription.From(reply);
     }
 
-    // On the wire no tag means all of them.
+    // On the wire, no tag means all tags.
     private static void ThrowIfNone(MemoryTags tags)
     {
         if (tags is MemoryTags.None or > MemoryTags.All)

@@ -8,8 +8,8 @@ public sealed partial class RolloutClient
     /// <summary>Draws <see cref="GenerateOptions.N"/> samples from one prompt and yields each when it ends, in order of ending.</summary>
     /// <param name="prompt">Token ids (<c>int[]</c>) or text (<c>string</c>).</param>
     /// <param name="timeout">Of the whole group; <see cref="DefaultWorkTimeout"/> when null.</param>
-    /// <remarks>Leaving the loop early or cancelling ends the samples that are still running.</remarks>
-    /// <exception cref="RolloutRequestException">The request can never run; lists everything wrong with it.</exception>
+    /// <remarks>Leaving the loop early or cancelling ends all samples that are still running.</remarks>
+    /// <exception cref="RolloutRequestException">The request is invalid; lists everything wrong with it.</exception>
     /// <exception cref="RolloutBusyException">No room now.</exception>
     public IAsyncEnumerable<Sample> GenerateAsync(
         Prompt prompt, GenerateOptions? options = null, TimeSpan? timeout = null, CancellationToken cancellationToken = default) =>
@@ -29,7 +29,7 @@ public sealed partial class RolloutClient
         ThrowIfIncomplete(group);
     }
 
-    /// <summary>As GenerateAsync, but yields tokens as they come; chunks of the group's samples interleave.</summary>
+    /// <summary>As GenerateAsync, but yields tokens as they are sampled; chunks of the group's samples interleave.</summary>
     public IAsyncEnumerable<SampleChunk> StreamAsync(
         Prompt prompt, GenerateOptions? options = null, TimeSpan? timeout = null, CancellationToken cancellationToken = default) =>
         StreamAsync(new RolloutRequest(prompt, options), timeout, cancellationToken);

@@ -6,20 +6,20 @@ using Grpc.Net.Client;
 namespace Rollout.Client;
 
 /// <summary>
-/// A connection to one sidecar. Safe to use from any thread, by any number of calls at once; nothing is sent before the first call.
+/// A connection to one sidecar. Safe for concurrent calls from any thread. The connection is made by the first call.
 /// </summary>
 /// <remarks>
-/// Every call takes a timeout, which is also the deadline after which the sidecar drops what the call holds. Without one, calls that make
-/// tokens get <see cref="DefaultWorkTimeout"/> and all others <see cref="DefaultControlTimeout"/>;
-/// <see cref="Timeout.InfiniteTimeSpan"/> is no deadline. Failures are <see cref="RolloutException"/>s with the sidecar's message;
+/// Every call has a timeout, which is also the deadline after which the sidecar drops the call's samples or update. By default, calls
+/// that generate or score tokens get <see cref="DefaultWorkTimeout"/> and all others <see cref="DefaultControlTimeout"/>;
+/// <see cref="Timeout.InfiniteTimeSpan"/> means no deadline. Failures are <see cref="RolloutException"/>s with the sidecar's message;
 /// a cancelled token gives <see cref="OperationCanceledException"/>.
 /// </remarks>
 public sealed partial class RolloutClient : IAsyncDisposable
 {
-    /// <summary>Of Generate, Stream, GenerateBatch and Score when the caller gives none.</summary>
+    /// <summary>Default timeout of Generate, Stream, GenerateBatch and Score.</summary>
     public static readonly TimeSpan DefaultWorkTimeout = TimeSpan.FromHours(1);
 
-    /// <summary>Of all other calls when the caller gives none.</summary>
+    /// <summary>Default timeout of all other calls.</summary>
     public static readonly TimeSpan DefaultControlTimeout = TimeSpan.FromSeconds(30);
 
     private static readonly TimeSpan s_readyPoll = TimeSpan.FromMilliseconds(50);
@@ -37,7 +37,7 @@ public sealed partial class RolloutClient : IAsyncDisposable
         {
             HttpHandler = Handler(address),
             DisposeHttpClient = true,
-            // Replies are as large as the samples asked for; the sidecar is trusted with our memory.
+            // Replies are as large as the requested samples, so their size is not limited: the sidecar is trusted.
             MaxReceiveMessageSize = null,
         });
         _rollout = new V1.RolloutService.RolloutServiceClient(_channel);
@@ -68,7 +68,7 @@ public sealed partial class RolloutClient : IAsyncDisposable
             RpcException? error = null;
             try
             {
-                // A sidecar that accepts and does not answer must not use up the whole wait on one call.
+                // One call to a sidecar that accepts the connection but does not answer must not use up the whole timeout.
                 TimeSpan call = TimeSpan.FromSeconds(Math.Clamp(left.TotalSeconds, 0.1, 5));
                 HealthCheckResponse reply = await _health.CheckAsync(new HealthCheckRequest(), Options(call, cancellationToken));
                 if (reply.Status == HealthCheckResponse.Types.ServingStatus.Serving)
@@ -100,7 +100,7 @@ public sealed partial class RolloutClient : IAsyncDisposable
         }
     }
 
-    /// <summary>Ends calls that are under way and closes the connection.</summary>
+    /// <summary>Ends calls in progress and closes the connection.</summary>
     public ValueTask DisposeAsync()
     {
         _channel.Dispose();
@@ -133,7 +133,7 @@ public sealed partial class RolloutClient : IAsyncDisposable
         if (options.CancellationToken.IsCancellationRequested)
             return new OperationCanceledException("the call was cancelled", error, options.CancellationToken);
 
-        // Both sides watch the deadline. When the server is the first to see it pass, it breaks the stream, and that is all gRPC reports.
+        // Both sides watch the deadline. If the server sees it pass first, it resets the stream, and gRPC reports only that.
         bool broken = error.StatusCode is StatusCode.Unavailable or StatusCode.Cancelled;
         if (broken && DateTime.UtcNow + s_clockSlack >= options.Deadline)
             return RolloutException.From(StatusCode.DeadlineExceeded, "", requestId, error);
@@ -147,7 +147,7 @@ public sealed partial class RolloutClient : IAsyncDisposable
         // More calls at once than one HTTP/2 connection carries (100 on Kestrel) open another instead of waiting.
         EnableMultipleHttp2Connections = true,
         PooledConnectionIdleTimeout = Timeout.InfiniteTimeSpan,
-        // A machine that vanished is noticed within a minute, not when TCP gives up.
+        // A machine that has crashed is noticed within a minute, not when TCP times out.
         KeepAlivePingDelay = TimeSpan.FromSeconds(30),
         KeepAlivePingTimeout = TimeSpan.FromSeconds(30),
         KeepAlivePingPolicy = HttpKeepAlivePingPolicy.WithActiveRequests,

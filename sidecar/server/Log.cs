@@ -45,7 +45,7 @@ internal static partial class Log
         Message = "Aborted {Groups} groups, {Samples} samples; {Unknown} ids were not in flight")]
     public static partial void Aborted(ILogger logger, int groups, int samples, int unknown);
 
-    [LoggerMessage(EventId = 103, Level = LogLevel.Error, Message = "{Call} failed for a reason that is the server's own")]
+    [LoggerMessage(EventId = 103, Level = LogLevel.Error, Message = "{Call} failed with an internal error")]
     public static partial void Unexpected(ILogger logger, string call, Exception exception);
 
     // ---- 200..: weights.

@@ -38,7 +38,7 @@ public sealed class GrpoTests
     }
 
     [Fact]
-    public void Advantages_are_relative_to_the_group_and_nothing_where_all_are_alike()
+    public void Advantages_are_relative_to_the_group_and_zero_where_all_are_alike()
     {
         Assert.All(Grpo.Advantages([1, 1, 1]), a => Assert.Equal(0, a));
         float[] advantages = Grpo.Advantages([1, 0, 0, 0]);
@@ -72,15 +72,15 @@ public sealed class GrpoTests
         Assert.All(policy.parameters(), p => Assert.True(p.equal(p.to(bfloat16).to(float32)).all().item<bool>()));
     }
 
-    /// <summary>How far the policy has come from the one that sampled: the logarithm of the ratio of each token of two samples.</summary>
+    /// <summary>Distance of the policy from the one that sampled: the log-ratio of each token of two samples.</summary>
     [Theory]
     [InlineData(0, 0, true)]
-    [InlineData(0.24, -0.24, true)] // 1.27: the better one may still become likelier
-    [InlineData(0.26, -0.22, true)] // 0.80: the worse one may still become unlikelier
-    [InlineData(0.26, -0.24, false)] // both have gone far enough
+    [InlineData(0.24, -0.24, true)] // 1.27: the better one may still become more likely
+    [InlineData(0.26, -0.22, true)] // 0.80: the worse one may still become less likely
+    [InlineData(0.26, -0.24, false)] // both are clipped
     [InlineData(2, -2, false)]
-    [InlineData(-2, -2, true)] // the better one has become unlikelier, whatever the distance
-    [InlineData(2, 2, true)] // the worse one has become likelier
+    [InlineData(-2, -2, true)] // the better one has become less likely: never clipped
+    [InlineData(2, 2, true)] // the worse one has become more likely: never clipped
     public void A_sample_that_has_moved_far_enough_its_way_moves_no_further(double better, double worse, bool moves)
     {
         manual_seed(1);
@@ -118,7 +118,7 @@ public sealed class GrpoTests
                 return new(tokens, [.. LogProbs(policy, prompt, tokens).Select(logProb => logProb + 0.1f + apart)], 0);
             }
 
-            // Where one is a hair apart, none are alike and each is computed.
+            // With a tiny difference none are identical, and each is computed.
             RolloutGroup[] groups = [new(prompt, [Sample("64", 0), Sample("4631", 0), Sample("4631", apart), Sample("4631", -apart)])];
             GrpoStats stats = new Grpo(policy, reference, weights).Step(groups, [[1, 0, 0, 0]]);
             return (stats.Loss, stats.GradientNorm);

@@ -92,7 +92,7 @@ public sealed class TorchStateDictTests
         Assert.Contains("'counts' holds I64", error.Message, StringComparison.Ordinal);
     }
 
-    /// <summary>Views of one storage, of every type, with a gradient to come or not: a push reads what a plain copy would hold.</summary>
+    /// <summary>Views of one storage, of every type, with and without gradients: a push reads the same as a plain copy.</summary>
     [Fact]
     public void Strides_views_and_gradients_do_not_show()
     {

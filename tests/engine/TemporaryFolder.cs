@@ -2,7 +2,7 @@ using System.Text;
 
 namespace Rollout.Engine.Tests;
 
-/// <summary>A folder of its own, gone after the test.</summary>
+/// <summary>A new temporary folder, deleted after the test.</summary>
 internal sealed class TemporaryFolder : IDisposable
 {
     public string Path { get; } = Directory.CreateTempSubdirectory("rollout-").FullName;

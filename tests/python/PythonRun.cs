@@ -8,7 +8,7 @@ using Xunit;
 
 namespace Rollout.Python.Tests;
 
-/// <summary>One run of run.py over all tests of this folder, and what each of them came to.</summary>
+/// <summary>One run of run.py over all tests of this folder, and the result of each.</summary>
 public sealed class PythonRun : IAsyncLifetime
 {
     private const string Modules = "grpc, google.protobuf, numpy";
@@ -21,7 +21,7 @@ public sealed class PythonRun : IAsyncLifetime
 
     public static string Folder { get; } = Metadata("PythonTests");
 
-    /// <summary>Why nothing could be run; null where it was.</summary>
+    /// <summary>Why the tests could not run; null where they ran.</summary>
     public string? SkipReason { get; private set; }
 
     /// <summary>What was printed beside the results.</summary>

@@ -29,7 +29,7 @@ public sealed partial class PythonTests(PythonRun run)
         }
     }
 
-    /// <summary>Also what still runs where there is no Python: a project in which every test is skipped counts as a failure.</summary>
+    /// <summary>Runs without Python too, because a project in which every test is skipped counts as a failure.</summary>
     [Fact]
     public void Every_file_has_tests()
     {

@@ -1,4 +1,4 @@
-"""A sidecar that answers what a test says: for what a real one does only when something has broken."""
+"""A sidecar whose answers a test determines, for behaviour that a real one shows only after a fault."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class FakeSidecar:
         self.requests: list[Any] = []
         self.replies = replies
         self.calls: collections.Counter[str] = collections.Counter()
-        self.arrived: Hook | None = None  # runs with the method's name and its context when a call has arrived
-        self.done: Hook | None = None  # ... and when it has been dealt with, before it is answered
+        self.arrived: Hook | None = None  # called with the method's name and its context when a call has arrived
+        self.done: Hook | None = None  # ... and when it has been handled, before it is answered
         self._streams = {
             "Update": (update, wire.UpdateRequest, wire.UpdateReply), "GenerateBatch": (batch, wire.GenerateRequest, wire.GenerateReply),
         }
@@ -85,7 +85,7 @@ class FakeSidecar:
 
 
 class FakeWeights:
-    """The sidecar's side of the weight transaction in its plainest form: what is served changes at the commit, or in place."""
+    """A minimal server side of the weight transaction: the served weights change at the commit, or in place."""
 
     def __init__(self, version: int = 7) -> None:
         self.version = version
@@ -93,9 +93,9 @@ class FakeWeights:
         self.poisoned = self.updating = False
         self.tensors: dict[str, bytes] = {}
         self.begun: list[Any] = []
-        self.arrived: Hook | None = None  # runs with the step's name and the request when a message has arrived
-        self.done: Hook | None = None  # ... and when it has been dealt with, before it is answered
-        self.says: Callable[[], Any] | None = None  # instead of the truth
+        self.arrived: Hook | None = None  # called with the step's name and the request when a message has arrived
+        self.done: Hook | None = None  # ... and when it has been handled, before it is answered
+        self.says: Callable[[], Any] | None = None  # replaces the status reply
 
     def status(self) -> Any:
         return self.says() if self.says else wire.StatusReply(state=7 if self.poisoned else 2, version=self.version, updating=self.updating)
@@ -146,11 +146,11 @@ class FakeWeights:
 
 
 class Proxy:
-    """Stands between a client and a Unix socket, and cuts the connection when it is told to: what is on its way then is lost."""
+    """A proxy between a client and a Unix socket that can cut the connection: bytes in transit are lost."""
 
     def __init__(self, path: str, upstream: str) -> None:
         self.address = f"unix:{path}"
-        self.deaf = False  # takes the first bytes of a connection and closes it
+        self.deaf = False  # reads the first bytes of a connection and closes it
         self._upstream = upstream
         self._open: list[socket.socket] = []
         self._lock = threading.Lock()

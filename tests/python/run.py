@@ -1,6 +1,6 @@
 """Runs all tests here; prints one JSON line a test, {"test", "outcome", "message", "seconds"}, for PythonTests.cs to report as its own.
 
-Classes, and the tests of a class, come in an order that a seed shuffles, another one at each run: no test may depend on another. A failure
+Classes, and the tests of a class, run in an order shuffled with a seed, a new one in each run: no test may depend on another. A failure
 names the seed; `run.py --seed N` repeats its order, and `run.py test_push test_failures.SharedMemoryTests` runs some.
 
 For people: python3 -m unittest discover tests/python
@@ -19,7 +19,7 @@ from pathlib import Path
 
 
 class JsonLines(unittest.TestResult):
-    """Of one test the worst outcome counts: a subtest that fails fails it."""
+    """The worst outcome of a test counts: a failed subtest fails the test."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class JsonLines(unittest.TestResult):
         super().addSkip(test, reason)
         if not isinstance(test, unittest.TestCase):  # a class or module that its setUp skips
             self._print(str(test), "skipped", reason, 0)
-        elif self._outcome != "failed":  # a subtest that is skipped makes up for none that failed
+        elif self._outcome != "failed":  # a skipped subtest does not hide a failed one
             self._outcome, self._messages = "skipped", [reason]
 
     def _failed(self, test: unittest.TestCase, message: str) -> None:

@@ -69,7 +69,7 @@ def golden_weights(model: str) -> dict[str, rollout.BFloat16]:
 
 
 def other_weights(model: str) -> dict[str, rollout.BFloat16]:
-    """The model's own tensors with their elements in reverse: as random as before, and quite another model."""
+    """The model's own tensors with their elements in reverse: a different model with equally random weights."""
     return {name: rollout.BFloat16(tensor.bits.reshape(-1)[::-1].reshape(tensor.bits.shape)) for name, tensor in golden_weights(model).items()}
 
 
@@ -83,7 +83,7 @@ def start(model: str | Path = "qwen3", *arguments: str) -> rollout.Sidecar:
 
 
 def in_another_container() -> Any:
-    """The sidecar's own memory cannot be reached from there: pushes go through a file of /dev/shm."""
+    """Makes the sidecar's own memory unreachable, as from another container: pushes go through a file in /dev/shm."""
     return mock.patch.object(Segment, "try_open", return_value=None)
 
 

@@ -1,4 +1,4 @@
-"""What is left, and what the trainer is told, when a push does not end well."""
+"""The state and the reported outcome after a push that fails."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class RealSidecarTests(SidecarTests):
         self.assertIs(failed.exception.outcome, UpdateOutcome.UNKNOWN)
 
     def test_a_restarted_sidecar_gets_its_own_memory_and_a_larger_push_a_larger_one(self) -> None:
-        """The sidecar's memory is kept mapped from push to push: not that of one which is gone, nor one that has become too small."""
+        """The sidecar's memory is kept mapped from push to push, unless that sidecar has ended or the memory has become too small."""
         weights = other_weights("qwen3")
         some = {name: weights[name] for name in list(weights)[3:5]}
         self.rollout.push_weights(some, partial=True)
@@ -70,7 +70,7 @@ class RealSidecarTests(SidecarTests):
         for version in (1, 2):
             self.sidecar.kill()
             self.sidecar.stop()
-            self.assertFalse(Path(socket).exists())  # what a killed one leaves
+            self.assertFalse(Path(socket).exists())  # a killed sidecar leaves it
             self.sidecar = rollout.Sidecar.start(golden("qwen3"), program=PROGRAM, threads=1, socket=socket)
             self.addCleanup(self.sidecar.stop)
             self.rollout.wait_until_ready(60)
@@ -325,7 +325,7 @@ class FakeSidecarTests(SidecarTests):
         self.status = weights.status
         client.push_weights(WEIGHTS)
         [first] = own_files()
-        (SHM / first).unlink()  # as somebody cleans up
+        (SHM / first).unlink()  # as a cleanup job might
         client.push_weights({"a": WEIGHTS["a"] + 1})
         [second] = own_files()
         self.assertNotEqual(first, second)
@@ -334,7 +334,7 @@ class FakeSidecarTests(SidecarTests):
         self.assertEqual((len(own_files()), weights.tensors["a"]), (1, bytes(18)))
 
     def test_another_trainers_version_is_not_taken_for_one_that_was_never_committed(self) -> None:
-        """In place, broken before the commit: the same number is served, but it cannot be ours."""
+        """A push in place broke before its commit: the same version number is served, but it cannot be ours."""
 
         def update(requests):
             next(requests)
@@ -440,7 +440,7 @@ class SharedMemoryTests(unittest.TestCase):
         self.addCleanup(zombie.wait)
         folder = self.folder()
         of_the_dead = [folder / f"rollout-{dead}-{'0' * 16}", folder / f"rollout-{zombie.pid}-{'1' * 16}"]
-        locked = folder / f"rollout-{dead}-{'2' * 16}"  # of another container, which cannot be seen but for its lock
+        locked = folder / f"rollout-{dead}-{'2' * 16}"  # of another container, recognised only by its lock
         others = [locked, folder / f"rollout-{dead}-123", folder / "rollout-x", folder / f"rollout-1-{'3' * 16}"]
         for path in of_the_dead + others:
             path.touch()

@@ -10,7 +10,7 @@ from support import cases, eventually, start
 
 from rollout import BatchError, RequestError, Rollout, RolloutError, RolloutTimeoutError, UnavailableError
 
-TOLERANCE = 1e-4  # fp32 against fp32, different order of sums
+TOLERANCE = 1e-4  # between two fp32 implementations with different orders of summation
 
 
 class GenerateTests(unittest.TestCase):

@@ -1,4 +1,4 @@
-"""Every call, and every message of a push, whose answer does not come: what the caller is told is true, and nothing is sent twice."""
+"""Every call, and every message of a push, with its answer lost: the reported outcome is right, and nothing is sent twice."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class LostCallTests(LostTests):
         with self.assertRaises(UnavailableError) as error:
             CALLS[call](self.client, timeout=PATIENCE)
         self.assertEqual(self.fake.calls[call], called)
-        # A connection that was lost is made anew, also by a caller that comes while gRPC waits to try again.
+        # A lost connection is re-established, also for a call made while gRPC waits to retry.
         self.fake.arrived = self.fake.done = None
         self.proxy.deaf = False
         self.client.wait_until_ready(PATIENCE)
@@ -202,11 +202,11 @@ class LostPushTests(LostTests):
                 client.push_weights(WEIGHTS, **push)
             self.assertNotIsInstance(error.exception, WeightUpdateFailed)  # it was not begun
         else:
-            if how == "hang":  # it has dropped the update by its deadline
+            if how == "hang":  # it has dropped the update at its deadline
                 fake.done = lambda method, _: released.set() if method == "Status" else None
             with self.assertRaises(WeightUpdateFailed) as failed:
                 client.push_weights(WEIGHTS, **push)
-            # In place, the payload's first message is where the old weights are lost: not before it has been dealt with.
+            # In place, the old weights are lost when the payload's first message has been handled.
             first = at == "first" or at == "last" and transport == "shared_memory"
             lost = mode == "in_place" and (how == "after" or not first)
             self.assertEqual(weights.poisoned, lost)
@@ -234,7 +234,7 @@ class LostPushTests(LostTests):
                 self.break_at(*case)
 
     def test_while_the_sidecar_has_not_decided_it_is_asked_again(self) -> None:
-        """What it says when it is asked, from the first time on; the last is said for ever."""
+        """Its status replies, from the first call on; the last one repeats."""
         undecided, committed, old = {"version": 7, "updating": True}, {"version": 8}, {"version": 7}
         poisoned, overtaken, gone = {"version": 7, "state": 7}, {"version": 12}, None
         for said, expected in (
@@ -296,7 +296,7 @@ class LostPushTests(LostTests):
                 raise Cut
 
         def replaced(method, _):
-            if method == "Status":  # right after it has said 8
+            if method == "Status":  # right after it has reported 8
                 weights.version, weights.tensors["a"] = 12, b"\0\0"
 
         weights.done = breaks
@@ -359,10 +359,10 @@ class LostPushTests(LostTests):
 
         good = lambda **more: client.push_weights(WEIGHTS, transport="inline", **more)  # noqa: E731
         self.assertEqual((status_calls(good), base()), (1, 7))  # the first asks
-        self.assertEqual((status_calls(good), base()), (0, 8))  # the next one knows
+        self.assertEqual((status_calls(good), base()), (0, 8))  # the next one does not need to
         self.assertEqual((status_calls(lambda: good(version=20)), base(), weights.version), (0, 9, 20))
         self.assertEqual((status_calls(good), base()), (0, 20))
-        weights.version = 30  # somebody else's
+        weights.version = 30  # another trainer's
         with self.assertRaises(rollout.WeightUpdateRejected):
             good()
         self.assertEqual((status_calls(good), base(), weights.version), (1, 30, 31))

@@ -1,4 +1,4 @@
-"""What is installed: the descriptors match the protos, pip installs it, and it needs no more than it says."""
+"""The package: the descriptors match the protos, pip installs it, and it imports only its declared dependencies."""
 
 from __future__ import annotations
 

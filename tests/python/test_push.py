@@ -1,4 +1,4 @@
-"""Weight pushes that end well, and those a preflight refuses, against a real sidecar."""
+"""Weight pushes that succeed, and those that the preflight refuses, against a real sidecar."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class PushTests(SidecarTests):
         return [(sample.ids.tolist(), sample.logprobs.tolist()) for sample in group]
 
     def assert_serves(self, weights, version=1, *, dtype="bfloat16"):
-        """What it samples is, bit for bit, what a fresh sidecar samples that has loaded these weights."""
+        """Checks that its samples equal, bit for bit, those of a new sidecar that has loaded these weights."""
         folder = rollout.checkpoint.save(self.temporary_folder(), weights, golden_config("qwen3"), dtype=dtype)
         with start(folder) as fresh, fresh.connect() as client:
             expected = self.samples(client, version=0)
@@ -164,7 +164,7 @@ class PushTests(SidecarTests):
         self.assertEqual(own_files(), [])
 
     def test_samples_in_flight_follow_the_policy(self) -> None:
-        # Few seats and many samples: they last longer than the push, however fast the machine.
+        # Few seats and many samples: they last longer than the push on any machine.
         with start("qwen3", "--max-sequences", "4") as sidecar, sidecar.connect() as client:
             result = []
             thread = threading.Thread(target=lambda: result.extend(client.generate([[1, 2]], n=200, max_tokens=480, seed=1)))
@@ -213,7 +213,7 @@ class PushTests(SidecarTests):
         fields = " ".join(problem.field for problem in rejected.exception.problems)
         for named in ("no.such.tensor", names[0], names[1], "base_version", "new_version"):
             self.assertIn(named, fields)
-        self.assertEqual(own_files(), [])  # no byte has moved
+        self.assertEqual(own_files(), [])  # no byte was sent
         self.assert_serves_the_old_weights()
 
     def test_the_version_is_compared_and_set(self) -> None:
@@ -232,7 +232,7 @@ class PushTests(SidecarTests):
         refusals = []
 
         def push_meanwhile(first, end, destination):
-            """Another trainer tries while this one is under way."""
+            """Another trainer tries while this push is in progress."""
             with rollout.Rollout(self.sidecar.address) as second:
                 with self.assertRaisesRegex(StateError, "trainer-7") as refused:
                     second.push_weights(weights)

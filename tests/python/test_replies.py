@@ -1,4 +1,4 @@
-"""What the sidecar's answers become: samples, scores, states and errors, each field in its place and of its type."""
+"""Conversion of the sidecar's replies to samples, scores, states and errors, with every field in its place and of its type."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ class Connected(unittest.TestCase):
 
 class StatusTests(Connected):
     def test_every_field_of_the_status_is_reported_under_its_name(self) -> None:
-        """Each has another value, so none can stand for another."""
+        """Each field has a different value, so that swapped fields are detected."""
         reply = wire.StatusReply(state=4, asleep=[2])
         plain = [field for field in reply.DESCRIPTOR.fields if field.name not in ("state", "asleep")]
         for number, field in enumerate(plain):
@@ -166,7 +166,7 @@ class StatusTests(Connected):
         self.assertEqual([(r.mode, r.owner, r.lease_milliseconds) for r in fake.requests], [(i, "me", 1500) for i in (1, 2, 3)])
         fake.requests.clear()
         self.assertEqual(client.abort(["a", "b"]), rollout.Aborted(1, 2, ("b",)))
-        client.abort([])  # nothing named is not everything
+        client.abort([])  # an empty list does not mean all
         client.abort()
         self.assertEqual(
             [(r.WhichOneof("which"), list(r.ids.ids), r.all) for r in fake.requests],
@@ -241,7 +241,7 @@ class CallTests(Connected):
         fake.arrived = lambda _, context: context.add_callback(told.set)
         try:
             client.generate([[1]], timeout=None)
-        except RolloutError as error:  # kept, with the frames it came through, as a notebook keeps it
+        except RolloutError as error:  # kept with its traceback, as a notebook does
             self.assertIn("not in flight", str(error))
             self.assertTrue(told.wait(20), "its samples would go on")
         self.assertTrue(told.is_set())

@@ -1,4 +1,4 @@
-"""Whatever the strides, the type and the shape: what is sent is what a C-ordered copy would hold."""
+"""For any strides, type and shape, the bytes sent are those of a C-ordered copy."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _read_only(array):
 
 
 def plain(array) -> list:
-    """The elements in C order, by index: no stride has a say in it."""
+    """The elements in C order, by index, independently of strides."""
     return [array[index] for index in np.ndindex(array.shape)]
 
 
@@ -158,7 +158,7 @@ class TorchTests(unittest.TestCase):
         for (what, view), dtype, gradient in itertools.product(TORCH_VIEWS.items(), [*kinds, torch.float64], (False, True)):
             with self.subTest(what, dtype=dtype, gradient=gradient):
                 tensor = view(numbers.to(dtype).clone().requires_grad_(gradient))
-                # Through Python's own numbers: no stride has a say in it.
+                # Through Python numbers, independently of strides.
                 copy = torch.tensor(tensor.tolist(), dtype=torch.float64).reshape(tensor.shape).to(dtype)
                 for asked, kind in (("bfloat16", torch.bfloat16), (None, dtype)):
                     if kind not in kinds:

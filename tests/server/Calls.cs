@@ -3,10 +3,10 @@ using Rollout.V1;
 
 namespace Rollout.Server.Tests;
 
-/// <summary>Requests and their whole answers, in few words.</summary>
+/// <summary>Helpers for requests and their complete replies.</summary>
 internal static class Calls
 {
-    /// <summary>A request for greedy tokens, changed by what a test wants.</summary>
+    /// <summary>A request for greedy tokens, with changes by the test.</summary>
     public static GenerateRequest Greedy(uint[] prompt, uint maxTokens, Action<GenerateRequest>? change = null)
     {
         GenerateRequest request = new()
@@ -74,7 +74,7 @@ internal static class Calls
         return message;
     }
 
-    /// <summary>No test waits for ever.</summary>
+    /// <summary>A deadline for every call of the tests.</summary>
     public static DateTime Deadline(double seconds = 30) => DateTime.UtcNow.AddSeconds(seconds);
 
     public static async Task<RpcException> FailsAsync(Func<Task> call, StatusCode code)

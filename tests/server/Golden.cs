@@ -3,10 +3,10 @@ using Rollout.Engine;
 
 namespace Rollout.Server.Tests;
 
-/// <summary>The tiny random models of tests/golden, with what Hugging Face transformers made of them.</summary>
+/// <summary>The tiny random models of tests/golden, with the outputs of Hugging Face transformers.</summary>
 internal static class Golden
 {
-    /// <summary>fp32 against fp32, different order of sums.</summary>
+    /// <summary>Between two fp32 implementations with different orders of summation.</summary>
     public const double Tolerance = 1e-4;
 
     public sealed record Case(uint[] Prompt, uint[] Tokens, float[] LogProbs);

@@ -9,8 +9,8 @@ using Rollout.Server.Hosting;
 namespace Rollout.Server.Tests;
 
 /// <summary>
-/// The server as `rollout serve` has it, socket and all, in this process, and its engine on a device that a test can hold between two steps
-/// or lose.
+/// The server of `rollout serve` in this process, with its socket, and its engine on a device that a test can hold between two steps or
+/// make fail.
 /// </summary>
 internal sealed class HeldServer : TestServer, IAsyncDisposable
 {
@@ -22,7 +22,7 @@ internal sealed class HeldServer : TestServer, IAsyncDisposable
         : base($"unix:{folder["s"]}")
         => (_folder, _app, Host, Engine, Device, Log) = (folder, app, host, engine, device, log);
 
-    /// <summary>Few seats, and as many blocks as they need.</summary>
+    /// <summary>Few seats, and the blocks that they need.</summary>
     public static EngineOptions Small { get; } = new() { KvCacheBytes = 8 << 20, MaxSequences = 4 };
 
     public EngineHost Host { get; }
@@ -31,11 +31,11 @@ internal sealed class HeldServer : TestServer, IAsyncDisposable
 
     public ScriptedBackend Device { get; }
 
-    /// <summary>What it has written to its log.</summary>
+    /// <summary>Its log.</summary>
     public LogLines Log { get; }
 
-    /// <param name="options">Of the engine.</param>
-    /// <param name="loaded">Without, the engine is there and the server does not know yet.</param>
+    /// <param name="options">Options of the engine.</param>
+    /// <param name="loaded">If false, the engine exists but the server still reports loading.</param>
     public static async Task<HeldServer> StartAsync(EngineOptions? options = null, bool loaded = true)
     {
         TemporaryFolder folder = new();
@@ -61,7 +61,7 @@ internal sealed class HeldServer : TestServer, IAsyncDisposable
         Device.HoldAfter(3);
         Task<List<V1.SampleChunk>> begun = this.SamplesAsync(request);
         await Task.Run(Device.WaitUntilHeld);
-        Task<PauseResult> paused = Engine.PauseAsync(PauseMode.Keep, "test", TimeSpan.FromMinutes(1)); // ordered before the loop goes on
+        Task<PauseResult> paused = Engine.PauseAsync(PauseMode.Keep, "test", TimeSpan.FromMinutes(1)); // posted before the loop is released
         Device.LetGo();
         await paused;
         return begun;

@@ -5,7 +5,7 @@ using System.Text.Json;
 
 namespace Rollout.Server.Tests;
 
-/// <summary>A real `rollout serve` in a process of its own, on a Unix socket in a folder of its own.</summary>
+/// <summary>A real `rollout serve` in its own process, on a Unix socket in its own folder.</summary>
 public sealed class ServerProcess : TestServer, IAsyncDisposable
 {
     private static readonly TimeSpan s_patience = TimeSpan.FromSeconds(30);
@@ -29,7 +29,7 @@ public sealed class ServerProcess : TestServer, IAsyncDisposable
 
     public int Id => _process.Id;
 
-    /// <summary>VmRSS: what the process holds of the machine's memory now.</summary>
+    /// <summary>VmRSS: the resident memory of the process.</summary>
     public double ResidentBytes
     {
         get
@@ -87,14 +87,14 @@ public sealed class ServerProcess : TestServer, IAsyncDisposable
         return server;
     }
 
-    /// <summary>Ends it as a crash would, without a word to anybody; returns when it is gone.</summary>
+    /// <summary>Kills it, as a crash would; returns when it has ended.</summary>
     public async Task KillAsync()
     {
         _process.Kill();
         await _process.WaitForExitAsync();
     }
 
-    /// <summary>After its end: the same command again, on the same socket; returns when it is ready.</summary>
+    /// <summary>After it has ended, starts the same command on the same socket; returns when it is ready.</summary>
     public async Task StartAgainAsync()
     {
         _process.Dispose();

@@ -5,7 +5,7 @@ using Rollout.Server.Tests;
 
 namespace Rollout.Server.Tests;
 
-/// <summary>One qwen3 server with byte tokens for all tests that leave it as they found it.</summary>
+/// <summary>One qwen3 server with byte tokens for all tests that do not change its state.</summary>
 public sealed class SharedServer : IAsyncLifetime
 {
     public ServerProcess Server { get; private set; } = null!;
@@ -15,7 +15,7 @@ public sealed class SharedServer : IAsyncLifetime
     public ValueTask DisposeAsync() => Server.DisposeAsync();
 }
 
-/// <summary>What measures time or memory runs alone, after everything else.</summary>
+/// <summary>Tests that measure time or memory run alone, after all others.</summary>
 [CollectionDefinition(Name, DisableParallelization = true)]
 public sealed class Alone
 {

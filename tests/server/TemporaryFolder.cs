@@ -1,6 +1,6 @@
 namespace Rollout.Server.Tests;
 
-/// <summary>A folder of its own, gone after the test.</summary>
+/// <summary>A new temporary folder, deleted after the test.</summary>
 internal sealed class TemporaryFolder(string? prefix = null) : IDisposable
 {
     public string Path { get; } = prefix is null

@@ -5,7 +5,7 @@ using Rollout.V1;
 
 namespace Rollout.Server.Tests;
 
-/// <summary>A server to be called, wherever it runs.</summary>
+/// <summary>A server to call, in this or another process.</summary>
 public abstract class TestServer
 {
     private protected TestServer(string address)
@@ -30,7 +30,7 @@ public abstract class TestServer
 
     public Health.HealthClient Health { get; }
 
-    /// <summary>Asks for the status until it is as wanted.</summary>
+    /// <summary>Polls the status until it meets a condition.</summary>
     public async Task<StatusReply> StatusAsync(Func<StatusReply, bool> wanted)
     {
         for (DateTime until = Calls.Deadline(); ;)

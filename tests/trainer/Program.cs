@@ -35,7 +35,7 @@ return;
 static void Step(string name)
 {
     Console.WriteLine($"step {name}");
-    if (Console.ReadLine() is null) Environment.Exit(1); // whoever drives it is gone
+    if (Console.ReadLine() is null) Environment.Exit(1); // the test has ended
 }
 
 async Task<string> PublishAsync()

@@ -4,8 +4,8 @@ using Microsoft.Win32.SafeHandles;
 namespace Rollout.Engine;
 
 /// <summary>
-/// A part of a payload in a file, of a disk or of /dev/shm: read by all cores. Read, not mapped: a file that shrinks meanwhile is an error
-/// here and not a SIGBUS.
+/// A part of a payload in a file, on a disk or in /dev/shm, read by all cores. Read and not mapped, so that a file truncated meanwhile is
+/// an error and not a SIGBUS.
 /// </summary>
 public sealed class FileSource(SafeFileHandle file, long fileOffset, long payloadOffset, long bytes, IDisposable? owner = null)
     : PayloadSource(payloadOffset, bytes, owner)

@@ -1,6 +1,6 @@
 namespace Rollout.Engine;
 
-/// <summary>A part of a payload in this process's memory, as a message brings it: taken at once, by the thread that brings it.</summary>
+/// <summary>A part of a payload in this process's memory, as received in a message: taken synchronously on the calling thread.</summary>
 public sealed class MemorySource(ReadOnlyMemory<byte> memory, long payloadOffset, IDisposable? owner = null)
     : PayloadSource(payloadOffset, memory.Length, owner)
 {

@@ -1,12 +1,12 @@
 namespace Rollout.Engine;
 
 /// <summary>
-/// A part of an update's payload, wherever its bytes lie: <see cref="WeightUpdate.ReadFromAsync"/> takes them. A subclass a place: it knows
-/// how they are read, and by how many threads.
+/// A part of an update's payload, which <see cref="WeightUpdate.ReadFromAsync"/> reads. There is a subclass for each kind of memory; it
+/// determines how the bytes are read, and by how many threads.
 /// </summary>
-/// <param name="payloadOffset">The payload byte that is its first.</param>
-/// <param name="bytes">How many it has.</param>
-/// <param name="owner">Of the place; disposed with the source. Null where the place outlives it.</param>
+/// <param name="payloadOffset">Offset of its first byte in the payload.</param>
+/// <param name="bytes">Its length.</param>
+/// <param name="owner">Owner of the memory, disposed with the source. Null where the memory outlives the source.</param>
 public abstract class PayloadSource(long payloadOffset, long bytes, IDisposable? owner) : IDisposable
 {
     public long PayloadOffset { get; } = payloadOffset;
@@ -15,9 +15,9 @@ public abstract class PayloadSource(long payloadOffset, long bytes, IDisposable?
 
     public void Dispose() => owner?.Dispose();
 
-    /// <summary>Hands all its bytes to the tensors they belong to, and moves the cursor behind them.</summary>
-    /// <param name="cursor">At its first byte; the payload has as many bytes from there.</param>
-    /// <param name="cancellation">Ends it half-way.</param>
+    /// <summary>Passes all its bytes to the tensors they belong to, and advances the cursor past them.</summary>
+    /// <param name="cursor">Positioned at its first byte; the payload has at least its length left.</param>
+    /// <param name="cancellation">Stops the read half-way.</param>
     /// <exception cref="UpdateFailedException">Bytes are missing, or are not what the manifest says.</exception>
     /// <exception cref="IOException">Bytes cannot be read.</exception>
     internal abstract Task ReadAsync(PayloadCursor cursor, CancellationToken cancellation);

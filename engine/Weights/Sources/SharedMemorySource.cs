@@ -3,11 +3,11 @@ using Rollout.Native;
 namespace Rollout.Engine;
 
 /// <summary>
-/// A part of a payload in memory that another process has written and cannot take away: taken where it lies, by all cores.
+/// A part of a payload in mapped memory that another process has written and cannot shrink: read without a copy, by all cores.
 /// </summary>
 /// <remarks>
-/// A piece is hashed, then stored. A sender that writes there before it is told that the window was read breaks the protocol, and the
-/// digest finds it out, except for what it changes in the few microseconds between the two.
+/// Each piece is hashed, then stored. A sender that overwrites a window before it is told that the window was read violates the protocol.
+/// The digest detects that, except for changes in the few microseconds between hashing and storing.
 /// </remarks>
 public sealed class SharedMemorySource(SealedMemory memory, long memoryOffset, long payloadOffset, long bytes)
     : PayloadSource(payloadOffset, bytes, owner: null)

@@ -6,7 +6,7 @@ _MAX_SOCKET_PATH = 107  # sockaddr_un holds 108 bytes with the terminating zero
 
 
 def target(address: str) -> str:
-    """What gRPC is told for ``unix:/path``, ``unix:///path``, ``host:port`` or ``http://host:port``. Raises ValueError for anything else."""
+    """The gRPC target for ``unix:/path``, ``unix:///path``, ``host:port`` or ``http://host:port``. Raises ValueError for anything else."""
     if address.startswith("unix:"):
         path = address.removeprefix("unix:").removeprefix("//")
         if not path.startswith("/"):

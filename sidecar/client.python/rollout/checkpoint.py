@@ -18,7 +18,7 @@ def save(folder: str | PathLike[str], weights: Weights, config: Mapping[str, Any
     """Writes config.json and model.safetensors.
 
     Args:
-        folder: Made where it is missing.
+        folder: Created where it is missing.
         weights: As ``Rollout.push_weights`` takes them.
         config: Of the model, as transformers has it: model_type, hidden_size, ...
         dtype: bfloat16: floating-point tensors are rounded to it. None: written as they are.

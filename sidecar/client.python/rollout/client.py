@@ -27,15 +27,15 @@ _READY_POLL = 0.05
 
 
 class Rollout:
-    """A sidecar, over its Unix socket or TCP port. Safe from any thread; one weight push at a time, a second one waits.
+    """A sidecar, over its Unix socket or TCP port. Safe from any thread; weight pushes run one at a time, a second one waits.
 
         with Rollout("unix:/tmp/rollout.sock") as rollout:
             groups = rollout.generate(prompts, n=16, max_tokens=256, seed=step)
             ...
             rollout.push_weights(model)
 
-    Every call raises a RolloutError when it fails: UnavailableError where the sidecar cannot be reached, RolloutTimeoutError after ``timeout``
-    seconds, RequestError for a request that can never run, StateError for one the engine's state does not allow.
+    Every call raises a RolloutError when it fails: UnavailableError where the sidecar cannot be reached, RolloutTimeoutError after
+    ``timeout`` seconds, RequestError for an invalid request, StateError for one that the engine's state does not allow.
     """
 
     def __init__(self, address: str) -> None:
@@ -45,11 +45,11 @@ class Rollout:
         """
         self.address = address
         self._channel = grpc.insecure_channel(target(address), options=[
-            # Replies are as large as the samples asked for; the sidecar is trusted with our memory.
+            # Replies are as large as the requested samples, so their size is not limited: the sidecar is trusted.
             ("grpc.max_receive_message_length", -1),
             ("grpc.max_send_message_length", -1),
             ("grpc.enable_http_proxy", 0),
-            # A machine that vanished is noticed within a minute, a restarted sidecar within a second.
+            # A machine that has crashed is noticed within a minute, a restarted sidecar within a second.
             ("grpc.keepalive_time_ms", 30_000),
             ("grpc.keepalive_timeout_ms", 30_000),
             ("grpc.initial_reconnect_backoff_ms", 100),
@@ -65,7 +65,7 @@ class Rollout:
         self.close()
 
     def close(self) -> None:
-        """Ends calls that are under way, gives the shared memory back and closes the connection."""
+        """Ends calls in progress, frees the shared memory and closes the connection."""
         self._channel.close()
         self._publisher.close()
 
@@ -119,14 +119,14 @@ class Rollout:
             top_p: Keep the most probable tokens that together have this share. 1: off.
             min_p: Keep tokens at least this many times as probable as the most probable one. 0: off.
             logit_bias: Added to the logit of a token before temperature; minus infinity forbids it.
-            seed: Of the first group, one more for each that follows; or a seed for each. None: ``Sample.seed`` says which was picked. Sample i
-                of a group depends on weights, prompt, these arguments, the group's seed and i, on nothing else.
+            seed: Of the first group, plus one for each that follows; or a seed for each. None: random, see ``Sample.seed``. Sample i
+                of a group depends only on weights, prompt, these arguments, the group's seed and i.
             stop_token_ids: End a sample, besides end of sequence. The token itself is part of the sample.
             stop: Texts that end a sample; needs a tokenizer. Ids are never cut, the text ends before the match.
-            ignore_eos: Go on past end of sequence.
+            ignore_eos: Continue past end of sequence.
             top_logprobs: Most probable alternatives to report for each sampled token.
             prompt_logprobs: Report the model log-probability of every prompt token after the first. The prompt is then computed in full.
-            return_text: Text beside the token ids; needs a tokenizer.
+            return_text: Return text as well as token ids; needs a tokenizer.
             max_staleness: End a sample, with finish reason "abort", when new weights make its oldest token more than this many versions old.
             cache_salt: Calls with different salts never share cached keys and values.
             timeout: Of the whole call, in seconds. None: no limit.
@@ -174,7 +174,7 @@ class Rollout:
         return [group for group in groups if group is not None]
 
     def score(self, ids_or_text: Prompt, *, top: int = 0, cache_salt: str = "", timeout: float | None = _WORK_TIMEOUT) -> Score:
-        """Log-probabilities of given tokens under the current weights: teacher, reference policy, evaluation.
+        """Log-probabilities of given tokens under the current weights: for a teacher, a reference policy or evaluation.
 
         Args:
             top: Alternatives to report at every position.
@@ -184,7 +184,7 @@ class Rollout:
         return Score.from_wire(self._call(self._calls.score, wire.ScoreRequest(top=top, cache_salt=cache_salt, **source), timeout))
 
     def abort(self, request_ids: Iterable[str] | None = None, *, timeout: float | None = _CONTROL_TIMEOUT) -> Aborted:
-        """Ends groups early; their callers get the partial tokens with finish reason "abort". None: every group, whoever asked for it."""
+        """Ends groups early; their callers get the partial tokens with finish reason "abort". None: every group, of all callers."""
         if request_ids is None:
             request = wire.AbortRequest(all=True)
         else:
@@ -193,26 +193,26 @@ class Rollout:
         return Aborted(reply.groups, reply.samples, tuple(reply.unknown))
 
     def status(self, *, timeout: float | None = _CONTROL_TIMEOUT) -> Status:
-        """What the sidecar is doing; answers at once, also during an update."""
+        """What the sidecar is doing. Answers at once, also during an update."""
         return Status.from_wire(self._call(self._calls.status, wire.StatusRequest(), timeout))
 
     def pause(self, mode: PauseMode, *, owner: str, lease: float, timeout: float | None = None) -> int:
-        """Returns once no step runs any more: how many samples the mode "abort" has ended.
+        """Returns once no step runs any more, with the number of samples that the mode "abort" has ended.
 
         Args:
-            owner: Named to whoever asks why nothing moves.
-            lease: Seconds after which the pause ends by itself, so that a dead owner leaves nothing stuck; pausing again renews it.
+            owner: Shown in the status while paused.
+            lease: Seconds after which the pause ends by itself, so that a dead owner does not block the sidecar; pausing again renews it.
             timeout: None: the lease, at least 30 seconds.
         """
         request = wire.PauseRequest(mode=wire.PAUSE_MODE.number(mode, "mode"), owner=owner, lease_milliseconds=round(lease * 1000))
         return int(self._call(self._calls.pause, request, timeout or max(lease, _CONTROL_TIMEOUT)).aborted_samples)
 
     def resume(self, *, timeout: float | None = _CONTROL_TIMEOUT) -> EngineState:
-        """Ends a pause; does nothing where there is none."""
+        """Ends a pause. Does nothing where there is none."""
         return control.state(self._call(self._calls.resume, wire.ResumeRequest(), timeout))
 
     def sleep(self, tags: Iterable[MemoryTag] | None = None, *, timeout: float | None = _CONTROL_TIMEOUT) -> Slept:
-        """Gives memory back to the machine and returns when it is free. Nothing may be in flight. None: all of it.
+        """Gives memory back and returns when it is free. No sample may be in flight. None: all memory.
 
         Weights are discarded: after waking, only a full push makes the engine serve again.
         """
@@ -221,7 +221,7 @@ class Rollout:
         return Slept(control.state(reply), freed, control.tags(reply.asleep))
 
     def wake_up(self, tags: Iterable[MemoryTag] | None = None, *, timeout: float | None = _CONTROL_TIMEOUT) -> EngineState:
-        """Takes the memory back that ``sleep`` gave away. None: all of it."""
+        """Allocates the memory that ``sleep`` gave back. None: all of it."""
         return control.state(self._call(self._calls.wake_up, wire.WakeUpRequest(tags=_tags(tags)), timeout))
 
     def describe(self, *, timeout: float | None = _CONTROL_TIMEOUT) -> WeightsDescription:
@@ -249,24 +249,24 @@ class Rollout:
                 under the Hugging Face checkpoint's names. A tensor tied under two names may be given under both. Read during the call only.
             version: Must be greater than the one they replace. None: one more than it.
             base_version: The version they replace; the sidecar refuses the push where it serves another. None: the one this client pushed last,
-                so that a second trainer on the same sidecar is found out; before the first push, and after one that failed, what it serves.
-            policy: What becomes of samples in flight. recompute: drop their keys and values, recompute them under the new weights, go on.
-                keep: go on with what they have; every token says which version drew it. drain: let groups that have begun end first.
-                abort: end them; they come back with their partial tokens.
-            mode: staged: beside the weights in service, a failure leaves those. in_place: over them, a failure leaves the engine poisoned.
+                so that a push by a second trainer is detected; before the first push, and after a failed one, the version it serves.
+            policy: For samples in flight. recompute: drop their keys and values, recompute them under the new weights, continue.
+                keep: continue with the old keys and values; each token has its version. drain: let groups that have begun end first.
+                abort: end them; they return their partial tokens.
+            mode: staged: into a second set of weights; a failure leaves the old ones. in_place: over them; a failure poisons the engine.
                 auto: staged where there is memory for it.
-            partial: ``weights`` has some of the model's tensors; the others stay. Without it a tensor that is missing is a problem.
-            transport: shared_memory: through a file in /dev/shm, kept from push to push. inline: in the gRPC stream, from anywhere, slower.
+            partial: ``weights`` has some of the model's tensors; the others stay. Without it a missing tensor is an error.
+            transport: shared_memory: through a file in /dev/shm, kept from push to push. inline: in the gRPC stream, from any machine, slower.
             dtype: bfloat16: floating-point tensors are rounded to it, to nearest, ties to even. None: sent as they are.
-            owner: Named to a second updater that is refused. None: host name and process id.
+            owner: Named in the error that a second updater gets. None: host name and process id.
             timeout: Of the whole push, in seconds. The sidecar gets the same deadline and drops the update when it passes.
 
         Raises:
             TypeError: Tensors that cannot be served; lists all of them.
-            WeightUpdateRejected: Names, shapes, types or versions are wrong; lists everything found. Nothing has moved.
-            WeightUpdateFailed: It was begun and did not end well; ``outcome`` says which weights are served.
+            WeightUpdateRejected: Names, shapes, types or versions are wrong; lists everything found. No byte was sent.
+            WeightUpdateFailed: It began and did not succeed; ``outcome`` says which weights are served.
             SharedMemoryError: /dev/shm has no room.
-            StateError: Another update is under way (it names the owner), or the engine's state allows none.
+            StateError: Another update is in progress (the message names its owner), or the engine's state allows none.
         """
         return self._publisher.push(
             weights, version=version, base_version=base_version, policy=policy, mode=mode, partial=partial, transport=transport,

@@ -1,4 +1,4 @@
-"""What the sidecar says about itself."""
+"""Status and control replies of the sidecar."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ client reads "unknown_<number>"."""
 
 PauseMode = Literal["abort", "wait", "keep"]
 """abort: end all groups, returning their partial tokens. wait: let running groups end first; new ones wait. keep: freeze between two steps;
-samples go on at resume."""
+samples continue at resume."""
 
 MemoryTag = Literal["weights", "kv_cache"]
 """weights: with the staging set; after waking only a full push makes the engine serve. kv_cache: with all cached prefixes."""
@@ -30,7 +30,7 @@ class Status:
 
     state: EngineState
     reason: str
-    """Why faulted or poisoned, who paused or updates, what sleeps; else empty."""
+    """Why the engine is faulted or poisoned, the owner of a pause or update, what sleeps; otherwise empty."""
 
     version: int
     """Of the weights being served."""
@@ -41,14 +41,14 @@ class Status:
     """Samples with a seat in the batch."""
 
     waiting: int
-    """Samples without one."""
+    """Samples waiting for a seat."""
 
     kv_blocks_total: int
     kv_blocks_used: int
     """Held by samples."""
 
     kv_blocks_cached: int
-    """Free to take, still holding a reusable prefix."""
+    """Free, but still holding a reusable prefix."""
 
     steps: int
     generated_tokens: int
@@ -56,7 +56,7 @@ class Status:
     prefix_hit_tokens: int
     preemptions: int
     updating: bool
-    """An update is under way, staged or in place, by ``update_owner``."""
+    """An update, staged or in place, by ``update_owner`` is in progress."""
 
     update_owner: str
     vocab_size: int
@@ -82,11 +82,11 @@ class Score:
     """Model log-probability of ids[1:], each given the tokens before it: one less than ids."""
 
     top: TopLogprobs | None
-    """Alternatives of every position after the first and, in the last row, of the token that would come next: a row an id. None unless
-    asked for."""
+    """Alternatives for every position after the first and, in the last row, for the next token: one row per id. None unless
+    requested."""
 
     version: int
-    """Of the weights that scored."""
+    """Version of the weights that scored."""
 
     @staticmethod
     def from_wire(reply: Any) -> Score:
@@ -95,7 +95,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Aborted:
-    """What an abort has ended."""
+    """Groups and samples that an abort has ended."""
 
     groups: int
     samples: int
@@ -105,7 +105,7 @@ class Aborted:
 
 @dataclass(frozen=True)
 class FreedMemory:
-    """What one tag has given back."""
+    """Memory that one tag has given back."""
 
     allocated_bytes: int
     """Address space."""
@@ -116,11 +116,11 @@ class FreedMemory:
 
 @dataclass(frozen=True)
 class Slept:
-    """What a sleep has freed."""
+    """Memory that a sleep has freed."""
 
     state: EngineState
     freed: Mapping[MemoryTag, FreedMemory]
-    """One a tag that was awake before."""
+    """One entry for each tag that was awake before."""
 
     asleep: tuple[MemoryTag, ...]
 
@@ -143,7 +143,7 @@ class WeightsDescription:
 
     version: int
     tensors: Mapping[str, DescribedTensor]
-    """By the Hugging Face checkpoint's name."""
+    """By their names in the Hugging Face checkpoint."""
 
     @staticmethod
     def from_wire(reply: Any) -> WeightsDescription:

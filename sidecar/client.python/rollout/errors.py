@@ -1,4 +1,4 @@
-"""What can go wrong, a class for each thing a caller may want to tell apart. All of them are RolloutErrors."""
+"""Errors, with a class for each kind that a caller may want to distinguish. All of them are RolloutErrors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class RolloutError(Exception):
     """A call to the sidecar failed.
 
     Attributes:
-        code: gRPC's status; None where the client itself found the error.
+        code: gRPC's status; None where the client itself detected the error.
         request_id: The group the error is about, or "".
     """
 
@@ -28,10 +28,10 @@ class RolloutError(Exception):
 
 
 class RequestError(RolloutError):
-    """The request can never run as it stands; sending it again is useless.
+    """The request is invalid; sending it again cannot succeed.
 
     Attributes:
-        problems: Everything wrong with it, in the sidecar's words: "field: message; field: message".
+        problems: Everything wrong with it, as the sidecar's text: "field: message; field: message".
     """
 
     def __init__(self, message: str, *, problems: str, code: grpc.StatusCode | None = None, request_id: str = "") -> None:
@@ -52,14 +52,14 @@ class UnavailableError(RolloutError, ConnectionError):
 
 
 class RolloutTimeoutError(RolloutError, TimeoutError):
-    """The call took longer than its timeout; what it held at the sidecar is dropped."""
+    """The call took longer than its timeout; the sidecar drops its samples or update."""
 
 
 class BatchError(RolloutError):
     """Some groups of a batch were refused; the others have been sampled.
 
     Attributes:
-        refused: One error a refused group; its ``request_id`` says which.
+        refused: One error for each refused group; its ``request_id`` says which.
         groups: What ``generate`` would have returned, with None for a refused group.
     """
 
@@ -75,7 +75,7 @@ class BatchError(RolloutError):
 
 
 class UpdateOutcome(Enum):
-    """Which weights are served after an update that did not end well."""
+    """Which weights are served after an update that did not succeed."""
 
     NOT_COMMITTED = "not committed"
     """The old weights are still served; nothing of the update is left behind."""
@@ -84,10 +84,10 @@ class UpdateOutcome(Enum):
     """The new version is served."""
 
     UNKNOWN = "unknown"
-    """The sidecar could not be asked. ``Rollout.status`` tells once it answers again."""
+    """The sidecar did not answer. ``Rollout.status`` tells once it answers again."""
 
     POISONED = "poisoned"
-    """None: the update broke off while it was overwriting the weights in place. Push a full update; until then nothing is sampled."""
+    """None: the update was interrupted while it was overwriting the weights in place. Push a full update; until then nothing is sampled."""
 
 
 @dataclass(frozen=True)
@@ -102,10 +102,10 @@ class Problem:
 
 
 class WeightUpdateRejected(RolloutError):
-    """The preflight found these; no byte has moved and the old weights are still served.
+    """The preflight found problems; no byte was sent and the old weights are still served.
 
     Attributes:
-        problems: Everything that was found, not the first thing.
+        problems: All problems that were found.
     """
 
     def __init__(self, problems: Sequence[Problem]) -> None:
@@ -114,7 +114,7 @@ class WeightUpdateRejected(RolloutError):
 
 
 class WeightUpdateFailed(RolloutError):
-    """An update that was begun did not end well.
+    """An update that had begun did not succeed.
 
     Attributes:
         outcome: Which weights are served now.
@@ -154,7 +154,7 @@ class SidecarError(RolloutError):
     """The sidecar's process could not be started, or ended before it was ready.
 
     Attributes:
-        exit_code: None where it never ran or was stopped by us.
+        exit_code: None where it never ran or this client stopped it.
         last_lines: The last lines it printed.
     """
 

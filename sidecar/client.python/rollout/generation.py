@@ -1,4 +1,4 @@
-"""Prompts out, samples in."""
+"""Requests for samples, and the samples."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ Prompt = Union[str, Sequence[int], "NDArray[np.integer[Any]]"]
 """Token ids (a list, a NumPy array, a torch tensor) or text, which needs a tokenizer."""
 
 FinishReason = Literal["stop", "length", "abort", "error"]
-"""stop: end of sequence, a stop token or a stop string. length: max_tokens or the context's end. abort: ended early, the tokens drawn until
-then are there. error: ``Sample.error`` says why."""
+"""stop: end of sequence, a stop token or a stop string. length: max_tokens or the context's end. abort: ended early, with the tokens drawn
+until then. error: ``Sample.error`` says why."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class VersionSpan:
 
 @dataclass(frozen=True)
 class TopLogprobs:
-    """Alternatives, a row a position, most probable first. Model log-probabilities."""
+    """Alternatives, one row per position, most probable first. Model log-probabilities."""
 
     ids: NDArray[np.int32]
     """[rows, k]"""
@@ -50,13 +50,13 @@ class TopLogprobs:
 
 @dataclass(frozen=True)
 class PromptInfo:
-    """What the sidecar says about a group's prompt."""
+    """The prompt of a group as the sidecar reports it."""
 
     ids: NDArray[np.int32]
     """Only where the prompt was text, else empty."""
 
     logprobs: NDArray[np.float32]
-    """Model log-probabilities of prompt tokens 1.., where asked for, else empty."""
+    """Model log-probabilities of prompt tokens 1.., if requested, else empty."""
 
     cached_tokens: int
     """Prompt tokens whose keys and values came from the prefix cache."""
@@ -68,20 +68,20 @@ class Sample:
 
     request_id: str
     index: int
-    """Place in the group, 0..n-1."""
+    """Index in the group, 0..n-1."""
 
     seed: int
-    """Of the group: with it, the index, the prompt and the same weights the same tokens are drawn again."""
+    """Seed of the group: the same seed, index, prompt and weights give the same tokens."""
 
     ids: NDArray[np.int32]
     logprobs: NDArray[np.float32]
     """Natural logarithm of each token's probability under the model: temperature 1, nothing added or removed."""
 
     sampling_logprobs: NDArray[np.float32]
-    """The same under the distribution the token was drawn from: after bias, temperature and truncation."""
+    """The same under the distribution that the token was drawn from: after bias, temperature and truncation."""
 
     versions: tuple[VersionSpan, ...]
-    """Which weights drew which tokens, in order, without a gap."""
+    """The weights version of each span of tokens, in order, without gaps."""
 
     oldest_kv_version: int
     """Oldest weights version that made any key or value this sample was drawn with."""
@@ -89,10 +89,10 @@ class Sample:
     finish_reason: FinishReason
     prompt: PromptInfo
     top: TopLogprobs | None = None
-    """A row a token; None unless asked for."""
+    """One row per token; None unless requested."""
 
     text: str = ""
-    """Empty unless asked for."""
+    """Empty unless requested."""
 
     error: str = ""
     """With finish reason "error", else empty."""
@@ -110,7 +110,7 @@ def float32(values: Any) -> NDArray[np.float32]:
 
 
 def token_ids(ids: Any, argument: str) -> Any:
-    """Token ids as the wire has them. Raises TypeError or ValueError naming the argument."""
+    """Token ids in the form of the wire. Raises TypeError or ValueError naming the argument."""
     array = np.asarray(ids)
     if array.ndim != 1 or (array.size > 0 and array.dtype.kind not in "iu"):
         raise TypeError(f"{argument}: expected a text or a sequence of token ids, got {type(ids).__name__} {ids!r:.80}")
@@ -120,7 +120,7 @@ def token_ids(ids: Any, argument: str) -> Any:
 
 
 class Batch:
-    """The groups of one GenerateBatch call: what is sent, and samples put together from what comes back."""
+    """The groups of one GenerateBatch call: their requests, and the samples assembled from the replies."""
 
     def __init__(self, prompts: Sequence[Prompt], n: int, seeds: Sequence[int | None], settings: Mapping[str, Any]) -> None:
         self._n = n
@@ -140,7 +140,7 @@ class Batch:
         return iter(self._requests.values())
 
     def add(self, reply: Any) -> None:
-        """Takes one reply of the sidecar. Raises RolloutError where it does not fit what was asked."""
+        """Adds one reply of the sidecar. Raises RolloutError where it does not match the request."""
         request_id = reply.request_id
         if request_id not in self._requests:
             raise RolloutError(f"the sidecar answered for request {request_id!r}, which is not in flight")
@@ -165,7 +165,7 @@ class Batch:
 
     def _add(self, request_id: str, chunk: Any) -> None:
         samples = self._samples[request_id]
-        # Replies are asked for whole: one a sample, when it ends.
+        # Requests do not stream, so there is one reply for each sample, when it ends.
         whole = chunk.start == 0 and len(chunk.ids) == len(chunk.logprobs) == len(chunk.sampling_logprobs)
         if not whole or chunk.index >= self._n or chunk.index in samples or request_id not in self._heads or not chunk.finish_reason:
             raise RolloutError(f"the sidecar sent a chunk of sample {chunk.index} of request {request_id!r} that does not fit")

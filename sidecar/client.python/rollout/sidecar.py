@@ -24,12 +24,12 @@ _SETPRIV = "/usr/bin/setpriv"
 
 
 class Sidecar:
-    """``rollout serve`` on a Unix socket: ready when ``start`` returns, gone when it is stopped or this process ends.
+    """``rollout serve`` on a Unix socket: ready when ``start`` returns; ends when it is stopped or this process ends.
 
         with Sidecar.start("models/Qwen3-0.6B") as sidecar, sidecar.connect() as rollout:
             ...
 
-    Where a signal ends this process the sidecar ends too if setpriv (util-linux) is installed, else it stays.
+    If a signal ends this process, the sidecar ends too where setpriv (util-linux) is installed; otherwise it keeps running.
     """
 
     def __init__(self, command: Sequence[str], socket: Path, stop_timeout: float, on_line: Callable[[str], None] | None) -> None:
@@ -40,7 +40,7 @@ class Sidecar:
         self._process: subprocess.Popen[str] | None = None
         self._start_error: OSError | None = None
         self._started, self._ready, self._ended = threading.Event(), threading.Event(), threading.Event()
-        # The kernel ties the death signal to the thread that forked, not to the process. So that thread stays until the child has ended.
+        # The kernel sends the death signal when the thread that forked ends, not the process. So that thread waits for the child.
         threading.Thread(target=self._run, args=[command], name="sidecar", daemon=True).start()
         self._started.wait()
 
@@ -62,11 +62,11 @@ class Sidecar:
             model: Folder of a Hugging Face checkpoint.
             program: Path of rollout.dll, run by ``dotnet``, or of the rollout executable. None: ``rollout`` on the PATH.
             socket: Unix socket to listen on. None: a new one in the temporary folder.
-            threads: Worker threads of the CPU backend. None: the sidecar's own choice.
+            threads: Worker threads of the CPU backend. None: the sidecar's default.
             arguments: Appended to the command line as they are.
             ready_timeout: Seconds that loading the model may take.
-            stop_timeout: Seconds that the sidecar may take to end by itself before it is killed.
-            on_line: Gets every line the sidecar prints, on a thread of its own. None: only errors show the last ones.
+            stop_timeout: Seconds that the sidecar may take to stop before it is killed.
+            on_line: Gets every line the sidecar prints, on a thread of its own. None: only errors include the last ones.
 
         Raises:
             SidecarError: It cannot be started, ended before it was ready, or took too long; has the last lines it printed.
@@ -74,7 +74,7 @@ class Sidecar:
         if socket is None:
             socket = Path(tempfile.gettempdir(), f"rollout-{os.getpid()}-{uuid.uuid4().hex[:16]}.sock")
         socket = Path(socket).absolute()
-        target(f"unix:{socket}")  # a path too long is found here, not by a sidecar that cannot listen
+        target(f"unix:{socket}")  # reports a path that is too long before a sidecar is started
         command = [*_program(program), "serve", "--model", os.fspath(model), "--socket", str(socket)]
         if threads is not None:
             command += ["--threads", str(threads)]
@@ -102,7 +102,7 @@ class Sidecar:
 
     @property
     def exit_code(self) -> int | None:
-        """None while it runs; as subprocess has it: minus the number of the signal that ended it."""
+        """None while it runs; as in subprocess, minus the signal's number where a signal ended it."""
         return None if self._process is None else self._process.poll()
 
     @property
@@ -114,19 +114,19 @@ class Sidecar:
         return Rollout(self.address)
 
     def kill(self) -> None:
-        """Ends it at once and waits for that. For tests of what happens then."""
+        """Kills it and waits until it has ended. For tests."""
         if not self._ended.is_set():
             os.kill(self.pid, signal.SIGKILL)
         self._ended.wait()
 
     def stop(self) -> None:
-        """Asks the sidecar to end, and kills it when it takes too long."""
+        """Sends SIGTERM to the sidecar, and kills it when it takes too long."""
         atexit.unregister(self.stop)
         if self._process is not None:
             self._process.terminate()
             if not self._ended.wait(self._stop_timeout):
                 self.kill()
-        self._socket.unlink(missing_ok=True)  # a killed one leaves it
+        self._socket.unlink(missing_ok=True)  # a killed sidecar leaves it
 
     def __enter__(self) -> Sidecar:
         return self
@@ -154,7 +154,7 @@ class Sidecar:
                 if self._on_line is not None:
                     self._on_line(line)
         self._ended.set()
-        self._ready.set()  # nobody need wait any more
+        self._ready.set()  # wakes those who wait for it
 
     def _wait_until_ready(self, timeout: float) -> None:
         if self._start_error is not None:

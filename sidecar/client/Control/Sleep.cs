@@ -1,12 +1,12 @@
 namespace Rollout.Client;
 
-/// <summary>Memory that the sidecar can give back while it has nothing to do.</summary>
+/// <summary>Memory that the sidecar can give back while it is idle.</summary>
 [Flags]
 public enum MemoryTags
 {
     None = 0,
 
-    /// <summary>Discarded: after waking, a full push comes first.</summary>
+    /// <summary>Discarded: after waking, a full push is needed before sampling.</summary>
     Weights = 1,
 
     /// <summary>Keys and values, cached prefixes included.</summary>
@@ -16,13 +16,13 @@ public enum MemoryTags
 }
 
 /// <param name="Tag">One tag.</param>
-/// <param name="AllocatedBytes">Of address space.</param>
-/// <param name="FreedBytes">By which the sidecar's resident memory fell, measured; pages never touched were never held.</param>
+/// <param name="AllocatedBytes">Address space.</param>
+/// <param name="FreedBytes">Measured decrease of the sidecar's resident memory; pages never touched do not count.</param>
 public readonly record struct FreedMemory(MemoryTags Tag, long AllocatedBytes, long FreedBytes);
 
-/// <param name="State">Of the engine now.</param>
-/// <param name="Freed">What was awake before and sleeps now.</param>
-/// <param name="Asleep">All that sleeps now.</param>
+/// <param name="State">State of the engine now.</param>
+/// <param name="Freed">Memory that was awake before and sleeps now.</param>
+/// <param name="Asleep">All memory that sleeps now.</param>
 public sealed record SleepResult(EngineState State, IReadOnlyList<FreedMemory> Freed, MemoryTags Asleep);
 
 internal static class MemoryTagsExtensions

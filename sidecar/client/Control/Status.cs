@@ -7,13 +7,13 @@ public enum EngineState
     Pausing,
     Paused,
 
-    /// <summary>No sample goes on until an update in place ends.</summary>
+    /// <summary>No step runs until an update in place ends.</summary>
     Updating,
 
     /// <summary>Some memory was given back; see <see cref="SidecarStatus.Asleep"/>.</summary>
     Sleeping,
 
-    /// <summary>An update in place ended half-way, or the weights slept: only a full push makes it generate again.</summary>
+    /// <summary>An update in place ended half-way, or the weights slept. Only a full push ends this.</summary>
     Poisoned,
 
     /// <summary>The device or an invariant failed; the sidecar must be restarted.</summary>
@@ -31,7 +31,7 @@ public enum PauseMode
     /// <summary>Let running groups end first; new ones wait.</summary>
     Wait,
 
-    /// <summary>Freeze between two steps; samples go on at resume.</summary>
+    /// <summary>Freeze between two steps; samples continue at resume.</summary>
     Keep,
 }
 
@@ -40,10 +40,10 @@ public sealed record SidecarStatus
 {
     public required EngineState State { get; init; }
 
-    /// <summary>Why faulted or poisoned, who paused or updates, what sleeps; else "".</summary>
+    /// <summary>Why the engine is faulted or poisoned, the owner of a pause or update, what sleeps; otherwise "".</summary>
     public string Reason { get; init; } = "";
 
-    /// <summary>Of the weights being served.</summary>
+    /// <summary>Version of the weights being served.</summary>
     public required ulong Version { get; init; }
 
     public string Model { get; init; } = "";
@@ -53,7 +53,7 @@ public sealed record SidecarStatus
     /// <summary>Samples with a seat in the batch.</summary>
     public int Running { get; init; }
 
-    /// <summary>Samples without one.</summary>
+    /// <summary>Samples waiting for a seat.</summary>
     public int Waiting { get; init; }
 
     public long KvBlocksTotal { get; init; }
@@ -61,7 +61,7 @@ public sealed record SidecarStatus
     /// <summary>Held by samples.</summary>
     public long KvBlocksUsed { get; init; }
 
-    /// <summary>Free to take, still holding a reusable prefix.</summary>
+    /// <summary>Free, but still holding a reusable prefix.</summary>
     public long KvBlocksCached { get; init; }
 
     public long Steps { get; init; }
@@ -74,7 +74,7 @@ public sealed record SidecarStatus
 
     public long Preemptions { get; init; }
 
-    /// <summary>A weight update is under way, by <see cref="UpdateOwner"/>.</summary>
+    /// <summary>A weight update by <see cref="UpdateOwner"/> is in progress.</summary>
     public bool Updating { get; init; }
 
     public string UpdateOwner { get; init; } = "";

@@ -2,10 +2,10 @@ using Grpc.Core;
 
 namespace Rollout.Client;
 
-/// <summary>A call to the sidecar failed. What a caller may want to tell apart has a class of its own.</summary>
+/// <summary>A call to the sidecar failed. Kinds that a caller may want to distinguish have their own classes.</summary>
 public class RolloutException(string message, Exception? inner = null) : Exception(message, inner)
 {
-    /// <summary>gRPC's status, <see cref="StatusCode.Unknown"/> where the client itself found the error.</summary>
+    /// <summary>gRPC's status, <see cref="StatusCode.Unknown"/> where the client itself detected the error.</summary>
     public StatusCode StatusCode { get; init; } = StatusCode.Unknown;
 
     /// <summary>The group the error is about, or "".</summary>
@@ -39,10 +39,10 @@ public class RolloutException(string message, Exception? inner = null) : Excepti
     }
 }
 
-/// <summary>The request can never run as it stands. Sending it again is useless.</summary>
+/// <summary>The request is invalid. Sending it again cannot succeed.</summary>
 public sealed class RolloutRequestException(string message, Exception? inner = null) : RolloutException(message, inner)
 {
-    /// <summary>Everything wrong with the request, in the server's words: "field: message; field: message".</summary>
+    /// <summary>Everything wrong with the request, as the server's text: "field: message; field: message".</summary>
     public string Problems { get; init; } = "";
 }
 
@@ -55,5 +55,5 @@ public sealed class RolloutStateException(string message, Exception? inner = nul
 /// <summary>The sidecar cannot be reached, went away during the call, or its engine has failed and must be restarted.</summary>
 public sealed class RolloutUnavailableException(string message, Exception? inner = null) : RolloutException(message, inner);
 
-/// <summary>The call took longer than its timeout; what it held at the sidecar is dropped.</summary>
+/// <summary>The call took longer than its timeout; the sidecar drops its samples or update.</summary>
 public sealed class RolloutTimeoutException(string message, Exception? inner = null) : RolloutException(message, inner);

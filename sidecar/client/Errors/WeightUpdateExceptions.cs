@@ -1,6 +1,6 @@
 namespace Rollout.Client;
 
-/// <summary>Which weights are served after an update that did not end well.</summary>
+/// <summary>Which weights are served after an update that did not succeed.</summary>
 public enum UpdateOutcome
 {
     /// <summary>The old weights are still served; nothing of the update is left behind.</summary>
@@ -9,10 +9,10 @@ public enum UpdateOutcome
     /// <summary>The new version is served.</summary>
     Committed,
 
-    /// <summary>An update in place ended half-way: the sidecar refuses to generate until a full push has ended well.</summary>
+    /// <summary>An update in place ended half-way: the sidecar refuses to generate until a full push has succeeded.</summary>
     Poisoned,
 
-    /// <summary>The sidecar could not be asked. <see cref="RolloutClient.StatusAsync"/> tells once it answers again.</summary>
+    /// <summary>The sidecar did not answer. <see cref="RolloutClient.StatusAsync"/> tells once it answers again.</summary>
     Unknown,
 }
 
@@ -22,15 +22,15 @@ public readonly record struct UpdateProblem(string Field, string Message)
     public override string ToString() => $"{Field}: {Message}";
 }
 
-/// <summary>The preflight found these; no byte has moved and the old weights are still served.</summary>
+/// <summary>The preflight found problems; no byte was sent and the old weights are still served.</summary>
 public sealed class WeightUpdateRejectedException(IReadOnlyList<UpdateProblem> problems)
     : RolloutException($"the update was rejected: {string.Join("; ", problems)}")
 {
-    /// <summary>Everything that was found, not the first thing.</summary>
+    /// <summary>All problems that were found.</summary>
     public IReadOnlyList<UpdateProblem> Problems { get; } = problems;
 }
 
-/// <summary>An update that was begun did not end well; <see cref="Outcome"/> says which weights are served now.</summary>
+/// <summary>An update that had begun did not succeed; <see cref="Outcome"/> says which weights are served now.</summary>
 public class WeightUpdateFailedException(string message, UpdateOutcome outcome, Exception? inner = null)
     : RolloutException(message, inner)
 {

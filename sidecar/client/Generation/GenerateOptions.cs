@@ -1,6 +1,8 @@
 namespace Rollout.Client;
 
-/// <summary>How the samples of one group are drawn and when they end. By default one, from the model's own distribution.</summary>
+/// <summary>
+/// How the samples of one group are drawn and when they end. By default one sample, from the unmodified distribution of the model.
+/// </summary>
 public sealed record GenerateOptions
 {
     internal static readonly GenerateOptions Default = new();
@@ -8,7 +10,7 @@ public sealed record GenerateOptions
     /// <summary>Samples to draw.</summary>
     public int N { get; init; } = 1;
 
-    /// <summary>Seed of the group; sample i draws with (seed, i). Null: <see cref="Sample.Seed"/> says which was picked.</summary>
+    /// <summary>Seed of the group; sample i draws with (seed, i). Null: random, see <see cref="Sample.Seed"/>.</summary>
     public ulong? Seed { get; init; }
 
     /// <summary>Most tokens of a sample. Null: up to the model's context length.</summary>
@@ -38,7 +40,7 @@ public sealed record GenerateOptions
     /// <summary>Texts that end a sample; needs a tokenizer. Ids are never cut, the text ends before the match.</summary>
     public IReadOnlyList<string> StopStrings { get; init; } = [];
 
-    /// <summary>Go on past end of sequence.</summary>
+    /// <summary>Continue past end of sequence.</summary>
     public bool IgnoreEos { get; init; }
 
     /// <summary>Most probable alternatives to report for each sampled token.</summary>
@@ -47,7 +49,7 @@ public sealed record GenerateOptions
     /// <summary>Report the model log-probability of every prompt token after the first. The prompt is then computed in full.</summary>
     public bool PromptLogProbs { get; init; }
 
-    /// <summary>Text beside the token ids; needs a tokenizer.</summary>
+    /// <summary>Return text as well as token ids; needs a tokenizer.</summary>
     public bool ReturnText { get; init; }
 
     /// <summary>

@@ -1,6 +1,6 @@
 namespace Rollout.Client;
 
-/// <summary>Puts the chunks of one group together into samples, whether they come whole or in parts.</summary>
+/// <summary>Assembles the samples of one group from chunks, which are whole samples or parts of them.</summary>
 internal sealed class GroupAssembly(string requestId, int n)
 {
     private readonly Dictionary<int, List<SampleChunk>> _open = [];
@@ -13,7 +13,7 @@ internal sealed class GroupAssembly(string requestId, int n)
     public bool Complete => _ended.Count >= n;
 
     /// <summary>Samples that ended with this reply, in the reply's order.</summary>
-    /// <exception cref="RolloutException">The chunks do not fit together: the sidecar is at fault.</exception>
+    /// <exception cref="RolloutException">The chunks are inconsistent, which is an error of the sidecar.</exception>
     public IEnumerable<Sample> Add(V1.GenerateReply reply)
     {
         if (reply.HasSeed)

@@ -13,14 +13,14 @@ public sealed record RolloutRequest
         Options = options ?? GenerateOptions.Default;
     }
 
-    /// <summary>Must be unique among the groups in flight at the sidecar; a random one unless given.</summary>
+    /// <summary>Must be unique among the groups in flight at the sidecar. Random by default.</summary>
     public string RequestId { get; init; } = Guid.NewGuid().ToString("n");
 
     public Prompt Prompt { get; init; }
 
     public GenerateOptions Options { get; init; }
 
-    /// <exception cref="ArgumentException">A number is negative that the protocol carries unsigned; lists all of them.</exception>
+    /// <exception cref="ArgumentException">Numbers that the protocol sends unsigned are negative; lists all of them.</exception>
     internal V1.GenerateRequest ToProto(bool stream)
     {
         ThrowIfNegative();
@@ -76,7 +76,7 @@ public sealed record RolloutRequest
         return stopping;
     }
 
-    // All other limits are the sidecar's to check: it lists every problem in one answer.
+    // The sidecar checks all other limits and lists every problem in one answer.
     private void ThrowIfNegative()
     {
         List<string>? problems = null;

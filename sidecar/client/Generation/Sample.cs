@@ -6,10 +6,10 @@ public enum FinishReason
     /// <summary>End of sequence, a stop token or a stop string.</summary>
     Stop,
 
-    /// <summary>The most tokens asked for, or the end of the context.</summary>
+    /// <summary><see cref="GenerateOptions.MaxTokens"/>, or the end of the context.</summary>
     Length,
 
-    /// <summary>Ended early by an abort or a pause; the tokens drawn until then are there.</summary>
+    /// <summary>Ended early by an abort or a pause, with the tokens drawn until then.</summary>
     Abort,
 
     /// <summary>The sample failed; <see cref="Sample.Error"/> says why.</summary>
@@ -19,7 +19,7 @@ public enum FinishReason
 /// <summary>Tokens [Start, End) of a sample were drawn from the weights of this version.</summary>
 public readonly record struct VersionSpan(ulong Version, int Start, int End);
 
-/// <summary>K alternatives a row, most probable first, flattened: [row][k]. Model log-probabilities.</summary>
+/// <summary>K alternatives in each row, most probable first, flattened: [row][k]. Model log-probabilities.</summary>
 public sealed record TopLogProbs(int K, int[] Ids, float[] LogProbs)
 {
     public int Rows => K == 0 ? 0 : Ids.Length / K;
@@ -28,9 +28,9 @@ public sealed record TopLogProbs(int K, int[] Ids, float[] LogProbs)
         top is null || top.K == 0 ? null : new TopLogProbs((int)top.K, top.Ids.ToInts(), top.Logprobs.ToFloats());
 }
 
-/// <summary>What the sidecar says about a group's prompt.</summary>
+/// <summary>The prompt of a group as the sidecar reports it.</summary>
 /// <param name="Ids">Only where the prompt was text.</param>
-/// <param name="LogProbs">Model log-probabilities of prompt tokens 1.., where asked for.</param>
+/// <param name="LogProbs">Model log-probabilities of prompt tokens 1.., if requested.</param>
 /// <param name="CachedTokens">Prompt tokens whose keys and values came from the prefix cache.</param>
 public sealed record PromptInfo(int[] Ids, float[] LogProbs, int CachedTokens);
 
@@ -39,10 +39,10 @@ public sealed record Sample
 {
     public required string RequestId { get; init; }
 
-    /// <summary>Place in the group, 0..N-1.</summary>
+    /// <summary>Index in the group, 0..N-1.</summary>
     public required int Index { get; init; }
 
-    /// <summary>Seed of the group: with it, <see cref="Index"/>, the prompt and the same weights the same tokens are drawn again.</summary>
+    /// <summary>Seed of the group: the same seed, <see cref="Index"/>, prompt and weights give the same tokens.</summary>
     public required ulong Seed { get; init; }
 
     public required int[] Ids { get; init; }
@@ -53,7 +53,7 @@ public sealed record Sample
     /// <summary>The same under the distribution the token was drawn from: after bias, temperature and truncation.</summary>
     public required float[] SamplingLogProbs { get; init; }
 
-    /// <summary>Which weights drew which tokens, in order, without a gap.</summary>
+    /// <summary>The weights version of each span of tokens, in order, without gaps.</summary>
     public required IReadOnlyList<VersionSpan> Versions { get; init; }
 
     /// <summary>Oldest weights version that made any key or value this sample was drawn with.</summary>
@@ -61,16 +61,16 @@ public sealed record Sample
 
     public required FinishReason FinishReason { get; init; }
 
-    /// <summary>Alternatives, one row a token; null unless asked for.</summary>
+    /// <summary>Alternatives, one row per token; null unless requested.</summary>
     public TopLogProbs? Top { get; init; }
 
-    /// <summary>"" unless asked for.</summary>
+    /// <summary>"" unless requested.</summary>
     public string Text { get; init; } = "";
 
     /// <summary>With <see cref="FinishReason.Error"/>, else "".</summary>
     public string Error { get; init; } = "";
 
-    /// <summary>Of the group, the same in each of its samples.</summary>
+    /// <summary>The prompt of the group, the same in each of its samples.</summary>
     public PromptInfo? Prompt { get; init; }
 }
 
@@ -79,7 +79,7 @@ public sealed record SampleChunk
 {
     public required string RequestId { get; init; }
 
-    /// <summary>Place in the group, 0..N-1.</summary>
+    /// <summary>Index in the group, 0..N-1.</summary>
     public required int Index { get; init; }
 
     /// <summary>Position of <c>Ids[0]</c> among the sample's tokens.</summary>
@@ -99,12 +99,12 @@ public sealed record SampleChunk
     /// <inheritdoc cref="Sample.OldestKvVersion"/>
     public required ulong OldestKvVersion { get; init; }
 
-    /// <summary>Null while the sample goes on.</summary>
+    /// <summary>Null while the sample continues.</summary>
     public required FinishReason? FinishReason { get; init; }
 
     public TopLogProbs? Top { get; init; }
 
-    /// <summary>Text since the last chunk; "" unless asked for.</summary>
+    /// <summary>Text since the last chunk; "" unless requested.</summary>
     public string Text { get; init; } = "";
 
     public string Error { get; init; } = "";

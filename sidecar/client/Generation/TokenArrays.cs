@@ -3,7 +3,9 @@ using Rollout.V1;
 
 namespace Rollout.Client;
 
-/// <summary>Token ids are unsigned on the wire and int in .NET. The runtime lets an int[] pass as uint[], so that one copy does.</summary>
+/// <summary>
+/// Token ids are unsigned on the wire and int in .NET. The runtime allows an int[] to be cast to uint[], so one copy is enough.
+/// </summary>
 internal static class TokenArrays
 {
     public static V1.TokenIds ToTokenIds(this int[] ids)

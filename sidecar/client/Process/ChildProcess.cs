@@ -23,7 +23,7 @@ internal sealed class ChildProcess : IDisposable
 
     public int Id { get; private set; }
 
-    /// <summary>Ends with the exit code, after the last line of output.</summary>
+    /// <summary>Completes with the exit code, after the last line of output.</summary>
     public Task<int> Exited => _exited.Task;
 
     /// <exception cref="System.ComponentModel.Win32Exception">The program cannot be run.</exception>
@@ -52,7 +52,7 @@ internal sealed class ChildProcess : IDisposable
         process.ErrorDataReceived += (_, e) => Take(e.Data);
         ChildProcess child = new ChildProcess(process);
         TaskCompletionSource started = new TaskCompletionSource(TaskCreationOptions.RunContinuationsAsynchronously);
-        // The kernel ties the death signal to the thread that forked, not to the process. So that thread stays until the child has ended.
+        // The kernel sends the death signal when the thread that forked ends, not the process. So that thread waits for the child.
         new Thread(() => child.Run(started)) { IsBackground = true, Name = "sidecar" }.Start();
         await started.Task;
         return child;
@@ -64,7 +64,7 @@ internal sealed class ChildProcess : IDisposable
         }
     }
 
-    /// <summary>Asks it to end. Does nothing where it has ended.</summary>
+    /// <summary>Sends SIGTERM. Does nothing where it has ended.</summary>
     public void Terminate()
     {
         if (_exited.Task.IsCompleted)
@@ -75,7 +75,7 @@ internal sealed class ChildProcess : IDisposable
             return;
         }
 
-        // .NET sends no signal but KILL; every shell has kill built in.
+        // .NET can only send SIGKILL; every shell has kill built in.
         using Process? kill = Process.Start(new ProcessStartInfo("/bin/sh", ["-c", $"kill -TERM {Id}"]) { RedirectStandardError = true });
         kill?.WaitForExit();
     }
@@ -89,7 +89,7 @@ internal sealed class ChildProcess : IDisposable
         }
         catch (InvalidOperationException)
         {
-            // It never started or has just ended.
+            // It was never started or has just ended.
         }
     }
 

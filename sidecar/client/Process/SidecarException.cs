@@ -4,7 +4,7 @@ namespace Rollout.Client;
 public sealed class SidecarException(string message, IReadOnlyList<string> lastLines, Exception? inner = null)
     : RolloutException(Describe(message, lastLines), inner)
 {
-    /// <summary>Null where it never ran or was stopped by us.</summary>
+    /// <summary>Null where it never ran or this client stopped it.</summary>
     public int? ExitCode { get; init; }
 
     /// <summary>The last lines it printed.</summary>

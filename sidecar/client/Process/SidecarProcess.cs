@@ -3,15 +3,15 @@ using System.ComponentModel;
 namespace Rollout.Client;
 
 /// <summary>
-/// A sidecar that belongs to this process: <c>rollout serve</c> on a Unix socket, ready when it is returned, gone when it is disposed or
-/// this process ends.
+/// A sidecar that belongs to this process: <c>rollout serve</c> on a Unix socket, ready when it is returned. It ends when it is disposed
+/// or this process ends.
 /// </summary>
 /// <remarks>
 /// <code>
 /// await using SidecarProcess sidecar = await SidecarProcess.StartAsync(new() { Program = "rollout.dll", ModelFolder = folder });
 /// await using RolloutClient client = sidecar.Connect();
 /// </code>
-/// Where a signal ends this process the sidecar ends too if setpriv (util-linux) is installed, else it stays.
+/// If a signal ends this process, the sidecar ends too where setpriv (util-linux) is installed; otherwise it keeps running.
 /// </remarks>
 public sealed class SidecarProcess : IAsyncDisposable
 {
@@ -35,7 +35,7 @@ public sealed class SidecarProcess : IAsyncDisposable
 
     public int ProcessId => _child.Id;
 
-    /// <summary>Ends with the exit code when the sidecar does.</summary>
+    /// <summary>Completes with the exit code when the sidecar ends.</summary>
     public Task<int> Exited => _child.Exited;
 
     /// <summary>The newest lines it printed.</summary>
@@ -51,7 +51,7 @@ public sealed class SidecarProcess : IAsyncDisposable
         string socket = options.SocketPath is { } given
             ? Path.GetFullPath(given)
             : Path.Combine(Path.GetTempPath(), $"rollout-{Environment.ProcessId}-{Guid.NewGuid():n}.sock");
-        RolloutAddress.Parse($"unix:{socket}"); // a path too long is found here, not by a sidecar that cannot listen
+        RolloutAddress.Parse($"unix:{socket}"); // reports a path that is too long before a sidecar is started
 
         if (options.Program.Contains('/') && !File.Exists(options.Program))
             throw new SidecarException($"there is no program {options.Program}", []);
@@ -87,7 +87,7 @@ public sealed class SidecarProcess : IAsyncDisposable
 
     public RolloutClient Connect() => RolloutClient.Connect(Address);
 
-    /// <summary>Asks the sidecar to end, and kills it after <see cref="SidecarOptions.StopTimeout"/>.</summary>
+    /// <summary>Sends SIGTERM to the sidecar, and kills it after <see cref="SidecarOptions.StopTimeout"/>.</summary>
     public async ValueTask DisposeAsync()
     {
         _child.Terminate();
@@ -102,11 +102,11 @@ public sealed class SidecarProcess : IAsyncDisposable
         }
 
         _child.Dispose();
-        if (File.Exists(_socket)) // a killed one leaves it
+        if (File.Exists(_socket)) // a killed sidecar leaves it
             File.Delete(_socket);
     }
 
-    /// <summary>What is run: the executable itself, or a .dll by the .NET host.</summary>
+    /// <summary>The command to run: the executable itself, or a .dll with the .NET host.</summary>
     internal static (string Program, List<string> Arguments) CommandLine(SidecarOptions options, string socket)
     {
         List<string> arguments = ["serve", "--model", options.ModelFolder, "--socket", socket];

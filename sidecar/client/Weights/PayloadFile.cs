@@ -7,12 +7,12 @@ using System.Text.RegularExpressions;
 namespace Rollout.Client;
 
 /// <summary>
-/// One file, of /dev/shm or of a disk, readable by this user alone, all its pages allocated when it is made: a full disk is an error here
-/// and not half-way. Gone when it is disposed or the process ends; what a killed process left is removed by the next one.
+/// One file, in /dev/shm or on a disk, readable by this user alone, with all its pages allocated when it is created: a full disk is an
+/// error here and not half-way. Removed when it is disposed or the process ends; the next process removes the file of a killed one.
 /// </summary>
 /// <remarks>
-/// Written with pwrite, not through a mapping: measured faster from pieces that fit the cache (3.6 to 4.2 GB/s a core against 2.5), and
-/// needs no unsafe code.
+/// Written with pwrite, not through a mapping: for pieces that fit the cache it measured faster (3.6 to 4.2 GB/s a core against 2.5), and
+/// it needs no unsafe code.
 /// </remarks>
 internal sealed partial class PayloadFile : IDisposable
 {
@@ -20,11 +20,11 @@ internal sealed partial class PayloadFile : IDisposable
 
     private static readonly ConcurrentDictionary<string, bool> s_live = new();
 
-    // Keeps the shared lock that .NET takes on every open file: how another process knows that the owner lives.
+    // Keeps the shared lock that .NET takes on every open file, by which other processes know that the owner is alive.
     private readonly FileStream _file;
 
-    // Since .NET 10 a signal ends the process without ProcessExit. What the signal does stays what it is without us; a program that
-    // handles it and goes on pushing gets a new file.
+    // Since .NET 10 a signal ends the process without ProcessExit. The file is removed and the signal is not cancelled; a program that
+    // handles the signal and continues to push gets a new file.
     private static readonly PosixSignalRegistration[] s_signals =
     [
         .. ((PosixSignal[])[PosixSignal.SIGTERM, PosixSignal.SIGINT, PosixSignal.SIGHUP, PosixSignal.SIGQUIT])
@@ -69,7 +69,7 @@ internal sealed partial class PayloadFile : IDisposable
             if (!OperatingSystem.IsWindows())
                 options.UnixCreateMode = UnixFileMode.UserRead | UnixFileMode.UserWrite;
             file = new FileStream(path, options);
-            // Preallocating allocates the pages but leaves the length at zero.
+            // Preallocation allocates the pages but leaves the length at zero.
             file.SetLength(capacity);
             return new PayloadFile(path, file, capacity);
         }
@@ -77,7 +77,7 @@ internal sealed partial class PayloadFile : IDisposable
         {
             file?.Dispose();
             Forget(path);
-            // Out of range is what .NET says where the limit is not the disk's room but the size of a file (FAT, ulimit -f).
+            // .NET reports out of range where the limit is the size of a file (FAT, ulimit -f) and not the disk's free space.
             if (e is not IOException and not UnauthorizedAccessException and not ArgumentOutOfRangeException)
                 throw;
             string remedy = folder == DefaultFolder ? "make it larger (containers: --shm-size)" : "give another folder";
@@ -87,10 +87,10 @@ internal sealed partial class PayloadFile : IDisposable
     }
 
     /// <summary>
-    /// The sidecar's own memory, where it can be reached: null in another container, or as another user. The name makes sure that the path
-    /// leads where the sidecar meant.
+    /// The sidecar's own memory. Null where it cannot be reached: in another container, or as another user. The name is compared to make
+    /// sure that the path is the sidecar's memory.
     /// </summary>
-    /// <param name="segment">As Ready has it.</param>
+    /// <param name="segment">The segment in Ready.</param>
     /// <param name="most">Bytes of it to use.</param>
     public static PayloadFile? TryOpen(V1.Segment segment, long most)
     {
@@ -112,12 +112,12 @@ internal sealed partial class PayloadFile : IDisposable
     public void Dispose()
     {
         _file.Dispose();
-        // Not ours where it was opened.
+        // Another process owns a file that was only opened.
         if (s_live.ContainsKey(Path))
             Forget(Path);
     }
 
-    /// <summary>Removes files of owners that are no more. Returns how many.</summary>
+    /// <summary>Removes files of processes that have ended. Returns their number.</summary>
     public static int RemoveLeftovers(string folder)
     {
         int removed = 0;
@@ -134,7 +134,7 @@ internal sealed partial class PayloadFile : IDisposable
         return removed;
     }
 
-    // One that nobody has waited for yet is as dead as one that is gone: in containers that may last.
+    // A zombie counts as ended too: in containers it may stay for long.
     private static bool Lives(int pid)
     {
         try
@@ -152,7 +152,7 @@ internal sealed partial class PayloadFile : IDisposable
         }
     }
 
-    // A process of another container may share /dev/shm but not our process ids: its lock tells that it lives.
+    // A process in another container may share /dev/shm but not our process ids: its lock shows that it is alive.
     private static bool TryLock(string path)
     {
         try
@@ -191,7 +191,7 @@ internal sealed partial class PayloadFile : IDisposable
         }
     }
 
-    /// <summary>What is left of the disk a folder is on; 0 where that cannot be told.</summary>
+    /// <summary>Free bytes on the disk of a folder; 0 where that is not known.</summary>
     public static long FreeBytes(string folder)
     {
         try

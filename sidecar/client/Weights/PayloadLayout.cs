@@ -3,12 +3,12 @@ using Rollout.V1;
 namespace Rollout.Client;
 
 /// <summary>
-/// Where each tensor stands in the payload. Depends on names, types and shapes alone, which stay the same from push to push, so it is
-/// worked out once.
+/// The offset of each tensor in the payload. Depends only on names, types and shapes, which stay the same from push to push, so it is
+/// computed once.
 /// </summary>
 internal sealed class PayloadLayout
 {
-    /// <summary>Of each tensor's offset: a cache line, and what a device copy likes.</summary>
+    /// <summary>Alignment of offsets: a multiple of a cache line, and one that device copies prefer.</summary>
     public const int Alignment = 256;
 
     private readonly int _alignment;

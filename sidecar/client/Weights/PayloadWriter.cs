@@ -4,7 +4,7 @@ using System.IO.Hashing;
 namespace Rollout.Client;
 
 /// <summary>
-/// Takes the payload's bytes from the trainer's tensors, once, and hashes them on the way while they are in the cache.
+/// Copies the payload's bytes from the trainer's tensors, once, and hashes them while they are in the cache.
 /// </summary>
 internal sealed class PayloadWriter(PayloadLayout layout, IReadOnlyList<TensorSource> tensors, bool hash)
 {
@@ -12,12 +12,12 @@ internal sealed class PayloadWriter(PayloadLayout layout, IReadOnlyList<TensorSo
     public const int Piece = 1 << 20;
 
     private readonly byte[] _digests = new byte[tensors.Count * WeightDigest.Length];
-    private readonly XxHash128?[] _hashes = new XxHash128?[tensors.Count]; // of tensors that are half-way
+    private readonly XxHash128?[] _hashes = new XxHash128?[tensors.Count]; // of partly copied tensors
 
-    /// <summary>Of the payload.</summary>
+    /// <summary>Length of the payload.</summary>
     public long Bytes => layout.PayloadBytes;
 
-    /// <summary>Of everything written; empty where hashing is off.</summary>
+    /// <summary>Digest of everything written; empty where hashing is off.</summary>
     public byte[] Digest()
     {
         if (!hash)
@@ -31,11 +31,11 @@ internal sealed class PayloadWriter(PayloadLayout layout, IReadOnlyList<TensorSo
         return WeightDigest.Combine(_digests);
     }
 
-    /// <summary>Payload bytes [from, to) to a place in a file, several tensors at once if wanted. Parts come in ascending order.</summary>
-    /// <param name="file">Where to.</param>
+    /// <summary>Writes payload bytes [from, to) to a file, several tensors at once if wanted. Parts must be in ascending order.</summary>
+    /// <param name="file">The file.</param>
     /// <param name="from">Where the part before this one ended.</param>
-    /// <param name="to">Behind the last byte.</param>
-    /// <param name="at">Where in the file byte <paramref name="from"/> goes.</param>
+    /// <param name="to">The end, exclusive.</param>
+    /// <param name="at">Offset in the file for byte <paramref name="from"/>.</param>
     /// <param name="parallelism">Tensors at once.</param>
     public Task WriteToAsync(PayloadFile file, long from, long to, long at, int parallelism, CancellationToken cancellationToken)
     {
@@ -58,7 +58,7 @@ internal sealed class PayloadWriter(PayloadLayout layout, IReadOnlyList<TensorSo
         });
     }
 
-    /// <summary>The payload from its start to its end, gaps as zeros. A piece is valid until the second next one is asked for.</summary>
+    /// <summary>The whole payload in pieces, gaps as zeros. A piece is valid until the second next one is requested.</summary>
     public IEnumerable<(long Offset, Memory<byte> Bytes)> Pieces()
     {
         byte[][] buffers = [new byte[Piece], new byte[Piece]];
@@ -94,7 +94,7 @@ internal sealed class PayloadWriter(PayloadLayout layout, IReadOnlyList<TensorSo
     private IEnumerable<int> Overlapping(long from, long to) => Enumerable.Range(0, tensors.Count).Where(i =>
         (long)layout.Manifest[i].Offset < to && (long)layout.Manifest[i].Offset + layout.Sizes[i] > from);
 
-    /// <summary>Bytes [begin, end) of a tensor, whose first byte has its place in the file at start.</summary>
+    /// <summary>Writes bytes [begin, end) of a tensor whose first byte is at offset start of the file.</summary>
     private void Write(int tensor, long begin, long end, PayloadFile file, long start, byte[] piece, CancellationToken cancellationToken)
     {
         for (long at = begin; at < end;)

@@ -1,51 +1,51 @@
 namespace Rollout.Client;
 
-/// <summary>What becomes of samples in flight when new weights take over, between two steps.</summary>
+/// <summary>What happens to samples in flight when new weights take over, between two steps.</summary>
 public enum UpdatePolicy
 {
-    /// <summary>Drop their keys and values, recompute them under the new weights, go on.</summary>
+    /// <summary>Drop their keys and values, recompute them under the new weights, and continue.</summary>
     Recompute,
 
-    /// <summary>Go on with the keys and values they have; every token says which version drew it.</summary>
+    /// <summary>Continue with their present keys and values; every token has the version that drew it.</summary>
     Keep,
 
     /// <summary>Let groups that have begun end on the old weights first; new ones wait for the new weights.</summary>
     Drain,
 
-    /// <summary>End groups that have begun; their samples come back with their partial tokens and finish reason abort.</summary>
+    /// <summary>End groups that have begun; their samples return their partial tokens and finish reason abort.</summary>
     Abort,
 }
 
-/// <summary>How the bytes travel.</summary>
+/// <summary>How the bytes are sent.</summary>
 public enum PushTransport
 {
     /// <summary>Through a file in /dev/shm: trainer and sidecar share a machine (and in containers, /dev/shm).</summary>
     SharedMemory,
 
-    /// <summary>In the gRPC stream: works anywhere, slower.</summary>
+    /// <summary>In the gRPC stream: works between any two machines, but is slower.</summary>
     Inline,
 
     /// <summary>Through a safetensors file in <see cref="PushOptions.Folder"/>, on a disk that trainer and sidecar both see.</summary>
     File,
 }
 
-/// <summary>Where the bytes land.</summary>
+/// <summary>Where the sidecar writes the bytes.</summary>
 public enum UpdateMode
 {
     /// <summary>Staged where the sidecar's device has memory for a second set of weights, else in place.</summary>
     Auto,
 
-    /// <summary>Beside the weights in service: samples go on meanwhile, and whatever fails leaves the old weights served.</summary>
+    /// <summary>Into a second set of weights: samples continue meanwhile, and any failure leaves the old weights served.</summary>
     Staged,
 
     /// <summary>
-    /// In the weights in service, while no sample goes on. Needs no memory, but a push that breaks half-way leaves the sidecar poisoned: it
-    /// refuses to generate until a full push has ended well.
+    /// Into the weights in service, while no step runs. Needs no memory, but a push that fails half-way leaves the sidecar poisoned: it
+    /// refuses to generate until a full push has succeeded.
     /// </summary>
     InPlace,
 }
 
-/// <summary>How one push is done.</summary>
+/// <summary>Options of one push.</summary>
 public sealed record PushOptions
 {
     internal static readonly PushOptions Default = new();
@@ -56,21 +56,21 @@ public sealed record PushOptions
 
     public UpdateMode Mode { get; init; } = UpdateMode.Auto;
 
-    /// <summary>Tensors that are not given keep their values. Without it, one that is missing is a mistake that is refused.</summary>
+    /// <summary>Tensors that are not given keep their values. Without it, a push with a missing tensor is refused.</summary>
     public bool Partial { get; init; }
 
-    /// <summary>For <see cref="PushTransport.File"/>, which has no other default.</summary>
+    /// <summary>Folder for <see cref="PushTransport.File"/>, which requires it.</summary>
     public string? Folder { get; init; }
 
-    /// <summary>Named to a second updater that is refused.</summary>
+    /// <summary>Named in the error that a second updater gets.</summary>
     public string Owner { get; init; } = $"{Environment.MachineName}/{Environment.ProcessId}";
 
-    /// <summary>Of the whole push. The sidecar gets the same deadline and drops the update when it passes.</summary>
+    /// <summary>Timeout of the whole push. The sidecar gets the same deadline and drops the update when it passes.</summary>
     public TimeSpan Timeout { get; init; } = TimeSpan.FromMinutes(10);
 
     /// <summary>
-    /// Hash every byte that is sent and let the sidecar commit only if it received the same. Without it nothing notices bytes that
-    /// changed on the way; it saves the hashing, a few hundredths of a second per gigabyte.
+    /// Hash every byte that is sent, and let the sidecar commit only if it received the same. Without it, bytes that change in transit are
+    /// not detected; it saves the hashing, a few hundredths of a second per gigabyte.
     /// </summary>
     public bool VerifyDigest { get; init; } = true;
 
@@ -84,10 +84,10 @@ public sealed record PushOptions
     public ulong? BaseVersion { get; init; }
 }
 
-/// <summary>Where the time of a push went, in seconds. The first four add up to about <see cref="Total"/>.</summary>
+/// <summary>Durations of a push, in seconds. The first four add up to about <see cref="Total"/>.</summary>
 public sealed record PushTimings
 {
-    /// <summary>Until the sidecar has agreed to the manifest.</summary>
+    /// <summary>Until the sidecar has accepted the manifest.</summary>
     public double Preflight { get; init; }
 
     /// <summary>Copying tensors out of the trainer, hashing and writing or sending them.</summary>
@@ -101,13 +101,13 @@ public sealed record PushTimings
 
     public double Total { get; init; }
 
-    /// <summary>The sidecar's: reading, hashing and packing while decoding goes on.</summary>
+    /// <summary>The sidecar's: reading, hashing and packing while decoding continues.</summary>
     public double ServerTransfer { get; init; }
 
     /// <summary>The sidecar's: from commit to the step boundary where the new weights took over.</summary>
     public double ServerSwap { get; init; }
 
-    /// <summary>The sidecar's: how long decoding stood still; in place, all the time from the first byte on.</summary>
+    /// <summary>The sidecar's: how long no step could run; in place, all the time from the first byte on.</summary>
     public double ServerStall { get; init; }
 }
 
@@ -124,9 +124,9 @@ public sealed record PushResult
     /// <summary>What the sidecar chose: staged or in place.</summary>
     public required UpdateMode Mode { get; init; }
 
-    /// <summary>The sidecar's own are 0 with <see cref="ConfirmedByStatus"/>.</summary>
+    /// <summary>Those measured by the sidecar are 0 with <see cref="ConfirmedByStatus"/>.</summary>
     public required PushTimings Timings { get; init; }
 
-    /// <summary>The answer to the commit was lost; asking afterwards showed that it had been done.</summary>
+    /// <summary>The answer to the commit was lost; the status showed afterwards that it had been carried out.</summary>
     public bool ConfirmedByStatus { get; init; }
 }

@@ -8,8 +8,8 @@ namespace Rollout.Client;
 public delegate void TensorCopy(long offset, Span<byte> destination);
 
 /// <summary>
-/// One tensor to push: the Hugging Face checkpoint's name and full shape, and how to get at its bytes. They are copied piece by piece, in
-/// ascending order, straight into what is sent, so a tensor of any size costs no memory here.
+/// One tensor to push: the Hugging Face checkpoint's name and full shape, and a way to copy its bytes. They are copied piece by piece, in
+/// ascending order, directly into the send buffer, so a tensor of any size needs no memory here.
 /// </summary>
 public sealed class TensorSource
 {
@@ -39,13 +39,13 @@ public sealed class TensorSource
 
     public IReadOnlyList<long> Shape { get; }
 
-    /// <summary>What is sent of it.</summary>
+    /// <summary>Length of what is sent.</summary>
     public long Bytes { get; }
 
     /// <summary>How many of its elements are sent; null: all.</summary>
     public long? SparseCount { get; }
 
-    /// <summary>Some elements of a tensor; the others keep the values they have in the sidecar.</summary>
+    /// <summary>Some elements of a tensor; the others keep their values in the sidecar.</summary>
     /// <param name="name">The Hugging Face checkpoint's.</param>
     /// <param name="dtype">Of the values.</param>
     /// <param name="shape">Of the full tensor.</param>
@@ -59,7 +59,7 @@ public sealed class TensorSource
             throw new ArgumentException($"tensor '{name}': {values.Length} bytes of values for {indices.Length} indices", nameof(values));
         return new TensorSource(name, dtype, shape, Copy, indices.Length);
 
-        // The payload is the indices, then the values; a piece may hold the end of the one and the start of the other.
+        // The payload is the indices, then the values; a piece may contain the end of the indices and the start of the values.
         void Copy(long offset, Span<byte> destination)
         {
             ReadOnlySpan<byte> first = MemoryMarshal.AsBytes(indices.Span);

@@ -4,8 +4,8 @@ using Grpc.Core;
 namespace Rollout.Client;
 
 /// <summary>
-/// The stream of one update. Replies are read as they come, also while we send: a sidecar must never have to wait for us to read its
-/// progress, and one that gives up is noticed at once.
+/// The stream of one update. Replies are also read while sending, so that the sidecar never waits for the client to read its progress, and
+/// an update that the sidecar ends is noticed at once.
 /// </summary>
 internal sealed class UpdateCall : IAsyncDisposable
 {
@@ -21,18 +21,20 @@ internal sealed class UpdateCall : IAsyncDisposable
         _reading = ReadAsync();
     }
 
-    /// <summary>The sidecar has given up or is gone: sending more is useless, <see cref="NextAsync"/> says why.</summary>
+    /// <summary>
+    /// The sidecar has ended the update or the connection is lost: sending more is useless. <see cref="NextAsync"/> throws why.
+    /// </summary>
     public CancellationToken Ended => _ended.Token;
 
     /// <exception cref="RpcException">The connection or the call failed.</exception>
-    /// <exception cref="RolloutException">The sidecar gave up, for the reason it gave.</exception>
+    /// <exception cref="RolloutException">The sidecar ended the update; the message has its reason.</exception>
     public async Task SendAsync(V1.UpdateRequest request, CancellationToken cancellationToken = default)
     {
         try
         {
             await _call.RequestStream.WriteAsync(request, cancellationToken);
         }
-        catch (Exception e) when (e is RpcException or InvalidOperationException or IOException) // as HTTP's own end of the stream is
+        catch (Exception e) when (e is RpcException or InvalidOperationException or IOException) // all are ends of the stream
         {
             await ThrowReasonAsync();
             throw;
@@ -74,7 +76,7 @@ internal sealed class UpdateCall : IAsyncDisposable
         };
     }
 
-    /// <summary>Waits until the sidecar has taken this much of the payload.</summary>
+    /// <summary>Waits until the sidecar has read this much of the payload.</summary>
     /// <inheritdoc cref="SendAsync"/>
     public async Task ReceivedAsync(long bytes, CancellationToken cancellationToken = default)
     {
@@ -85,7 +87,9 @@ internal sealed class UpdateCall : IAsyncDisposable
         }
     }
 
-    /// <summary>Tells the sidecar why, where it still listens; disposing alone would do, without a reason in its log.</summary>
+    /// <summary>
+    /// Sends the sidecar the reason if it is still connected. Disposing would end the update too, but without a reason in its log.
+    /// </summary>
     public async Task TryAbortAsync(string reason)
     {
         try
@@ -96,7 +100,7 @@ internal sealed class UpdateCall : IAsyncDisposable
         }
         catch (Exception e) when (e is RpcException or InvalidOperationException or IOException or TimeoutException)
         {
-            // It is gone or hangs; the broken stream tells it.
+            // It has ended or hangs; it will see the stream break.
         }
     }
 

@@ -1,8 +1,8 @@
 namespace Rollout.Client;
 
 /// <summary>
-/// Pushes new weights into a running sidecar, again and again: keeps the layout of the tensors and the shared memory from push to push.
-/// One push at a time; a second one waits.
+/// Pushes new weights into a running sidecar. Keeps the layout of the tensors and the shared memory from push to push. Pushes run one at a
+/// time; a second one waits.
 /// </summary>
 /// <remarks>
 /// <code>
@@ -12,7 +12,7 @@ namespace Rollout.Client;
 /// </remarks>
 public sealed class WeightPublisher : IAsyncDisposable
 {
-    // Less is not worth going round and round for: then the error says what to do.
+    // With less shared memory a ring is not worthwhile: the error then says what to do.
     private const long LeastRing = 4 << 20;
 
     private readonly RolloutClient _client;
@@ -23,41 +23,41 @@ public sealed class WeightPublisher : IAsyncDisposable
     private ulong? _served;
     private bool _disposed;
 
-    /// <param name="client">Stays the caller's to dispose.</param>
+    /// <param name="client">Not disposed with the publisher.</param>
     public WeightPublisher(RolloutClient client)
     {
         ArgumentNullException.ThrowIfNull(client);
         _client = client;
     }
 
-    /// <summary>How long to ask a sidecar that broke off during a commit whether it committed.</summary>
+    /// <summary>How long to keep asking, after the connection broke during a commit, whether the sidecar committed.</summary>
     internal TimeSpan ResolveWithin { get; init; } = TimeSpan.FromSeconds(10);
 
     /// <summary>
-    /// Most bytes of shared memory to take; null: as many as a push has and the machine can spare. A push larger than that goes through in
-    /// turns.
+    /// Most bytes of shared memory to use; null: as many as a push has, if the machine has them free. A larger push reuses the memory as a
+    /// ring.
     /// </summary>
     public long? MaxSharedMemoryBytes { get; init; }
 
     /// <summary>Makes these tensors the weights the next token is drawn from: all of them or none.</summary>
     /// <param name="tensors">
-    /// Full tensors under the Hugging Face checkpoint's names; read during the call only. The sidecar says which are missing.
+    /// Full tensors under the Hugging Face checkpoint's names; read during the call only. The sidecar reports missing ones.
     /// </param>
     /// <param name="newVersion">Must be greater than the version they replace; null: one more than it.</param>
     /// <remarks>
     /// <para>
     /// The version they replace is compared and set: the sidecar refuses the update where it serves another. It is
-    /// <see cref="PushOptions.BaseVersion"/> or else the version this publisher pushed last, so that a second trainer pushing to the same
-    /// sidecar is found out; the first push, and one after a push that failed, asks the sidecar what it serves.
+    /// <see cref="PushOptions.BaseVersion"/> or else the version this publisher pushed last, so that a push by a second trainer is
+    /// detected; the first push, and one after a failed push, asks the sidecar for the version it serves.
     /// </para>
     /// <para>
-    /// Cancelling, a failing tensor copy and the timeout leave the old weights served (in place, the sidecar poisoned), until the commit
-    /// has been sent: then only the timeout counts. If the connection breaks after that, the sidecar is asked which version it serves.
+    /// Until the commit is sent, cancelling, a failing tensor copy and the timeout leave the old weights served (in place, the sidecar
+    /// poisoned). After that only the timeout applies, and if the connection breaks, the sidecar is asked which version it serves.
     /// </para>
     /// </remarks>
     /// <exception cref="WeightUpdateRejectedException">Names, shapes, types or versions are wrong; lists everything found.</exception>
     /// <exception cref="WeightUpdateFailedException">
-    /// It was begun and did not end well; <see cref="WeightUpdateFailedException.Outcome"/> says which weights are served.
+    /// It began and did not succeed; <see cref="WeightUpdateFailedException.Outcome"/> says which weights are served.
     /// </exception>
     /// <exception cref="IOException">/dev/shm has no room.</exception>
     /// <exception cref="RolloutException">The sidecar cannot be asked for its version.</exception>
@@ -84,7 +84,7 @@ public sealed class WeightPublisher : IAsyncDisposable
 
             DateTime deadline = DateTime.UtcNow + options.Timeout;
             ulong baseVersion = options.BaseVersion ?? _served ?? await ServedAsync(options.Timeout, cancellationToken);
-            // Until this push has ended well it is not known what is served.
+            // Until this push has succeeded it is not known what is served.
             _served = null;
             IPayloadSender sender = Sender(options, _layout);
             using FileSender? file = sender as FileSender;
@@ -106,7 +106,7 @@ public sealed class WeightPublisher : IAsyncDisposable
         }
     }
 
-    /// <summary>Waits for a push under way, then gives the shared memory back.</summary>
+    /// <summary>Waits for a push in progress, then frees the shared memory.</summary>
     public async ValueTask DisposeAsync()
     {
         await _oneAtATime.WaitAsync();
@@ -154,7 +154,7 @@ public sealed class WeightPublisher : IAsyncDisposable
         if (_file is not null && _fileFor >= payload && _file.Exists)
             return _file;
 
-        // First give back the old one: there may not be room for both.
+        // Free the old one first: there may not be room for both.
         _file?.Dispose();
         _file = null;
         long wanted = SharedBytes(payload);

@@ -28,7 +28,7 @@ internal sealed class WeightPush(
 
     public required TimeSpan ResolveWithin { get; init; }
 
-    /// <summary>Of the sidecar's shared memory; 0 where none is of use.</summary>
+    /// <summary>Bytes of the sidecar's shared memory to request; 0 where none is used.</summary>
     public required long SegmentBytes { get; init; }
 
     public async Task<PushResult> RunAsync(CancellationToken cancellationToken)
@@ -43,7 +43,7 @@ internal sealed class WeightPush(
             catch (RpcException e) when (!_commitSent)
             {
                 cancellationToken.ThrowIfCancellationRequested();
-                // Whether bytes had landed in place only the sidecar knows.
+                // Only the sidecar knows whether bytes had been written in place.
                 throw Broken(e, _inPlace ? UpdateOutcome.Unknown : UpdateOutcome.NotCommitted);
             }
             catch (Exception e) when (!_commitSent && e is not RolloutException)
@@ -56,13 +56,13 @@ internal sealed class WeightPush(
 
     private async Task<PushResult> RunAsync(UpdateCall call, CancellationToken cancellationToken)
     {
-        // :: Step 1: the sidecar agrees to the manifest, before a byte moves.
+        // :: Step 1: the sidecar accepts the manifest, before a byte is sent.
         await call.SendAsync(new V1.UpdateRequest { Begin = Begin() }, cancellationToken);
         V1.UpdateReply agreed = await UntilAsync(call, reply => reply.StepCase == V1.UpdateReply.StepOneofCase.Ready, cancellationToken);
         _inPlace = agreed.Ready.Mode == V1.UpdateMode.InPlace;
         PushTimings timings = new PushTimings { Preflight = Lap() };
 
-        // :: Step 2: the bytes leave the trainer. A sidecar that gives up meanwhile ends this at once.
+        // :: Step 2: the bytes leave the trainer. If the sidecar ends the update meanwhile, this ends at once.
         using (CancellationTokenSource stop = CancellationTokenSource.CreateLinkedTokenSource(cancellationToken, call.Ended))
         {
             try
@@ -77,7 +77,7 @@ internal sealed class WeightPush(
 
         timings = timings with { Write = Lap() };
 
-        // :: Step 3: the sidecar has them. Waiting for that here keeps the commit, where an answer may be lost, short.
+        // :: Step 3: wait until the sidecar has read them. That keeps the commit, during which an answer may be lost, short.
         await call.ReceivedAsync(layout.PayloadBytes, cancellationToken);
         timings = timings with { Transfer = Lap() };
 
@@ -98,7 +98,7 @@ internal sealed class WeightPush(
             return await ResolveAsync(e, digest, timings);
         }
 
-        // :: Step 5: what the sidecar received is what we sent.
+        // :: Step 5: check that the sidecar received what was sent.
         string received = WeightDigest.Show(committed.Digest.Span);
         ThrowIfDifferent(committed.Version, digest, received);
         return new PushResult
@@ -160,7 +160,7 @@ internal sealed class WeightPush(
         }
     }
 
-    /// <summary>The connection broke after the commit was sent: only the sidecar knows whether it was done.</summary>
+    /// <summary>The connection broke after the commit was sent: only the sidecar knows whether it was carried out.</summary>
     private async Task<PushResult> ResolveAsync(RpcException cause, byte[] digest, PushTimings timings)
     {
         Stopwatch asking = Stopwatch.StartNew();
@@ -172,7 +172,7 @@ internal sealed class WeightPush(
                 if (status.Version == NewVersion)
                     return await ConfirmedAsync(digest, timings, ResolveWithin - asking.Elapsed);
                 if (status.Version != BaseVersion)
-                    break; // Somebody else has pushed since, over ours or over the old one.
+                    break; // Another trainer has pushed since, over ours or over the old one.
                 if (status.State == EngineState.Poisoned)
                     throw Broken(cause, UpdateOutcome.Poisoned);
                 if (!status.Updating)
@@ -180,7 +180,7 @@ internal sealed class WeightPush(
             }
             catch (RolloutException e) when (e is RolloutUnavailableException or RolloutTimeoutException)
             {
-                // It may be restarting, or only the connection broke.
+                // It may be restarting, or only the connection is lost.
             }
 
             await Task.Delay(s_resolvePoll);
@@ -191,7 +191,7 @@ internal sealed class WeightPush(
 
     private async Task<PushResult> ConfirmedAsync(byte[] digest, PushTimings timings, TimeSpan timeout)
     {
-        // The same number may be another trainer's update; the digests tell.
+        // The same number may be another trainer's update; the digests distinguish them.
         WeightsDescription served = await client.DescribeWeightsAsync(timeout);
         if (served.Version != NewVersion)
             throw new RolloutUnavailableException($"version {NewVersion} has been replaced by {served.Version}");
@@ -209,7 +209,7 @@ internal sealed class WeightPush(
         };
     }
 
-    /// <summary>Of our tensors as the sidecar last received them; "" where it does not know all of them.</summary>
+    /// <summary>Digest of our tensors as the sidecar last received them; "" where it does not know all of them.</summary>
     private string CombinedDigest(WeightsDescription served)
     {
         Dictionary<string, string> digests = served.Tensors.ToDictionary(tensor => tensor.Name, tensor => tensor.Digest);

@@ -4,7 +4,7 @@ using System.Globalization;
 
 namespace Rollout.Server.Commands;
 
-/// <summary>How the options of several commands are read. Each says what is wrong with its own value; the parser collects.</summary>
+/// <summary>Options that several commands use. Each reports the errors of its value, and the parser collects them.</summary>
 internal static class Arguments
 {
     public static Option<int?> Number(string name, string description, int least, int most = int.MaxValue)

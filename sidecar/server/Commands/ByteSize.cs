@@ -2,7 +2,7 @@ using System.Globalization;
 
 namespace Rollout.Server.Commands;
 
-/// <summary>A size, or a part of what is free.</summary>
+/// <summary>A size, or a fraction of the free memory.</summary>
 internal readonly record struct MemoryShare(long Bytes, double Fraction)
 {
     /// <summary>"512MiB", or "40%".</summary>
@@ -22,7 +22,7 @@ internal readonly record struct MemoryShare(long Bytes, double Fraction)
     }
 }
 
-/// <summary>Sizes as people write them: 512MiB, 2GB, 1048576.</summary>
+/// <summary>Sizes with units: 512MiB, 2GB, 1048576.</summary>
 internal static class ByteSize
 {
     // Binary units first: "MiB" must not be read as "B".
@@ -51,7 +51,7 @@ internal static class ByteSize
         return bytes > 0;
     }
 
-    /// <summary>About three digits, for people.</summary>
+    /// <summary>A readable size with about three digits.</summary>
     public static string Format(long bytes)
     {
         double value = bytes;

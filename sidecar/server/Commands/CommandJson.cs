@@ -3,7 +3,7 @@ using System.Text.Json;
 
 namespace Rollout.Server.Commands;
 
-/// <summary>JSON for other programs: one line on standard output, floats in the shortest form that reads back to the same bits.</summary>
+/// <summary>JSON for other programs: one line on standard output, floats in the shortest form that parses to the same bits.</summary>
 internal static class CommandJson
 {
     public static JsonWriterOptions WriterOptions { get; } = new() { Encoder = JavaScriptEncoder.UnsafeRelaxedJsonEscaping };
@@ -15,7 +15,7 @@ internal static class CommandJson
         output.WriteByte((byte)'\n');
     }
 
-    /// <summary>JSON has no infinities: what has no number is null.</summary>
+    /// <summary>JSON has no infinities and no NaN: they are written as null.</summary>
     public static void WriteFloat(this Utf8JsonWriter json, float value)
     {
         if (float.IsFinite(value)) json.WriteNumberValue(value);

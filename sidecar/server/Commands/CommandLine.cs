@@ -9,7 +9,7 @@ using Rollout.Server.Grpc;
 
 namespace Rollout.Server.Commands;
 
-/// <summary>The `rollout` command: parses, runs, and turns whatever goes wrong into lines on standard error and an exit code.</summary>
+/// <summary>The `rollout` command: parses, runs, and reports errors as lines on standard error and an exit code.</summary>
 internal static class CommandLine
 {
     public static async Task<int> RunAsync(string[] args)
@@ -29,7 +29,7 @@ internal static class CommandLine
             return ExitCode.BadInput;
         }
 
-        // A server stops in its own way (and takes its time); for the others Ctrl+C cancels.
+        // The server handles Ctrl+C itself and may take long to stop; it cancels the other commands.
         bool serves = parsed.CommandResult.Command.Name == ServeCommand.Name;
         InvocationConfiguration configuration = new()
         {
@@ -59,7 +59,7 @@ internal static class CommandLine
         ScoreFailedException => (ExitCode.Failure, [$"{Errors.ToStatus(exception)?.StatusCode}: {exception.Message}"]),
         FailureException or NoRoomException or EngineFaultedException or EngineStateException => (ExitCode.Failure, [exception.Message]),
         CudaException => (ExitCode.Failure, [exception.Message]),
-        OutOfMemoryException => (ExitCode.Failure, [$"there is not the memory for it: {exception.Message}"]),
+        OutOfMemoryException => (ExitCode.Failure, [$"not enough memory: {exception.Message}"]),
         IOException or UnauthorizedAccessException => (ExitCode.Failure, [exception.Message]),
         OperationCanceledException => (ExitCode.Failure, ["cancelled"]),
         _ => null,

@@ -43,7 +43,7 @@ internal sealed class EngineArguments
         command.Add(MaxContext);
     }
 
-    /// <summary>The model asked for. Call only where --model was given.</summary>
+    /// <summary>The model to load. Call only where --model was given.</summary>
     public ModelSource Source(ParseResult result)
         => new(
             Path.GetFullPath(result.GetValue(Model)!),
@@ -57,10 +57,10 @@ internal sealed class EngineArguments
             ? null
             : $"{string.Join(", ", known.Select(k => $"'{k}'"))} {(known.Length == 1 ? "is" : "are")}");
 
-    /// <param name="name">Of the option.</param>
-    /// <param name="description">For its help.</param>
-    /// <param name="values">For its help, too.</param>
-    /// <param name="whatIsKnown">Null for a value that is.</param>
+    /// <param name="name">Name of the option.</param>
+    /// <param name="description">Description in the help text.</param>
+    /// <param name="values">Values in the help text.</param>
+    /// <param name="whatIsKnown">Returns null for a valid value, otherwise the list of valid values.</param>
     private static Option<string?> Checked(string name, string description, string values, Func<string, string?> whatIsKnown)
     {
         Option<string?> option = new(name) { Description = description, HelpName = values };

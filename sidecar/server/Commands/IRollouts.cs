@@ -3,10 +3,10 @@ using Rollout.V1;
 
 namespace Rollout.Server.Commands;
 
-/// <summary>Where a command's tokens come from: an engine in this process, or a server.</summary>
+/// <summary>The source of a command's samples and scores: an engine in this process, or a server.</summary>
 internal interface IRollouts : IAsyncDisposable
 {
-    /// <summary>Turns ids into text for people; null where that is not possible.</summary>
+    /// <summary>Decodes ids to text for display; null where there is no tokenizer.</summary>
     Tokenizer? Tokenizer { get; }
 
     IAsyncEnumerable<GenerateReply> GenerateAsync(GenerateRequest request, CancellationToken cancellation);

@@ -42,7 +42,7 @@ internal static class InspectCommand
         LoadPlan plan = LoadPlan.Compile(spec);
         long parameters = plan.Weights.Sum(weight => (long)weight.Outputs * weight.Inputs);
 
-        // As the CPU keeps them: matrices in bfloat16, vectors and the cache in fp32.
+        // As stored by the CPU backend: matrices in bfloat16, vectors and the cache in fp32.
         long weightBytes = plan.Weights.Sum(weight => (long)weight.Outputs * weight.Inputs * (weight.IsVector ? 4 : 2));
         long kvBytes = spec.Layers.Sum(layer => 2L * layer.Attention.KvWidth) * sizeof(float);
         (AttentionSpec attention, GatedMlpSpec mlp) = spec.Layers[0];

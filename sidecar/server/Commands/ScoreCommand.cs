@@ -53,7 +53,7 @@ internal sealed class ScoreCommand
         return request;
     }
 
-    // Row p is about the token after position p: rows 0.. speak of ids 1.., the last one of the token that would come next.
+    // Row p has the alternatives for the token after position p: rows 0.. are for ids 1.., and the last row is for the next token.
     private static void PrintJson(ScoreReply reply) => CommandJson.Print(json =>
     {
         json.WriteStartObject();

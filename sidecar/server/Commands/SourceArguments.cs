@@ -7,7 +7,7 @@ namespace Rollout.Server.Commands;
 /// <summary>--model DIR loads a model here; --address asks a server that has one. Exactly one of the two.</summary>
 internal sealed class SourceArguments
 {
-    // A single command's answer fits a small cache; a server's default would zero gigabytes first.
+    // One command needs only a small cache; the server's default would zero gigabytes first.
     private const long KvCacheBytes = 1L << 30;
 
     public EngineArguments Engine { get; } = new();

@@ -4,17 +4,17 @@ using Rollout.Server.Weights;
 
 namespace Rollout.Server.Control;
 
-/// <summary>The life of the engine as callers steer it, in the engine's terms: what is checked, done besides, and logged.</summary>
+/// <summary>Pause, resume, sleep and wake-up in the engine's terms, with validation and logging.</summary>
 internal sealed class EngineControl(EngineHost host, SharedSegment segment, ILogger<EngineControl> logger)
 {
     private const int MaxOwner = 256;
 
     /// <summary>Returns once the pause is in force.</summary>
-    /// <param name="mode">What becomes of groups in flight.</param>
-    /// <param name="owner">Named to whoever asks why nothing moves.</param>
-    /// <param name="lease">The pause ends by itself after it.</param>
-    /// <param name="alsoWrong">Problems that the request's reader found already, to be listed with the others.</param>
-    /// <param name="cancellation">Whoever asked has gone.</param>
+    /// <param name="mode">What happens to groups in flight.</param>
+    /// <param name="owner">Shown in the status while paused.</param>
+    /// <param name="lease">The pause expires after it.</param>
+    /// <param name="alsoWrong">Problems that the caller has found already; listed with the others.</param>
+    /// <param name="cancellation">Cancelled when the client disconnects.</param>
     /// <exception cref="InvalidRequestException">Lists everything wrong with the request, by the names of these parameters.</exception>
     public async Task<PauseResult> PauseAsync(
         PauseMode mode, string owner, TimeSpan lease, IReadOnlyList<Problem> alsoWrong, CancellationToken cancellation)
@@ -37,7 +37,9 @@ internal sealed class EngineControl(EngineHost host, SharedSegment segment, ILog
         return state;
     }
 
-    /// <summary>Gives back the memory of these tags: what each that was awake has freed, and the engine's state then.</summary>
+    /// <summary>
+    /// Frees the memory of these tags. Returns what each tag that was awake has freed, and the engine's state afterwards.
+    /// </summary>
     public async Task<(IReadOnlyList<FreedMemory> Freed, EngineStatus Status)> SleepAsync(MemoryTags tags)
     {
         IReadOnlyList<FreedMemory> freed = await host.Engine.SleepAsync(tags);
@@ -47,7 +49,7 @@ internal sealed class EngineControl(EngineHost host, SharedSegment segment, ILog
         return (freed, status);
     }
 
-    /// <summary>Takes the memory of these tags again: what still sleeps.</summary>
+    /// <summary>Allocates the memory of these tags again. Returns the tags that still sleep.</summary>
     public async Task<MemoryTags> WakeUpAsync(MemoryTags tags)
     {
         MemoryTags asleep = await host.Engine.WakeUpAsync(tags);

@@ -4,17 +4,17 @@ using Rollout.Engine;
 namespace Rollout.Server.Generation;
 
 /// <summary>
-/// Many groups on one call: each has its own reader of the engine, and all share one writer to the client.
+/// Many groups on one call: each has its own task that reads from the engine, and all share one writer to the client.
 /// <code>
 ///   requests -> Start -> group 1 --ReadAsync, Convert--\
 ///                        group 2 --ReadAsync, Convert---> bounded channel -> one writer -> client
 ///                        ...     --Refusal-------------/
 /// </code>
-/// A slow client fills the channel and the readers wait; the engine does not, because a reader that wakes late takes all that has come
-/// since. When the client goes, every group of the call is ended.
+/// A slow client fills the channel and the readers wait. The engine does not, because a reader that wakes late gets all tokens sampled
+/// since. When the client disconnects, every group of the call is ended.
 /// </summary>
-/// <typeparam name="TRequest">A group as the surface's clients ask for it.</typeparam>
-/// <typeparam name="TReply">A reply as they get it.</typeparam>
+/// <typeparam name="TRequest">The surface's request for a group.</typeparam>
+/// <typeparam name="TReply">The surface's reply.</typeparam>
 internal abstract class GroupBatch<TRequest, TReply>
     where TReply : class
 {
@@ -23,14 +23,14 @@ internal abstract class GroupBatch<TRequest, TReply>
     private readonly Channel<TReply> _replies = Channel.CreateBounded<TReply>(
         new BoundedChannelOptions(ReplyBacklog) { SingleReader = true });
 
-    // Groups under way, and one for the reader of requests: at zero nothing can be written any more.
+    // Groups in flight, plus one for the reader of requests: at zero nothing can be written any more.
     private int _open = 1;
     private Exception? _failure;
 
     /// <summary>Returns when the requests and every group have ended.</summary>
     /// <param name="requests">Read while replies are written.</param>
-    /// <param name="stopping">Takes no more requests; groups in flight go on.</param>
-    /// <param name="cancellation">The client has gone.</param>
+    /// <param name="stopping">When cancelled, no more requests are read; groups in flight continue.</param>
+    /// <param name="cancellation">Cancelled when the client disconnects.</param>
     public async Task RunAsync(IAsyncEnumerable<TRequest> requests, CancellationToken stopping, CancellationToken cancellation)
     {
         using CancellationTokenSource ending = CancellationTokenSource.CreateLinkedTokenSource(cancellation);
@@ -40,7 +40,7 @@ internal abstract class GroupBatch<TRequest, TReply>
         {
             await foreach (TReply reply in _replies.Reader.ReadAllAsync(CancellationToken.None))
             {
-                if (ending.IsCancellationRequested) continue; // the groups are being ended; let them go
+                if (ending.IsCancellationRequested) continue; // the groups are being ended
                 try
                 {
                     await WriteAsync(reply, moreReady: _replies.Reader.Count > 0, cancellation);
@@ -62,16 +62,16 @@ internal abstract class GroupBatch<TRequest, TReply>
 
     protected abstract GroupStream Start(TRequest request);
 
-    /// <summary>Called by the groups' readers, so by several at once.</summary>
+    /// <summary>Called by the groups' readers, several at once.</summary>
     protected abstract TReply Convert(GroupStream group, in GroupReply reply);
 
-    /// <summary>What to answer where <see cref="Start"/> threw; null where that is not the client's to know, and the call fails.</summary>
+    /// <summary>The reply for an exception of <see cref="Start"/>; null for an internal error, which fails the call.</summary>
     protected abstract TReply? Refusal(TRequest request, Exception exception);
 
     /// <summary>Called by one writer.</summary>
     /// <param name="reply">The next reply.</param>
-    /// <param name="moreReady">Another one follows at once.</param>
-    /// <param name="cancellation">The client has gone.</param>
+    /// <param name="moreReady">Whether another reply follows at once.</param>
+    /// <param name="cancellation">Cancelled when the client disconnects.</param>
     protected abstract Task WriteAsync(TReply reply, bool moreReady, CancellationToken cancellation);
 
     private async Task AcceptAsync(IAsyncEnumerable<TRequest> requests, CancellationToken reading, CancellationTokenSource ending)
@@ -98,7 +98,7 @@ internal abstract class GroupBatch<TRequest, TReply>
         }
         catch (OperationCanceledException) when (reading.IsCancellationRequested)
         {
-            // The client has gone, or the server is stopping: groups in flight end on their own.
+            // The client has disconnected, or the server is stopping: groups in flight end by themselves.
         }
         catch (Exception e)
         {
@@ -126,7 +126,7 @@ internal abstract class GroupBatch<TRequest, TReply>
         }
         catch (EngineFaultedException e)
         {
-            // Every group of the call ends this way; let all of them deliver what they have, then say why.
+            // Every group of the call ends with this error; all of them return their tokens first, then the call fails.
             Interlocked.CompareExchange(ref _failure, e, null);
         }
         catch (Exception e)

@@ -3,24 +3,24 @@ using Rollout.Engine;
 
 namespace Rollout.Server.Generation;
 
-/// <summary>Of a group's prompt and of the group as a whole.</summary>
+/// <summary>Data of a group as a whole and of its prompt.</summary>
 /// <param name="Seed">Sample i draws with (seed, i).</param>
-/// <param name="PromptIds">Only where the prompt came as text, else empty.</param>
-/// <param name="PromptLogProbs">Of prompt tokens 1.., where asked for and computed, else empty.</param>
+/// <param name="PromptIds">Only where the prompt was text, else empty.</param>
+/// <param name="PromptLogProbs">Of prompt tokens 1.., if requested and computed, else empty.</param>
 /// <param name="CachedPromptTokens">Prompt tokens whose keys and values came from the prefix cache.</param>
 internal sealed record GroupHead(ulong Seed, int[] PromptIds, float[] PromptLogProbs, int CachedPromptTokens);
 
-/// <summary>New tokens of one sample, and their text: "" unless asked for.</summary>
+/// <summary>New tokens of one sample, and their text: "" unless requested.</summary>
 internal readonly record struct TextChunk(SequenceChunk Chunk, string Text);
 
-/// <summary>What has come of a group since its last reply.</summary>
+/// <summary>The new tokens of a group since its last reply.</summary>
 /// <param name="Head">With the first reply only.</param>
 /// <param name="Chunks">At least one. The stream's own list: read it before asking for the next reply.</param>
 internal readonly record struct GroupReply(GroupHead? Head, IReadOnlyList<TextChunk> Chunks);
 
 /// <summary>
-/// One group between the engine and whoever asked for it, in the engine's terms; each surface puts it into its own. Disposing it ends the
-/// group if it still runs.
+/// One group between the engine and its client, in the engine's terms; each surface converts it to its own. Disposing it ends the group if
+/// it is still running.
 /// </summary>
 internal sealed class GroupStream : IAsyncDisposable
 {
@@ -42,21 +42,21 @@ internal sealed class GroupStream : IAsyncDisposable
     public GroupRequest Request => _group.Request;
 
     /// <summary>Submits a group.</summary>
-    /// <param name="engine">Where.</param>
-    /// <param name="request">What.</param>
-    /// <param name="promptWasText">Whoever asked does not know the prompt's tokens.</param>
-    /// <param name="returnText">Text beside the tokens; needs a tokenizer.</param>
-    /// <param name="alsoWrong">Problems that the request's reader found already, to be listed with the engine's.</param>
+    /// <param name="engine">The engine.</param>
+    /// <param name="request">The request.</param>
+    /// <param name="promptWasText">Whether the client sent text, so that the reply must include the prompt's tokens.</param>
+    /// <param name="returnText">Return text as well as tokens; needs a tokenizer.</param>
+    /// <param name="alsoWrong">Problems that the caller has found already; listed with the engine's.</param>
     /// <exception cref="InvalidRequestException">Lists everything wrong with the request.</exception>
     /// <exception cref="NoRoomException">Try again later.</exception>
     public static GroupStream Start(
         RolloutEngine engine, GroupRequest request, bool promptWasText, bool returnText, IReadOnlyList<Problem> alsoWrong)
         => new(engine, Submit(engine, request, alsoWrong), promptWasText, returnText);
 
-    /// <summary>Scores the prompt of a request to its end: what there is to say of it is in the group.</summary>
+    /// <summary>Scores the prompt of a request. The result is in the group.</summary>
     /// <exception cref="InvalidRequestException">Lists everything wrong with the request.</exception>
     /// <exception cref="NoRoomException">Try again later.</exception>
-    /// <exception cref="ScoreFailedException">It was aborted, or has failed.</exception>
+    /// <exception cref="ScoreFailedException">It was aborted or failed.</exception>
     public static async Task<Group> ScoreAsync(
         RolloutEngine engine, GroupRequest request, IReadOnlyList<Problem> alsoWrong, CancellationToken cancellation)
     {
@@ -67,7 +67,7 @@ internal sealed class GroupStream : IAsyncDisposable
         }
         finally
         {
-            if (!group.Completed.IsCompleted) await engine.AbortAsync(group); // whoever asked has gone
+            if (!group.Completed.IsCompleted) await engine.AbortAsync(group); // the client has disconnected
         }
 
         Sequence sample = group.Sequences[0];
@@ -83,8 +83,8 @@ internal sealed class GroupStream : IAsyncDisposable
     }
 
     /// <summary>
-    /// Replies until every sample has ended: one a sample, or, for a stream, whatever has come since the last reply was taken, so that a
-    /// slow reader gets fewer and longer ones.
+    /// Replies until every sample has ended: one for each sample, or, for a stream, all tokens since the previous reply, so that a slow
+    /// reader gets fewer and longer replies.
     /// </summary>
     /// <exception cref="EngineFaultedException">
     /// At the end, when samples ended because the engine failed: the group must not look complete.
@@ -117,7 +117,7 @@ internal sealed class GroupStream : IAsyncDisposable
         ThrowIfFaulted(_engine);
     }
 
-    /// <summary>Ends the samples that still run; their reader gets the partial tokens.</summary>
+    /// <summary>Ends the samples that are still running; their reader gets the partial tokens.</summary>
     public Task AbortAsync() => _group.Completed.IsCompleted ? Task.CompletedTask : _engine.AbortAsync(_group);
 
     public async ValueTask DisposeAsync() => await AbortAsync();
@@ -126,7 +126,7 @@ internal sealed class GroupStream : IAsyncDisposable
     {
         if (alsoWrong.Count == 0) return engine.Submit(request);
 
-        // What the engine finds wrong with the rest belongs in the same answer.
+        // Problems that the engine finds in the rest belong in the same answer.
         RequestValidator validator = new(engine.Model.VocabSize, engine.MaxContext, hasTokenizer: true);
         throw new InvalidRequestException([.. alsoWrong, .. validator.Validate(request)]);
     }
@@ -138,7 +138,7 @@ internal sealed class GroupStream : IAsyncDisposable
 
     private GroupHead Head(in SequenceChunk chunk)
     {
-        // A group that ended before its prompt was computed has no log-probabilities, and zeros would look like some.
+        // A group that ended before its prompt was computed has no log-probabilities, and zeros would look like valid ones.
         bool computed = chunk.End > 0 || chunk.FinishReason is FinishReason.Stop or FinishReason.Length;
         float[] logProbs = computed ? _group.PromptLogProbs : [];
         return new GroupHead(Request.Seed, _promptWasText ? Request.Prompt : [], logProbs, _group.CachedPromptTokens);
@@ -154,7 +154,7 @@ internal sealed class GroupStream : IAsyncDisposable
     }
 }
 
-/// <summary>A score that did not come to its end.</summary>
+/// <summary>A score that was aborted or failed.</summary>
 internal sealed class ScoreFailedException(FinishReason reason, string message) : Exception(message)
 {
     /// <summary>Abort or error.</summary>

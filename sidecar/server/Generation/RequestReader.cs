@@ -4,12 +4,12 @@ using Rollout.Engine;
 namespace Rollout.Server.Generation;
 
 /// <summary>
-/// What every surface needs to turn its requests into the engine's: text as tokens, and ids and seeds where the client gives none. Problems
-/// are collected, not thrown, under the names that the surface's clients know.
+/// What every surface needs to convert its requests to the engine's: tokenized text, and ids and seeds where the client gives none.
+/// Problems are collected, not thrown, under the field names of the surface.
 /// </summary>
 internal abstract class RequestReader(Tokenizer? tokenizer)
 {
-    // Stands in for a prompt that is reported as a problem, so that the engine does not report it again.
+    // Replaces a prompt that is reported as a problem, so that the engine does not report it again.
     private static readonly int[] s_anyPrompt = [0, 0];
 
     private readonly List<Problem> _problems = [];

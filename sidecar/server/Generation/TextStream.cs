@@ -4,19 +4,19 @@ using Rollout.Engine;
 namespace Rollout.Server.Generation;
 
 /// <summary>
-/// Turns the tokens of one sample into text as they come. A token may end in the middle of a character, and a text may turn out to begin
-/// a stop string that will be cut away; both are held back until it is known. The pieces joined are <see cref="Tokenizer.Decode"/> of all
-/// tokens.
+/// Decodes the tokens of one sample incrementally. A token may end in the middle of a character, and text may be the beginning of a stop
+/// string that will be removed; both are held back until that is known. The concatenated pieces equal <see cref="Tokenizer.Decode"/> of
+/// all tokens.
 /// </summary>
 internal sealed class TextStream(Tokenizer tokenizer, IReadOnlyList<string> stops)
 {
     private readonly Decoder _decoder = Encoding.UTF8.GetDecoder();
     private readonly StringBuilder _decoded = new();
-    private int _lastToken; // where in _decoded the last token's text begins
+    private int _lastToken; // offset in _decoded of the last token's text
 
-    /// <summary>The text that can be given out now that these tokens have come.</summary>
+    /// <summary>Appends tokens and returns the text that can be sent now.</summary>
     /// <param name="tokens">The next tokens.</param>
-    /// <param name="last">No more will come: hold nothing back.</param>
+    /// <param name="last">Whether these are the last tokens: nothing is held back then.</param>
     /// <param name="matchedStop">The stop string that ended the sample; text ends before it.</param>
     public string Append(ReadOnlySpan<int> tokens, bool last, string? matchedStop)
     {
@@ -48,8 +48,8 @@ internal sealed class TextStream(Tokenizer tokenizer, IReadOnlyList<string> stop
     }
 
     /// <summary>
-    /// Where the match begins that ended in the last token. Not simply the first or last in the text: matches before min_tokens do not
-    /// count, and one token may hold two.
+    /// The start of the match that ended in the last token. It need not be the first or last match in the text: matches before min_tokens
+    /// do not count, and one token may contain two.
     /// </summary>
     private int MatchIn(string text, string stop)
     {
@@ -62,8 +62,8 @@ internal sealed class TextStream(Tokenizer tokenizer, IReadOnlyList<string> stop
         => text.IndexOf(stop, Math.Clamp(_lastToken - stop.Length + 1, 0, text.Length), StringComparison.Ordinal);
 
     /// <summary>
-    /// Where the text to hold back begins: at the start of a stop string, or at a whole one that ends in the last token. A whole one
-    /// before that token did not end the sample.
+    /// The start of the text to hold back: a beginning of a stop string, or a whole one that ends in the last token. A whole one before
+    /// that token did not end the sample.
     /// </summary>
     private int HoldFrom(string text)
     {

@@ -8,7 +8,7 @@ namespace Rollout.Server.Grpc;
 internal sealed class BatchCall(Func<GenerateRequest, GroupStream> start, IServerStreamWriter<GenerateReply> responses, ILogger logger)
     : GroupBatch<GenerateRequest, GenerateReply>
 {
-    /// <summary>Replies written before they are sent, where more stand ready: sending costs more than writing does.</summary>
+    /// <summary>Most replies written to the buffer before a flush while more are ready: a flush costs more than a write.</summary>
     private const int RepliesASend = 16;
 
     private static readonly WriteOptions s_send = new();

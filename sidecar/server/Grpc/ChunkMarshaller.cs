@@ -7,8 +7,8 @@ using Rollout.V1;
 namespace Rollout.Server.Grpc;
 
 /// <summary>
-/// Reads the messages of an update. The generated parser gives every chunk a new array, megabytes that are cleared, faulted in and
-/// collected to be read once; here a chunk is copied into a <see cref="ChunkBuffer"/>. All other messages are the generated parser's.
+/// Parses the messages of an update. The generated parser allocates an array for every chunk: megabytes that are cleared, page-faulted and
+/// collected, to be read once. Here a chunk is copied into a <see cref="ChunkBuffer"/>. The generated parser parses all other messages.
 /// </summary>
 internal static class ChunkMarshaller
 {
@@ -23,8 +23,8 @@ internal static class ChunkMarshaller
         => TryParseChunk(message) is { } chunk ? new UpdateRequest { Chunk = chunk } : UpdateRequest.Parser.ParseFrom(message);
 
     /// <summary>
-    /// A chunk as every protobuf library writes it: offset, unless zero, and data, to the message's last byte. Null for all else, also
-    /// where the bytes mean a chunk: fields may come in any order and more than once.
+    /// A chunk as every protobuf library writes it: offset, unless zero, then data up to the message's last byte. Null for everything else,
+    /// including other encodings of a chunk, whose fields may be in any order and repeated.
     /// </summary>
     private static Chunk? TryParseChunk(in ReadOnlySequence<byte> message)
     {
@@ -36,7 +36,7 @@ internal static class ChunkMarshaller
         return new Chunk { Offset = offset, Data = UnsafeByteOperations.UnsafeWrap(new ChunkBuffer(reader.UnreadSequence).Memory) };
     }
 
-    /// <summary>Reads a length; whether it is that of all that follows.</summary>
+    /// <summary>Reads a length. True when it is the length of all that follows.</summary>
     private static bool IsRest(ref SequenceReader<byte> reader)
         => TryReadVarint(ref reader, out ulong length) && length == (ulong)reader.Remaining;
 
@@ -49,6 +49,6 @@ internal static class ChunkMarshaller
             if (next < 0x80) return true;
         }
 
-        return false; // cut off, or of 64 bits: past any payload, and the generated parser's to say so
+        return false; // cut off, or of 64 bits and past any payload: the generated parser reports it
     }
 }

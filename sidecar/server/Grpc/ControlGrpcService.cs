@@ -9,7 +9,7 @@ using Problem = Rollout.Engine.Problem;
 
 namespace Rollout.Server.Grpc;
 
-/// <summary>rollout.v1.ControlService: the life of the engine.</summary>
+/// <summary>rollout.v1.ControlService: status, pause, resume, sleep and wake-up.</summary>
 internal sealed class ControlGrpcService(EngineHost host, EngineControl control) : ControlService.ControlServiceBase
 {
     public override Task<StatusReply> Status(StatusRequest request, ServerCallContext context)
@@ -68,7 +68,7 @@ internal sealed class ControlGrpcService(EngineHost host, EngineControl control)
         return new WakeUpReply { State = ToWire(host.Engine.Status.State), Asleep = { ToWire(asleep) } };
     }
 
-    /// <summary>None means all.</summary>
+    /// <summary>No tags mean all.</summary>
     private static MemoryTags Tags(IReadOnlyCollection<MemoryTag> tags)
     {
         Problem[] problems = [.. tags.Where(tag => tag is not (MemoryTag.Weights or MemoryTag.KvCache))

@@ -4,7 +4,7 @@ using Rollout.V1;
 
 namespace Rollout.Server.Grpc;
 
-/// <summary>Requests of rollout.v1 to an engine: for the service, and for commands whose engine is in their own process.</summary>
+/// <summary>Runs rollout.v1 requests on an engine: for the service, and for commands with an engine in their own process.</summary>
 internal static class EngineCalls
 {
     /// <exception cref="InvalidRequestException">Lists everything wrong with the request.</exception>

@@ -5,7 +5,7 @@ using Grpc.Core.Interceptors;
 namespace Rollout.Server.Grpc;
 
 /// <summary>
-/// Answers every call that throws with the right status, so that the services themselves only throw; refuses fields nobody here knows.
+/// Converts exceptions of every call to the right status, so that the services only throw, and refuses requests with unknown fields.
 /// </summary>
 internal sealed class ErrorInterceptor(ILogger<ErrorInterceptor> logger) : Interceptor
 {
@@ -57,9 +57,9 @@ internal sealed class ErrorInterceptor(ILogger<ErrorInterceptor> logger) : Inter
 
     private RpcException Translate(Exception exception, ServerCallContext context)
     {
-        // A client that has gone breaks reads and writes in many ways; none of them is worth more than this.
+        // A disconnected client makes reads and writes fail in many ways; all of them are reported the same.
         if (context.CancellationToken.IsCancellationRequested)
-            return new RpcException(new Status(StatusCode.Cancelled, "the client has gone"));
+            return new RpcException(new Status(StatusCode.Cancelled, "the client has disconnected"));
         if (Errors.ToStatus(exception) is { } status)
         {
             Log.Refused(logger, context.Method, status.StatusCode.ToString(), status.Detail);

@@ -5,10 +5,10 @@ using Rollout.Server.Hosting;
 
 namespace Rollout.Server.Grpc;
 
-/// <summary>The engine's kinds of error as gRPC's.</summary>
+/// <summary>Maps the engine's errors to gRPC statuses.</summary>
 internal static class Errors
 {
-    /// <summary>The status of an error a client can act on; null for one that is the server's own.</summary>
+    /// <summary>The status of an error that a client can act on; null for an internal error.</summary>
     public static Status? ToStatus(Exception exception) => exception switch
     {
         RpcException rpc => rpc.Status,

@@ -2,7 +2,7 @@ using Rollout.Engine;
 
 namespace Rollout.Server.Grpc;
 
-/// <summary>What rollout.v1 calls the fields of the engine's requests: problems name what the client wrote.</summary>
+/// <summary>Maps the fields of the engine's requests to their names in rollout.v1, so that problems name what the client wrote.</summary>
 internal sealed class FieldNames
 {
     private static readonly Dictionary<string, string> s_group = new()
@@ -37,10 +37,10 @@ internal sealed class FieldNames
 
     public static FieldNames Score { get; } = new(new(s_group) { [nameof(GroupRequest.Prompt)] = "ids" });
 
-    /// <summary>Of <see cref="Control.EngineControl.PauseAsync"/>'s parameters.</summary>
+    /// <summary>Names of <see cref="Control.EngineControl.PauseAsync"/>'s parameters.</summary>
     public static FieldNames Pause { get; } = new(new() { ["lease"] = "lease_milliseconds", ["owner"] = "owner" });
 
-    /// <summary>The same problems in rollout.v1's names. One that is in them already stays as it is.</summary>
+    /// <summary>The same problems with rollout.v1's names. Problems that have them already are not changed.</summary>
     public InvalidRequestException Rename(InvalidRequestException exception)
         => new([.. exception.Problems.Select(problem => problem.Rename(Name, NameInMessage))]);
 

@@ -7,8 +7,8 @@ using ServingStatus = Grpc.Health.V1.HealthCheckResponse.Types.ServingStatus;
 namespace Rollout.Server.Grpc;
 
 /// <summary>
-/// grpc.health.v1, asked of the engine itself at every call. The server as a whole and its weights follow the engine, generation also
-/// needs weights that are awake and sound; control answers as long as the process does.
+/// grpc.health.v1, computed from the engine's state at every call. The server as a whole and the weights service follow the engine;
+/// generation also needs weights that are awake and not poisoned; control is serving as long as the process runs.
 /// </summary>
 internal sealed class HealthGrpcService(EngineHost host) : Health.HealthBase
 {
@@ -22,7 +22,7 @@ internal sealed class HealthGrpcService(EngineHost host) : Health.HealthBase
         return Task.FromResult(new HealthCheckResponse { Status = status });
     }
 
-    /// <summary>The status now, and whenever it changes. Ends when the server stops, so that a watcher does not hold that up.</summary>
+    /// <summary>The status now, and whenever it changes. Ends when the server stops, so that a watcher does not delay that.</summary>
     public override async Task Watch(
         HealthCheckRequest request, IServerStreamWriter<HealthCheckResponse> responseStream, ServerCallContext context)
     {
@@ -41,7 +41,7 @@ internal sealed class HealthGrpcService(EngineHost host) : Health.HealthBase
             }
             catch (OperationCanceledException) when (!context.CancellationToken.IsCancellationRequested)
             {
-                // Stopping: one last look.
+                // Stopping: report the status once more.
             }
         }
     }

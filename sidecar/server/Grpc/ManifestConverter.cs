@@ -4,13 +4,15 @@ using Rollout.V1;
 
 namespace Rollout.Server.Grpc;
 
-/// <summary>A manifest as the wire has it, to the engine's; what the engine's types cannot hold is a problem of its own.</summary>
+/// <summary>
+/// Converts a manifest of the wire to the engine's. Values that the engine's types cannot represent are reported as problems.
+/// </summary>
 internal static class ManifestConverter
 {
     private const int MaxOwner = 256;
     private const int MaxDimensions = 8;
 
-    /// <summary>The manifest, and what could not be said in the engine's words; the preflight finds the rest.</summary>
+    /// <summary>The manifest, and the values that could not be converted; the preflight finds all other problems.</summary>
     public static (UpdateManifest Manifest, IReadOnlyList<Engine.Problem> Problems) Convert(BeginUpdate begin)
     {
         List<Engine.Problem> problems = UnknownFields.Of(begin);
@@ -56,7 +58,7 @@ internal static class ManifestConverter
 
     private static Engine.ManifestTensor Convert(V1.ManifestTensor tensor, List<Engine.Problem> problems)
     {
-        // One that is not known fails the preflight, with all else that is wrong with the tensor.
+        // An unknown type fails the preflight, together with all other problems of the tensor.
         DType type = tensor.Dtype switch
         {
             TensorDType.Bf16 => DType.BFloat16,
@@ -78,7 +80,7 @@ internal static class ManifestConverter
             return [];
         }
 
-        // Too large for the engine's type is as wrong as any other shape that is not the model's.
+        // A dimension too large for the engine's type differs from the model's shape, which the preflight reports.
         long[] shape = new long[tensor.Shape.Count];
         for (int i = 0; i < shape.Length; i++) shape[i] = (long)Math.Min(tensor.Shape[i], long.MaxValue);
         return shape;

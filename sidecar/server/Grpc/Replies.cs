@@ -6,7 +6,7 @@ using Rollout.V1;
 
 namespace Rollout.Server.Grpc;
 
-/// <summary>The engine's arrays as packed fields: one copy an array, no object a token.</summary>
+/// <summary>Converts the engine's arrays to packed fields: one copy per array, no object per token.</summary>
 internal static class Replies
 {
     public static GenerateReply Reply(string requestId, in GroupReply group)
@@ -54,7 +54,7 @@ internal static class Replies
         return reply;
     }
 
-    /// <summary>Alternatives that lie [row][k].</summary>
+    /// <summary>Alternatives in the order [row][k].</summary>
     private static TopLogprobs Top(int k, ReadOnlySpan<int> ids, ReadOnlySpan<float> logProbs)
     {
         TopLogprobs top = new() { K = (uint)k };

@@ -7,8 +7,8 @@ using Rollout.V1;
 namespace Rollout.Server.Grpc;
 
 /// <summary>
-/// rollout.v1 requests as the engine's. Only what the wire can say and the engine's types cannot is checked here (numbers beyond int,
-/// a prompt that is missing, text without a tokenizer); everything else is the engine's to judge. Problems are collected, not thrown.
+/// Converts rollout.v1 requests to the engine's. Only values that the engine's types cannot represent are checked here (numbers beyond
+/// int, a missing prompt, text without a tokenizer); the engine checks everything else. Problems are collected, not thrown.
 /// </summary>
 internal sealed class RequestConverter(Tokenizer? tokenizer) : RequestReader(tokenizer)
 {

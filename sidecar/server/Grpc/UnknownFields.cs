@@ -6,8 +6,8 @@ using Rollout.Engine;
 namespace Rollout.Server.Grpc;
 
 /// <summary>
-/// protobuf keeps fields it does not know without a word. A client that asks for something this server has never heard of must learn that,
-/// not get an answer that leaves it out.
+/// protobuf silently keeps unknown fields. A client that requests a feature which this server does not have must get an error, not an
+/// answer without it.
 /// </summary>
 internal static class UnknownFields
 {
@@ -18,7 +18,7 @@ internal static class UnknownFields
         if (problems.Count > 0) throw new InvalidRequestException(problems);
     }
 
-    /// <summary>One problem a field.</summary>
+    /// <summary>One problem for each unknown field.</summary>
     public static List<Problem> Of(IMessage message)
     {
         List<Problem> problems = [];

@@ -3,7 +3,7 @@ using Rollout.V1;
 
 namespace Rollout.Server.Grpc;
 
-/// <summary>Binds the weights service as generated, but for how the messages of an update are read.</summary>
+/// <summary>Binds the weights service like the generated code, except that <see cref="ChunkMarshaller"/> parses updates.</summary>
 internal sealed class WeightsBinder(ServiceBinderBase binder) : ServiceBinderBase
 {
     /// <summary>Found by gRPC through <see cref="BindServiceMethodAttribute"/>; the service is null then.</summary>

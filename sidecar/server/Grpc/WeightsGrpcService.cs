@@ -7,7 +7,7 @@ using Rollout.V1;
 
 namespace Rollout.Server.Grpc;
 
-/// <summary>rollout.v1.WeightsService: what is being served, and the transaction that replaces it.</summary>
+/// <summary>rollout.v1.WeightsService: the weights being served, and the transaction that replaces them.</summary>
 [BindServiceMethod(typeof(WeightsBinder), nameof(WeightsBinder.Bind))]
 internal sealed class WeightsGrpcService(EngineHost host, SharedSegment segment, ILogger<WeightsGrpcService> logger)
     : WeightsService.WeightsServiceBase

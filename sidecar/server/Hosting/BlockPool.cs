@@ -4,26 +4,27 @@ using Microsoft.AspNetCore.Connections;
 namespace Rollout.Server.Hosting;
 
 /// <summary>
-/// The memory Kestrel keeps in what comes over its connections until a request has read it. Its own pool has blocks of 4 KiB, and a block
-/// is one system call and two changes of thread on the way there: for a payload of gigabytes, most of the work.
+/// The memory in which Kestrel keeps received bytes until a request has read them. Kestrel's own pool has blocks of 4 KiB, and each block
+/// costs one system call and two thread switches: for a payload of gigabytes, most of the work.
 /// </summary>
 internal sealed class BlockPool : MemoryPool<byte>, IMemoryPoolFactory<byte>
 {
-    /// <summary>Between 64 KiB and 256 KiB there was no difference outside the noise.</summary>
+    /// <summary>Sizes from 64 KiB to 256 KiB showed no measurable difference.</summary>
     public const int BlockBytes = 128 << 10;
 
     /// <summary>
-    /// Of this size at once, 64 MiB. Past them blocks are small: thousands of streams that hold a few bytes each are no payload.
+    /// Most blocks of this size at once: 64 MiB. Further blocks are small, because thousands of streams that hold a few bytes each do not
+    /// carry a payload.
     /// </summary>
     public const int MaxBlocks = 512;
 
     private readonly Lock _lock = new();
-    private readonly Stack<Block> _free = []; // the last one used is the one still in the cache
+    private readonly Stack<Block> _free = []; // a stack, because the block used last is still in the CPU's cache
     private int _rented;
 
     public override int MaxBufferSize => BlockBytes;
 
-    /// <summary>One for all of Kestrel's queues, so that the limit is the process's.</summary>
+    /// <summary>One pool for all of Kestrel's queues, so that the limit holds for the process.</summary>
     public MemoryPool<byte> Create(MemoryPoolOptions? options = null) => this;
 
     public override IMemoryOwner<byte> Rent(int minBufferSize = -1)
@@ -41,7 +42,7 @@ internal sealed class BlockPool : MemoryPool<byte>, IMemoryPoolFactory<byte>
         return Shared.Rent(minBufferSize);
     }
 
-    /// <summary>By each of those it was given to: the others may still use it.</summary>
+    /// <summary>Called by each queue that got the pool; the others may still use it, so nothing is freed.</summary>
     protected override void Dispose(bool disposing)
     {
     }
@@ -57,7 +58,7 @@ internal sealed class BlockPool : MemoryPool<byte>, IMemoryPoolFactory<byte>
 
     private sealed class Block(BlockPool pool) : IMemoryOwner<byte>
     {
-        // Pinned, since the kernel writes into it.
+        // Pinned, because the kernel writes to it.
         public Memory<byte> Memory { get; } = GC.AllocateUninitializedArray<byte>(BlockBytes, pinned: true);
 
         public void Dispose() => pool.Return(this);

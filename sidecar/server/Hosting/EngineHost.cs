@@ -3,22 +3,24 @@ using Rollout.Server.Generation;
 
 namespace Rollout.Server.Hosting;
 
-/// <summary>The server cannot serve this call now: it is loading or leaving. Another try, here or elsewhere, may succeed.</summary>
+/// <summary>
+/// The server cannot serve this call now, because it is loading or stopping. Another try, here or elsewhere, may succeed.
+/// </summary>
 internal sealed class NotServingException(string message) : Exception(message);
 
-/// <summary>What the services see of the engine: not there yet, serving, or leaving. Each step is taken once.</summary>
+/// <summary>Gives the services access to the engine. It goes once from loading to serving to stopping.</summary>
 internal sealed class EngineHost
 {
     private readonly CancellationTokenSource _stopping = new();
     private volatile RolloutEngine? _engine;
 
-    /// <summary>Cancelled when the server begins to stop: calls that wait for their client give up.</summary>
+    /// <summary>Cancelled when the server begins to stop: calls that wait for their client then end.</summary>
     public CancellationToken Stopping => _stopping.Token;
 
-    /// <summary>The engine, in whatever state; null while the model is being loaded.</summary>
+    /// <summary>The engine, in any state; null while the model is being loaded.</summary>
     public RolloutEngine? Loaded => _engine;
 
-    /// <summary>The engine, for a call that needs it to be there.</summary>
+    /// <summary>The engine, for a call that needs a loaded model.</summary>
     /// <exception cref="NotServingException">The model is still being loaded.</exception>
     public RolloutEngine Engine => _engine ?? throw new NotServingException("the model is still being loaded");
 
@@ -33,7 +35,7 @@ internal sealed class EngineHost
     {
         GroupStream group = start(Admitting);
 
-        // Stop() closes admissions before it aborts what is in flight; a group that slipped in between the two is ended here.
+        // Stop() closes admissions before it aborts groups in flight; a group submitted between the two is ended here.
         if (_stopping.IsCancellationRequested) _ = group.AbortAsync();
         return group;
     }
@@ -44,7 +46,7 @@ internal sealed class EngineHost
     public void Publish(RolloutEngine engine) => _engine = engine;
 
     /// <summary>
-    /// Closes admissions, then ends what is in flight: every stream delivers its partial tokens and completes. Says whether there was any.
+    /// Closes admissions, then ends groups in flight: every stream returns its partial tokens and completes. True if there were any.
     /// </summary>
     public bool Stop()
     {

@@ -2,7 +2,7 @@ using Rollout.Engine;
 
 namespace Rollout.Server.Hosting;
 
-/// <summary>Says in the log, once, that the engine has failed: the calls that meet it say so only to their clients.</summary>
+/// <summary>Logs once that the engine has failed; failed calls report it only to their clients.</summary>
 internal sealed class FaultMonitor(EngineHost host, ILogger<FaultMonitor> logger) : BackgroundService
 {
     private static readonly TimeSpan s_period = TimeSpan.FromSeconds(1);

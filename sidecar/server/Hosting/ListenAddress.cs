@@ -3,10 +3,10 @@ using System.Net;
 
 namespace Rollout.Server.Hosting;
 
-/// <summary>HOST:PORT as an operator writes it.</summary>
+/// <summary>Parses HOST:PORT.</summary>
 internal static class ListenAddress
 {
-    /// <summary>Null, with what is wrong, when it cannot be listened on.</summary>
+    /// <summary>Null, with an error message, when the address is invalid.</summary>
     public static IPEndPoint? Parse(string text, out string? error)
     {
         error = null;

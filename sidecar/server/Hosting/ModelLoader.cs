@@ -8,7 +8,7 @@ using Spectre.Console;
 
 namespace Rollout.Server.Hosting;
 
-/// <summary>Loads a model, with a progress bar when a person is watching.</summary>
+/// <summary>Loads a model, with a progress bar on a terminal.</summary>
 internal static class ModelLoader
 {
     /// <exception cref="BadInputException">The folder holds no model that can be served; says what is wrong with it.</exception>
@@ -42,7 +42,7 @@ internal static class ModelLoader
         }
     }
 
-    /// <summary>Where the choice is left to the machine and falls on the CPU, standard error has a sentence that says why.</summary>
+    /// <summary>Where the device is auto and the CPU is chosen, writes the reason to standard error.</summary>
     private static bool UsesCuda(ModelSource source)
     {
         if (source.Device != "auto") return source.Device.StartsWith("cuda", StringComparison.Ordinal);
@@ -75,7 +75,7 @@ internal static class ModelLoader
 
     private static Tokenizer? Tokenizer(ModelSource source) => source.Tokenizer is null ? null : new ByteTokenizer();
 
-    // Not Progress<T>: that posts to the thread pool, and a late report would draw over what comes next.
+    // Not Progress<T>: it posts to the thread pool, and a late report would overwrite later output.
     private sealed class BarProgress(ProgressTask bar) : IProgress<double>
     {
         public void Report(double value) => bar.Value = value;

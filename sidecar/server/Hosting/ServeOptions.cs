@@ -4,10 +4,10 @@ using Rollout.Kernels;
 
 namespace Rollout.Server.Hosting;
 
-/// <summary>What `rollout serve` was asked for, checked.</summary>
+/// <summary>The checked options of `rollout serve`.</summary>
 internal sealed record ServeOptions
 {
-    /// <summary>Listened on when the operator names nothing.</summary>
+    /// <summary>The default address to listen on.</summary>
     public static readonly IPEndPoint DefaultEndPoint = new(IPAddress.Loopback, 50051);
 
     public required ModelSource Model { get; init; }
@@ -20,14 +20,14 @@ internal sealed record ServeOptions
     /// <summary>TCP endpoint, or null.</summary>
     public IPEndPoint? Listen { get; init; }
 
-    /// <summary>Where Prometheus may ask, or null.</summary>
+    /// <summary>Endpoint of /metrics for Prometheus, or null.</summary>
     public IPEndPoint? Metrics { get; init; }
 }
 
-/// <summary>Which model to load, and how to compute it.</summary>
+/// <summary>The model to load, and the device and format to run it with.</summary>
 /// <param name="Folder">A Hugging Face folder.</param>
 /// <param name="Device">cpu, cuda, cuda:N, or auto: a GPU where one is usable.</param>
 /// <param name="Threads">Worker threads; 0: one a core.</param>
 /// <param name="Format">How matrices are stored.</param>
-/// <param name="Tokenizer">"bytes" for one token a byte; null for the folder's own.</param>
+/// <param name="Tokenizer">"bytes" for one token per byte; null for the folder's own.</param>
 internal sealed record ModelSource(string Folder, string Device, int Threads, WeightFormat Format, string? Tokenizer);

@@ -15,17 +15,17 @@ using Rollout.Server.Weights;
 
 namespace Rollout.Server.Hosting;
 
-/// <summary>The life of `rollout serve`: listen, load, serve, stop.</summary>
+/// <summary>Runs `rollout serve`: listen, load, serve, stop.</summary>
 internal static class ServerApp
 {
-    /// <summary>Largest payload chunk a client is told to send; a message is a little larger than what it carries.</summary>
+    /// <summary>Largest payload chunk that a client may send; a message is a little larger than its chunk.</summary>
     private const int MaxChunkBytes = 64 << 20;
 
     private static readonly TimeSpan s_drainWithin = TimeSpan.FromSeconds(10);
     private static readonly TimeSpan s_lastRepliesWithin = TimeSpan.FromMilliseconds(500);
     private static readonly TimeSpan s_engineStopsWithin = TimeSpan.FromSeconds(5);
 
-    /// <summary>Returns the process's exit code after SIGTERM or SIGINT, or throws what a person should read.</summary>
+    /// <summary>Returns the process's exit code after SIGTERM or SIGINT, or throws an exception with a readable message.</summary>
     public static async Task<int> RunAsync(ServeOptions options)
     {
         try
@@ -35,7 +35,7 @@ internal static class ServerApp
         }
         finally
         {
-            // Kestrel removes it when all goes well; a socket file must not outlive its server in any case.
+            // Kestrel removes the socket file in a normal stop; it must be removed after a failure too.
             if (options.Socket is not null) SocketFile.RemoveStale(options.Socket);
         }
     }
@@ -53,7 +53,7 @@ internal static class ServerApp
             await StoppingAsync(app);
             Log.Stopping(logger);
 
-            // A client's HTTP stack throws away what it has not read yet when the connection closes.
+            // A client's HTTP stack discards unread data when the connection closes.
             if (host.Stop()) await Task.Delay(s_lastRepliesWithin);
         }
         finally
@@ -72,10 +72,10 @@ internal static class ServerApp
         Log.Stopped(logger);
     }
 
-    /// <summary>The server, before it listens and whatever engine the host will have.</summary>
+    /// <summary>The server before it listens, for any engine of the host.</summary>
     internal static WebApplication Build(ServeOptions options, EngineHost host, Action<ILoggingBuilder> log)
     {
-        // The empty builder: no settings from files or the environment of whatever folder the server is started in.
+        // The empty builder, so that no settings are read from files in the current folder or from the environment.
         WebApplicationBuilder builder = WebApplication.CreateEmptyBuilder(new WebApplicationOptions { ApplicationName = "rollout" });
         builder.Logging.SetMinimumLevel(LogLevel.Information);
         builder.Logging.AddFilter("Microsoft", LogLevel.Warning);
@@ -93,11 +93,11 @@ internal static class ServerApp
             limits.MaxRequestBodySize = null;
             limits.MinRequestBodyDataRate = null;
             limits.MinResponseDataRate = null;
-            limits.Http2.MaxStreamsPerConnection = 16_384; // one group a call is a fair way to use this API
+            limits.Http2.MaxStreamsPerConnection = 16_384; // clients may use one call for each group
             limits.Http2.MaxFrameSize = 1 << 20;
             limits.Http2.InitialStreamWindowSize = 16 << 20;
             limits.Http2.InitialConnectionWindowSize = 32 << 20;
-            limits.Http2.KeepAlivePingDelay = TimeSpan.FromSeconds(30); // a client whose machine died holds samples until this notices
+            limits.Http2.KeepAlivePingDelay = TimeSpan.FromSeconds(30); // detects clients whose machine has crashed
             limits.Http2.KeepAlivePingTimeout = TimeSpan.FromSeconds(20);
         });
 
@@ -151,7 +151,7 @@ internal static class ServerApp
         }
         catch (IOException e)
         {
-            throw new FailureException(e.Message); // the address is in use, or not this machine's
+            throw new FailureException(e.Message); // the address is in use, or not one of this machine
         }
     }
 
@@ -164,7 +164,7 @@ internal static class ServerApp
         long started = Stopwatch.GetTimestamp();
         Task<RolloutEngine> loading = ModelLoader.LoadAsync(options.Model, options.Engine);
 
-        // The process ends under the load; nothing depends on it yet.
+        // The process ends while loading; nothing depends on it yet.
         if (await Task.WhenAny(loading, StoppingAsync(app)) != loading) return;
 
         RolloutEngine engine = await loading;
@@ -178,7 +178,7 @@ internal static class ServerApp
     private static async Task StoppingAsync(WebApplication app)
         => await Task.Delay(Timeout.Infinite, app.Lifetime.ApplicationStopping).ConfigureAwait(ConfigureAwaitOptions.SuppressThrowing);
 
-    /// <summary>The one line on standard output: a parent waits for it. `ready` and a JSON object.</summary>
+    /// <summary>The only line on standard output, for which a parent process waits: `ready` and a JSON object.</summary>
     private static async Task WriteReadyAsync(RolloutEngine engine, ulong version, string[] addresses, string? metrics)
     {
         using MemoryStream line = new();
@@ -202,7 +202,7 @@ internal static class ServerApp
         await output.WriteAsync(line.ToArray());
     }
 
-    /// <summary>Where gRPC is listened for, and where Prometheus may ask: the last one bound.</summary>
+    /// <summary>The addresses of gRPC, and the one of /metrics, which is bound last.</summary>
     private static (string[] Grpc, string? Metrics) Addresses(WebApplication app, ServeOptions options)
     {
         const string KestrelUnix = "http://unix:";

@@ -3,13 +3,13 @@ using System.Text;
 
 namespace Rollout.Server.Hosting;
 
-/// <summary>The file of a Unix socket: whether it can be made, and whether the one that stands there is alive.</summary>
+/// <summary>The file of a Unix socket: whether it can be created, and whether a server listens on an existing one.</summary>
 internal static class SocketFile
 {
-    /// <summary>Longest path Linux takes, in bytes, without the terminating null.</summary>
+    /// <summary>Longest path that Linux accepts, in bytes, without the terminating null.</summary>
     public const int MaxPathBytes = 107;
 
-    /// <summary>Null when a server may listen there. Changes nothing.</summary>
+    /// <summary>Null when a server may listen there, otherwise the reason. Changes nothing.</summary>
     public static string? FindProblem(string path)
     {
         if (path.Length == 0) return "the path is empty";
@@ -24,7 +24,7 @@ internal static class SocketFile
         return IsAnswered(full) ? $"another server is listening on '{full}'" : null;
     }
 
-    /// <summary>Removes a socket that nobody listens on. True when there was one.</summary>
+    /// <summary>Removes a socket that no process listens on. True when there was one.</summary>
     public static bool RemoveStale(string path)
     {
         if (!File.Exists(path) || !IsSocket(path) || IsAnswered(path)) return false;
@@ -32,7 +32,7 @@ internal static class SocketFile
         return true;
     }
 
-    // A socket is the one kind of file that exists and cannot be opened by any mode (ENXIO). Opened for both, a pipe does not block.
+    // Only a socket exists but cannot be opened in any mode (ENXIO). A pipe opened for reading and writing does not block.
     private static bool IsSocket(string path)
     {
         try
@@ -60,7 +60,7 @@ internal static class SocketFile
         }
         catch (SocketException e)
         {
-            // Anything but a clean refusal (a full backlog, no permission) means that somebody may be there.
+            // Any error other than a refused connection (a full backlog, no permission) means that a server may be listening.
             return e.SocketErrorCode is not (SocketError.ConnectionRefused or SocketError.AddressNotAvailable);
         }
     }

@@ -5,8 +5,8 @@ using Google.Protobuf;
 namespace Rollout.Server.Weights;
 
 /// <summary>
-/// The bytes of one chunk in memory that is used over and over, never cleared. Behind a <see cref="ByteString"/> it is told from memory
-/// of any other kind; forgotten instead of disposed it falls to the garbage collector.
+/// The bytes of one chunk, in pooled memory that is never cleared. It can be recognised behind a <see cref="ByteString"/>. A buffer that
+/// is not disposed is garbage collected.
 /// </summary>
 internal sealed class ChunkBuffer : MemoryManager<byte>
 {
@@ -21,8 +21,8 @@ internal sealed class ChunkBuffer : MemoryManager<byte>
     }
 
     /// <summary>
-    /// The buffer behind a chunk's data, as there is where the message had no fields but offset and data; else null. Nothing may look at
-    /// the data once it is disposed.
+    /// The buffer behind a chunk's data; null where <see cref="ChunkMarshaller"/> left the message to the generated parser. The data must
+    /// not be read once the buffer is disposed.
     /// </summary>
     public static ChunkBuffer? Behind(ByteString data)
         => MemoryMarshal.TryGetMemoryManager(data.Memory, out ChunkBuffer? buffer) ? buffer : null;
@@ -33,7 +33,7 @@ internal sealed class ChunkBuffer : MemoryManager<byte>
         return _array.AsSpan(0, _length);
     }
 
-    public override MemoryHandle Pin(int elementIndex = 0) => throw new NotSupportedException("Nobody needs its address.");
+    public override MemoryHandle Pin(int elementIndex = 0) => throw new NotSupportedException("The memory is not pinned.");
 
     public override void Unpin()
     {

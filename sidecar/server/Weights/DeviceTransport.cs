@@ -5,7 +5,7 @@ using Rollout.V1;
 
 namespace Rollout.Server.Weights;
 
-/// <summary>CUDA IPC and NCCL where there is no CUDA device: what is malformed is said to be, the rest is not implemented.</summary>
+/// <summary>CUDA IPC and NCCL without a CUDA device: malformed messages are reported as such, others as not implemented.</summary>
 internal sealed class DeviceTransport(RolloutEngine engine) : ITransport
 {
     private const int IpcHandleBytes = 64;   // cudaIpcMemHandle_t

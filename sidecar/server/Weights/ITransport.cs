@@ -3,10 +3,10 @@ using Rollout.V1;
 
 namespace Rollout.Server.Weights;
 
-/// <summary>One way for a payload to come. Lives as long as its update; told one message at a time.</summary>
+/// <summary>One way to receive a payload. Created for one update, and called with one message at a time.</summary>
 internal interface ITransport : IDisposable
 {
-    /// <summary>The part of the payload that the message carries or points at. The caller disposes it before the next message.</summary>
-    /// <exception cref="UpdateFailedException">It is not there, is cut off, or is past any payload.</exception>
+    /// <summary>The part of the payload that the message contains or refers to. The caller disposes it before the next message.</summary>
+    /// <exception cref="UpdateFailedException">It does not exist, is truncated, or is past any payload.</exception>
     PayloadSource SourceOf(UpdateRequest message, WeightUpdate update);
 }

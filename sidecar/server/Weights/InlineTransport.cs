@@ -3,7 +3,7 @@ using Rollout.V1;
 
 namespace Rollout.Server.Weights;
 
-/// <summary>Chunks in the stream itself: stored straight from the message they came in, whose memory is then the next one's.</summary>
+/// <summary>Chunks in the stream itself, stored directly from the message, whose memory is then reused for the next one.</summary>
 internal sealed class InlineTransport : ITransport
 {
     public PayloadSource SourceOf(UpdateRequest message, WeightUpdate update)

@@ -5,7 +5,7 @@ using Rollout.V1;
 namespace Rollout.Server.Weights;
 
 /// <summary>
-/// A safetensors file of this machine: its data section is a part of the payload, and its header must say the same as the manifest.
+/// A safetensors file on this machine: its data section is a part of the payload, and its header must agree with the manifest.
 /// </summary>
 internal sealed class SafetensorsTransport : ITransport
 {
@@ -15,7 +15,7 @@ internal sealed class SafetensorsTransport : ITransport
         if (!Path.IsPathFullyQualified(source.Path) || source.Path.Contains('\0'))
             throw Refused(source.Path, "the path must be absolute");
         if (!File.Exists(source.Path)) throw Refused(source.Path, "there is no such file");
-        // Before opening: to open a pipe is to wait, for ever and past any deadline, for somebody who writes to it.
+        // Checked before opening, because opening a pipe blocks until another process writes to it, past any deadline.
         FileInfo file = new(source.Path);
         if ((file.ResolveLinkTarget(returnFinalTarget: true) as FileInfo ?? file).Length == 0)
             throw Refused(source.Path, "it is empty, or not a regular file");
@@ -51,7 +51,7 @@ internal sealed class SafetensorsTransport : ITransport
     }
 
     /// <summary>
-    /// Every tensor of the manifest that lies in the file's part of the payload, and no other, stands there as the manifest has it.
+    /// Checks that the file has exactly those tensors of the manifest that are in its part of the payload, as the manifest describes them.
     /// </summary>
     private static void CheckHeader(SafetensorsFile file, long payloadOffset, UpdateManifest manifest)
     {
@@ -74,7 +74,7 @@ internal sealed class SafetensorsTransport : ITransport
                 problems.Add($"'{tensor.Name}' has shape {Text(info.Shape)}, in the manifest {Text(tensor.Shape)}");
             long offset = info.Offset - file.DataStart + payloadOffset;
             if (offset != tensor.Offset)
-                problems.Add($"'{tensor.Name}' stands at payload byte {offset}, in the manifest {tensor.Offset}");
+                problems.Add($"'{tensor.Name}' is at payload byte {offset}, in the manifest {tensor.Offset}");
         }
 
         if (found < file.Tensors.Count) problems.Add($"{file.Tensors.Count - found} of its tensors are not in the manifest");

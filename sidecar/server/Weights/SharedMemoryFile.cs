@@ -4,8 +4,8 @@ using Rollout.Engine;
 namespace Rollout.Server.Weights;
 
 /// <summary>
-/// Opens a payload a client left in shared memory. The path comes from outside, so it may name nothing but a regular file under
-/// /dev/shm, whatever it looks like.
+/// Opens a payload that a client has written to shared memory. The path is untrusted, so it must be that of a regular file under
+/// /dev/shm.
 /// </summary>
 internal sealed class SharedMemoryFile : IDisposable
 {
@@ -22,14 +22,14 @@ internal sealed class SharedMemoryFile : IDisposable
     public SafeFileHandle Handle { get; }
 
     /// <summary>Opens the file for reading.</summary>
-    /// <exception cref="UpdateFailedException">Says what is wrong with the path or the file.</exception>
+    /// <exception cref="UpdateFailedException">The path or the file is refused; the message says why.</exception>
     public static SharedMemoryFile Open(string path)
     {
-        // Before opening: opening a pipe or a device may itself do something.
+        // Checked before opening, because opening a pipe or a device may have side effects.
         FileInfo file = new(Check(path));
         if (!file.Exists) throw Refused(path, "there is no such file");
         if (file.LinkTarget is not null) throw Refused(path, "it is a symbolic link");
-        if (file.Length == 0) throw Refused(path, "it has 0 bytes, too few for any payload"); // as a pipe would have
+        if (file.Length == 0) throw Refused(path, "it has 0 bytes, too few for any payload"); // as a pipe has
         SafeFileHandle handle;
         try
         {
@@ -42,10 +42,10 @@ internal sealed class SharedMemoryFile : IDisposable
 
         try
         {
-            // After opening: what was opened is what counts, should the path have been exchanged in between.
+            // Checked after opening, in case the path was replaced in between.
             string? opened = new FileInfo($"/proc/self/fd/{handle.DangerousGetHandle()}").LinkTarget;
             if (opened?.StartsWith(Root + "/", StringComparison.Ordinal) != true) throw Refused(path, $"it leads to {opened}");
-            _ = RandomAccess.GetLength(handle); // of a regular file only
+            _ = RandomAccess.GetLength(handle); // fails unless it is a regular file
             return new SharedMemoryFile(path, handle);
         }
         catch (NotSupportedException)
@@ -60,7 +60,7 @@ internal sealed class SharedMemoryFile : IDisposable
         }
     }
 
-    /// <exception cref="UpdateFailedException">The file ends before.</exception>
+    /// <exception cref="UpdateFailedException">The file ends before that.</exception>
     public void ThrowUnlessHolding(ulong offset, long bytes)
     {
         long length = RandomAccess.GetLength(Handle);

@@ -5,8 +5,8 @@ using Rollout.V1;
 namespace Rollout.Server.Weights;
 
 /// <summary>
-/// Windows of the segment that was lent, read where they stand; or of a file in /dev/shm, which the client could cut short at any moment
-/// and which therefore is copied. Smaller than the payload, either is a ring.
+/// Windows of the segment that was lent, read without a copy; or of a file in /dev/shm, which is copied because the client could truncate
+/// it at any time. Memory smaller than the payload is used as a ring.
 /// </summary>
 internal sealed class SharedMemoryTransport(SealedMemory? segment) : ITransport
 {

@@ -3,8 +3,8 @@ using Rollout.Native;
 namespace Rollout.Server.Weights;
 
 /// <summary>
-/// The one segment of shared memory that updates come through, kept from update to update and mapped all the time: reading it costs no
-/// copy and no page fault. Lent to one update at a time, the one that holds the engine's seat.
+/// The single segment of shared memory for updates, kept and mapped from update to update, so that reading it costs no copy and no page
+/// fault. Lent to one update at a time: the one in progress.
 /// </summary>
 internal sealed class SharedSegment : IDisposable
 {
@@ -14,9 +14,9 @@ internal sealed class SharedSegment : IDisposable
     private SealedMemory? _memory;
     private bool _lent;
 
-    /// <summary>Memory of so many bytes, or of fewer where the machine is short of them; null where there is none to be had.</summary>
-    /// <param name="bytes">Asked for.</param>
-    /// <param name="available">That the machine has.</param>
+    /// <summary>Lends memory of this many bytes, or fewer where the machine has too few; null where it cannot be allocated.</summary>
+    /// <param name="bytes">Bytes requested.</param>
+    /// <param name="available">Bytes that the machine has free.</param>
     public SealedMemory? Lend(ulong bytes, Func<long> available)
     {
         lock (_lock)
@@ -24,7 +24,7 @@ internal sealed class SharedSegment : IDisposable
             if (_lent || bytes == 0) return null;
             if (_memory is null || (ulong)_memory.Bytes < bytes)
             {
-                // Half of what there is: the machine has others to think of, and going round in a smaller one costs little.
+                // At most half of the free memory: other processes need some, and a smaller segment, used as a ring, costs little.
                 ulong most = (ulong)Math.Max(LeastBytes, available() / 2);
                 ulong now = (ulong)(_memory?.Bytes ?? 0);
                 if (Math.Min(bytes, most) > now)
@@ -44,7 +44,7 @@ internal sealed class SharedSegment : IDisposable
         lock (_lock) _lent = false;
     }
 
-    /// <summary>Gives the memory to the machine, unless an update is using it.</summary>
+    /// <summary>Frees the memory, unless an update is using it.</summary>
     public void Discard()
     {
         lock (_lock)

@@ -8,28 +8,28 @@ using Rollout.V1;
 namespace Rollout.Server.Weights;
 
 /// <summary>
-/// One Weights.Update call, step by step as weights.proto has it:
+/// One Weights.Update call, step by step as in weights.proto:
 /// <code>
 ///   :: 1  Begin                    -> Ready | Rejected, and the call is over
-///   :: 2  what a transport brings  -> Progress*
+///   :: 2  parts of the payload     -> Progress*
 ///   :: 3  Commit                   -> Committed
-///   anything else, at any step: Failed or Aborted; the old weights stay, or, in place, the engine is poisoned and says so
+///   anything else, at any step: Failed or Aborted; the old weights stay, or, in place, the engine is poisoned
 /// </code>
-/// One deadline covers all of it, waiting for the client included. Disposing gives the engine's update seat back.
+/// One deadline covers all of it, including waiting for the client. Disposing it ends the engine's update.
 /// </summary>
 internal sealed class UpdateTransaction(
     RolloutEngine engine, SharedSegment shared, IAsyncStreamReader<UpdateRequest> requests, IServerStreamWriter<UpdateReply> replies,
     ILogger logger)
     : IDisposable
 {
-    /// <summary>How long a client that has opened the stream may take to begin.</summary>
+    /// <summary>How long a client may take from opening the stream to begin.</summary>
     private static readonly TimeSpan s_beginWithin = TimeSpan.FromSeconds(30);
 
     private static readonly TimeSpan s_lastReplyWithin = TimeSpan.FromSeconds(5);
 
     private const uint DefaultDeadline = 600_000;
 
-    /// <summary>Progress is reported about this often, so that replies stay few however small the chunks are.</summary>
+    /// <summary>Progress is reported about this often, so that small chunks do not cause many replies.</summary>
     private const long ProgressBytes = 16 << 20;
 
     private readonly Dictionary<UpdateRequest.StepOneofCase, ITransport> _transports = [];
@@ -39,7 +39,7 @@ internal sealed class UpdateTransaction(
     private long _reported;
     private bool _committed;
 
-    /// <summary>Runs the transaction to its end. Errors that are the protocol's own are replies, not exceptions.</summary>
+    /// <summary>Runs the transaction to its end. Errors defined by the protocol are replies, not exceptions.</summary>
     public async Task RunAsync(CancellationToken client, CancellationToken stopping)
     {
         using CancellationTokenSource deadline = new(s_beginWithin);
@@ -72,7 +72,7 @@ internal sealed class UpdateTransaction(
         }
         catch (Exception) when (_committed)
         {
-            throw; // the client did not hear of it: that changes nothing, and the log has it
+            throw; // the reply was not delivered: the update has ended all the same, and the log has its end
         }
         catch (UpdateRejectedException e)
         {
@@ -82,7 +82,7 @@ internal sealed class UpdateTransaction(
                 rejected.Problems.Add(new V1.Problem { Field = problem.Field, Message = problem.Message });
             await EndAsync(new UpdateReply { Rejected = rejected });
         }
-        catch (UpdateFailedException e) when (e.Failure != UpdateFailure.Deadline) // a commit was taken back; why is told below
+        catch (UpdateFailedException e) when (e.Failure != UpdateFailure.Deadline) // a withdrawn commit; the reason is reported below
         {
             bool poisoned = End(e.Failure);
             Log.UpdateFailed(logger, _owner, Outcome(poisoned), e.Message);
@@ -114,7 +114,7 @@ internal sealed class UpdateTransaction(
         _transports.Clear();
     }
 
-    /// <summary>A stream that breaks shows itself in many ways, some of them before the call is cancelled.</summary>
+    /// <summary>Whether an exception means a broken stream. There are several, some of them before the call is cancelled.</summary>
     private async Task<bool> MoveNextAsync(CancellationToken cancellation)
     {
         try
@@ -127,7 +127,7 @@ internal sealed class UpdateTransaction(
         }
     }
 
-    /// <summary>Takes the client's next step. False when it was the last.</summary>
+    /// <summary>Handles the client's next message. False when it was the last.</summary>
     private async Task<bool> NextAsync(CancellationToken cancellation)
     {
         if (!await MoveNextAsync(cancellation))
@@ -170,7 +170,7 @@ internal sealed class UpdateTransaction(
             await _update.ReadFromAsync(source, cancellation);
         }
 
-        // After a window its place may be written again; small chunks are not worth a reply each.
+        // After a window its memory may be overwritten, so it gets a reply; small chunks do not get one each.
         long received = _update.ReceivedBytes;
         if (chunk && received < _reported + ProgressBytes && received < _update.Manifest.PayloadBytes) return;
         _reported = received;
@@ -188,7 +188,7 @@ internal sealed class UpdateTransaction(
     private async Task CommitAsync(ByteString digest, CancellationToken cancellation)
     {
         if (digest.Length is not (0 or 16)) throw Failed($"a digest has 16 bytes, this one has {digest.Length}");
-        // The deadline takes a commit back whose moment has not come, as while draining; what the client is told is what happened.
+        // The deadline withdraws a commit that has not been carried out, for example while draining. The reply says what happened.
         CommitResult result = await _update!.CommitAsync(digest.Memory, cancellation);
         _committed = true;
         UpdateTimings timings = new()
@@ -211,10 +211,10 @@ internal sealed class UpdateTransaction(
         return EndAsync(new UpdateReply { Aborted = new Aborted { Reason = reason, Poisoned = poisoned } });
     }
 
-    /// <summary>Ends the update, if it has not committed. Whether the engine is poisoned by it.</summary>
+    /// <summary>Ends the update, if it has not committed. Returns whether that has poisoned the engine.</summary>
     private bool End(UpdateFailure why)
     {
-        // Before the seat: whoever has that next may want the segment.
+        // Before the update ends: the next one may need the segment.
         if (_segment is not null) shared.GiveBack();
         _segment = null;
         _update?.End(why);
@@ -226,7 +226,7 @@ internal sealed class UpdateTransaction(
 
     private static string Outcome(bool poisoned) => poisoned ? "the engine is poisoned until a full update" : "the old weights stay";
 
-    private static RpcException ClientGone() => new(new Status(StatusCode.Cancelled, "the client has gone"));
+    private static RpcException ClientGone() => new(new Status(StatusCode.Cancelled, "the client has disconnected"));
 
     private static UpdateFailedException Failed(string reason) => new(UpdateFailure.Protocol, reason);
 
@@ -236,7 +236,9 @@ internal sealed class UpdateTransaction(
         if (unknown.Count > 0) throw Failed(string.Join("; ", unknown));
     }
 
-    /// <summary>The last reply. The seat is free before the client can see it, so that its next update finds it so.</summary>
+    /// <summary>
+    /// Sends the last reply. The update has ended before the client can see it, so that the client may begin the next one.
+    /// </summary>
     private async Task EndAsync(UpdateReply reply)
     {
         Dispose();
@@ -246,12 +248,12 @@ internal sealed class UpdateTransaction(
         }
         catch (Exception e) when (e is TimeoutException or InvalidOperationException)
         {
-            // The client has stopped reading; the status is all that may still reach it.
+            // The client has stopped reading; only the status may still reach it.
             throw new RpcException(new Status(StatusCode.Aborted, reply.ToString()));
         }
     }
 
-    // The wait is cancelled, not the write: a cancelled write resets the stream, and the client would never learn why.
+    // The wait is cancelled, not the write: a cancelled write resets the stream, and the client would not get the reason.
     private Task ReplyAsync(UpdateReply reply, CancellationToken cancellation)
         => replies.WriteAsync(reply, CancellationToken.None).WaitAsync(cancellation);
 

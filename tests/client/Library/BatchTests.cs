@@ -229,7 +229,7 @@ public sealed class BatchTests : IAsyncLifetime
         Assert.Contains("the engine has failed", error.Message);
     }
 
-    // Takes no token on purpose: the caller may not either.
+    // Uses no cancellation token on purpose, as a caller may not either.
     private static async IAsyncEnumerable<RolloutRequest> NeverEnding()
     {
         yield return Request("a");

@@ -5,7 +5,7 @@ using Xunit;
 
 namespace Rollout.Client.Tests;
 
-/// <summary>What the sidecar says about itself arrives in the field of its name, and what it is asked to do arrives there.</summary>
+/// <summary>Replies of the sidecar are reported in the right fields, and requests reach it unchanged.</summary>
 public sealed class ControlTests : IAsyncLifetime
 {
     private FakeSidecar _fake = null!;
@@ -25,7 +25,7 @@ public sealed class ControlTests : IAsyncLifetime
         await _fake.DisposeAsync();
     }
 
-    /// <summary>Every field of the wire has another value, so none can stand for another.</summary>
+    /// <summary>Every field of the message has a different value, so that swapped fields are detected.</summary>
     [Fact]
     public async Task Every_field_of_the_status_is_reported_under_its_name()
     {
@@ -104,7 +104,7 @@ public sealed class ControlTests : IAsyncLifetime
         Assert.Equal(MemoryTags.Weights, await _client.WakeUpAsync(tags, cancellationToken: Token));
     }
 
-    /// <summary>On the wire no tag means all of them: a caller that means none must not put everything to sleep.</summary>
+    /// <summary>On the wire, no tag means all tags: a caller that passes none must not put everything to sleep.</summary>
     [Theory]
     [InlineData(MemoryTags.None)]
     [InlineData((MemoryTags)4)]
@@ -188,7 +188,7 @@ public sealed class ControlTests : IAsyncLifetime
         AbortResult result = await _client.AbortAsync(["a", "b"], cancellationToken: Token);
         Assert.Equal((2, 5, "b"), (result.Groups, result.Samples, Assert.Single(result.Unknown)));
         Assert.Equal(["a", "b"], aborted!.Ids.Ids);
-        // Nothing named is not everything.
+        // An empty list does not mean all.
         await _client.AbortAsync([], cancellationToken: Token);
         Assert.Equal((V1.AbortRequest.WhichOneofCase.Ids, 0), (aborted.WhichCase, aborted.Ids.Ids.Count));
         await _client.AbortAllAsync(cancellationToken: Token);

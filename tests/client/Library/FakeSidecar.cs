@@ -11,7 +11,7 @@ using Microsoft.Extensions.Logging;
 
 namespace Rollout.Client.Tests;
 
-/// <summary>A gRPC server on a Unix socket whose answers a test writes: for what the client does with them.</summary>
+/// <summary>A gRPC server on a Unix socket whose answers a test determines, to test how the client handles them.</summary>
 internal sealed class FakeSidecar : IAsyncDisposable
 {
     private WebApplication? _app;
@@ -71,14 +71,14 @@ internal sealed class FakeSidecar : IAsyncDisposable
         await _app.StartAsync();
     }
 
-    /// <summary>As if the machine were gone: the connection ends without a word, what was to be answered is lost.</summary>
+    /// <summary>Simulates a crashed machine: the connection ends silently, and pending answers are lost.</summary>
     public static void Cut(ServerCallContext context) =>
         context.GetHttpContext().Features.Get<IConnectionLifetimeFeature>()!.Abort();
 
     /// <summary>Never answers.</summary>
     public static Task HangAsync(ServerCallContext context) => Task.Delay(Timeout.Infinite, context.CancellationToken);
 
-    /// <summary>As if the process were killed: calls break, nothing answers.</summary>
+    /// <summary>Simulates a killed process: calls break, and nothing answers.</summary>
     public async Task DieAsync()
     {
         if (_app is null)

@@ -5,7 +5,7 @@ using Rollout.V1;
 
 namespace Rollout.Client.Tests;
 
-/// <summary>The server's side of the weight transaction in its plainest form, and ways for it to go wrong.</summary>
+/// <summary>A minimal server side of the weight transaction, with ways to make it fail.</summary>
 internal sealed class FakeWeights
 {
     private byte[] _payload = [];
@@ -35,7 +35,7 @@ internal sealed class FakeWeights
     /// <summary>After this many chunks the update ends with Failed.</summary>
     public int FailAfterChunks { get; set; } = int.MaxValue;
 
-    /// <summary>Is answered to the commit, and nothing is done.</summary>
+    /// <summary>The answer to the commit, which is not carried out.</summary>
     public V1.UpdateReply? GivesUp { get; set; }
 
     /// <summary>Answers with another digest than that of what was received.</summary>
@@ -52,22 +52,22 @@ internal sealed class FakeWeights
     /// <summary>Runs when a message of an update has arrived, before anything is done with it.</summary>
     public Func<V1.UpdateRequest, ServerCallContext, Task>? Arrived { get; set; }
 
-    /// <summary>Runs when a message of an update has been dealt with, before it is answered.</summary>
+    /// <summary>Runs when a message of an update has been handled, before it is answered.</summary>
     public Func<V1.UpdateRequest, ServerCallContext, Task>? Done { get; set; }
 
     /// <summary>What Ready says.</summary>
     public V1.UpdateMode Mode { get; set; } = V1.UpdateMode.Staged;
 
-    /// <summary>Payload bytes taken so far: what the last progress said, or is about to say.</summary>
+    /// <summary>Payload bytes read so far, as in the last progress or the one about to be sent.</summary>
     public long Taken => Interlocked.Read(ref _taken);
 
-    /// <summary>So many windows are left unread for as long as more of the payload is to come.</summary>
+    /// <summary>This many windows are left unread as long as more of the payload is expected.</summary>
     public int WindowsBehind { get; set; }
 
     /// <summary>In place, after the first byte: until a full update commits.</summary>
     public bool Poisoned { get; set; }
 
-    /// <summary>What is said instead, by how often it was asked: from 1 on.</summary>
+    /// <summary>Replaces the status reply, by the number of the call, from 1 on.</summary>
     public Func<int, V1.StatusReply>? Says { get; set; }
 
     public V1.StatusReply Status()
@@ -102,7 +102,7 @@ internal sealed class FakeWeights
         _updating = true;
         _taken = 0;
         _unread.Clear();
-        bool inPlace = false; // bytes have landed in the weights in service
+        bool inPlace = false; // whether bytes have been written to the weights in service
         try
         {
             while (await requests.MoveNext())
@@ -158,7 +158,7 @@ internal sealed class FakeWeights
                 if (!all && _unread.Count <= WindowsBehind)
                     return null;
                 if (!all && WindowsBehind > 0)
-                    await Task.Delay(10); // for a client that does not wait to go wrong
+                    await Task.Delay(10); // gives a client that does not wait time to fail
                 int end = 0;
                 while (_unread.Count > (all ? 0 : WindowsBehind))
                     end = Read(_unread.Dequeue());

@@ -90,7 +90,7 @@ public sealed class GenerateTests : IAsyncLifetime
         await Assert.ThrowsAsync<RolloutTimeoutException>(async () =>
             await _client.GenerateAsync(s_prompt, timeout: TimeSpan.FromSeconds(1), cancellationToken: Token).CountAsync(Token));
         Assert.InRange(await deadline.Task.WaitAsync(TimeSpan.FromSeconds(20), Token), DateTime.UtcNow.AddSeconds(-30),
-            DateTime.UtcNow.AddSeconds(5)); // it travels as a remaining time, so the two clocks differ by the way
+            DateTime.UtcNow.AddSeconds(5)); // sent as remaining time, so the two clocks differ by the transfer time
     }
 
     [Fact]
@@ -171,10 +171,10 @@ public sealed class GenerateTests : IAsyncLifetime
         Assert.Contains("NotServing", error.Message);
         Assert.Contains(_fake.Address, error.Message);
 
-        await using RolloutClient nobody = RolloutClient.Connect("unix:/tmp/no-such-rollout.sock");
-        error = await Assert.ThrowsAsync<RolloutTimeoutException>(() => nobody.WaitUntilReadyAsync(TimeSpan.FromSeconds(0.3), Token));
+        await using RolloutClient absent = RolloutClient.Connect("unix:/tmp/no-such-rollout.sock");
+        error = await Assert.ThrowsAsync<RolloutTimeoutException>(() => absent.WaitUntilReadyAsync(TimeSpan.FromSeconds(0.3), Token));
         Assert.Contains("Unavailable", error.Message);
-        await Assert.ThrowsAsync<RolloutUnavailableException>(() => nobody.StatusAsync(cancellationToken: Token));
+        await Assert.ThrowsAsync<RolloutUnavailableException>(() => absent.StatusAsync(cancellationToken: Token));
     }
 
     [Fact]

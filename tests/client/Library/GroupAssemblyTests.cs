@@ -72,12 +72,12 @@ public sealed class GroupAssemblyTests
         Assert.False(group.Complete);
     }
 
-    // How many tokens, where their version grows, and where they are cut: both by bits.
+    // Number of tokens, and bit patterns of where the version grows and where the tokens are cut.
     private static readonly Gen<(int, int, int)[]> s_samples =
         Gen.Select(Gen.Int[0, 12], Gen.Int[0, 1 << 12], Gen.Int[0, 1 << 12]).Array[1, 4];
 
     /// <summary>
-    /// A group's samples, cut into chunks anywhere and mixed, by whatever versions their tokens were drawn, come out as they would whole.
+    /// A group's samples, with any versions, cut into chunks anywhere and interleaved, are assembled as if they had been sent whole.
     /// </summary>
     [Fact]
     public void Samples_cut_anywhere_and_mixed_come_out_whole() =>
@@ -136,7 +136,7 @@ public sealed class GroupAssemblyTests
                 Assert.Equal(alternatives, sample.Top?.Ids ?? []);
                 Assert.Equal(alternatives.Select(id => -0.5f * id), sample.Top?.LogProbs ?? []);
 
-                // Each token's version, in order, no gap, no two neighbours alike.
+                // Each token's version, in order, without gaps; adjacent spans differ.
                 ulong[] drawn = [.. sample.Versions.SelectMany(span => Enumerable.Repeat(span.Version, span.End - span.Start))];
                 Assert.Equal(Enumerable.Range(0, count).Select(i => Version(versions, i)), drawn);
                 Assert.Equal(0, sample.Versions.Count == 0 ? 0 : sample.Versions[0].Start);
@@ -154,7 +154,7 @@ public sealed class GroupAssemblyTests
 
     private static int Token(int index, int i) => (1000 * index) + i + 1;
 
-    /// <summary>One sample's chunks: cut behind token i where bit i says so. The oldest keys and values stand in any one of them.</summary>
+    /// <summary>One sample's chunks, cut after token i where bit i is set. The oldest KV version may be in any of them.</summary>
     private static List<V1.SampleChunk> Cut(int index, int count, int versions, int cuts, int top)
     {
         List<V1.SampleChunk> chunks = [];

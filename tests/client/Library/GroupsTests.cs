@@ -5,7 +5,7 @@ using static Rollout.Client.Tests.GroupAssemblyTests;
 
 namespace Rollout.Client.Tests;
 
-/// <summary>A batch read by the group: whole ones, each once, as soon as its last sample has ended.</summary>
+/// <summary>A batch read group by group: each group complete, once, as soon as its last sample has ended.</summary>
 public sealed class GroupsTests : IAsyncLifetime
 {
     private FakeSidecar _fake = null!;

@@ -5,7 +5,7 @@ using static Rollout.Client.Tests.GroupAssemblyTests;
 
 namespace Rollout.Client.Tests;
 
-/// <summary>Every call whose answer does not come: lost before it arrived, after it was done, half-way, or never given.</summary>
+/// <summary>Every call, with its answer lost before the call arrived, after it was carried out, half-way, or never sent.</summary>
 public sealed class LostAnswerTests : IAsyncLifetime
 {
     private static readonly int[] s_prompt = [1, 2, 3];
@@ -99,7 +99,7 @@ public sealed class LostAnswerTests : IAsyncLifetime
         Answer((_, context) => CutAsync(context));
         await UnavailableAsync(call, 3);
 
-        // The sidecar's own word that it could not be done is not an invitation either.
+        // A failure reported by the sidecar must not be retried either.
         Answer((_, _) => Task.CompletedTask);
         _fake.Done = null;
         _fake.Arrived = _ => throw new RpcException(new Status(StatusCode.Unavailable, "the engine has failed"));
@@ -158,7 +158,7 @@ public sealed class LostAnswerTests : IAsyncLifetime
     {
         _fake.Arrived = async context =>
         {
-            // Where this comes later than it should, the client has seen the deadline itself.
+            // If this comes late, the client has seen the deadline itself.
             while (context.Deadline - DateTime.UtcNow > TimeSpan.FromMilliseconds(12))
                 await Task.Delay(1);
             throw new RpcException(new Status(code, "the stream was broken"));
@@ -219,7 +219,7 @@ public sealed class LostAnswerTests : IAsyncLifetime
         return error;
     }
 
-    /// <summary>Nothing is answered. Ends when every call has arrived, and when the sidecar was told that none is waited for.</summary>
+    /// <summary>No call is answered. Completes when every call has arrived and the sidecar has seen all of them cancelled.</summary>
     private (Task Arrived, Task Ended) HangAll()
     {
         (TaskCompletionSource arrived, TaskCompletionSource ended) = (new(), new());

@@ -3,7 +3,7 @@ using Xunit;
 
 namespace Rollout.Client.Tests;
 
-/// <summary>A push that breaks at any of its messages: what the client then says about the weights in service is true.</summary>
+/// <summary>A push that breaks at any of its messages: the outcome that the client reports is right.</summary>
 public sealed class LostUpdateTests : IAsyncLifetime
 {
     private const ulong Base = 7;
@@ -27,16 +27,16 @@ public sealed class LostUpdateTests : IAsyncLifetime
     /// <summary>How it breaks there.</summary>
     public enum Break
     {
-        /// <summary>The connection, before the message is dealt with.</summary>
+        /// <summary>The connection breaks before the message is handled.</summary>
         Before,
 
-        /// <summary>The connection, when it has been dealt with and the answer is lost.</summary>
+        /// <summary>The connection breaks after the message is handled, and the answer is lost.</summary>
         After,
 
         /// <summary>The sidecar ends the stream with an error of its own.</summary>
         Error,
 
-        /// <summary>The sidecar says nothing any more, until the timeout.</summary>
+        /// <summary>The sidecar sends nothing more, until the timeout.</summary>
         Hang,
     }
 
@@ -158,7 +158,7 @@ public sealed class LostUpdateTests : IAsyncLifetime
         Assert.False(weights.Poisoned);
     }
 
-    /// <summary>What the sidecar says each time it is asked; the last is said for ever. Updating at the base is undecided.</summary>
+    /// <summary>The sidecar's status at each call; the last one repeats. Updating at the base version means undecided.</summary>
     public static TheoryData<string, string> Decisions => new()
     {
         { "updating updating updating committed", "committed" },
@@ -221,7 +221,7 @@ public sealed class LostUpdateTests : IAsyncLifetime
     }
 
     [Theory]
-    [InlineData(true)] // it answers, and goes on updating
+    [InlineData(true)] // it answers that it is still updating
     [InlineData(false)] // it does not answer at all
     public async Task A_sidecar_that_never_decides_is_asked_no_longer_than_it_takes(bool answers)
     {
@@ -251,7 +251,7 @@ public sealed class LostUpdateTests : IAsyncLifetime
             {
                 ulong version = _fake.Weights.Version;
                 if (asked++ == 0)
-                    _fake.Weights.Version += 4; // right after it has said so
+                    _fake.Weights.Version += 4; // right after the status reply
                 return new V1.StatusReply { State = V1.EngineState.Running, Version = version };
             };
             FakeSidecar.Cut(context);

@@ -10,7 +10,7 @@ public sealed class PayloadFileTests : IDisposable
     public void Dispose() => Directory.Delete(_folder, recursive: true);
 
     [Fact]
-    public void Nobody_else_can_read_it_and_it_goes_when_disposed()
+    public void No_other_user_can_read_it_and_it_is_removed_when_disposed()
     {
         string path;
         using (PayloadFile file = PayloadFile.Create(12_345, _folder))
@@ -35,7 +35,7 @@ public sealed class PayloadFileTests : IDisposable
         string leftover = Touch($"rollout-{dead}-0123456789abcdef");
         string otherName = Touch($"rollout-{dead}-notes.txt");
         string locked = Touch($"rollout-{dead}-fedcba9876543210");
-        // As held by a process of another container, whose id means nothing here.
+        // Locked as by a process in another container, whose id is not valid here.
         using (File.OpenHandle(locked, FileMode.Open, FileAccess.ReadWrite, FileShare.ReadWrite))
         {
             using PayloadFile file = PayloadFile.Create(1, _folder);

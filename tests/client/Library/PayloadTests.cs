@@ -11,7 +11,7 @@ public sealed class PayloadTests
 
     private static readonly Gen<int> s_counts = Gen.OneOf(Gen.Int[0, 3], Gen.Int[125, 131], Gen.Int[253, 259], Gen.Int[0, 100_000]);
 
-    // Nothing, one, an alignment's end and a piece's end in elements of two bytes.
+    // Zero, one, and sizes around the alignment and the piece size, in elements of two bytes.
     private static readonly int[] s_borders = [0, 1, 127, 128, 129, PieceElements - 1, PieceElements, PieceElements + 1];
 
     [Fact]
@@ -26,7 +26,7 @@ public sealed class PayloadTests
         Assert.Equal(V1.TensorDType.F32, layout.Manifest[1].Dtype);
     }
 
-    /// <summary>Sizes to the byte around the alignment: no tensor stands on another or further off than it must.</summary>
+    /// <summary>Sizes around the alignment: tensors do not overlap, and gaps are no larger than needed.</summary>
     [Fact]
     public void Tensors_never_overlap_and_gaps_are_smaller_than_the_alignment() =>
         Gen.Select(s_counts.Array[1, 8], Gen.Bool).Sample((counts, aligned) =>
@@ -83,7 +83,7 @@ public sealed class PayloadTests
         Directory.Delete(folder);
     }
 
-    /// <summary>Of the smallest and the largest models: a ring has at least two windows, and a window is never nothing.</summary>
+    /// <summary>For the smallest and the largest models: a ring has at least two windows, and a window is never empty.</summary>
     [Fact]
     public void A_window_is_part_of_the_memory_and_at_least_a_byte() =>
         Gen.Select(Gen.Long[0, 1L << 41], Gen.Long[1, 1L << 41], Gen.Int[0, 40], Gen.Int[0, 40]).Sample((payload, capacity, shift, other) =>
@@ -122,7 +122,7 @@ public sealed class PayloadTests
     }
 
     [Fact]
-    public void Shapes_that_are_none_are_refused()
+    public void Invalid_shapes_are_refused()
     {
         Assert.Throws<ArgumentException>(() => Zeros("a", TensorDType.F32, -1));
         Assert.Throws<ArgumentException>(() => new TensorSource("a", TensorDType.F32, [long.MaxValue, 2], (_, _) => { }));
@@ -140,7 +140,7 @@ public sealed class PayloadTests
         Assert.Equal(WeightDigest.Show(XxHash128.Hash(both)), WeightDigest.Show(WeightDigest.Combine(both)));
     }
 
-    /// <summary>Both ways of writing give the bytes the layout promises, and the same digest, whatever the sizes.</summary>
+    /// <summary>Both ways of writing give the bytes of the layout and the same digest, for any sizes.</summary>
     [Fact]
     public void Stream_and_shared_memory_carry_the_same_payload()
     {

@@ -4,7 +4,7 @@ using Xunit;
 
 namespace Rollout.Client.Tests;
 
-/// <summary>Which version a push says it replaces, whatever became of the pushes before it.</summary>
+/// <summary>The base version of a push, after any outcomes of the pushes before it.</summary>
 public sealed class PublisherVersionTests : IAsyncLifetime
 {
     private FakeSidecar _fake = null!;
@@ -40,8 +40,8 @@ public sealed class PublisherVersionTests : IAsyncLifetime
     }
 
     /// <summary>
-    /// After a push that ended well the next one builds on it, unasked, and so finds out whoever pushed between; after any that did not,
-    /// what the sidecar serves is asked for.
+    /// After a successful push the next one uses its version without a status call, and so detects a push by another trainer; after a
+    /// failed one the sidecar is asked for its version.
     /// </summary>
     [Fact]
     public async Task Pushes_build_on_what_is_served() => await Gen.Enum<Push>().Array[1, 10].SampleAsync(
@@ -158,7 +158,7 @@ public sealed class PublisherVersionTests : IAsyncLifetime
     }
 
     [Fact]
-    public async Task Closing_waits_for_a_push_under_way_and_refuses_the_next_one()
+    public async Task Closing_waits_for_a_push_in_progress_and_refuses_the_next_one()
     {
         WeightPublisher publisher = new WeightPublisher(_client);
         Task? closing = null;

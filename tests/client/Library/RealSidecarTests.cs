@@ -109,7 +109,7 @@ public sealed class RealSidecarTests : IAsyncLifetime
         List<(TensorSource Source, byte[] Bytes)> tensors = Tensors();
         TensorSource lying = new(tensors[^1].Source.Name, TensorDType.BF16, tensors[^1].Source.Shape,
             (_, _) => throw new InvalidOperationException("the trainer's tensor is gone"));
-        // In turns: were there room for all of it, nothing would be sent before all is written, and nothing would have happened.
+        // A ring: with room for the whole payload, nothing would be sent before all is written, and the push would have no effect.
         await using (WeightPublisher ring = new WeightPublisher(_client) { MaxSharedMemoryBytes = 50_000 })
         {
             await Assert.ThrowsAsync<InvalidOperationException>(() => ring.PushAsync(
@@ -126,7 +126,7 @@ public sealed class RealSidecarTests : IAsyncLifetime
         Assert.Equal(original, await TokensAsync());
     }
 
-    /// <summary>The sidecar's own memory: found by its name only, and no more of it used than the push asked for.</summary>
+    /// <summary>The sidecar's own memory is opened only under its name, and no more of it is used than the push requested.</summary>
     [Fact]
     public async Task The_sidecars_memory_is_opened_only_where_the_path_leads_to_it()
     {

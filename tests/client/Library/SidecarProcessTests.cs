@@ -3,7 +3,7 @@ using Xunit;
 
 namespace Rollout.Client.Tests;
 
-/// <summary>Shell scripts in the sidecar's place: what happens around a real one is tested with the server.</summary>
+/// <summary>Shell scripts instead of a sidecar; the tests of the server use the real one.</summary>
 public sealed class SidecarProcessTests : IDisposable
 {
     private readonly string _folder = Directory.CreateTempSubdirectory("sidecar-").FullName;
@@ -13,7 +13,7 @@ public sealed class SidecarProcessTests : IDisposable
     public void Dispose() => Directory.Delete(_folder, recursive: true);
 
     [Fact]
-    public async Task Ending_before_it_is_ready_shows_its_last_words()
+    public async Task Ending_before_it_is_ready_shows_its_last_lines()
     {
         string program = Script("echo \"got: $*\"; echo 'no such model' >&2; exit 3");
         List<string> lines = [];
@@ -142,7 +142,7 @@ public sealed class SidecarProcessTests : IDisposable
     {
         string path = Path.Combine(_folder, "program.sh");
         File.WriteAllText(path, $"#!/bin/sh\n{body}\n");
-        // By chmod, so that no handle of ours is open for writing when it is run.
+        // With the chmod program, so that this process has no handle open for writing when the script is run.
         using Process chmod = Process.Start("chmod", ["+x", path]);
         chmod.WaitForExit();
         return path;

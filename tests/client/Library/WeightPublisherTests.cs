@@ -63,7 +63,7 @@ public sealed class WeightPublisherTests : IAsyncLifetime
         Assert.NotEqual(first, _fake.Weights.SharedMemoryPath);
         Assert.False(File.Exists(first));
 
-        // As when a signal that the trainer survives has removed it.
+        // As if a signal that the trainer handled had removed it.
         File.Delete(_fake.Weights.SharedMemoryPath!);
         await PushAsync(Tensors(Bytes(9000, 3)));
         Assert.Equal(Bytes(9000, 3), _fake.Weights.Tensors["t0"]);
@@ -83,8 +83,8 @@ public sealed class WeightPublisherTests : IAsyncLifetime
     }
 
     /// <summary>
-    /// The sidecar reads a window as late as the ring lets it: when the client can write no other before it has. Whatever the sizes, no
-    /// window is written over one that has not been read.
+    /// The sidecar reads a window as late as the ring allows: when the client cannot write another one before. For any sizes, no unread
+    /// window is overwritten.
     /// </summary>
     [Fact]
     public async Task A_ring_never_overtakes_a_slow_reader()
@@ -157,7 +157,7 @@ public sealed class WeightPublisherTests : IAsyncLifetime
     }
 
     [Fact]
-    public async Task Another_trainers_push_is_found_out_and_a_retry_goes_on_from_it()
+    public async Task Another_trainers_push_is_detected_and_a_retry_builds_on_it()
     {
         await PushAsync(Tensors(Bytes(10, 1)), options: s_inline);
         _fake.Weights.Version = 40;
@@ -270,7 +270,7 @@ public sealed class WeightPublisherTests : IAsyncLifetime
         Assert.Equal(1UL, (await PushAsync(Tensors(Bytes(10, 1)))).Version);
     }
 
-    /// <summary>What has been sent cannot be called back: the caller is told what came of it.</summary>
+    /// <summary>A commit that was sent cannot be cancelled: the caller gets its outcome.</summary>
     [Fact]
     public async Task Cancelling_after_the_commit_was_sent_changes_nothing()
     {

@@ -92,7 +92,7 @@ public sealed class CudaGraphTests
     }
 
     [Fact]
-    public async Task Graphs_outlive_sleep_since_memory_comes_back_where_it_was()
+    public async Task Graphs_survive_sleep_because_memory_keeps_its_addresses()
     {
         SimulatedDevice.RequireSimulated();
         using UpdatePayload payload = UpdatePayload.Of("qwen3");
@@ -112,7 +112,7 @@ public sealed class CudaGraphTests
         static async Task<string[]> Bits(RolloutEngine engine) => [.. (await engine.RunAsync(s_request)).Select(sample => sample.Bits())];
     }
 
-    /// <summary>Whatever a step might have: room for thousands of tokens, biases, alternatives and long contexts.</summary>
+    /// <summary>The buffers have room for thousands of tokens, biases, alternatives and long contexts; a step sends only its own.</summary>
     [Fact]
     public async Task A_step_sends_the_indices_that_it_has()
     {

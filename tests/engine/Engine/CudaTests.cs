@@ -52,11 +52,11 @@ public sealed class CudaTests
         SimulatedDevice.Require();
         (double off, double mean) = await Differences(family, new CudaBackend(0), checkChoices: true);
         (double inputsOff, _) = await Differences(family, new CpuBackend(1, 0, WeightFormat.BFloat16Fast), checkChoices: false);
-        Assert.InRange(off, 0, 2 * inputsOff); // of some 50 tokens: the test below has more
+        Assert.InRange(off, 0, 2 * inputsOff); // of about 50 tokens: the test below has more
         Assert.InRange(mean, -1e-2, 1e-2);
     }
 
-    /// <summary>Over 700 tokens: those of fp32, which is as near to the references as can be told.</summary>
+    /// <summary>Over 700 tokens, compared with fp32, which agrees with the references to within rounding.</summary>
     [Theory, MemberData(nameof(Families))]
     public async Task In_bf16_log_probabilities_are_near_those_of_fp32(string family)
     {
@@ -138,7 +138,7 @@ public sealed class CudaTests
         await using RolloutEngine engine = RolloutEngine.Load(
             TestModels.Folder(family), backend, new EngineOptions { MaxBatchTokens = 40, MaxSequences = 20, MaxContext = 256 });
         await Run(15);
-        await Run(15); // the prompt's step, shorter for what the cache now has, becomes a graph too
+        await Run(15); // captures a graph for the prompt's step, which is shorter now that the prefix is cached
         (SimulatedDevice.Counters few, long fewGraphs) = await Run(5);
         (SimulatedDevice.Counters many, long manyGraphs) = await Run(15);
         SimulatedDevice.Counters steps = many - few;
@@ -187,7 +187,7 @@ public sealed class CudaTests
         SimulatedDevice.Counters few = await Run(4), many = await Run(14);
         ModelSpec model = engine.Model;
 
-        // The step of token i has token i - 1 for its row, which it need not read, and i - 2 own ones before it.
+        // The step of token i has one row, token i - 1, which it need not read, and reads i - 2 own tokens before it.
         long own = Enumerable.Range(5, 10).Sum(i => i - 2);
         long token = 2L * model.Layers.Count * model.Attention.KvWidth * (format == WeightFormat.Float32 ? sizeof(float) : sizeof(ushort));
         Assert.Equal(token * ((10 * Prompt) + (n * own)), (many - few).StagedBytes);

@@ -4,7 +4,7 @@ using Xunit;
 
 namespace Rollout.Engine.Tests;
 
-/// <summary>Same request, same bits: whatever else the engine is doing, and however it goes about it.</summary>
+/// <summary>The same request gives the same bits, whatever other work and settings the engine has.</summary>
 public sealed class DeterminismTests
 {
     /// <summary>One way of running a request.</summary>
@@ -83,9 +83,9 @@ public sealed class DeterminismTests
     }
 
     /// <param name="family">Model.</param>
-    /// <param name="request">What is asked.</param>
-    /// <param name="way">How it is run.</param>
-    /// <param name="noise">Of the neighbours.</param>
+    /// <param name="request">The request.</param>
+    /// <param name="way">The settings it is run with.</param>
+    /// <param name="noise">Seed of the neighbours.</param>
     /// <param name="device">Null: the CPU.</param>
     internal static async Task<string[]> Run(string family, GroupRequest request, Way way, int noise, Backend? device = null)
     {

@@ -5,7 +5,7 @@ using Xunit;
 
 namespace Rollout.Engine.Tests;
 
-/// <summary>What an operator sees of updates: each is counted once, under what became of it.</summary>
+/// <summary>Metrics of updates: each update is counted once, under its outcome.</summary>
 public sealed class EngineMetricsTests
 {
     private static CancellationToken Cancelled => TestContext.Current.CancellationToken;
@@ -14,7 +14,7 @@ public sealed class EngineMetricsTests
     public async Task Every_update_is_counted_once_by_outcome_and_a_commits_seconds_by_phase()
     {
         using UpdatePayload payload = UpdatePayload.Of("qwen3");
-        // Its name tells its metrics from those of other tests.
+        // The model's name distinguishes its metrics from those of other tests.
         await using RolloutEngine engine = RolloutEngine.Load(payload.Folder, new CpuBackend(1), new EngineOptions());
         Dictionary<string, long> counts = [];
         Dictionary<string, List<double>> seconds = [];

@@ -3,7 +3,7 @@ using Xunit;
 
 namespace Rollout.Engine.Tests;
 
-/// <summary>What an operator may set, and what is derived where nothing is.</summary>
+/// <summary>The operator's settings, and the values derived without them.</summary>
 public sealed class EngineOptionsTests
 {
     private const int BlockBytes = 2 * 3 * 2 * 32 * sizeof(float) * KvCache.BlockTokens; // keys and values of three layers of qwen3
@@ -16,7 +16,7 @@ public sealed class EngineOptionsTests
     [InlineData(33, 2, 33, 6)]
     [InlineData(32, 2, 32, 4)]
     [InlineData(1, 1, 1, 1)]
-    public async Task Without_a_word_on_memory_there_are_blocks_for_every_seat_of_full_length(
+    public async Task By_default_there_are_blocks_for_every_seat_at_full_length(
         int context, int seats, int maxContext, int blocks)
     {
         await using RolloutEngine engine = TestModels.Load("qwen3", new EngineOptions { MaxContext = context, MaxSequences = seats });
@@ -24,14 +24,14 @@ public sealed class EngineOptionsTests
     }
 
     [Theory]
-    [InlineData(10L * BlockBytes, 0L, 0.0, 10, 160)] // no more than the device wants to give
+    [InlineData(10L * BlockBytes, 0L, 0.0, 10, 160)] // at most the device's budget
     [InlineData(10L * BlockBytes - 1, 0L, 0.0, 9, 144)]
-    [InlineData(0L, 0L, 0.0, 1, 16)] // or nothing could run
-    [InlineData(10L * BlockBytes, 20L * BlockBytes, 0.0, 20, 320)] // what is stated is taken
+    [InlineData(0L, 0L, 0.0, 1, 16)] // at least one block, or nothing could run
+    [InlineData(10L * BlockBytes, 20L * BlockBytes, 0.0, 20, 320)] // stated bytes are used
     [InlineData(10L * BlockBytes, 21L * BlockBytes - 1, 0.0, 20, 320)]
     [InlineData(10L * BlockBytes, 5L * BlockBytes, 0.0, 5, 80)]
     [InlineData(10L * BlockBytes, 1L, 0.0, 1, 16)]
-    [InlineData(10L * BlockBytes, 100L * BlockBytes, 0.0, 100, Positions)] // also where it is more than all seats need
+    [InlineData(10L * BlockBytes, 100L * BlockBytes, 0.0, 100, Positions)] // also where that is more than all seats need
     [InlineData(10L * BlockBytes, 0L, 1.0, 80, Positions)]
     [InlineData(10L * BlockBytes, 0L, 0.5, 40, Positions)]
     public async Task Memory_for_keys_and_values_is_as_stated_or_the_devices_budget(
@@ -54,7 +54,7 @@ public sealed class EngineOptionsTests
     {
         await using RolloutEngine engine = TestModels.Load("qwen3", new EngineOptions { MaxBatchTokens = batchTokens });
         await engine.RunAsync(new() { Id = "a", Prompt = [.. Enumerable.Range(3, 100)], MaxTokens = 1, IgnoreEos = true });
-        await engine.AbortAsync(["nobody"]); // the last step is counted after its answers are taken in
+        await engine.AbortAsync(["nobody"]); // the last step is counted after its results are collected
         Assert.Equal((steps, 100), (engine.Status.Steps, engine.Status.PrefilledTokens));
     }
 
@@ -71,7 +71,7 @@ public sealed class EngineOptionsTests
         Group[] groups = [engine.Submit(request), engine.Submit(request with { Id = "b", Prompt = [.. Enumerable.Range(4, 300)] })];
         await engine.ResumeAsync();
         await Task.WhenAll(groups.Select(group => group.Completed)).WaitAsync(TimeSpan.FromSeconds(30), cancelled);
-        await engine.AbortAsync(["nobody"]); // the last step is counted after its answers are taken in
+        await engine.AbortAsync(["nobody"]); // the last step is counted after its results are collected
         Assert.Equal((steps, 600), (engine.Status.Steps, engine.Status.PrefilledTokens));
     }
 

@@ -2,7 +2,7 @@ using Xunit;
 
 namespace Rollout.Engine.Tests;
 
-/// <summary>What a caller of the engine may rely on.</summary>
+/// <summary>Guarantees to callers of the engine.</summary>
 public sealed class EngineTests
 {
     private static readonly GroupRequest s_request = new() { Id = "a", Prompt = [5, 6, 7], MaxTokens = 8, IgnoreEos = true, Seed = 3 };
@@ -62,7 +62,7 @@ public sealed class EngineTests
         Assert.Equal((FinishReason.Stop, stop + 1, text), (byText.FinishReason, byText.Published, byText.MatchedStop));
 
         Sequence later = (await engine.RunAsync(greedy with { StopTokenIds = [tokens[0]], MinTokens = 3 }))[0];
-        Assert.DoesNotContain(tokens[0], later.Tokens(0, 3).ToArray()); // forbidden, not merely passed over
+        Assert.DoesNotContain(tokens[0], later.Tokens(0, 3).ToArray()); // forbidden, not only ignored
         Assert.True(later.Published >= 3);
     }
 
@@ -78,13 +78,13 @@ public sealed class EngineTests
         Assert.Equal((1, 4, "unknown"), (counts.Groups, counts.Sequences, Assert.Single(counts.Unknown)));
         await group.Completed.WaitAsync(Cancelled);
         Assert.All(group.Sequences, sample => Assert.Equal(FinishReason.Abort, sample.FinishReason));
-        Assert.All(group.Sequences, sample => Assert.Equal(4, sample.Published)); // the step that was under way counts
+        Assert.All(group.Sequences, sample => Assert.Equal(4, sample.Published)); // including the step in flight
         string whole = (await engine.RunAsync(s_request with { N = 4, MaxTokens = 100 }))[0].Bits();
         Assert.StartsWith(group.Sequences[0].Bits()[..^" Abort".Length], whole);
     }
 
     [Fact]
-    public async Task All_problems_of_a_request_come_at_once_and_disturb_nobody()
+    public async Task All_problems_of_a_request_are_listed_and_other_requests_are_not_affected()
     {
         await using RolloutEngine engine = TestModels.Load("qwen3");
         string alone = (await engine.RunAsync(s_request with { MaxTokens = 200 }))[0].Bits();

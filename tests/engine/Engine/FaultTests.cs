@@ -2,7 +2,7 @@ using Xunit;
 
 namespace Rollout.Engine.Tests;
 
-/// <summary>A device that fails: the engine says so to everybody, and keeps nobody waiting.</summary>
+/// <summary>A device that fails: every caller gets the error, and none keeps waiting.</summary>
 public sealed class FaultTests
 {
     [Fact]

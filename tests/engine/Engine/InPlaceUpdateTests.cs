@@ -39,7 +39,7 @@ public sealed class InPlaceUpdateTests
             backend.LetGo();
             await opened;
             Assert.Equal((EngineState.Updating, 0L), (engine.Status.State, update.StagingBytes));
-            // Whoever waits for what was aborted does not wait for the bytes as well.
+            // Aborted groups complete at once, not after the bytes have been written.
             if (policy == UpdatePolicy.Abort) await begun.Completed.WaitAsync(TimeSpan.FromSeconds(30), Cancelled);
             Group waits = engine.Submit(s_request with { Id = "waits" });
             long steps = engine.Status.Steps;
@@ -71,7 +71,7 @@ public sealed class InPlaceUpdateTests
     }
 
     [Fact]
-    public async Task What_ends_half_way_poisons_and_a_full_update_of_either_mode_heals()
+    public async Task An_update_that_ends_half_way_poisons_until_a_full_update_of_either_mode()
     {
         using UpdatePayload payload = UpdatePayload.Of("qwen3");
         await using RolloutEngine fresh = RolloutEngine.Load(payload.Folder, new CpuBackend(1), new EngineOptions());
@@ -112,7 +112,7 @@ public sealed class InPlaceUpdateTests
     }
 
     [Fact]
-    public async Task Before_a_byte_has_landed_nothing_has_happened()
+    public async Task Before_the_first_byte_nothing_has_changed()
     {
         using UpdatePayload payload = UpdatePayload.Of("qwen3");
         ScriptedBackend backend = new();
@@ -122,9 +122,9 @@ public sealed class InPlaceUpdateTests
         engine.BeginUpdate(manifest).Dispose();
         (await engine.OpenUpdateAsync(manifest)).Dispose();
 
-        // The moment does not come: what began ends only after the pause.
+        // The update cannot start: groups that began end only after the pause.
         Group begun = engine.SubmitAndHold(backend, s_request with { Id = "begun" }, tokens: 20);
-        Task paused = engine.PauseAsync(PauseMode.Keep, "whoever makes the drain late", TimeSpan.FromMinutes(1), Cancelled);
+        Task paused = engine.PauseAsync(PauseMode.Keep, "delays the drain", TimeSpan.FromMinutes(1), Cancelled);
         backend.LetGo();
         await paused;
         using (WeightUpdate late = engine.BeginUpdate(manifest with { Policy = UpdatePolicy.Drain }))

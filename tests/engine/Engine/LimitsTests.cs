@@ -5,7 +5,7 @@ using Xunit;
 
 namespace Rollout.Engine.Tests;
 
-/// <summary>What happens exactly at a limit: of length, of memory, of room, of the shortest sample asked for.</summary>
+/// <summary>Behaviour exactly at a limit: of length, of memory, of waiting samples, of min_tokens.</summary>
 public sealed class LimitsTests
 {
     private const int BlockBytes = 2 * 3 * 2 * 32 * sizeof(float) * KvCache.BlockTokens; // keys and values of three layers of qwen3
@@ -32,7 +32,7 @@ public sealed class LimitsTests
         byte[][] letters = [.. Enumerable.Range(0, 320).Select(id => Encoding.UTF8.GetBytes($"<{id}>"))];
         await using RolloutEngine engine = TestModels.Load("qwen3", tokenizer: new PieceTokenizer(letters));
         GroupRequest request = s_request with { MaxTokens = 20, N = 3, Temperature = 1.3f };
-        // What is looked for is drawn at the 7th place for the first time.
+        // The stop token is drawn at the 7th position for the first time.
         Sequence whole = (await engine.RunAsync(request)).First(sample => !sample.Tokens(0, 6).Contains(sample.Tokens(6, 7)[0]));
         int[] tokens = whole.Tokens(0, 20).ToArray();
         int stop = tokens[6];
@@ -119,7 +119,7 @@ public sealed class LimitsTests
         await engine.ResumeAsync();
         backend.WaitUntilHeld();
         Assert.Equal((1, 1, 2), (engine.Status.Preemptions, engine.Status.Running, engine.Status.Waiting));
-        // The first took the second's blocks for its third. One is left, which would do for the last: but it is not its turn.
+        // The first took the second's blocks for its third. One is left, enough for the last sample, but that one is not next in the queue.
         Assert.Equal([20, 13, 0], new[] { first, second, third }.Select(group => group.Sequences[0].Published));
         backend.LetGo();
         foreach (Group group in (Group[])[first, second, third])
@@ -130,7 +130,7 @@ public sealed class LimitsTests
     }
 
     [Fact]
-    public async Task Room_is_for_so_many_samples_and_comes_back_whichever_way_they_go()
+    public async Task The_limit_counts_samples_and_every_way_to_end_frees_their_room()
     {
         ScriptedBackend backend = new();
         EngineOptions options = new() { MaxSequences = 2, MaxWaiting = 3 };
@@ -161,7 +161,7 @@ public sealed class LimitsTests
     }
 
     [Fact]
-    public async Task An_update_that_waits_for_its_moment_learns_that_the_engine_failed()
+    public async Task A_commit_that_waits_to_drain_fails_when_the_engine_fails()
     {
         using UpdatePayload payload = UpdatePayload.Of("qwen3");
         ScriptedBackend backend = new() { StepsLeft = 30 };
@@ -215,7 +215,7 @@ public sealed class LimitsTests
     {
         using UpdatePayload payload = UpdatePayload.Of("qwen3");
         ScriptedBackend backend = new();
-        // Its name tells its metrics from those of other tests.
+        // The model's name distinguishes its metrics from those of other tests.
         await using RolloutEngine engine = RolloutEngine.Load(payload.Folder, backend, new EngineOptions());
         Dictionary<string, long> counts = [];
         using MeterListener listener = new();

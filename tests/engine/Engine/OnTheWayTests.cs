@@ -5,8 +5,8 @@ using Xunit;
 namespace Rollout.Engine.Tests;
 
 /// <summary>
-/// A request that was taken but has not come to the loop yet, when something else ends it or makes the engine refuse it: it ends once,
-/// leaves nothing behind, and the next one is served. The loop is held while things are ordered.
+/// A request that was accepted but has not reached the loop when something ends it or makes the engine refuse it: it ends once, leaks
+/// nothing, and the next one is served. The loop is held while the test posts its commands.
 /// </summary>
 public sealed class OnTheWayTests
 {
@@ -30,7 +30,7 @@ public sealed class OnTheWayTests
     [InlineData("all")]
     [InlineData("by id")]
     [InlineData("by a pause")]
-    public async Task What_is_aborted_on_its_way_is_over_and_its_id_is_free(string how)
+    public async Task A_request_aborted_before_the_loop_has_it_ends_and_its_id_is_free(string how)
     {
         ScriptedBackend backend = new();
         await using RolloutEngine engine = TestModels.Load("qwen3", backend);
@@ -64,7 +64,7 @@ public sealed class OnTheWayTests
         await Task.WhenAll(paused, asleep).WaitAsync(s_patience, Cancelled);
         await late.Completed.WaitAsync(s_patience, Cancelled);
         Assert.All(late.Sequences, sample => Assert.Equal((FinishReason.Abort, 0), (sample.FinishReason, sample.Published)));
-        Assert.Equal((0, 1), (engine.Status.Running, engine.Status.Waiting)); // what had begun waits for its keys and values
+        Assert.Equal((0, 1), (engine.Status.Running, engine.Status.Waiting)); // the group that had begun waits to recompute
         await engine.WakeUpAsync(MemoryTags.KvCache);
         await engine.ResumeAsync();
         await begun.Completed.WaitAsync(s_patience, Cancelled);
@@ -101,7 +101,7 @@ public sealed class OnTheWayTests
     [Theory]
     [InlineData("device lost")]
     [InlineData("stopped")]
-    public async Task What_comes_to_an_engine_that_serves_nothing_any_more_ends_with_the_reason(string reason)
+    public async Task A_request_to_an_engine_that_has_failed_or_stopped_ends_with_the_reason(string reason)
     {
         ScriptedBackend backend = new();
         await using RolloutEngine engine = TestModels.Load("qwen3", backend);
@@ -121,7 +121,7 @@ public sealed class OnTheWayTests
         Assert.Equal((0, 0), (engine.Status.Running, engine.Status.Waiting));
     }
 
-    /// <summary>Nothing is left behind, and a request of the id that ended on its way gets what it gets from a new engine.</summary>
+    /// <summary>Nothing is leaked, and a request with the id of the ended one gets what a new engine gives.</summary>
     private static async Task AssertServesAsync(RolloutEngine engine, string? weights = null)
     {
         Assert.Equal((0, 0), (engine.Status.Running, engine.Status.Waiting));
@@ -131,7 +131,7 @@ public sealed class OnTheWayTests
         Assert.Equal((0, 0, 0), (engine.Status.Running, engine.Status.Waiting, engine.Status.KvBlocksUsed));
     }
 
-    /// <summary>Ids that hold whoever reads them, which is the loop.</summary>
+    /// <summary>Ids that block their reader, which is the loop.</summary>
     private sealed class SlowIds : IReadOnlyCollection<string>, IDisposable
     {
         private readonly ManualResetEventSlim _held = new();

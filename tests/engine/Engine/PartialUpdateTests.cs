@@ -15,8 +15,8 @@ public sealed class PartialUpdateTests
     private static CancellationToken Cancelled => TestContext.Current.CancellationToken;
 
     /// <summary>
-    /// Random chains of full, partial and sparse updates, staged and in place, some of them given up half-way, against the same state kept
-    /// as plain arrays: what the engine computes with equals an engine that loaded those arrays.
+    /// Random chains of full, partial and sparse updates, staged and in place, some of them abandoned half-way. The same state is kept in
+    /// plain arrays, and the engine must equal one that loaded those arrays.
     /// </summary>
     [Theory]
     [InlineData("llama3")] // tied head
@@ -120,7 +120,7 @@ public sealed class PartialUpdateTests
         double many = await SecondsAsync(layers: 2222, hidden: 16, vocabulary: 32);
         double few = await SecondsAsync(layers: 2, hidden: 544, vocabulary: 32);
         TestContext.Current.TestOutputHelper!.WriteLine($"20,000 tensors: {many * 1e3:F1} ms, few: {few * 1e3:F1} ms");
-        // 1 us measured; what this would catch is a cost that grows with the number of tensors, or a system call for each.
+        // Measured: 1 us. The limit catches a cost that grows with the number of tensors, or a system call for each.
         Assert.InRange((many - few) / 20_000, -1, 25e-6);
     }
 

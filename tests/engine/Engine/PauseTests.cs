@@ -2,7 +2,9 @@ using Xunit;
 
 namespace Rollout.Engine.Tests;
 
-/// <summary>Pauses, and what meets them: each other, aborts, sleep, samples half-way. The loop is held while things are ordered.</summary>
+/// <summary>
+/// Pauses combined with other pauses, aborts, sleep and partial samples. The loop is held while the test posts its commands.
+/// </summary>
 public sealed class PauseTests
 {
     private static readonly TimeSpan s_long = TimeSpan.FromDays(100); // longer than 32 bits of milliseconds
@@ -51,7 +53,7 @@ public sealed class PauseTests
     }
 
     [Fact]
-    public async Task Whoever_waits_for_a_pause_learns_that_it_was_ended()
+    public async Task A_caller_that_waits_for_a_pause_is_told_when_it_was_ended()
     {
         (RolloutEngine engine, ScriptedBackend backend, Group group) = Begin();
         await using RolloutEngine _ = engine;

@@ -3,7 +3,7 @@ using Xunit;
 
 namespace Rollout.Engine.Tests;
 
-/// <summary>Updates that meet pauses: each keeps its promise, in whatever order they come.</summary>
+/// <summary>Updates combined with pauses: both keep their guarantees in either order.</summary>
 public sealed class PausedUpdateTests
 {
     private static readonly TimeSpan s_patience = TimeSpan.FromSeconds(30);
@@ -50,7 +50,7 @@ public sealed class PausedUpdateTests
         if (policy == UpdatePolicy.Drain && mode == PauseMode.Keep)
         {
             for (int turn = 0; turn < 2; turn++) await engine.AbortAsync(["nobody"]);
-            Assert.Equal((false, 0ul), (committed.IsCompleted, engine.Version)); // what began is frozen, so the moment does not come
+            Assert.Equal((false, 0ul), (committed.IsCompleted, engine.Version)); // groups that began are frozen, so no commit
             await engine.ResumeAsync();
             paused = engine.PauseAsync(PauseMode.Wait, "pauser", TimeSpan.FromMinutes(10), Cancelled);
         }
@@ -78,7 +78,9 @@ public sealed class PausedUpdateTests
         Assert.Equal((EngineState.Running, 0, 0), (engine.Status.State, engine.Status.Running, engine.Status.Waiting));
     }
 
-    /// <summary>Samples of a group that take the only seat in turn: none is left on it for a moment, but the group has begun.</summary>
+    /// <summary>
+    /// Samples of a group use the only seat one after another: between two of them the seat is free, but the group has begun.
+    /// </summary>
     [Fact]
     public async Task Under_drain_the_samples_that_wait_for_a_seat_end_on_the_old_weights_too()
     {
@@ -91,7 +93,7 @@ public sealed class PausedUpdateTests
         Assert.All(begun.Sequences, sample => Assert.Equal(new ulong[8], sample.Versions(0, 8).ToArray()));
     }
 
-    /// <summary>Weights are half written: that the pause is over changes nothing before the commit.</summary>
+    /// <summary>Weights are half written: no step runs before the commit, also when the pause ends.</summary>
     [Fact]
     public async Task A_lease_that_ends_while_an_update_lands_in_place_lets_no_step_run()
     {
@@ -117,7 +119,7 @@ public sealed class PausedUpdateTests
             await update.CommitAsync(payload.Digest, Cancelled);
         }
 
-        await begun.Completed.WaitAsync(s_patience, Cancelled); // nobody resumed
+        await begun.Completed.WaitAsync(s_patience, Cancelled); // without a resume
         Assert.Equal((EngineState.Running, ""), (engine.Status.State, engine.Status.Reason));
         foreach (Sequence sample in begun.Sequences)
         {
@@ -127,7 +129,7 @@ public sealed class PausedUpdateTests
     }
 
     [Fact]
-    public async Task While_an_update_lands_in_place_groups_can_be_aborted_and_a_pause_takes_force()
+    public async Task During_an_update_in_place_groups_can_be_aborted_and_a_pause_takes_force()
     {
         using UpdatePayload payload = UpdatePayload.Of("qwen3");
         ScriptedBackend backend = new();
@@ -180,7 +182,7 @@ public sealed class PausedUpdateTests
         });
     }
 
-    /// <summary>The round of a trainer that shares the device: the pause outlives the sleep and the update.</summary>
+    /// <summary>The cycle of a trainer that shares the device: the pause stays in force through sleep and update.</summary>
     [Fact]
     public async Task A_pause_outlives_sleep_waking_and_the_update_that_heals()
     {

@@ -4,7 +4,7 @@ using Xunit;
 
 namespace Rollout.Engine.Tests;
 
-/// <summary>What the prefix cache gives back is what would have been computed.</summary>
+/// <summary>Cached prefixes give the same results as computing them.</summary>
 public sealed class PrefixTests
 {
     private static CancellationToken Cancelled => TestContext.Current.CancellationToken;

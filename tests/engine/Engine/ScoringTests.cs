@@ -72,7 +72,7 @@ public sealed class ScoringTests
         Assert.All(group.Sequences, sample => Assert.Equal(policy == UpdatePolicy.Keep ? 0ul : 1ul, sample.OldestKvVersion));
     }
 
-    /// <summary>The first sample computes the prompt for all: when it leaves before that, the others go their own way.</summary>
+    /// <summary>The first sample computes the prompt for all: when it ends before that, the others compute it themselves.</summary>
     [Theory]
     [InlineData(UpdatePolicy.Keep)]
     [InlineData(UpdatePolicy.Recompute)]

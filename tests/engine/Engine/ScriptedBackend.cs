@@ -4,7 +4,7 @@ using Xunit;
 
 namespace Rollout.Engine.Tests;
 
-/// <summary>A device, the CPU unless another is given, as a test wants it: lost or held after so many steps, or out of memory.</summary>
+/// <summary>Wraps a device, by default the CPU, which a test can make fail, hold after a number of steps, or run out of memory.</summary>
 internal sealed class ScriptedBackend(Backend? device = null) : DelegatingBackend(device ?? new CpuBackend(1))
 {
     private readonly StringBuilder _order = new();
@@ -16,16 +16,16 @@ internal sealed class ScriptedBackend(Backend? device = null) : DelegatingBacken
 
     public bool RehearsalsFail { get; set; }
 
-    /// <summary>Where given, weights are not written: where they would be, and how many bytes, is kept here.</summary>
+    /// <summary>If set, weights are not written; their destinations and lengths are recorded here.</summary>
     public List<(long Element, int Bytes)>? Writes { get; set; }
 
-    /// <summary>Weights that slept find no memory to wake into.</summary>
+    /// <summary>Whether restoring sleeping weights fails for lack of memory.</summary>
     public bool RestoresFail { get; set; }
 
-    /// <summary>B where a step began, F where it was finished. To be read when no step runs.</summary>
+    /// <summary>B for each step that began, F for each that was finished. Read it only while no step runs.</summary>
     public string Order => _order.ToString();
 
-    /// <summary>What it claims to have left.</summary>
+    /// <summary>The free memory that it reports.</summary>
     public long FreeBytes { get; set; } = long.MaxValue;
 
     public override long AvailableBytes => FreeBytes;
@@ -37,7 +37,7 @@ internal sealed class ScriptedBackend(Backend? device = null) : DelegatingBacken
 
     public override string Name => "scripted";
 
-    /// <summary>Lets so many steps begin and holds the loop at the next. Call it while no step runs.</summary>
+    /// <summary>Lets this many steps begin and holds the loop at the next. Call it while no step runs.</summary>
     public void HoldAfter(int steps)
     {
         _held.Reset();
@@ -47,7 +47,7 @@ internal sealed class ScriptedBackend(Backend? device = null) : DelegatingBacken
 
     public void WaitUntilHeld() => Assert.True(_held.Wait(TimeSpan.FromMinutes(1)), "the loop never came to the step at which it is held");
 
-    /// <summary>Lets the loop go on, if wanted to where it is held next.</summary>
+    /// <summary>Releases the loop, optionally up to the next step at which it is held.</summary>
     public void LetGo(int thenHoldAfter = int.MaxValue)
     {
         _stepsUntilHeld = thenHoldAfter;

@@ -3,7 +3,7 @@ using Xunit;
 
 namespace Rollout.Engine.Tests;
 
-/// <summary>Sleep gives memory back; nothing is served from what is not there.</summary>
+/// <summary>Sleep gives memory back, and nothing is served from discarded memory.</summary>
 public sealed class SleepTests
 {
     private static readonly GroupRequest s_request = new()
@@ -72,7 +72,7 @@ public sealed class SleepTests
     }
 
     [Fact]
-    public async Task Weights_that_slept_are_no_weights()
+    public async Task Weights_that_slept_are_not_served()
     {
         await using RolloutEngine engine = TestModels.Load("qwen3");
         await engine.SleepAsync(MemoryTags.Weights);
@@ -82,7 +82,7 @@ public sealed class SleepTests
     }
 
     [Fact]
-    public async Task What_found_no_memory_to_wake_into_goes_on_sleeping()
+    public async Task What_cannot_be_allocated_on_waking_stays_asleep()
     {
         using UpdatePayload payload = UpdatePayload.Of("qwen3");
         ScriptedBackend backend = new();
@@ -99,11 +99,11 @@ public sealed class SleepTests
         Assert.Equal(EngineState.Poisoned, engine.Status.State);
     }
 
-    /// <summary>Both sets are given back; what either held is not built upon afterwards, whatever version it was of.</summary>
+    /// <summary>Both sets are freed; no later update builds on their content, whatever its version.</summary>
     [Theory]
     [InlineData(UpdateMode.Staged)]
     [InlineData(UpdateMode.InPlace)]
-    public async Task After_sleeping_a_full_update_heals_and_partial_ones_build_on_it(UpdateMode mode)
+    public async Task After_sleep_a_full_update_is_served_and_partial_ones_build_on_it(UpdateMode mode)
     {
         using UpdatePayload payload = UpdatePayload.Of("qwen3");
         await using RolloutEngine fresh = RolloutEngine.Load(payload.Folder, new CpuBackend(1), new EngineOptions());
@@ -159,7 +159,7 @@ public sealed class SleepTests
     }
 
     [Fact]
-    public async Task An_update_under_way_keeps_the_weights_awake()
+    public async Task An_update_in_progress_keeps_the_weights_awake()
     {
         using UpdatePayload payload = UpdatePayload.Of("qwen3");
         await using RolloutEngine engine = TestModels.Load("qwen3");
@@ -185,9 +185,9 @@ public sealed class SleepTests
         await engine.RunAsync(new GroupRequest { Id = "fill", Prompt = [.. Enumerable.Range(0, 1000)], MaxTokens = 1 });
         IReadOnlyList<FreedMemory> freed = await engine.SleepAsync(MemoryTags.All);
         long weights = tensors.Sum(tensor => tensor.Bytes);
-        const long KeysValues = 1000 * 2 * 2 * 1024 * sizeof(float); // touched; more was allocated
+        const long KeysValues = 1000 * 2 * 2 * 1024 * sizeof(float); // written pages; more was allocated
 
-        // Of the process as a whole, which does a little else: nine tenths.
+        // Measured for the whole process, which also does other work: nine tenths.
         Assert.InRange(freed[0].FreedBytes, weights * 9 / 10, weights * 12 / 10);
         Assert.InRange(freed[1].FreedBytes, KeysValues * 9 / 10, 64 << 20);
         Assert.InRange(freed[1].AllocatedBytes, 60 << 20, 64 << 20);

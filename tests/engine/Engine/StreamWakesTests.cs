@@ -4,7 +4,7 @@ using Xunit;
 
 namespace Rollout.Engine.Tests;
 
-/// <summary>When the readers of streams learn of new tokens.</summary>
+/// <summary>When the readers of streams are woken for new tokens.</summary>
 public sealed class StreamWakesTests
 {
     [Fact]
@@ -19,7 +19,7 @@ public sealed class StreamWakesTests
         Step(now + (Stopwatch.Frequency / 1_000));
         Step(now + (2 * Stopwatch.Frequency / 1_000) - 1);
         await Task.Delay(20, TestContext.Current.CancellationToken);
-        Assert.All(readers, reader => Assert.False(reader.HasNews));
+        Assert.All(readers, reader => Assert.False(reader.HasNewTokens));
         await StepAsync(now + (Stopwatch.Frequency / 100), expected: 3);
         await StepAsync(now + (2 * Stopwatch.Frequency / 100), expected: 1);
 
@@ -61,7 +61,7 @@ public sealed class StreamWakesTests
         foreach (int heldBack in (int[])[1, 2, 5]) Assert.Equal(TicksBetween(3, 4, 0), TicksBetween(3, 4, heldBack));
     }
 
-    /// <summary>From the second round, before which so many steps woke nobody, to the third.</summary>
+    /// <summary>Time from the second round, before which this many steps woke no reader, to the third.</summary>
     private static long TicksBetween(int groups, int samples, int heldBack)
     {
         const long Start = 1_000_000_000_000;
@@ -91,7 +91,7 @@ public sealed class StreamWakesTests
                 foreach (Group group in all)
                     for (int i = 0; i < samples; i++) wakes.Add(group);
                 wakes.EndStep(now);
-                return !all[0].WakeHeld;
+                return !all[0].IsWakePending;
             }
         }
     }
@@ -110,7 +110,7 @@ public sealed class StreamWakesTests
             _next = _chunks.MoveNextAsync();
         }
 
-        public bool HasNews => _next.IsCompleted;
+        public bool HasNewTokens => _next.IsCompleted;
 
         public void Sample(StreamWakes wakes)
         {
@@ -119,7 +119,7 @@ public sealed class StreamWakesTests
             wakes.Add(_group);
         }
 
-        /// <summary>Waits for news; tokens in it.</summary>
+        /// <summary>Waits for new tokens; returns their number.</summary>
         public async Task<int> ReadAsync()
         {
             Assert.True(await _next.AsTask().WaitAsync(TimeSpan.FromSeconds(30), TestContext.Current.CancellationToken));

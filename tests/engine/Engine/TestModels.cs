@@ -26,8 +26,8 @@ internal static class TestModels
         => RolloutEngine.Load(Folder(family), backend, new EngineOptions());
 
     /// <summary>
-    /// Submits, and returns with the loop held when every sample has this many tokens: whatever a test orders before it lets go meets
-    /// the samples half-way, however busy the machine is. The engine is idle before, and takes the group's prompt in one step.
+    /// Submits a group, and returns with the loop held when every sample has this many tokens: commands posted before the loop is
+    /// released apply at that point, however busy the machine is. The engine must be idle and compute the group's prompt in one step.
     /// </summary>
     public static Group SubmitAndHold(this RolloutEngine engine, ScriptedBackend backend, GroupRequest request, int tokens)
     {

@@ -4,7 +4,7 @@ using Xunit;
 
 namespace Rollout.Engine.Tests;
 
-/// <summary>Updates that meet, end or break at a bad moment: one holds the seat, and what ended changes nothing any more.</summary>
+/// <summary>Updates that compete, end or fail at any point: only one is active, and an ended one changes nothing any more.</summary>
 public sealed class UpdateOrderTests
 {
     private static readonly GroupRequest s_request = new()
@@ -101,7 +101,7 @@ public sealed class UpdateOrderTests
         }
     }
 
-    /// <summary>Once a byte may have landed: staged nothing has happened, in place the engine says that it is poisoned.</summary>
+    /// <summary>After the first byte: a staged update has no effect, and one in place poisons the engine.</summary>
     [Theory, MemberData(nameof(Breaks))]
     public async Task What_breaks_after_its_first_byte_poisons_in_place_and_changes_nothing_staged(string how, UpdateMode mode)
     {
@@ -142,7 +142,7 @@ public sealed class UpdateOrderTests
             Assert.True(how == "sender" ? e is null : e is UpdateFailedException or OperationCanceledException, $"{e}");
             if (e is not null)
             {
-                // It cannot be talked round.
+                // It cannot be committed afterwards.
                 Assert.Throws<UpdateFailedException>(() => update.Write(update.ReceivedBytes, []));
                 await Assert.ThrowsAsync<UpdateFailedException>(() => update.CommitAsync(default, Cancelled));
             }
@@ -194,7 +194,7 @@ public sealed class UpdateOrderTests
                     update.ReadFrom(handle, 0, 1, how == "backwards" ? -1 : long.MaxValue, Cancelled);
                 break;
             case "unreadable file":
-                // What a failing disk answers; the first page of a process is never mapped.
+                // As with a failing disk: the first page of a process is never mapped.
                 using (SafeFileHandle handle = File.OpenHandle("/proc/self/mem")) update.ReadFrom(handle, 0, 0, bytes.Length, Cancelled);
                 break;
             case "index":
@@ -224,7 +224,7 @@ public sealed class UpdateOrderTests
     }
 
     [Fact]
-    public async Task What_has_ended_takes_nothing_and_commits_nothing()
+    public async Task An_ended_update_accepts_no_bytes_and_no_commit()
     {
         using UpdatePayload payload = UpdatePayload.Of("qwen3");
         await using RolloutEngine engine = TestModels.Load("qwen3");
@@ -254,7 +254,7 @@ public sealed class UpdateOrderTests
         foreach (UpdateMode mode in (UpdateMode[])[UpdateMode.Auto, UpdateMode.Staged])
             using (WeightUpdate update = engine.BeginUpdate(manifest with { Mode = mode })) Assert.Equal(UpdateMode.Staged, update.Mode);
 
-        // A quarter more than the weights, or none is taken.
+        // A quarter more than the weights must be free, or no set is allocated.
         await using RolloutEngine other = TestModels.Load("qwen3", backend = new ScriptedBackend { FreeBytes = bytes / 4 * 5 - 1 });
         using (WeightUpdate update = other.BeginUpdate(manifest)) Assert.Equal(UpdateMode.InPlace, update.Mode);
         backend.FreeBytes++;

@@ -53,7 +53,7 @@ internal sealed class UpdatePayload : IDisposable
 
 internal static class UpdateExtensions
 {
-    /// <summary>Begins an update and makes it ready for bytes.</summary>
+    /// <summary>Begins and opens an update.</summary>
     public static async Task<WeightUpdate> OpenUpdateAsync(this RolloutEngine engine, UpdateManifest manifest)
     {
         WeightUpdate update = engine.BeginUpdate(manifest);
@@ -84,7 +84,7 @@ internal static class UpdateExtensions
     private static void ReadFrom(this WeightUpdate update, PayloadSource source, CancellationToken cancellation)
         => update.ReadFromAsync(source, cancellation).GetAwaiter().GetResult();
 
-    /// <summary>Submits a group, commits the update after so many of its steps, and returns the group when it has ended.</summary>
+    /// <summary>Submits a group, commits the update after this many of its steps, and returns the group when it has ended.</summary>
     public static async Task<Group> UpdateWhileAsync(
         this RolloutEngine engine, ScriptedBackend backend, UpdatePayload payload, UpdatePolicy policy, GroupRequest request, int heldAfter)
     {

@@ -131,12 +131,12 @@ public sealed class WeightUpdateTests
         using CancellationTokenSource deadline = new();
         (Group begun, Task<CommitResult> commit, WeightUpdate update) =
             await CommitInFlightAsync(engine, backend, payload, UpdatePolicy.Drain, deadline.Token);
-        Task paused = engine.PauseAsync(PauseMode.Keep, "whoever makes the drain late", TimeSpan.FromMinutes(1), Cancelled);
+        Task paused = engine.PauseAsync(PauseMode.Keep, "delays the drain", TimeSpan.FromMinutes(1), Cancelled);
         backend.LetGo();
         await paused;
         deadline.Cancel();
         UpdateFailedException e = await Assert.ThrowsAsync<UpdateFailedException>(() => commit);
-        Assert.Contains("taken back", e.Message, StringComparison.Ordinal);
+        Assert.Contains("withdrawn", e.Message, StringComparison.Ordinal);
         update.Dispose();
         await engine.ResumeAsync();
         await engine.RunAsync(s_request with { Id = "later" });
@@ -262,7 +262,7 @@ public sealed class WeightUpdateTests
     }
 
     [Fact]
-    public async Task What_fails_leaves_the_old_weights()
+    public async Task A_failed_update_leaves_the_old_weights()
     {
         using UpdatePayload payload = UpdatePayload.Of("qwen3");
         await using RolloutEngine engine = TestModels.Load("qwen3");
@@ -274,10 +274,10 @@ public sealed class WeightUpdateTests
             using WeightUpdate update = await engine.OpenUpdateAsync(payload.Manifest(0, 1));
             UpdateFailedException e = await Assert.ThrowsAsync<UpdateFailedException>(() => act(update));
             Assert.Contains(reason, e.Message, StringComparison.Ordinal);
-            await Assert.ThrowsAsync<UpdateFailedException>(() => update.CommitAsync(default)); // it cannot be talked round
+            await Assert.ThrowsAsync<UpdateFailedException>(() => update.CommitAsync(default)); // it cannot be committed afterwards
         }
 
-        await Fails("have come", update => update.CommitAsync(default));
+        await Fails("have arrived", update => update.CommitAsync(default));
         await Fails("digest", update =>
         {
             byte[] flipped = [.. bytes];

@@ -80,7 +80,7 @@ public sealed class SafetensorsFileTests : IDisposable
     [InlineData("""{"\ud800":{}}""", 0, "not valid Unicode")]
     [InlineData("""{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4],"x":1}}""", 4, "unknown field 'x'")]
     [InlineData("""{"a":{"dtype":1,"shape":[1],"data_offsets":[0,4]}}""", 4, "dtype of tensor 'a' must be a string")]
-    [InlineData("""{"a":{"dtype":"F32","dtype":"F32","shape":[1],"data_offsets":[0,4]}}""", 4, "dtype of tensor 'a' stands twice")]
+    [InlineData("""{"a":{"dtype":"F32","dtype":"F32","shape":[1],"data_offsets":[0,4]}}""", 4, "dtype of tensor 'a' appears twice")]
     [InlineData("""{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}""", 4, "shape of tensor 'a' must be an array of non-negative")]
     [InlineData("""{"a":{"dtype":"F32","shape":[1.5],"data_offsets":[0,4]}}""", 4, "shape of tensor 'a' must be an array of non-negative")]
     [InlineData("""{"a":{"dtype":"F32","shape":[[1]],"data_offsets":[0,4]}}""", 4, "shape of tensor 'a' must be an array of non-negative")]
@@ -100,10 +100,10 @@ public sealed class SafetensorsFileTests : IDisposable
     [InlineData("""{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"U8","shape":[2],"data_offsets":[3,5]}}""",
         5, "'b' overlaps 'a'")]
     [InlineData("""{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}""",
-        8, "'a' stands twice")]
+        8, "'a' appears twice")]
     [InlineData("""{"__metadata__":{"a":1}}""", 0, "__metadata__ 'a' must be a string")]
-    [InlineData("""{"__metadata__":{"a":"1","a":"2"}}""", 0, "__metadata__ 'a' stands twice")]
-    [InlineData("""{"__metadata__":{},"__metadata__":{}}""", 0, "__metadata__ stands twice")]
+    [InlineData("""{"__metadata__":{"a":"1","a":"2"}}""", 0, "__metadata__ 'a' appears twice")]
+    [InlineData("""{"__metadata__":{},"__metadata__":{}}""", 0, "__metadata__ appears twice")]
     [InlineData("""{"__metadata__":"a"}""", 0, "__metadata__ must be an object of strings")]
     public void A_header_that_lies_is_refused(string header, int dataBytes, string problem)
     {

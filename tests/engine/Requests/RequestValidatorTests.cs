@@ -2,7 +2,7 @@ using Xunit;
 
 namespace Rollout.Engine.Tests;
 
-/// <summary>The borders of a request: what is just allowed, and what is just not and under which field that is reported.</summary>
+/// <summary>The limits of a request: values just allowed, and values just not allowed with the field that is reported.</summary>
 public sealed class RequestValidatorTests
 {
     private const int Vocabulary = 2000;

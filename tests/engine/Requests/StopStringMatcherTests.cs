@@ -4,7 +4,7 @@ using Xunit;
 
 namespace Rollout.Engine.Tests;
 
-/// <summary>Stop strings are found at the token in which they end, wherever tokens begin and end, and at no other.</summary>
+/// <summary>Stop strings are found at the token in which they end, for any token boundaries, and at no other.</summary>
 public sealed class StopStringMatcherTests
 {
     [Fact]

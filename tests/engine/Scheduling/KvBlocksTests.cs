@@ -3,7 +3,7 @@ using Xunit;
 
 namespace Rollout.Engine.Tests;
 
-/// <summary>The pool of KV blocks and its prefix cache: what is found, what is not, and what goes first when room is needed.</summary>
+/// <summary>The pool of KV blocks and its prefix cache: hits, misses, and the order of eviction.</summary>
 public sealed class KvBlocksTests
 {
     private const int B = KvCache.BlockTokens;
@@ -75,11 +75,11 @@ public sealed class KvBlocksTests
     }
 
     [Fact]
-    public void What_has_been_taken_since_is_not_found()
+    public void Evicted_blocks_are_not_found()
     {
         KvBlocks blocks = new(3);
         Compute(blocks, [.. Block('x'), .. Block('y'), 1]);
-        Compute(blocks, [.. Block('z'), .. Block('z'), 1]); // needs all there is
+        Compute(blocks, [.. Block('z'), .. Block('z'), 1]); // needs all blocks
         Assert.Equal(0, Found(blocks, [.. Block('x'), .. Block('y'), 1]));
         Assert.Equal(2 * B, Found(blocks, [.. Block('z'), .. Block('z'), 1]));
     }

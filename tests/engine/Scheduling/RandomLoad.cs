@@ -4,12 +4,12 @@ using Xunit;
 
 namespace Rollout.Engine.Tests;
 
-/// <summary>How a load is run, and what is done: every number of the script is one act.</summary>
+/// <summary>The settings of a load, and its script: every number is one action.</summary>
 internal sealed record LoadPlanned(int Seats, int BatchTokens, int Blocks, bool PlansAhead, int[] Script);
 
 /// <summary>
-/// A scheduler under a load of every kind at once, and everything that its users rely on: asked after every act, and of every sample at
-/// its end from its request and the versions of its tokens alone.
+/// A scheduler under a mixed load, and all its guarantees: checked after every action, and for every sample at its end from its request and
+/// the versions of its tokens alone.
 /// </summary>
 internal sealed class RandomLoad
 {
@@ -23,13 +23,13 @@ internal sealed class RandomLoad
     private readonly Scheduler _scheduler;
     private readonly RememberingDevice _device;
     private readonly ScheduledStep[] _plans;
-    private ScheduledStep? _underWay;
+    private ScheduledStep? _inFlight;
     private RememberingDevice.Answers? _answers;
 
     private readonly List<Group> _submitted = [];
     private readonly List<Group> _ended = [];
     private readonly List<Task> _readers = [];
-    private readonly Dictionary<Group, int> _begun = []; // and at which position its first row was
+    private readonly Dictionary<Group, int> _begun = []; // with the position of its first row
     private readonly HashSet<Group> _mixed = [];         // may have keys and values of several versions
     private readonly HashSet<Sequence> _seated = [];
     private readonly HashSet<Sequence> _aborted = [];
@@ -48,7 +48,7 @@ internal sealed class RandomLoad
             _metrics.CountTokens(sequence.Versions(0, sequence.Sampled), _scheduler!.Version);
         }, group =>
         {
-            // Whoever sees the end may use the id again: the engine must have forgotten the group by then.
+            // A reader that sees the end may reuse the id: the engine must have removed the group by then.
             Assert.Single(group.Sequences, sample => sample.FinishReason == FinishReason.None);
             Assert.False(group.Completed.IsCompleted);
             _ended.Add(group);
@@ -68,8 +68,8 @@ internal sealed class RandomLoad
             CheckCounts();
         }
 
-        // Nothing starves: what is left ends within the steps its tokens need, one row a step at worst, recomputed at every preemption.
-        for (int steps = 0; !_scheduler.IsEmpty || _underWay is not null; steps++)
+        // Nothing starves: the rest ends within the steps that its tokens need, at worst one row a step, recomputed at every preemption.
+        for (int steps = 0; !_scheduler.IsEmpty || _inFlight is not null; steps++)
         {
             Assert.True(steps < 200_000, $"{_scheduler.Running} running and {_scheduler.Waiting} waiting samples do not end");
             Step(admitNew: true);
@@ -93,23 +93,23 @@ internal sealed class RandomLoad
                     break;
                 }
 
-                // The engine refuses it on its way.
+                // Ended by the engine before it is queued.
                 _aborted.UnionWith(group.Sequences);
                 Assert.Equal(group.Sequences.Count, _scheduler.End(group, FinishReason.Abort));
                 break;
             case 6 when _submitted.Count > 0:
-                Land();
+                CollectInFlight();
                 Group aborted = _submitted[random.Next(_submitted.Count)];
                 Sequence[] left = [.. aborted.Sequences.Where(sample => sample.FinishReason == FinishReason.None)];
                 _aborted.UnionWith(left);
                 Assert.Equal(left.Length, _scheduler.End(aborted, FinishReason.Abort));
                 break;
             case 7:
-                Land();
+                CollectInFlight();
                 Update(random.Next(2) == 0 ? UpdatePolicy.Keep : UpdatePolicy.Recompute, _versions[^1] + (ulong)random.Next(1, 4));
                 break;
             case 8 when random.Next(4) == 0:
-                Land();
+                CollectInFlight();
                 _scheduler.DropAllKv();
                 _device.Forget();
                 Assert.Equal((0, 0, 0), (_blocks.Used, _blocks.Cached, _scheduler.Running));
@@ -129,7 +129,7 @@ internal sealed class RandomLoad
         foreach (Sequence sample in open)
         {
             ulong oldest = sample.Published > 0 ? sample.Versions(0, 1)[0] : version;
-            if (Keeps(sample)) oldest = Math.Min(oldest, sample.OldestKvVersion); // which the device has checked
+            if (Keeps(sample)) oldest = Math.Min(oldest, sample.OldestKvVersion); // the device has checked it
             if (sample.Group.Request.MaxStaleness is { } most && version - oldest > (ulong)most) stale.Add(sample);
         }
 
@@ -146,7 +146,7 @@ internal sealed class RandomLoad
 
     private static Group NewGroup(int id, Random random)
     {
-        // Of few blocks in any order, so that equal blocks after different pasts are common; and most prompts end inside a block.
+        // Few different blocks in any order, so that equal blocks after different prefixes are common; most prompts end inside a block.
         int[] prompt =
         [
             .. Enumerable.Range(0, random.Next(4)).SelectMany(_ => Piece(random.Next(3), KvCache.BlockTokens)),
@@ -184,15 +184,15 @@ internal sealed class RandomLoad
 
     private static IEnumerable<int> Piece(int kind, int tokens) => Enumerable.Range(0, tokens).Select(i => 20 * kind + i);
 
-    // ---- As the engine's loop: a step at a time, or the next one planned and run before the answers of the one before are taken in.
+    // ---- Like the engine's loop: one step at a time, or the next one planned and run before the results of the one before are collected.
 
     private void Step(bool admitNew)
     {
-        ScheduledStep step = _underWay == _plans[0] ? _plans[1] : _plans[0];
+        ScheduledStep step = _inFlight == _plans[0] ? _plans[1] : _plans[0];
         if (!_scheduler.Next(step, admitNew))
         {
-            if (_underWay is null) _scheduler.WakeStreams();
-            Land();
+            if (_inFlight is null) _scheduler.WakeStreams();
+            CollectInFlight();
             return;
         }
 
@@ -208,41 +208,41 @@ internal sealed class RandomLoad
             Assert.True(admitNew, "a group began that may not");
             Assert.DoesNotContain(_submitted.TakeWhile(earlier => earlier != group),
                 earlier => !_begun.ContainsKey(earlier) && !earlier.Completed.IsCompleted);
-            // Whoever had a seat and lost it comes first, unless it waits for its group's prompt or its last token.
+            // Preempted sequences come first, unless they wait for their group's prompt or their last token.
             IReadOnlyList<Sequence> running = _scheduler.RunningSequences;
             Assert.DoesNotContain(_seated, sample => sample.FinishReason == FinishReason.None && !running.Contains(sample)
-                && !sample.Group.Sequences.Any(running.Contains) && _underWay?.Sequences.Contains(sample) != true);
+                && !sample.Group.Sequences.Any(running.Contains) && _inFlight?.Sequences.Contains(sample) != true);
         }
 
         _seated.UnionWith(_scheduler.RunningSequences);
         RememberingDevice.Answers answers = _device.Run(step, _scheduler.Version, sequence => _mixed.Contains(sequence.Group));
-        Land();
-        (_underWay, _answers) = (step, answers);
-        if (!_load.PlansAhead) Land();
+        CollectInFlight();
+        (_inFlight, _answers) = (step, answers);
+        if (!_load.PlansAhead) CollectInFlight();
     }
 
-    private void Land()
+    private void CollectInFlight()
     {
-        if (_underWay is not { } step) return;
-        _underWay = null;
+        if (_inFlight is not { } step) return;
+        _inFlight = null;
         _answers!.WriteTo(step.Layout);
         _scheduler.CollectResults(step);
         CountStaleness();
     }
 
-    // ---- What must hold.
+    // ---- Checks.
 
     private void CheckCounts()
     {
         _blocks.CheckInvariant(idle: false);
         Sequence[] open = [.. _submitted.SelectMany(group => group.Sequences).Where(sample => sample.FinishReason == FinishReason.None)];
         Assert.Equal(open.Length - _scheduler.Running, _scheduler.Waiting);
-        if (_underWay is null) Assert.Equal(open.Any(sample => _begun.ContainsKey(sample.Group)), _scheduler.HasBegun);
+        if (_inFlight is null) Assert.Equal(open.Any(sample => _begun.ContainsKey(sample.Group)), _scheduler.HasBegun);
         CountStaleness();
         Assert.Equal(_staleness, _metrics.TokensByStaleness.ToArray());
     }
 
-    /// <summary>Of samples that have ended since the last call, which was before the version changed.</summary>
+    /// <summary>Counts the samples that have ended since the last call, which was before the version changed.</summary>
     private void CountStaleness()
     {
         foreach (Sequence sample in _submitted.SelectMany(group => group.Sequences))
@@ -260,7 +260,7 @@ internal sealed class RandomLoad
         Assert.Equal(_submitted.SelectMany(group => group.Sequences).Sum(sample => sample.Published), _scheduler.GeneratedTokens);
         Assert.Equal(_device.PromptRows, _scheduler.PrefilledTokens);
         bool woken = Task.WhenAll(_readers).Wait(s_patience);
-        if (!woken) s_patience = TimeSpan.FromMilliseconds(100); // for the search of a smaller load that fails
+        if (!woken) s_patience = TimeSpan.FromMilliseconds(100); // for shrinking a failing load
         Assert.True(woken, "a reader was not woken at the end of its group");
         foreach (Group group in _submitted)
         {
@@ -277,7 +277,7 @@ internal sealed class RandomLoad
         Sequence leader = group.Sequences[0];
         int[] prompt = group.Request.Prompt;
         int top = group.Request.PromptTop;
-        if (leader.Published == 0 && leader.FinishReason != FinishReason.Length) return; // it did not come so far
+        if (leader.Published == 0 && leader.FinishReason != FinishReason.Length) return; // it ended before that
         if (leader.Published > 0) Assert.Equal(leader.Versions(0, 1)[0], group.PromptVersion);
         ulong past = 0;
         for (int p = 0; p < prompt.Length; p++)
@@ -331,7 +331,7 @@ internal sealed class RandomLoad
             bool Fails(IEnumerable<int> all) => _versions.Any(version => !RememberingDevice.IsFinite(RememberingDevice.Past(all, version)));
             bool promptFails = request.PromptLogProbs && sample.Index == 0 && n == 0
                 && Enumerable.Range(1, request.Prompt.Length).Any(p => Fails(request.Prompt.Take(p)));
-            Assert.True(promptFails || Fails([.. request.Prompt, .. tokens]), "a sample failed for nothing");
+            Assert.True(promptFails || Fails([.. request.Prompt, .. tokens]), "a sample failed without a reason");
         }
     }
 
@@ -349,7 +349,7 @@ internal sealed class RandomLoad
             Assert.Equal(RememberingDevice.Alternative(past, k), (sample.TopIds(i, i + 1)[k], sample.TopLogProbValues(i, i + 1)[k]));
     }
 
-    /// <summary>Reads a group as a caller does: the chunks of a sample follow each other and say once how it ended.</summary>
+    /// <summary>Reads a group as a caller does: the chunks of a sample are consecutive and report its end once.</summary>
     private static async Task ReadAsync(Group group)
     {
         int[] read = new int[group.Sequences.Count];

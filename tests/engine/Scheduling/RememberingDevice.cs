@@ -4,9 +4,9 @@ using Xunit;
 namespace Rollout.Engine.Tests;
 
 /// <summary>
-/// A device without arithmetic: every KV slot remembers what it was computed from, its whole past included, as attention would have seen
-/// it through the block table. What is drawn from a row, and every log-probability, is a hash of that past: a wrong past gives a wrong
-/// answer, as on a real device.
+/// A device without arithmetic: every KV slot stores a hash of everything it was computed from, read through the block table as attention
+/// would. The token drawn from a row and every log-probability are derived from that hash, so that wrong keys and values give wrong
+/// results, as on a real device.
 /// </summary>
 internal sealed class RememberingDevice(int blocks)
 {
@@ -15,12 +15,12 @@ internal sealed class RememberingDevice(int blocks)
     private readonly Slot[] _slots = new Slot[blocks * KvCache.BlockTokens];
     private int[] _answers = [];
 
-    /// <summary>Prompt tokens computed, as often as they were.</summary>
+    /// <summary>Prompt tokens computed, with repetitions.</summary>
     public long PromptRows { get; private set; }
 
     private readonly record struct Slot(ulong Past, int Token, int Position, ulong Version, string Salt);
 
-    /// <summary>Computes a planned step. What it answers is taken in by <see cref="Answers.WriteTo"/>.</summary>
+    /// <summary>Computes a planned step. <see cref="Answers.WriteTo"/> writes its results.</summary>
     /// <param name="step">The plan.</param>
     /// <param name="version">Of the weights.</param>
     /// <param name="mayMix">Whether a sample may have keys and values of other weights.</param>
@@ -73,7 +73,7 @@ internal sealed class RememberingDevice(int blocks)
         return answers;
     }
 
-    /// <summary>As when keys and values sleep.</summary>
+    /// <summary>Drops all keys and values, as sleep does.</summary>
     public void Forget() => Array.Clear(_slots);
 
     /// <summary>The past of a row: of the tokens up to it, computed under these weights.</summary>
@@ -132,7 +132,7 @@ internal sealed class RememberingDevice(int blocks)
         return a ^ (a >> 32);
     }
 
-    /// <summary>What a step answers, kept until the scheduler takes it in.</summary>
+    /// <summary>The results of a step, kept until the scheduler collects them.</summary>
     internal sealed class Answers(int queries)
     {
         public SampleResult[] Results { get; } = new SampleResult[queries];

@@ -9,7 +9,7 @@ public sealed class SchedulerTests
     private static readonly Gen<LoadPlanned> s_load =
         from seats in Gen.Int[1, 12]
         from batchTokens in Gen.Int[1, 80]
-        from blocks in Gen.Int[8, 60] // a sample has at most 8 blocks: one always fits, many never do
+        from blocks in Gen.Int[8, 60] // a sample has at most 8 blocks: one always fits, many together never do
         from plansAhead in Gen.Bool
         from script in Gen.Int[0, int.MaxValue - 1].Array[10, 120]
         select new LoadPlanned(seats, batchTokens, blocks, plansAhead, script);

@@ -78,7 +78,7 @@ public class BpeTokenizerTests
     }
 
     [Fact]
-    public void Ids_that_no_token_has_stand_for_nothing()
+    public void Ids_that_no_token_has_decode_to_nothing()
     {
         BpeTokenizer tokenizer = Load("llama3");
         foreach (int id in (int[])[-1, int.MinValue, int.MaxValue, tokenizer.VocabSize])
@@ -197,7 +197,7 @@ public class BpeTokenizerTests
     [InlineData("decoder", """{"type":"Metaspace"}""", """decoder must be ByteLevel; it is {"type":"Metaspace"}""")]
     [InlineData("added_tokens", "{}", "added_tokens must be an array")]
     [InlineData("added_tokens.0.content", "\"\"", "must have a content and an id")]
-    [InlineData("added_tokens.0.content", "\"<|eot_id|>\"", "added_tokens '<|eot_id|>' stands twice")]
+    [InlineData("added_tokens.0.content", "\"<|eot_id|>\"", "added_tokens '<|eot_id|>' appears twice")]
     [InlineData("added_tokens.0.content", "\"a\"", "added_tokens 'a' has id 702, but 64 in model.vocab")]
     [InlineData("added_tokens.0.id", "3", "added_tokens '<|begin_of_text|>' has the id of '$', 3")]
     [InlineData("added_tokens.0.id", "4194305", "must have a content and an id")]

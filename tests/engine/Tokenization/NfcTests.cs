@@ -25,7 +25,7 @@ public sealed class NfcTests
     }
 
     [Theory] // unicodedata.normalize("NFC", t)
-    [InlineData("a\u0310\u0301", "a\u0310\u0301")] // a mark of the same class stands between
+    [InlineData("a\u0310\u0301", "a\u0310\u0301")] // a mark of the same class is between them
     [InlineData("a\u0320\u0301", "\u00E1\u0320")]  // one of a lower class does not
     [InlineData("a\u0301\u0320", "\u00E1\u0320")]
     [InlineData("a\u0327\u0310\u0301", "a\u0327\u0310\u0301")]

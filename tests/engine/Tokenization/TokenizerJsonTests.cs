@@ -4,7 +4,9 @@ using Xunit;
 
 namespace Rollout.Engine.Tests;
 
-/// <summary>Settings of a tokenizer.json that the golden ones do not have; expectations are by hand from the reference's rules.</summary>
+/// <summary>
+/// Settings of a tokenizer.json that the golden files do not have. Expected values are derived by hand from the reference's rules.
+/// </summary>
 public sealed class TokenizerJsonTests
 {
     [Fact]
@@ -84,7 +86,7 @@ public sealed class TokenizerJsonTests
         int raw = 256, normalized = 257;
         Assert.Equal([raw, normalized, normalized], model.Encode("e\u0301!o\u0301!\u00F3!", false));
         Assert.DoesNotContain(raw, model.Encode("\u00E9!", false));
-        // The mark before a raw token is not composed with what stands behind it, and text after it is normalised.
+        // The mark before a raw token is not composed with what follows it, and text after it is normalised.
         Assert.Equal(model.Encode("\u00E9", false), model.Encode("e\u0301!e\u0301", false)[1..]);
     }
 
@@ -158,7 +160,7 @@ public sealed class TokenizerJsonTests
             Merge(root, "a", "\u0120");
             root["pre_tokenizer"] = JsonNode.Parse(byteLevel);
         });
-        // Only a space is a space: a line break is not.
+        // Only a space counts, not a line break.
         Assert.Equal([.. space ? (int[])[' ', '\n'] : ['\n'], 'x'], model.Encode("\nx", false));
         Assert.Equal([' ', 'x'], model.Encode(" x", false));
         // "a " merges only where the words are not split.

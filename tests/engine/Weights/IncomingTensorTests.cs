@@ -7,7 +7,7 @@ namespace Rollout.Engine.Tests;
 /// <summary>One tensor of an update, where positions no longer fit in 31 or 32 bits.</summary>
 public sealed class IncomingTensorTests
 {
-    // q_proj alone has more than 2^31 elements, so k_proj and v_proj begin behind that. Memory that is not touched is not taken.
+    // q_proj alone has more than 2^31 elements, so k_proj and v_proj begin after that. The kernel allocates only touched pages.
     private static readonly PlainModel s_large = PlainModel.Of(
         "llama", 1, heads: 1 << 14, kvHeads: 1, headDim: 2048, hidden: 65, intermediate: 2, vocabulary: 3, tied: true);
 

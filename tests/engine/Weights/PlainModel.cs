@@ -47,7 +47,7 @@ internal sealed record PlainTensor(DType Type, byte[] Bytes)
     }
 }
 
-/// <summary>A model of some shape, and what its weights must hold, from Hugging Face's names and not the load plan.</summary>
+/// <summary>A model of some shape, and the expected content of its weights, from Hugging Face's names and not from the load plan.</summary>
 internal sealed class PlainModel
 {
     public PlainModel(string config)
@@ -75,7 +75,7 @@ internal sealed class PlainModel
          "tie_word_embeddings": {{(tied ? "true" : "false")}}}
         """);
 
-    /// <summary>Shapes that fill no tile of any backend.</summary>
+    /// <summary>Shapes that are no multiple of any backend's tiles.</summary>
     public static PlainModel Random(Random random)
     {
         int kvHeads = random.Next(1, 4);
@@ -98,10 +98,10 @@ internal sealed class PlainModel
             all.Select(tensor => (new TensorDeclaration(tensor.Key, tensor.Value.Type, Shapes[tensor.Key]), tensor.Value.Bytes)));
     }
 
-    /// <summary>Every element of every weight is what a tensor of the checkpoint says it is.</summary>
-    /// <param name="values">By tensor, as sent.</param>
-    /// <param name="weights">The set that holds them.</param>
-    /// <param name="backend">It is on.</param>
+    /// <summary>Checks that every element of every weight equals that of the checkpoint's tensor.</summary>
+    /// <param name="values">Values by tensor, as sent.</param>
+    /// <param name="weights">The set to check.</param>
+    /// <param name="backend">The backend of the set.</param>
     public void AssertHolds(Dictionary<string, float[]> values, WeightSet weights, Backend backend)
     {
         foreach ((PlannedWeight weight, WeightSlot slot) in Plan.Weights.Select((weight, i) => (weight, new WeightSlot(i))))

@@ -7,7 +7,7 @@ using Xunit;
 
 namespace Rollout.Engine.Tests;
 
-/// <summary>An engine, and beside it what it must hold, kept as plain values; random updates of both.</summary>
+/// <summary>An engine and its expected weights as plain values, and random updates of both.</summary>
 internal sealed class UpdateChain : IAsyncDisposable
 {
     private const string Embedding = "model.embed_tokens.weight", Head = "lm_head.weight";
@@ -35,7 +35,7 @@ internal sealed class UpdateChain : IAsyncDisposable
 
     public ValueTask DisposeAsync() => Engine.DisposeAsync();
 
-    /// <summary>One update, and what must be true after it.</summary>
+    /// <summary>Makes one update and checks the result.</summary>
     public async Task NextAsync(CancellationToken cancellation)
     {
         bool partial = _random.Next(3) > 0, sparse = _random.Next(2) == 0;

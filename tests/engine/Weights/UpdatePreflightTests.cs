@@ -4,7 +4,7 @@ using Xunit;
 
 namespace Rollout.Engine.Tests;
 
-/// <summary>What a manifest may say before a byte moves: exactly what the model, the version in service and the payload allow.</summary>
+/// <summary>Which manifests the preflight accepts: exactly those that match the model, the version in service and the payload.</summary>
 public sealed class UpdatePreflightTests
 {
     private static readonly PlainModel s_model = PlainModel.Of(

@@ -3,7 +3,7 @@ using Xunit;
 
 namespace Rollout.Engine.Tests;
 
-/// <summary>What a checkpoint or an update says is what the engine computes with, element for element, however it came.</summary>
+/// <summary>The engine's weights equal the checkpoint or the update, element for element, for any transport.</summary>
 public sealed class WeightBytesTests
 {
     private static readonly EngineOptions s_small = new() { MaxSequences = 1, MaxBatchTokens = 16, KvCacheBytes = 1 << 20 };
@@ -38,8 +38,8 @@ public sealed class WeightBytesTests
     }
 
     /// <summary>
-    /// Chains of updates of every kind, in both modes, sent in every way and cut anywhere, some of them given up at some point, some wrong:
-    /// after each the engine holds the last committed value of every element and knows the digest of every tensor that came whole.
+    /// Chains of updates of every kind, in both modes, by every transport and cut anywhere, some of them abandoned or wrong. After each the
+    /// engine has the last committed value of every element and the digest of every tensor that was sent whole.
     /// </summary>
     [Theory]
     [InlineData("llama", true, true, 1)] // tied

@@ -7,7 +7,7 @@ using Rollout.V1;
 
 namespace Rollout.Server.Tests;
 
-/// <summary>What is typed is what is asked: every option, alone, and the borders of what it takes.</summary>
+/// <summary>Every option, alone, changes exactly its field of the request, and accepts exactly its valid values.</summary>
 public sealed class CommandTests(SharedServer shared)
 {
     private const string Server = "--address http://localhost:1";
@@ -184,7 +184,7 @@ public sealed class CommandTests(SharedServer shared)
         List<GenerateReply> replies = await server.RepliesAsync(Calls.Greedy(prompt, 1, r => r.ReturnText = true));
         Assert.Equal(7ul, (await server.Control.StatusAsync(new StatusRequest())).Steps - before.Steps); // 16 tokens each
 
-        // Three seats: of ten samples of ten tokens, no step draws more than three.
+        // Three seats: with ten samples of ten tokens, no step draws more than three tokens.
         before = await server.Control.StatusAsync(new StatusRequest());
         await server.SamplesAsync(Calls.Sampled([1, 2], 12, seed: 1, n: 9));
         Assert.InRange((await server.Control.StatusAsync(new StatusRequest())).Steps - before.Steps, 36ul, 45ul);

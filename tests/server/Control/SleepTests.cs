@@ -6,12 +6,12 @@ using Update = Grpc.Core.AsyncDuplexStreamingCall<Rollout.V1.UpdateRequest, Roll
 
 namespace Rollout.Server.Tests;
 
-/// <summary>Sleep and WakeUp over the wire: memory given back for a trainer on the same machine, and what may happen meanwhile.</summary>
+/// <summary>Sleep and WakeUp over the wire: memory given back for a trainer on the same machine, and calls during sleep.</summary>
 public sealed class SleepTests
 {
     private static readonly Golden.Case s_golden = Golden.Cases("qwen3")[1];
 
-    /// <summary>Far more samples than there are seats: it goes on for a while, however fast the machine.</summary>
+    /// <summary>Far more samples than seats, so that it runs for a while on any machine.</summary>
     private static readonly GenerateRequest s_long = Calls.Sampled(s_golden.Prompt, 490, seed: 2, n: 32, change: r => r.Stream = true);
 
     [Fact]
@@ -47,7 +47,7 @@ public sealed class SleepTests
             Assert.InRange(slept.Freed[0].FreedBytes, payload.Bytes.Length * 0.9, payload.Bytes.Length * 1.15);
             Assert.InRange(slept.Freed[1].FreedBytes, KeysValues * 0.9, 64 << 20);
             Assert.InRange(slept.Freed[1].AllocatedBytes, 60ul << 20, 64ul << 20);
-            // What the server says, the machine says too; the process goes on living meanwhile.
+            // The freed bytes agree with the process's resident memory, which also changes for other reasons.
             double said = slept.Freed.Sum(memory => (double)memory.FreedBytes);
             Assert.InRange(freed, said * 0.9, said * 1.1);
 
@@ -99,7 +99,7 @@ public sealed class SleepTests
         await RefusedAsync("SLEEPING", () => server.Rollout.ScoreAsync(score).ResponseAsync);
         await RefusedAsync("SLEEPING", () => server.UpdateAsync([payload.Begin(0, 1)]));
 
-        // Weights that slept are none: awake the engine is poisoned, and until the cache is awake too it sleeps and says why.
+        // Awake, the engine is poisoned; until the cache is awake too it reports sleeping, with both reasons.
         Assert.Equal(EngineState.Sleeping, (await server.Control.WakeUpAsync(new WakeUpRequest { Tags = { MemoryTag.Weights } })).State);
         status = await server.Control.StatusAsync(new StatusRequest());
         Assert.Equal(EngineState.Sleeping, status.State);
@@ -130,7 +130,7 @@ public sealed class SleepTests
         await RefusedAsync("PAUSED", () => server.Control.SleepAsync(new SleepRequest()).ResponseAsync);
         Assert.Equal([MemoryTag.KvCache], (await server.Control.SleepAsync(cache)).Asleep);
         await server.Control.ResumeAsync(new ResumeRequest());
-        // A pause is not what holds it now.
+        // The engine is not paused now.
         Assert.Equal(EngineState.Sleeping, (await server.Control.StatusAsync(new StatusRequest())).State);
         Assert.Equal(EngineState.Running, (await server.Control.WakeUpAsync(new WakeUpRequest())).State);
         List<SampleChunk> samples = Calls.Join([first, .. await call.ResponseStream.ReadAllAsync().ToListAsync()]);

@@ -11,7 +11,8 @@ using ServingStatus = Grpc.Health.V1.HealthCheckResponse.Types.ServingStatus;
 namespace Rollout.Server.Tests;
 
 /// <summary>
-/// What every call answers in every state, as control.proto has it: a client decides by it whether to wait, to mend something, or to go.
+/// The answer of every call in every state, as defined in control.proto. A client decides by it whether to wait, to fix its request, or to
+/// give up.
 /// </summary>
 public sealed class StateTests
 {
@@ -100,8 +101,8 @@ public sealed class StateTests
         await HearsAsync(watch, ServingStatus.NotServing);
         await HearsAsync(whole, ServingStatus.Serving); // all the time until now
         await HearsAsync(whole, ServingStatus.NotServing);
-        HealthCheckRequest nobody = new() { Service = "no.such.Service" };
-        await Calls.FailsAsync(() => server.Health.CheckAsync(nobody).ResponseAsync, StatusCode.NotFound);
+        HealthCheckRequest unknown = new() { Service = "no.such.Service" };
+        await Calls.FailsAsync(() => server.Health.CheckAsync(unknown).ResponseAsync, StatusCode.NotFound);
     }
 
     /// <summary>A stream that ends with OK is a whole one.</summary>
@@ -152,7 +153,7 @@ public sealed class StateTests
 
         while (!server.Log.Lines.Any(line => line.Event == 5)) await Task.Delay(20, new CancellationTokenSource(30_000).Token);
         Assert.Contains("device lost", server.Log.Lines.Single(line => line.Event == 5).Text, StringComparison.Ordinal);
-        Assert.DoesNotContain(server.Log.Lines, line => line.Event == 103); // not one it did not expect
+        Assert.DoesNotContain(server.Log.Lines, line => line.Event == 103); // no unexpected error
     }
 
     [Fact]
@@ -165,7 +166,7 @@ public sealed class StateTests
         Task<List<SampleChunk>> waits = server.SamplesAsync(Calls.Sampled(prompt, 100, seed: 1, n: 3));
         StatusReply status = await server.StatusAsync(status => status.Waiting > 0);
         EngineStatus said = server.Engine.Status;
-        // Each has a number of its own, so that none can stand for another.
+        // Each has a different value, so that swapped fields are detected.
         long[] numbers = [said.Running, said.Waiting, said.KvBlocksTotal, said.KvBlocksUsed, said.KvBlocksCached, said.Steps,
             said.GeneratedTokens, said.PrefixHitTokens];
         Assert.Equal(numbers, numbers.Distinct());
@@ -194,7 +195,7 @@ public sealed class StateTests
         Assert.All([.. await begun, .. await waits], sample => Assert.Equal(FinishReason.Abort, sample.FinishReason));
         await server.Control.ResumeAsync(new ResumeRequest());
 
-        // The reply to WAIT comes when what had begun has ended, and what had not begins after it.
+        // The reply to WAIT comes when the groups that had begun have ended; the others begin after the pause.
         using AsyncServerStreamingCall<GenerateReply> call = server.Rollout.Generate(
             Calls.Sampled(s_prompt, 300, seed: 3, n: 4, change: r => r.Stream = true), deadline: Calls.Deadline());
         Assert.True(await call.ResponseStream.MoveNext(default));
@@ -231,7 +232,7 @@ public sealed class StateTests
         else await Calls.FailsAsync(call, code);
     }
 
-    /// <param name="server">Asked.</param>
+    /// <param name="server">The server.</param>
     /// <param name="expected">S where it serves: the whole, generation, weights. Control always does.</param>
     private static async Task HealthAsync(HeldServer server, string expected)
     {

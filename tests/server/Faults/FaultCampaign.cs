@@ -31,10 +31,10 @@ internal enum Fault
 }
 
 /// <summary>One update and what is wrong with it.</summary>
-/// <param name="Scope">What is sent.</param>
-/// <param name="Target">What is served if it commits.</param>
-/// <param name="Messages">Into how many the payload is cut.</param>
-/// <param name="At">Before which of them it breaks.</param>
+/// <param name="Scope">The tensors that are sent.</param>
+/// <param name="Target">The weights served if it commits.</param>
+/// <param name="Messages">Number of messages of the payload.</param>
+/// <param name="At">The message before which it breaks.</param>
 internal sealed record Push(
     Scope Scope, Content Target, Route Route, UpdateMode Mode, UpdatePolicy Policy, int Messages, Fault Fault, int At)
 {
@@ -42,9 +42,9 @@ internal sealed record Push(
 }
 
 /// <summary>
-/// Random steps against one server, beside a model of what it must be afterwards: which weights, to the bit, or none that may be served;
-/// paused, asleep. Where a step may truly end in more than one way, as a stream that breaks during a commit, the server says which it was,
-/// and is held to it.
+/// Random steps against one server, and a model of its expected state: which weights are served, to the bit, or none; paused; asleep. Where
+/// a step has more than one possible outcome, such as a stream that breaks during a commit, the server reports the outcome, and later
+/// checks hold it to that.
 /// </summary>
 internal sealed class FaultCampaign(ServerProcess server, Variants variants) : IDisposable
 {
@@ -65,10 +65,10 @@ internal sealed class FaultCampaign(ServerProcess server, Variants variants) : I
     /// <summary>Owners of the updates that committed.</summary>
     public HashSet<string> Committed { get; } = [];
 
-    /// <summary>How often each end was seen, to show that a campaign was not all of one kind.</summary>
+    /// <summary>How often each outcome was seen, to show that a campaign covers several.</summary>
     public SortedDictionary<string, int> Ends { get; } = [];
 
-    /// <summary>A handful of random steps; ends with the server running, on weights that are known.</summary>
+    /// <summary>A few random steps; ends with the server running on known weights.</summary>
     public async Task RunAsync(int seed)
     {
         _steps.Clear();
@@ -122,7 +122,7 @@ internal sealed class FaultCampaign(ServerProcess server, Variants variants) : I
         return new Push(scope, target, route, mode, policy, messages, fault, random.Next(messages + 1));
     }
 
-    /// <summary>Back to a server that runs, on weights that are known.</summary>
+    /// <summary>Returns the server to running on known weights.</summary>
     private async Task SettleAsync(Random random)
     {
         if (_asleep.Count > 0) await WakeUpAsync();
@@ -133,9 +133,9 @@ internal sealed class FaultCampaign(ServerProcess server, Variants variants) : I
         await JoinAsync();
     }
 
-    // ---- What is always true.
+    // ---- Checks.
 
-    /// <summary>Status and tokens are those of the model, whatever happened before.</summary>
+    /// <summary>Checks that status and tokens are those of the model.</summary>
     private async Task CheckAsync()
     {
         StatusReply status = await SettledAsync();
@@ -155,7 +155,7 @@ internal sealed class FaultCampaign(ServerProcess server, Variants variants) : I
         }
     }
 
-    /// <summary>The server learns of a broken stream a moment later.</summary>
+    /// <summary>Waits until the server has noticed a broken stream.</summary>
     private async Task<StatusReply> SettledAsync()
     {
         using CancellationTokenSource patience = new(s_patience);
@@ -215,7 +215,7 @@ internal sealed class FaultCampaign(ServerProcess server, Variants variants) : I
             $"the answer was {end}, {reply}");
 
         // :: What it may have become
-        bool landed = push.InPlace && fault switch
+        bool written = push.InPlace && fault switch
         {
             Fault.WrongDigest or Fault.FlippedBit or Fault.ResetInCommit => true,
             Fault.Abort or Fault.CloseSide or Fault.Reset or Fault.Deadline => push.At > 0,
@@ -223,19 +223,19 @@ internal sealed class FaultCampaign(ServerProcess server, Variants variants) : I
             Fault.Truncated => (push.Route == Route.Inline ? push.Messages - 1 : Math.Min(push.At, push.Messages - 1)) > 0,
             _ => false,
         };
-        // Messages that were on their way when the stream broke may not have been looked at.
+        // Messages in transit when the stream broke may not have been processed.
         bool uncertain = fault is Fault.Reset or Fault.ResetInCommit or Fault.Deadline;
         string old = _content is null ? "poisoned" : "old";
         List<string> may = fault switch
         {
             Fault.None or Fault.SecondTrainer => ["new"],
             Fault.ResetInCommit => ["new", old],
-            _ => landed && !uncertain ? [] : [old],
+            _ => written && !uncertain ? [] : [old],
         };
-        if (landed) may.Add("poisoned");
+        if (written) may.Add("poisoned");
         Assert.True(may.Contains(became), $"the weights are {became}, they may be {string.Join(" or ", may)}");
         bool? said = reply?.Failed?.Poisoned ?? reply?.Aborted?.Poisoned;
-        if (said is not null && !(uncertain && _content is null)) Assert.Equal(_content is null ? landed : became == "poisoned", said);
+        if (said is not null && !(uncertain && _content is null)) Assert.Equal(_content is null ? written : became == "poisoned", said);
 
         // :: What it is from here on
         if (became == "new")
@@ -301,12 +301,12 @@ internal sealed class FaultCampaign(ServerProcess server, Variants variants) : I
         if (push.Fault == Fault.WrongDigest) commit.Commit.Digest = ByteString.CopyFrom(new byte[16]);
         await update.SendAsync(commit);
         if (push.Fault != Fault.ResetInCommit) return await update.EndAsync();
-        // At once, the commit is lost on the way; one round trip later, its answer is, or it is broken in the middle.
+        // Broken at once, the commit is lost; one round trip later, its answer is lost, or it breaks during the commit.
         if (push.At % 2 == 0) await server.Control.StatusAsync(new StatusRequest(), deadline: Calls.Deadline(5));
         return null;
     }
 
-    /// <summary>Puts the payload where the server will look for it, bit flips and truncation included.</summary>
+    /// <summary>Writes the payload where the server will read it, with bit flips and truncation.</summary>
     private string WriteSource(Push push, Sending sending, byte[] payload)
     {
         if (push.Fault == Fault.FlippedBit) payload[payload.Length * push.At / (push.Messages + 1)] ^= 0x10;
@@ -357,7 +357,7 @@ internal sealed class FaultCampaign(ServerProcess server, Variants variants) : I
                 (messages[i], messages[i + 1]) = (messages[i + 1], messages[i]);
                 break;
             case Fault.Truncated when push.Route == Route.Inline: messages.RemoveAt(messages.Count - 1); break;
-            case Fault.MissingSource when push.Route == Route.Inline: // all of it, and bytes that nobody announced
+            case Fault.MissingSource when push.Route == Route.Inline: // all of it, and bytes past its end
                 messages = [new UpdateRequest { Chunk = new Chunk { Data = ByteString.CopyFrom([.. payload, 1, 2, 3]) } }];
                 break;
         }
@@ -389,7 +389,7 @@ internal sealed class FaultCampaign(ServerProcess server, Variants variants) : I
 
     private async Task SleepAsync(MemoryTag[] tags)
     {
-        await PauseAsync(PauseMode.Abort); // nothing may be in flight
+        await PauseAsync(PauseMode.Abort); // sleep requires that no sample is in flight
         await JoinAsync();
         Note($"sleep {string.Join(", ", tags)}");
         SleepReply reply = await server.Control.SleepAsync(new SleepRequest { Tags = { tags } }, deadline: Calls.Deadline());

@@ -5,14 +5,14 @@ using System.Text.RegularExpressions;
 namespace Rollout.Server.Tests;
 
 /// <summary>
-/// Random sequences of faults against one server that lives through all of them. ROLLOUT_FAULT_SEQUENCES says how many, instead of 200;
+/// Random sequences of faults against one server, which must survive all of them. ROLLOUT_FAULT_SEQUENCES says how many, instead of 200;
 /// ROLLOUT_FAULT_SEED repeats a campaign that failed.
 /// </summary>
 public sealed partial class FaultSequenceTests
 {
     /// <summary>
-    /// After a quarter of the sequences the server may grow by this much, however long the campaign. The heap of .NET settles at
-    /// about 130 MB after 600 sequences and stays there (3,000: 128 MB to 132);
+    /// After a quarter of the sequences the server's memory may grow by this much, for any length of the campaign. The heap of .NET
+    /// settles at about 130 MB after 600 sequences and stays there (3,000: 128 MB to 132);
     /// a campaign of 10,000 sends gigabytes, of which less than a hundredth may stay.
     /// </summary>
     private const double MostGrowthMegabytes = 40;
@@ -59,7 +59,7 @@ public sealed partial class FaultSequenceTests
         Assert.InRange(after.ResidentMegabytes - warm.ResidentMegabytes, -1000, MostGrowthMegabytes);
         Assert.Empty(Footprint.SharedMemory("rollout-faults-*").Except(before));
 
-        // What committed did not fail as well, for whoever reads the log.
+        // An update that committed is not logged as failed too.
         server.Signal("TERM");
         Assert.Equal(0, await server.ExitAsync());
         Assert.DoesNotContain(NotCommitted().Matches(server.Log), failure => committed.Contains(failure.Groups[1].Value));

@@ -5,7 +5,7 @@ using EngineState = Rollout.V1.EngineState;
 
 namespace Rollout.Server.Tests;
 
-/// <summary>A server for the tests of one class, which find it running on weights that they put there and leave it as healthy.</summary>
+/// <summary>A server shared by the tests of one class. Each sets its own weights at the start and leaves the server healthy.</summary>
 public sealed class FaultServer : IAsyncLifetime
 {
     private static readonly TimeSpan s_patience = TimeSpan.FromSeconds(20);
@@ -19,14 +19,14 @@ public sealed class FaultServer : IAsyncLifetime
     /// <summary>The checkpoint it starts with.</summary>
     internal static Content Old => new(false, false);
 
-    /// <summary>What faulty updates would bring.</summary>
+    /// <summary>The weights of faulty updates.</summary>
     internal static Content New => new(true, true);
 
     public async ValueTask InitializeAsync()
     {
         Variants = await Variants.SharedAsync();
         Process = await ServerProcess.StartAsync(Variants.Folder(Old), "--kv-cache", "4MiB");
-        // What a first update of any kind leaves for good is there before anything is counted.
+        // Resources that a first update of each kind allocates permanently exist before anything is counted.
         await PushAsync(Old, PushTransport.Inline, Client.UpdateMode.InPlace);
         await HealAsync();
         _before = Footprint.Of(Process.Id);
@@ -43,7 +43,7 @@ public sealed class FaultServer : IAsyncLifetime
         return await publisher.PushAsync(Variants.Sources(content), options: new PushOptions { Transport = transport, Mode = mode });
     }
 
-    /// <summary>Waits until nobody updates.</summary>
+    /// <summary>Waits until no update is in progress.</summary>
     public async Task<StatusReply> SettledAsync()
     {
         using CancellationTokenSource patience = new(s_patience);
@@ -56,7 +56,7 @@ public sealed class FaultServer : IAsyncLifetime
         }
     }
 
-    /// <summary>It serves exactly these weights.</summary>
+    /// <summary>Checks that it serves exactly these weights.</summary>
     internal async Task ServesAsync(Content content, ulong version)
     {
         StatusReply status = await SettledAsync();
@@ -67,7 +67,7 @@ public sealed class FaultServer : IAsyncLifetime
         Assert.All(sample.Versions, span => Assert.Equal(version, span.Version));
     }
 
-    /// <summary>It serves nothing, and says so.</summary>
+    /// <summary>Checks that it is poisoned and reports it.</summary>
     public async Task IsPoisonedAsync(ulong version)
     {
         StatusReply status = await SettledAsync();
@@ -78,7 +78,7 @@ public sealed class FaultServer : IAsyncLifetime
         Assert.StartsWith("POISONED", refused.Status.Detail, StringComparison.Ordinal);
     }
 
-    /// <summary>A good push by another trainer: the old weights again, whatever there was. The version.</summary>
+    /// <summary>Another trainer pushes the old weights successfully. Returns the version.</summary>
     internal async Task<ulong> HealAsync()
     {
         ulong version = (await PushAsync(Old)).Version;
@@ -86,12 +86,12 @@ public sealed class FaultServer : IAsyncLifetime
         return version;
     }
 
-    /// <summary>After a push by another trainer, no thread, no open file and nothing in /dev/shm is left of what there was.</summary>
+    /// <summary>After a push by another trainer, checks that no thread, open file or file in /dev/shm is left over.</summary>
     internal async Task LeavesNothingAsync()
     {
         await HealAsync();
         Assert.True(!Process.Log.Contains("   at ", StringComparison.Ordinal), Process.Log);
-        // A connection of a client that has gone may be open a moment longer.
+        // The connection of a client that has ended may stay open a little longer.
         for (int i = 0; ; i++)
         {
             Footprint now = Footprint.Of(Process.Id);

@@ -2,10 +2,10 @@ using System.Globalization;
 
 namespace Rollout.Server.Tests;
 
-/// <summary>What a process holds, as /proc has it.</summary>
+/// <summary>Resources of a process, from /proc.</summary>
 internal sealed record Footprint(double ResidentMegabytes, IReadOnlyList<string> Threads, IReadOnlyList<string> Files)
 {
-    /// <summary>Threads that .NET starts and ends as it likes, and assemblies that it loads when they are needed, are left out.</summary>
+    /// <summary>Without the threads that .NET starts and ends by itself, and the assemblies that it loads on demand.</summary>
     public static Footprint Of(int process)
     {
         string proc = $"/proc/{process.ToString(CultureInfo.InvariantCulture)}";
@@ -31,7 +31,7 @@ internal sealed record Footprint(double ResidentMegabytes, IReadOnlyList<string>
         return new Footprint(megabytes, [.. threads.Order(StringComparer.Ordinal)], [.. files.Order(StringComparer.Ordinal)]);
     }
 
-    /// <summary>Without what differs each time: the number of a socket, the name of the segment that updates come through.</summary>
+    /// <summary>Without the parts that differ each time: the number of a socket, the name of the segment for updates.</summary>
     private static string Kind(string target)
     {
         if (!target.Contains(':', StringComparison.Ordinal)) return target;
@@ -39,7 +39,7 @@ internal sealed record Footprint(double ResidentMegabytes, IReadOnlyList<string>
         return name.StartsWith("memfd:rollout-", StringComparison.Ordinal) ? "memfd:rollout" : name;
     }
 
-    /// <summary>Files of ours in shared memory, whoever made them.</summary>
+    /// <summary>Files of Rollout in shared memory, of any process.</summary>
     public static string[] SharedMemory(string pattern) => Directory.GetFiles("/dev/shm", pattern);
 
     private static string? Read(Func<string?> read)

@@ -3,8 +3,8 @@ using System.Net.Sockets;
 namespace Rollout.Server.Tests;
 
 /// <summary>
-/// Stands between client and server and lets everything through until it sees the digest that it looks for: in a commit on its way to the
-/// server, or in the answer on its way back. The bytes that hold it are never delivered.
+/// A proxy between client and server that forwards everything until it sees a given digest: in a commit to the server, or in the answer
+/// from it. The bytes that contain the digest are not delivered.
 /// </summary>
 internal sealed class Relay : IDisposable
 {
@@ -17,8 +17,8 @@ internal sealed class Relay : IDisposable
     private int _looking = 1;
 
     /// <param name="server">The server's socket.</param>
-    /// <param name="digest">Looked for.</param>
-    /// <param name="inAnswer">On the way from the server, else on the way to it.</param>
+    /// <param name="digest">The digest to look for.</param>
+    /// <param name="inAnswer">Whether to look in bytes from the server, else in those to it.</param>
     /// <param name="found">Awaited before the connection breaks.</param>
     public Relay(string server, byte[] digest, bool inAnswer, Func<Task> found)
     {
@@ -33,7 +33,7 @@ internal sealed class Relay : IDisposable
 
     public string Address => $"unix:{_folder["r"]}";
 
-    /// <summary>Whether the digest has come by.</summary>
+    /// <summary>Whether the digest was seen.</summary>
     public bool Found => _looking == 0;
 
     public void Dispose()
@@ -72,7 +72,7 @@ internal sealed class Relay : IDisposable
     private async Task PumpAsync(Socket from, Socket to, bool look)
     {
         byte[] buffer = new byte[1 << 16];
-        List<byte> tail = []; // a digest may come in two pieces
+        List<byte> tail = []; // a digest may be split over two reads
         try
         {
             while (await from.ReceiveAsync(buffer) is > 0 and int read)
@@ -94,7 +94,7 @@ internal sealed class Relay : IDisposable
         }
         catch (Exception e) when (e is SocketException or ObjectDisposedException)
         {
-            // One side has gone.
+            // One side has disconnected.
         }
     }
 }

@@ -3,8 +3,8 @@ using Rollout.Client;
 namespace Rollout.Server.Tests;
 
 /// <summary>
-/// The server is killed at each step of a push and started again on the same socket: the client learns what is served, pushes again with
-/// the same publisher, and ends with the right version and the right tokens.
+/// The server is killed at each step of a push and started again on the same socket: the client reports what is served, pushes again with
+/// the same publisher, and the right version and tokens are served.
 /// </summary>
 public sealed class ServerDeathTests
 {
@@ -51,7 +51,7 @@ public sealed class ServerDeathTests
         await killed.Task;
         await server.StartAgainAsync();
         WeightUpdateFailedException failed = await Assert.ThrowsAsync<WeightUpdateFailedException>(() => push);
-        // Before the commit, of an update in place only the server knew whether bytes had landed. After it, the client asks the new server.
+        // Before the commit, only the server knew whether an update in place had written bytes. After it, the client asks the new server.
         bool unknown = mode == UpdateMode.InPlace && (step is "begun" or "copying");
         Assert.Equal(unknown ? UpdateOutcome.Unknown : UpdateOutcome.NotCommitted, failed.Outcome);
         Assert.Equal(onItsWay, relay.Found);
@@ -76,7 +76,7 @@ public sealed class ServerDeathTests
         Assert.True(relay.Found);
         Assert.Equal((1ul, true), (result.Version, result.ConfirmedByStatus));
         await ServesAsync(server, variants, FaultServer.New, 1);
-        Assert.DoesNotContain("the old weights stay", server.Log, StringComparison.Ordinal); // nor does the log say otherwise
+        Assert.DoesNotContain("the old weights stay", server.Log, StringComparison.Ordinal); // and the log does not contradict it
         Assert.DoesNotContain("poisoned", server.Log, StringComparison.Ordinal);
     }
 

@@ -8,9 +8,9 @@ using EngineState = Rollout.V1.EngineState;
 namespace Rollout.Server.Tests;
 
 /// <summary>
-/// What a trainer can do wrong in an update, each over the real process boundary: killed at any step, stalled, bytes that changed or are
-/// not there, two at once, no room. Afterwards the old weights are served, or the new ones, or none and the server says so; and the next
-/// trainer's push is served.
+/// Faults of a trainer in an update, each from a real separate process: killed at any step, stalled, changed or missing bytes, two at once,
+/// no room. Afterwards the old weights are served, or the new ones, or none and the server reports it; and the next trainer's push is
+/// served.
 /// </summary>
 public sealed class TrainerFaultTests(FaultServer server) : IClassFixture<FaultServer>
 {
@@ -19,7 +19,7 @@ public sealed class TrainerFaultTests(FaultServer server) : IClassFixture<FaultS
     private readonly string _old = server.Variants.Folder(FaultServer.Old);
     private readonly string _new = server.Variants.Folder(FaultServer.New);
 
-    /// <summary>Every step that changes something, and a chunk nobody chose.</summary>
+    /// <summary>Every step that changes something, and a random chunk.</summary>
     public static IEnumerable<TheoryDataRow<string, string, string>> Deaths() =>
         from route in (string[])["inline", "shm", "file"]
         from mode in (string[])["staged", "inplace"]
@@ -51,7 +51,7 @@ public sealed class TrainerFaultTests(FaultServer server) : IClassFixture<FaultS
             case "committed":
                 await server.ServesAsync(FaultServer.New, version + 1);
                 break;
-            default: // of chunks on their way nobody may have looked at the first
+            default: // chunks in transit may not have been processed, not even the first
                 await server.ServesAsync(FaultServer.Old, version);
                 break;
         }
@@ -81,7 +81,7 @@ public sealed class TrainerFaultTests(FaultServer server) : IClassFixture<FaultS
         ulong version = await server.HealAsync();
         await using TrainerProcess trainer = TrainerProcess.Start(server.Process, "publish", _new, "shm", mode, 2);
         await trainer.ToAsync("copy 20");
-        if (mode == "inplace") await server.IsPoisonedAsync(version); // waits for the end of the update
+        if (mode == "inplace") await server.IsPoisonedAsync(version); // waits until the update has ended
         else await server.ServesAsync(FaultServer.Old, version);
         await trainer.GoOnAsync();
         string end = await trainer.EndAsync();
@@ -190,11 +190,11 @@ public sealed class TrainerFaultTests(FaultServer server) : IClassFixture<FaultS
     }
 
     [Theory, InlineData("staged"), InlineData("inplace")]
-    public async Task No_room_for_the_file_is_an_error_before_the_server_hears_of_it(string mode)
+    public async Task No_room_for_the_file_is_an_error_before_anything_is_sent(string mode)
     {
         ulong version = await server.HealAsync();
         using TemporaryFolder disk = new();
-        // A limit on the size of files: works without root, and fails where a full disk does, when the file is allocated.
+        // A limit on the size of files needs no root and fails where a full disk does: when the file is allocated.
         const string Limit = "trap '' XFSZ; ulimit -f 100";
         await using (TrainerProcess trainer = TrainerProcess.Start(
             server.Process, "publish", _new, "file", mode, 20, Limit, disk.Path))

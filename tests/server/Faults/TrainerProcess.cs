@@ -18,14 +18,14 @@ internal sealed class TrainerProcess : IAsyncDisposable
 
     public int Id => _process.Id;
 
-    /// <param name="server">Pushed to.</param>
+    /// <param name="server">The server to push to.</param>
     /// <param name="how">"push" or "publish"; see the program.</param>
-    /// <param name="folder">Whose model.safetensors is pushed.</param>
+    /// <param name="folder">The folder whose model.safetensors is pushed.</param>
     /// <param name="route">inline, shm or file.</param>
     /// <param name="mode">staged or inplace.</param>
-    /// <param name="number">Messages of a push, seconds of a publish.</param>
+    /// <param name="number">Number of messages of a push, or timeout in seconds of a publish.</param>
     /// <param name="under">A shell command that sets limits before the program starts, or nothing.</param>
-    /// <param name="disk">For files.</param>
+    /// <param name="disk">Folder for files.</param>
     public static TrainerProcess Start(ServerProcess server, string how, string folder, string route, string mode, int number,
         string under = "", string disk = "")
     {
@@ -38,7 +38,7 @@ internal sealed class TrainerProcess : IAsyncDisposable
         start.RedirectStandardInput = true;
         start.RedirectStandardOutput = true;
         start.RedirectStandardError = true;
-        // A limit on files would also be one on the memory that .NET maps twice to keep it from being both writable and executable.
+        // A limit on file sizes would also apply to the memory that .NET maps twice for W^X.
         if (under.Length > 0) start.Environment["DOTNET_EnableWriteXorExecute"] = "0";
         return new TrainerProcess(Process.Start(start)!);
     }
@@ -71,7 +71,7 @@ internal sealed class TrainerProcess : IAsyncDisposable
         return $"nothing: {await _process.StandardError.ReadToEndAsync()}";
     }
 
-    /// <summary>SIGKILL; returns when it is gone.</summary>
+    /// <summary>Kills it with SIGKILL; returns when it has ended.</summary>
     public async Task KillAsync()
     {
         _process.Kill();

@@ -4,14 +4,14 @@ using Rollout.V1;
 
 namespace Rollout.Server.Tests;
 
-/// <summary>One Weights.Update call, step by step, by hand: what a client library would never send can be sent.</summary>
+/// <summary>One Weights.Update call, step by step, without a client library, so that invalid messages can be sent.</summary>
 internal sealed class Transaction : IDisposable
 {
     private readonly AsyncDuplexStreamingCall<UpdateRequest, UpdateReply> _call;
 
     public Transaction(WeightsService.WeightsServiceClient weights) => _call = weights.Update(deadline: Calls.Deadline());
 
-    /// <summary>False when the server has ended the call: why, <see cref="EndAsync"/> says.</summary>
+    /// <summary>False when the server has ended the call; <see cref="EndAsync"/> gives the reason.</summary>
     public async Task<bool> SendAsync(UpdateRequest request)
     {
         try
@@ -25,7 +25,7 @@ internal sealed class Transaction : IDisposable
         }
     }
 
-    /// <summary>Null when the update may go on; else how the server refused it.</summary>
+    /// <summary>Null when the update may continue; otherwise the server's refusal.</summary>
     public async Task<UpdateReply?> BeginAsync(BeginUpdate begin)
     {
         await SendAsync(new UpdateRequest { Begin = begin });
@@ -40,7 +40,7 @@ internal sealed class Transaction : IDisposable
         return _call.ResponseStream.Current;
     }
 
-    /// <summary>Waits until this much has landed.</summary>
+    /// <summary>Waits until the server has read this many bytes.</summary>
     public async Task LandedAsync(ulong bytes)
     {
         while (true)

@@ -11,7 +11,7 @@ using SampleChunk = Rollout.V1.SampleChunk;
 
 namespace Rollout.Server.Tests;
 
-/// <summary>What weights a server has: two parts of the model, each as the checkpoint has it or changed. That makes four models.</summary>
+/// <summary>The weights of a server: two parts of the model, each unchanged or changed. That makes four models.</summary>
 internal readonly record struct Content(bool First, bool Second)
 {
     public static Content Random(Random random) => new(random.Next(2) == 1, random.Next(2) == 1);
@@ -31,8 +31,8 @@ internal enum Scope
 }
 
 /// <summary>
-/// Four variants of a golden model and, of each, the tokens and log-probabilities that an engine gives which has loaded it from a folder:
-/// to the bit, so that one tensor of another variant is noticed.
+/// Four variants of a golden model and, for each, the tokens and log-probabilities of an engine that has loaded it from a folder, to the
+/// bit, so that one tensor of another variant is detected.
 /// </summary>
 internal sealed class Variants : IDisposable
 {
@@ -45,10 +45,10 @@ internal sealed class Variants : IDisposable
     private readonly List<(string Name, long[] Shape, byte[] Bytes)> _tensors = [];
     private readonly Dictionary<Content, string> _expected = [];
 
-    /// <summary>What <see cref="Bits"/> must be.</summary>
+    /// <summary>The expected <see cref="Bits"/>.</summary>
     public string this[Content content] => _expected[content];
 
-    /// <summary>Asked of every variant.</summary>
+    /// <summary>The request for every variant.</summary>
     public static GenerateRequest Probe() => Calls.Greedy([5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21], 8);
 
     public static Task<Variants> SharedAsync() => s_shared.Value;
@@ -56,11 +56,11 @@ internal sealed class Variants : IDisposable
     /// <summary>A folder that can be loaded or pushed from.</summary>
     public string Folder(Content content) => _folder[Name(content)];
 
-    /// <summary>All that a sample says about the weights it was drawn from.</summary>
+    /// <summary>The tokens and log-probabilities of a sample as a string.</summary>
     public static string Bits(SampleChunk sample) => string.Join(' ', sample.Ids.Zip(sample.Logprobs,
         (id, logprob) => $"{id}:{BitConverter.SingleToInt32Bits(logprob).ToString("x", CultureInfo.InvariantCulture)}"));
 
-    /// <summary>What has to be sent to get there.</summary>
+    /// <summary>What an update to a variant must send.</summary>
     public Sending Send(Scope scope, Content target)
     {
         Sending sending = new(scope);

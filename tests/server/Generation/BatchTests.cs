@@ -5,7 +5,7 @@ using Batch = Grpc.Core.AsyncDuplexStreamingCall<Rollout.V1.GenerateRequest, Rol
 
 namespace Rollout.Server.Tests;
 
-/// <summary>Many groups on one call: none waits for, loses by, or is taken for another.</summary>
+/// <summary>Many groups on one call do not wait for, affect or mix with each other.</summary>
 public sealed class BatchTests
 {
     private static readonly uint[] s_prompt = Golden.Cases("qwen3")[1].Prompt;
@@ -56,7 +56,7 @@ public sealed class BatchTests
         Assert.Equal([("no room", 8), ("long", 3), ("from the future", 3)], replies.Select(reply => (reply.RequestId, reply.Refused.Code)));
         AbortReply aborted = await server.Rollout.AbortAsync(new AbortRequest { Ids = new RequestIds { Ids = { "aborted" } } });
         Assert.Equal((1u, 1u), (aborted.Groups, aborted.Samples));
-        await NextAsync(); // while the others stand still
+        await NextAsync(); // while the others wait
         Assert.Equal(("aborted", FinishReason.Abort), (replies[3].RequestId, replies[3].Samples[0].FinishReason));
 
         await server.Control.ResumeAsync(new ResumeRequest());
@@ -75,7 +75,7 @@ public sealed class BatchTests
         Assert.True(Array.IndexOf(ends, "short") < Array.IndexOf(ends, "long"), string.Join(", ", ends));
         await held;
 
-        // Whatever was refused can be asked for now, and by the same ids.
+        // Refused requests can be sent again now, with the same ids.
         Assert.Single(await server.SamplesAsync(Request("no room", 5, 1)));
         Assert.Single(await server.SamplesAsync(Request("long", 5, 1)));
     }

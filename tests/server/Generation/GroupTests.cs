@@ -2,7 +2,7 @@ using Rollout.V1;
 
 namespace Rollout.Server.Tests;
 
-/// <summary>What replies say of a group: all of it, once, and at the right positions, however the tokens are cut into replies.</summary>
+/// <summary>Replies contain all of a group, once, at the right positions, for any division of the tokens into replies.</summary>
 public sealed class GroupTests
 {
     private static readonly uint[] s_prompt = [.. Enumerable.Range(0, 40).Select(i => (uint)i + 3)];

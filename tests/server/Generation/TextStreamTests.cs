@@ -5,7 +5,7 @@ using Rollout.Server.Generation;
 
 namespace Rollout.Server.Tests;
 
-/// <summary>Text as it is streamed: whole characters, no part of the stop string that ends it, and nothing held back for less.</summary>
+/// <summary>Streamed text has whole characters and no part of the stop string that ends it; no other text is held back.</summary>
 public sealed class TextStreamTests
 {
     // Few letters, of one to four bytes, so that stop strings meet, overlap and begin each other.

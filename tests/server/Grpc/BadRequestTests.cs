@@ -4,7 +4,7 @@ using Rollout.V1;
 
 namespace Rollout.Server.Tests;
 
-/// <summary>Bad input gets one answer that lists all problems and names the fields; a request beside it does not notice.</summary>
+/// <summary>Bad input gets one answer that lists all problems and names the fields; other requests are not affected.</summary>
 public sealed class BadRequestTests(SharedServer shared)
 {
     private static readonly uint[] s_prompt = Golden.Cases("qwen3")[1].Prompt;
@@ -52,7 +52,7 @@ public sealed class BadRequestTests(SharedServer shared)
     ];
 
     [Fact]
-    public async Task Every_problem_is_named_and_nobody_else_is_disturbed()
+    public async Task Every_problem_is_named_and_other_requests_are_not_affected()
     {
         GenerateRequest good = Calls.Sampled(s_prompt, 300, seed: 11, n: 4);
         List<SampleChunk> alone = await _server.SamplesAsync(good);
@@ -112,7 +112,7 @@ public sealed class BadRequestTests(SharedServer shared)
     }
 
     [Fact]
-    public async Task Bytes_that_are_no_message_disturb_nobody()
+    public async Task Bytes_that_are_no_message_affect_no_other_call()
     {
         Method<byte[], byte[]> method = new(MethodType.ServerStreaming, "rollout.v1.RolloutService", "Generate",
             Marshallers.Create(bytes => bytes, bytes => bytes), Marshallers.Create(bytes => bytes, bytes => bytes));

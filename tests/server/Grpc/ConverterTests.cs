@@ -9,14 +9,14 @@ using Rollout.V1;
 
 namespace Rollout.Server.Tests;
 
-/// <summary>What the wire says is what the engine is asked: every field of the protos, alone.</summary>
+/// <summary>Every field of the protos, alone, changes exactly its field of the engine's request.</summary>
 public sealed class ConverterTests
 {
     private const uint TooMuch = int.MaxValue + 1u;
 
     private static readonly ByteTokenizer s_bytes = new();
 
-    /// <summary>Every field that says something of a group, a value of its own, and what of the engine's request that changes.</summary>
+    /// <summary>Every field of a group's request, with a value of its own, and the resulting change of the engine's request.</summary>
     private static readonly Dictionary<string, (Action<GenerateRequest> Set, Func<GroupRequest, GroupRequest> Expected)> s_generate = new()
     {
         ["request_id"] = (r => r.RequestId = "mine", g => g with { Id = "mine" }),
@@ -40,7 +40,7 @@ public sealed class ConverterTests
         ["top_logprobs"] = (r => r.TopLogprobs = 4, g => g with { TopLogProbs = 4 }),
         ["prompt_logprobs"] = (r => r.PromptLogprobs = true, g => g with { PromptLogProbs = true }),
         ["stream"] = (r => r.Stream = true, g => g with { StreamTokens = true }),
-        ["return_text"] = (r => r.ReturnText = true, g => g), // the reply's affair
+        ["return_text"] = (r => r.ReturnText = true, g => g), // affects the reply only
         ["cache_salt"] = (r => r.CacheSalt = "salt", g => g with { CacheSalt = "salt" }),
         ["max_staleness"] = (r => r.MaxStaleness = 0, g => g with { MaxStaleness = 0 }),
     };
@@ -63,7 +63,7 @@ public sealed class ConverterTests
         Stopping = new StoppingParams(),
     };
 
-    /// <summary>With the seed said, since one that is not is the server's to choose.</summary>
+    /// <summary>With a seed, because the server chooses a random one otherwise.</summary>
     private static readonly GroupRequest s_plain = new() { Id = "r", Prompt = [1], Seed = 0 };
 
     private static readonly GroupRequest s_plainScore = new() { Id = "r", Prompt = [1], MaxTokens = 0, PromptLogProbs = true };
@@ -101,7 +101,7 @@ public sealed class ConverterTests
     }
 
     [Fact]
-    public void What_the_engine_has_no_number_for_is_a_problem_by_its_own_name()
+    public void Values_that_the_engine_cannot_represent_are_problems_under_their_own_names()
     {
         (string Field, Action<GenerateRequest> Set)[] cases =
         [
@@ -192,7 +192,7 @@ public sealed class ConverterTests
             ("mode", b => b.Mode = V1.UpdateMode.InPlace, m => m with { Mode = Engine.UpdateMode.InPlace }),
             ("owner", b => b.Owner = new string('o', 256), m => m with { Owner = new string('o', 256) }),
             ("partial", b => b.Partial = true, m => m with { Partial = true }),
-            ("deadline_milliseconds", b => b.DeadlineMilliseconds = 5, m => m), // the transaction's affair, as is the next
+            ("deadline_milliseconds", b => b.DeadlineMilliseconds = 5, m => m), // used by the transaction, as is the next
             ("segment_bytes", b => b.SegmentBytes = 5, m => m),
         ];
         Assert.Equal(Leaves(BeginUpdate.Descriptor).Order(), cases.Select(c => c.Field).Distinct().Order());
@@ -227,7 +227,7 @@ public sealed class ConverterTests
 
     /// <summary>Every message a client may send, with a field of its next version, at the top or in any message inside.</summary>
     [Fact]
-    public void Fields_that_nobody_here_knows_are_found_at_any_depth()
+    public void Unknown_fields_are_found_at_any_depth()
     {
         MessageDescriptor[] sent = [.. new[] { RolloutReflection.Descriptor, WeightsReflection.Descriptor, ControlReflection.Descriptor }
             .SelectMany(file => file.Services).SelectMany(service => service.Methods).Select(method => method.InputType)];
@@ -250,7 +250,7 @@ public sealed class ConverterTests
         }
     }
 
-    /// <summary>A client does something else after each: wait, send less, ask again elsewhere, mend the request.</summary>
+    /// <summary>A client reacts differently to each: it waits, sends less, tries another server or fixes the request.</summary>
     [Fact]
     public void Every_kind_of_error_has_its_status()
     {

@@ -3,7 +3,9 @@ using Rollout.Kernels.Tests.Cuda;
 
 namespace Rollout.Server.Tests;
 
-/// <summary>What a user is told where NVIDIA's libraries are but no device: the real ones, on a machine without a GPU.</summary>
+/// <summary>
+/// Messages where NVIDIA's libraries are installed but there is no device: the real libraries, on a machine without a GPU.
+/// </summary>
 public sealed class DeviceTests
 {
     private const string Answer = "cuInit: CUDA_ERROR_NO_DEVICE, no CUDA-capable device is detected";
@@ -48,7 +50,7 @@ public sealed class DeviceTests
             ["generate", "--model", Golden.Folder("qwen3"), "--ids", "5,6", "--max-tokens", "4", "--device", "cuda"]);
         Assert.Equal(1, result.ExitCode);
         Assert.Matches(
-            "^rollout: there is not the memory for it: cuMem[A-Za-z_0-9]+ \\([0-9]+ bytes\\): CUDA_ERROR_OUT_OF_MEMORY, out of memory\n$",
+            "^rollout: not enough memory: cuMem[A-Za-z_0-9]+ \\([0-9]+ bytes\\): CUDA_ERROR_OUT_OF_MEMORY, out of memory\n$",
             result.Errors);
     }
 

@@ -14,7 +14,7 @@ public sealed class LifecycleTests : IAsyncLifetime
 
     private ServerProcess _server = null!;
 
-    // Few seats and many samples: a long group takes seconds, however fast the machine.
+    // Few seats and many samples: a long group takes seconds on any machine.
     public async ValueTask InitializeAsync() => _server = await ServerProcess.StartAsync("qwen3", "--max-sequences", "4");
 
     public ValueTask DisposeAsync() => _server.DisposeAsync();
@@ -50,7 +50,7 @@ public sealed class LifecycleTests : IAsyncLifetime
 
         using AsyncServerStreamingCall<GenerateReply> late = _server.Rollout.Generate(Long("late"), deadline: Calls.Deadline(0.2));
         RpcException passed = await Assert.ThrowsAsync<RpcException>(() => late.ResponseStream.ReadAllAsync().ToListAsync().AsTask());
-        // Whichever side sees the deadline pass first: the client says so, the server breaks the stream.
+        // Depends on which side sees the deadline pass first: the client reports it, the server resets the stream.
         Assert.Contains(passed.StatusCode, (StatusCode[])[StatusCode.DeadlineExceeded, StatusCode.Unavailable, StatusCode.Cancelled]);
         await IdleAsync();
 
@@ -60,7 +60,7 @@ public sealed class LifecycleTests : IAsyncLifetime
         batch.Dispose();
         await IdleAsync();
 
-        // The ids are free again, and the engine is well.
+        // The ids are free again, and the engine is healthy.
         using AsyncServerStreamingCall<GenerateReply> again = await BeginLongAsync("cancelled");
     }
 

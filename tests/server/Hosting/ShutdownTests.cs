@@ -10,7 +10,7 @@ namespace Rollout.Server.Tests;
 
 public sealed class ShutdownTests
 {
-    /// <summary>Of a group, at four seats: more than a server gets done before the signal, however late that comes.</summary>
+    /// <summary>Samples of a group: with four seats, more than can end before the signal, however late that comes.</summary>
     private const int Samples = 400;
 
     [Theory]
@@ -42,7 +42,7 @@ public sealed class ShutdownTests
         Assert.Equal(HealthCheckResponse.Types.ServingStatus.NotServing, watch.ResponseStream.Current.Status);
         Assert.False(await watch.ResponseStream.MoveNext(default));
 
-        // The batch's client never closed its side, and the updater never began: neither may hold up the end.
+        // The batch's client never closed its side, and the updater never began: neither may delay the stop.
         List<SampleChunk> batched = Calls.Join(await batch.ResponseStream.ReadAllAsync().ToListAsync());
         Assert.Equal(Samples, batched.Count(sample => sample.FinishReason != FinishReason.Unspecified));
         long leaving = Environment.TickCount64;
@@ -55,7 +55,7 @@ public sealed class ShutdownTests
     [Fact]
     public async Task While_the_model_is_loaded_the_server_says_so_and_can_be_stopped()
     {
-        // A pipe nobody writes to: the load does not end.
+        // A pipe without a writer, so that loading does not end.
         using TemporaryFolder model = new();
         File.Copy(Path.Combine(Golden.Folder("qwen3"), "config.json"), model["config.json"]);
         using (Process pipe = Process.Start("mkfifo", [model["model.safetensors"]])) await pipe.WaitForExitAsync();
@@ -119,7 +119,7 @@ public sealed class ShutdownTests
     }
 
     [Fact]
-    public void What_stands_at_the_path_of_a_socket_is_not_overwritten()
+    public void A_file_at_the_path_of_a_socket_is_not_overwritten()
     {
         using TemporaryFolder folder = new();
         string file = folder["file"];

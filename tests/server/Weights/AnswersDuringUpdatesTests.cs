@@ -13,13 +13,13 @@ using UpdatePolicy = Rollout.Client.UpdatePolicy;
 
 namespace Rollout.Server.Tests;
 
-/// <summary>Whoever watches a server must not take an update for a hang: status and health answer while one fills every core.</summary>
+/// <summary>An update must not look like a hang to a monitor: status and health answer while it uses every core.</summary>
 [Collection(Alone.Name)]
 public sealed class AnswersDuringUpdatesTests : IDisposable
 {
     private const int Attempts = 3;
 
-    /// <summary>What an answer may take.</summary>
+    /// <summary>The limit for an answer.</summary>
     private static readonly TimeSpan s_soon = TimeSpan.FromMilliseconds(50);
 
     private readonly TemporaryFolder _folder = new();
@@ -43,7 +43,7 @@ public sealed class AnswersDuringUpdatesTests : IDisposable
         await using WeightPublisher publisher = new(client);
         using CancellationTokenSource enough = new();
         Task decoding = DecodeAsync(server, enough.Token);
-        using GrpcChannel watching = RemoteRollouts.Open(server.Address); // not the connection that carries the bytes
+        using GrpcChannel watching = RemoteRollouts.Open(server.Address); // a different connection than the one for the bytes
         await PollAsync(watching, Task.Delay(100)); // connects
         foreach (UpdateMode mode in (UpdateMode[])[UpdateMode.Staged, UpdateMode.InPlace])
         {
@@ -62,7 +62,7 @@ public sealed class AnswersDuringUpdatesTests : IDisposable
                     Assert.Contains(seen, status => status.Updating);
                     EngineState[] states = [.. seen.Select(status => status.State).Distinct()];
                     Assert.DoesNotContain(states, state => state is not (EngineState.Running or EngineState.Updating));
-                    // Through shared memory the loop stands for a few milliseconds: no answer need fall into them.
+                    // Through shared memory the loop stops for a few milliseconds, in which there may be no answer.
                     if (mode == UpdateMode.Staged) Assert.DoesNotContain(EngineState.Updating, states);
                     else if (transport == PushTransport.Inline) Assert.Contains(EngineState.Updating, states);
                     pushes.Add(pushed.Timings.Total);
@@ -106,7 +106,7 @@ public sealed class AnswersDuringUpdatesTests : IDisposable
             }
 
             seconds.Add(Stopwatch.GetElapsedTime(asked).TotalSeconds);
-            await Task.Delay(2); // a watcher, not a load
+            await Task.Delay(2); // a monitor, not a load test
         }
 
         return (seconds, seen);

@@ -9,7 +9,7 @@ using Rollout.V1;
 
 namespace Rollout.Server.Tests;
 
-/// <summary>The way a chunk's bytes take from the connection to the update.</summary>
+/// <summary>The bytes of a chunk from the connection to the update.</summary>
 public sealed class ChunkTests
 {
     [Theory]
@@ -34,13 +34,13 @@ public sealed class ChunkTests
             Assert.Equal(offset, read.Chunk.Offset);
             Assert.True(read.Chunk.Data.Span.SequenceEqual(data));
             ((IDisposable?)ChunkBuffer.Behind(read.Chunk.Data))?.Dispose();
-            bool pooled = length > 0 && offset <= long.MaxValue; // nothing, and what no payload reaches, need not be fast
+            bool pooled = length > 0 && offset <= long.MaxValue; // empty chunks and offsets past any payload take the slow path
             if (pooled) Assert.Throws<ObjectDisposedException>(() => read.Chunk.Data.Span.Length);
         }
     }
 
     /// <summary>
-    /// Also for messages that no library writes: fields twice, in another order, unknown, cut off, or not protobuf at all.
+    /// Also for messages that no library writes: repeated, reordered, unknown or truncated fields, and bytes that are not protobuf.
     /// </summary>
     [Fact]
     public void Any_bytes_mean_what_the_generated_parser_says()
@@ -116,7 +116,7 @@ public sealed class ChunkTests
             at += size;
         }
 
-        // As many good ones behind it as the connection takes.
+        // As many good ones after it as the connection buffers.
         int wrong = chunks.Count / 2;
         UpdateRequest again = chunks[wrong - 1];
         UpdateReply failed = await LastReplyAsync(

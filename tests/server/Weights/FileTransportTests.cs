@@ -3,7 +3,7 @@ using Rollout.V1;
 
 namespace Rollout.Server.Tests;
 
-/// <summary>Updates from safetensors files that are not what the manifest says, or no such files at all.</summary>
+/// <summary>Updates from safetensors files that contradict the manifest, or that are not safetensors files.</summary>
 public sealed class FileTransportTests
 {
     [Fact]
@@ -56,7 +56,7 @@ public sealed class FileTransportTests
                 begin.Manifest.Add(last);
                 begin.PayloadBytes = third.Offset + sizeof(ushort) * last.Shape.Aggregate((product, dimension) => product * dimension);
             }),
-            (folder["all"], [Name(0), "stands at payload byte 0"], begin =>
+            (folder["all"], [Name(0), "is at payload byte 0"], begin =>
             {
                 foreach (V1.ManifestTensor tensor in begin.Manifest) tensor.Offset += 2;
                 begin.PayloadBytes += 2;

@@ -22,7 +22,7 @@ public sealed class ModeTests : IAsyncLifetime
     public ValueTask DisposeAsync() => _server.DisposeAsync();
 
     [Fact]
-    public async Task Ready_says_where_bytes_land_and_in_place_nothing_moves_meanwhile()
+    public async Task Ready_reports_the_mode_and_in_place_no_step_runs_meanwhile()
     {
         using (Update staged = await _server.BeginUpdateAsync(s_reversed.Begin(0, 1)))
         {
@@ -56,9 +56,9 @@ public sealed class ModeTests : IAsyncLifetime
         Assert.Equal(EngineState.Running, (await StatusAsync()).State);
     }
 
-    /// <summary>In every way an update can end half-way, and healed by either mode.</summary>
+    /// <summary>For every way an update can end half-way, and with a full update of either mode afterwards.</summary>
     [Fact]
-    public async Task What_ends_half_way_in_place_poisons_until_a_full_update()
+    public async Task An_update_in_place_that_ends_half_way_poisons_until_a_full_update()
     {
         Bits original = await BitsAsync();
         UpdateRequest[] chunks = [.. s_reversed.Chunks(100_000)];
@@ -100,7 +100,7 @@ public sealed class ModeTests : IAsyncLifetime
             Assert.StartsWith("POISONED: ", refused.Status.Detail, StringComparison.Ordinal);
             Assert.Contains("clumsy", refused.Status.Detail, StringComparison.Ordinal);
 
-            // A part cannot heal it, nor can a full update that does not commit; then either mode does.
+            // Neither a partial update nor a full one that does not commit ends this; then a full update of either mode does.
             UpdateRequest partial = s_reversed.Begin(version, version + 1, begin => begin.Partial = true);
             Rejected rejected = (await _server.UpdateAsync([partial]))[^1].Rejected;
             Assert.Contains(rejected.Problems, problem => problem.Message.Contains("only a full update", StringComparison.Ordinal));
@@ -117,7 +117,7 @@ public sealed class ModeTests : IAsyncLifetime
     [Fact]
     public async Task Partial_and_sparse_updates_by_every_transport_and_mode_make_what_a_file_holds()
     {
-        // Every third tensor anew; of every third, some elements; the rest as it was. As a file it is all sent whole.
+        // One third of the tensors are sent whole, one third in some elements, the rest not at all. As a file all are sent whole.
         int Kind(string name) => s_original.Manifest.FindIndex(tensor => tensor.Name == name) % 3;
         uint[]? Indices(string name) => Kind(name) == 1 ? [0, 5, 6, 31] : null;
         void Change(string name, Span<ushort> elements)
@@ -211,7 +211,7 @@ public sealed class ModeTests : IAsyncLifetime
     }
 
     [Fact]
-    public async Task Device_transports_are_refused_by_what_is_missing_or_malformed()
+    public async Task Device_transports_are_refused_with_what_is_missing_or_malformed()
     {
         static ByteString Zeros(int count) => ByteString.CopyFrom(new byte[count]);
         CudaIpcTensor tensor = new() { Name = "w", Handle = Zeros(64), DeviceUuid = Zeros(16) };
@@ -252,9 +252,9 @@ public sealed class ModeTests : IAsyncLifetime
     [InlineData(UpdateMode.Staged, UpdatePolicy.Keep)]
     [InlineData(UpdateMode.InPlace, UpdatePolicy.Recompute)]
     [InlineData(UpdateMode.InPlace, UpdatePolicy.Keep)]
-    public async Task Recompute_goes_on_as_the_new_model_would_and_keep_as_nobody_else(UpdateMode mode, UpdatePolicy policy)
+    public async Task Recompute_continues_as_the_new_model_would_and_keep_with_old_keys_and_values(UpdateMode mode, UpdatePolicy policy)
     {
-        // Paused, so that samples are half-way when the weights change, however slow this process is.
+        // Paused, so that samples are partly drawn when the weights change, however slow this process is.
         using AsyncServerStreamingCall<GenerateReply> call = await BeginLongAsync();
         await _server.Control.PauseAsync(new PauseRequest { Mode = PauseMode.Keep, LeaseMilliseconds = 60_000 });
         await _server.CommitAsync(s_reversed, 0, 1, begin => (begin.Mode, begin.Policy) = (mode, policy));
@@ -281,7 +281,7 @@ public sealed class ModeTests : IAsyncLifetime
     }
 
     [Fact]
-    public async Task What_cannot_be_read_is_refused_without_waiting_for_what_began()
+    public async Task Unreadable_bytes_are_refused_without_waiting_for_groups_that_began()
     {
         using AsyncServerStreamingCall<GenerateReply> begun = await BeginLongAsync();
         await _server.Control.PauseAsync(new PauseRequest { Mode = PauseMode.Keep, LeaseMilliseconds = 60_000 }); // so that it cannot end

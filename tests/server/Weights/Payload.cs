@@ -29,7 +29,7 @@ internal sealed class Payload
     /// <summary>As weights.proto defines it: over the tensors' digests in manifest order.</summary>
     public byte[] Digest { get; private set; } = [];
 
-    /// <summary>The model's own tensors with their elements in reverse: as random as before, and quite another model.</summary>
+    /// <summary>The model's own tensors with their elements in reverse: a different model with equally random weights.</summary>
     public static Payload Reversed(string model) => Of(model, (_, elements) => elements.Reverse());
 
     /// <summary>The golden model's own tensors, each as the test changes it.</summary>

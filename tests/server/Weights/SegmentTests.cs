@@ -5,7 +5,7 @@ using Update = Grpc.Core.AsyncDuplexStreamingCall<Rollout.V1.UpdateRequest, Roll
 
 namespace Rollout.Server.Tests;
 
-/// <summary>The server's own shared memory: what a trainer does to it can fail its update, and nothing else.</summary>
+/// <summary>The server's own shared memory: a trainer that misuses it can only make its own update fail.</summary>
 public sealed class SegmentTests : IAsyncLifetime
 {
     private static readonly Payload s_payload = Payload.Reversed("qwen3");
@@ -62,7 +62,7 @@ public sealed class SegmentTests : IAsyncLifetime
         return update.ResponseStream.Current.Failed.Reason;
     }
 
-    /// <summary>Goes round in the segment that is given, window by window.</summary>
+    /// <summary>Uses the given segment as a ring, window by window.</summary>
     private async Task<Segment> UpdateAsync(ulong from, ulong to, ulong ask)
     {
         using Update update = await BeginAsync(from, to, ask);

@@ -13,8 +13,8 @@ using VersionSpan = Rollout.V1.VersionSpan;
 namespace Rollout.Server.Tests;
 
 /// <summary>
-/// A long run in small: a trainer pushes a thousand times without a pause while samples are drawn without a pause. Every version's weights
-/// draw a token of their own, so that each token tells which weights really drew it.
+/// A trainer pushes a thousand times without a pause while samples are drawn without a pause. The weights of every version draw a distinct
+/// token, so that each token shows which weights drew it.
 /// </summary>
 [Collection(Alone.Name)]
 public sealed class ThousandUpdatesTests
@@ -22,7 +22,7 @@ public sealed class ThousandUpdatesTests
     private const int Hidden = 64;
     private const int Vocabulary = 1021; // more than the updates of a run: no two of them have the same token
     private const int Updates = 1000;
-    private const int WarmUp = 3000; // .NET takes that many to settle: 15 MB more than at the start, and then no more
+    private const int WarmUp = 3000; // until .NET's memory is stable: 15 MB more than at the start, and then no more
     private const int Lanes = 4;
     private const uint SampleTokens = 48;
     private const uint Mixed = 0;
@@ -63,7 +63,7 @@ public sealed class ThousandUpdatesTests
     /// its p50; on a machine that others use too, no further from it than the p99 of three bare round trips, of which a push also consists,
     /// is from theirs. A DRAIN waits for samples by design and is not counted. Of memory: the median of the server's resident memory over
     /// the last hundred updates is within 1% of that over the first hundred. Of both, in the best of eight attempts of a thousand: a
-    /// machine's bad moment passes, and a heap is collected; what leaks more than a kilobyte an update, or jams, does so every time.
+    /// temporary disturbance passes, and a heap is collected; a leak of more than a kilobyte an update, or a stall, shows every time.
     /// </summary>
     [Fact]
     public async Task A_thousand_updates_draw_the_right_tokens_in_even_time_and_no_more_memory()

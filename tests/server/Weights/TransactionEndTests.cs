@@ -9,8 +9,8 @@ using Update = Grpc.Core.AsyncDuplexStreamingCall<Rollout.V1.UpdateRequest, Roll
 namespace Rollout.Server.Tests;
 
 /// <summary>
-/// Every way in which an update can end without a commit, at every step of it, while samples are half-way: a pause holds them, so that
-/// under DRAIN the moment of the update cannot come.
+/// Every way in which an update can end without a commit, at every step, while samples are in flight: a pause holds them, so that under
+/// DRAIN the update has to wait.
 /// </summary>
 public sealed class TransactionEndTests : IDisposable
 {
@@ -27,7 +27,7 @@ public sealed class TransactionEndTests : IDisposable
 
     public void Dispose() => _shm.Dispose();
 
-    /// <summary>Only DRAIN can be met waiting for its moment: staged at the commit, in place before the first byte.</summary>
+    /// <summary>Only a DRAIN waits: staged at the commit, in place before the first byte.</summary>
     private static readonly (UpdateMode Mode, UpdatePolicy Policy, string Step)[] s_steps =
     [
         (UpdateMode.Staged, UpdatePolicy.Drain, "opened"),
@@ -55,7 +55,7 @@ public sealed class TransactionEndTests : IDisposable
         {
             "deadline" or "stopping" or "aborted" => step != "opened",
             _ => true,
-        } && (way is not ("closed" or "aborted") || !Waits(mode, policy, step)); // nobody reads on meanwhile
+        } && (way is not ("closed" or "aborted") || !Waits(mode, policy, step)); // the server reads no messages meanwhile
         await Task.WhenAll(s_steps.Where(s => Possible(s.Mode, s.Policy, s.Step)).Select(async s =>
         {
             try
@@ -112,7 +112,7 @@ public sealed class TransactionEndTests : IDisposable
             case "stopping":
                 server.Host.Stop();
                 UpdateReply stopped = await LastAsync(update);
-                // The samples that it waits for end too, and its moment may come before it is taken back: what is said is what happened.
+                // The samples that it waits for end too, so it may commit before it is withdrawn: the reply says what happened.
                 bool committed = stopped.Committed is not null && Waits(mode, policy, step);
                 if (!committed) Assert.Equal("the server is stopping", stopped.Aborted.Reason);
                 Assert.Equal((committed ? 1ul : 0ul, null), (server.Engine.Version, server.Engine.Status.UpdateOwner));
@@ -133,7 +133,7 @@ public sealed class TransactionEndTests : IDisposable
                 break;
         }
 
-        // The seat is free while the samples still stand half-way: nothing of the update waits for them.
+        // The next update may begin while the samples are still held: nothing of the ended one waits for them.
         StatusReply ended = await server.StatusAsync(status => !status.Updating);
         Assert.Equal((touched ? EngineState.Poisoned : EngineState.Paused, 0ul), (ended.State, ended.Version));
         string why = way == "deadline" ? "half-way (deadline)" : "half-way (sender)";
@@ -189,7 +189,7 @@ public sealed class TransactionEndTests : IDisposable
 
     /// <summary>A trainer may begin its next update as soon as it has read the last reply.</summary>
     [Fact]
-    public async Task The_seat_and_the_segment_are_free_before_the_last_reply_is_sent()
+    public async Task The_update_and_the_segment_are_free_before_the_last_reply_is_sent()
     {
         await using HeldServer server = await HeldServer.StartAsync();
         UpdateRequest begin = s_payload.Begin(0, 1, b => b.SegmentBytes = 1000);
@@ -255,7 +255,7 @@ public sealed class TransactionEndTests : IDisposable
         if (step == "ready") return;
         ulong half = (ulong)s_payload.Bytes.Length / 2;
         await update.SendAsync(Updates.Window(Bytes, 0, 0, half));
-        if (mode == UpdateMode.InPlace && policy == UpdatePolicy.Drain) return; // waits for its moment
+        if (mode == UpdateMode.InPlace && policy == UpdatePolicy.Drain) return; // waits to drain
         Assert.Equal(half, (await update.NextAsync()).Progress.PayloadBytes);
         if (step == "sending") return;
         await update.SendAsync(Updates.Window(Bytes, half, half, 0)); // all that is left
@@ -271,7 +271,7 @@ public sealed class TransactionEndTests : IDisposable
         return reply;
     }
 
-    /// <summary>The seat, the segment and the spare set are there for another trainer.</summary>
+    /// <summary>Checks that another trainer can use the segment and the spare set.</summary>
     private async Task NextUpdateCommitsAsync(HeldServer server)
     {
         using Update next = server.Weights.Update(deadline: Calls.Deadline());
@@ -282,7 +282,7 @@ public sealed class TransactionEndTests : IDisposable
     private static string Bits(SampleChunk sample)
         => string.Join(' ', sample.Ids.Zip(sample.Logprobs, (id, logprob) => $"{id}:{BitConverter.SingleToInt32Bits(logprob):x}"));
 
-    /// <summary>A channel whose socket can be taken away under it.</summary>
+    /// <summary>A channel whose socket the test can close.</summary>
     private static GrpcChannel Open(string address, Action<Socket> opened)
     {
         UnixDomainSocketEndPoint endPoint = new(address["unix:".Length..]);

@@ -6,7 +6,7 @@ using Rollout.V1;
 
 namespace Rollout.Server.Tests;
 
-/// <summary>Where the bytes of an update come from: they are those that were named, or it fails.</summary>
+/// <summary>The sources of an update's bytes: it gets exactly the bytes that were named, or it fails.</summary>
 public sealed class TransportTests
 {
     private static readonly Payload s_payload = Payload.Of("qwen3", (_, elements) => elements.Reverse(), alignment: 1);
@@ -40,7 +40,7 @@ public sealed class TransportTests
             UpdateRequest begin = s_payload.Begin((ulong)i, (ulong)i + 1);
             List<UpdateReply> replies = await server.UpdateAsync([begin, .. ways[i], new UpdateRequest { Commit = new Commit() }]);
             Assert.True(replies[^1].Committed is not null, $"{i}: {replies[^1]}");
-            Assert.Equal(s_payload.Digest, replies[^1].Committed.Digest.ToByteArray()); // what landed is what was meant
+            Assert.Equal(s_payload.Digest, replies[^1].Committed.Digest.ToByteArray()); // the right bytes were written
             ulong[] progress = [.. replies.Where(reply => reply.Progress is not null).Select(reply => reply.Progress.PayloadBytes)];
             Assert.Equal(progress.Order(), progress);
             Assert.Equal(end, progress[^1]);
@@ -100,7 +100,7 @@ public sealed class TransportTests
         Assert.Equal(1000, first.Bytes);
         Assert.Null(segment.Lend(10, () => long.MaxValue)); // until it is given back
         segment.Discard();
-        Assert.False(first.IsClosed); // somebody writes into it
+        Assert.False(first.IsClosed); // a client still writes to it
         segment.GiveBack();
         Assert.Same(first, segment.Lend(999, () => 0));
         segment.GiveBack();

@@ -14,7 +14,7 @@ public sealed class UpdateTests : IAsyncLifetime
 
     private ServerProcess _server = null!;
 
-    // Few seats, so that a group with many samples takes seconds, however fast the machine.
+    // Few seats, so that a group with many samples takes seconds on any machine.
     public async ValueTask InitializeAsync() => _server = await ServerProcess.StartAsync("qwen3", "--max-sequences", "4");
 
     public ValueTask DisposeAsync() => _server.DisposeAsync();
@@ -126,7 +126,7 @@ public sealed class UpdateTests : IAsyncLifetime
     }
 
     [Fact]
-    public async Task Whatever_breaks_the_protocol_fails_and_the_old_weights_stay()
+    public async Task Protocol_violations_fail_and_the_old_weights_stay()
     {
         UpdateRequest Chunk(ulong offset, int length)
             => new() { Chunk = new Chunk { Offset = offset, Data = ByteString.CopyFrom(s_payload.Bytes.AsSpan(0, length)) } };
@@ -176,7 +176,7 @@ public sealed class UpdateTests : IAsyncLifetime
             Assert.Contains("trainer-7", refused.Status.Detail, StringComparison.Ordinal);
         }
 
-        first.Dispose(); // a trainer that dies: the stream breaks
+        first.Dispose(); // a trainer that ends: the stream breaks
         for (int i = 0; (await _server.Control.StatusAsync(new StatusRequest())).Updating; i++)
         {
             Assert.True(i < 200, "the seat of a broken update was not given back");

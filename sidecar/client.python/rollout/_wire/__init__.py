@@ -1,6 +1,6 @@
 """The messages and calls of ``rollout.v1``, built at import from the descriptors in ``rollout.binpb``.
 
-Built, not generated: code from protoc runs with one generation of the protobuf runtime, descriptors run with all of them (3.21 and later).
+Built and not generated: code from protoc works with one generation of the protobuf runtime, descriptors with all of them (3.21 and later).
 ``sidecar/client.python/regenerate`` writes the file from protos/; a test fails when the two differ.
 """
 
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import grpc
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
-# A pool of our own: another library in the process may bring its own rollout.v1.
+# A separate pool, because another library in the process may register rollout.v1 too.
 _pool = descriptor_pool.DescriptorPool()
 for _file in descriptor_pb2.FileDescriptorSet.FromString(resources.files(__name__).joinpath("rollout.binpb").read_bytes()).file:
     _pool.AddSerializedFile(_file.SerializeToString())
@@ -27,7 +27,7 @@ def _message(name: str) -> Any:
 
 
 class Enum:
-    """An enum of the wire under the names a caller writes: ``ENGINE_STATE_RUNNING`` is ``"running"``."""
+    """An enum of the wire under the names that callers use: ``ENGINE_STATE_RUNNING`` is ``"running"``."""
 
     def __init__(self, name: str, prefix: str) -> None:
         values = _pool.FindEnumTypeByName(f"rollout.v1.{name}").values
@@ -35,11 +35,11 @@ class Enum:
         self._numbers: Mapping[str, int] = {name: number for number, name in self._names.items()}
 
     def name(self, number: int) -> str:
-        """``"unknown_7"`` for a value that is newer than this client."""
+        """The name of a value; ``"unknown_7"`` for one that is newer than this client."""
         return self._names.get(number, f"unknown_{number}")
 
     def number(self, name: str, argument: str) -> int:
-        """Raises ValueError naming the argument and what it may be."""
+        """Raises ValueError naming the argument and its valid values."""
         if name not in self._numbers:
             raise ValueError(f"{argument}={name!r}: expected one of {', '.join(map(repr, self._numbers))}")
         return self._numbers[name]
@@ -92,20 +92,20 @@ class UnaryCall(Protocol):
 
 
 class ReplyStream(Protocol):
-    """The replies of a call under way."""
+    """The replies of a call in progress."""
 
     def __iter__(self) -> Iterator[Any]: ...
     def cancel(self) -> bool: ...
 
 
 class StreamCall(Protocol):
-    """Requests and replies, each as they come."""
+    """A stream of requests and a stream of replies."""
 
     def __call__(self, requests: Iterable[Any], *, timeout: float | None) -> ReplyStream: ...
 
 
 class Calls:
-    """What a sidecar can be asked."""
+    """The calls of a sidecar."""
 
     def __init__(self, channel: grpc.Channel) -> None:
         def unary(method: str, request: Any, reply: Any) -> UnaryCall:

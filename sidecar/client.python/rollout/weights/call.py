@@ -16,7 +16,7 @@ _POLL = 0.05
 
 
 class StreamEnded(Exception):
-    """The stream is over and the sidecar has not said how the update ended."""
+    """The stream ended without the sidecar's answer how the update ended."""
 
     def __init__(self, cause: grpc.RpcError | None) -> None:
         super().__init__(cause)
@@ -26,7 +26,7 @@ class StreamEnded(Exception):
 
 
 class UpdateCall:
-    """Replies are read as they come, also while we send: a sidecar that gives up is noticed at once."""
+    """The stream of one update. Replies are also read while sending, so that an update the sidecar ends is noticed at once."""
 
     def __init__(self, calls: wire.Calls, timeout: float) -> None:
         self._requests: queue.Queue[Any] = queue.Queue(maxsize=1)
@@ -36,7 +36,7 @@ class UpdateCall:
         threading.Thread(target=self._read, name="rollout-update", daemon=True).start()
 
     def send(self, **step: Any) -> None:
-        """Sends a step; waits while the one before it has not left. Raises what ``next`` raises where the call has ended."""
+        """Sends a step, after waiting until the one before has been sent. Raises what ``next`` raises where the call has ended."""
         request = wire.UpdateRequest(**step)
         while True:
             self.raise_if_ended()
@@ -46,7 +46,7 @@ class UpdateCall:
                 continue
 
     def raise_if_ended(self) -> None:
-        """The sidecar has given up or is gone: going on is useless."""
+        """The sidecar has ended the update or the connection is lost: sending more is useless."""
         while self._ended.is_set():
             self.next()
 
@@ -54,7 +54,7 @@ class UpdateCall:
         """The next reply that is not an error.
 
         Raises:
-            WeightUpdateRejected, WeightUpdateFailed: The sidecar gave up, for the reason it gave.
+            WeightUpdateRejected, WeightUpdateFailed: The sidecar ended the update, for the reason in the message.
             StreamEnded: The connection or the call failed.
         """
         reply = self._replies.get()
@@ -79,12 +79,12 @@ class UpdateCall:
                 return getattr(reply, step)
 
     def abort(self, reason: str) -> None:
-        """Tells the sidecar why, where it still listens; closing alone would do, without a reason in its log."""
+        """Sends the sidecar the reason, for its log, if it is still connected. Closing the stream alone would end the update too."""
         try:
             self._requests.put(wire.UpdateRequest(abort=wire.AbortUpdate(reason=reason)), timeout=_ABORT_WITHIN)
             self._ended.wait(_ABORT_WITHIN)
         except queue.Full:
-            pass  # it hangs; the broken stream tells it
+            pass  # it hangs; it will see the stream break
 
     def close(self) -> None:
         """Ends the call where it has not ended."""

@@ -1,7 +1,7 @@
 """XxHash128 of each tensor's bytes, and over their concatenation in manifest order: what the sidecar compares before it commits.
 
-Needs the package xxhash. Without it nothing is hashed here, the digest that is sent is empty, and nothing notices bytes that changed on the
-way.
+Needs the package xxhash. Without it nothing is hashed here, the digest that is sent is empty, and bytes that change in transit are not
+detected.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where each tensor stands in the payload."""
+"""The offset of each tensor in the payload."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 from .. import _wire as wire
 from .tensors import TensorSource
 
-_ALIGNMENT = 256  # bytes: a cache line, and what a device copy likes
+_ALIGNMENT = 256  # bytes: a multiple of a cache line, and an alignment that device copies prefer
 
 
 class PayloadLayout:
-    """Depends on names, types and shapes alone, which stay the same from push to push, so it is worked out once."""
+    """Depends only on names, types and shapes, which stay the same from push to push, so it is computed once."""
 
     def __init__(self, tensors: Sequence[TensorSource]) -> None:
         self.manifest: list[Any] = []
-        """As the wire has it."""
+        """In the form of the wire."""
 
         self.offsets: list[int] = []
         self.payload_bytes = 0

@@ -1,4 +1,4 @@
-"""Push after push: what is kept between them."""
+"""State that is kept from push to push."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Publisher:
     """Keeps the layout of the tensors, the shared memory and the version pushed last. See ``Rollout.push_weights``."""
 
     resolve_within = 10.0
-    """Seconds to ask a sidecar that broke off during a commit whether it committed."""
+    """Seconds to keep asking, after the connection broke during a commit, whether the sidecar committed."""
 
     def __init__(self, calls: wire.Calls) -> None:
         self._calls = calls
@@ -68,7 +68,7 @@ class Publisher:
                 base_version = self._served if self._served is not None else self._ask(min(timeout, _STATUS_TIMEOUT))
             begin.base_version = base_version
             begin.new_version = base_version + 1 if version is None else version
-            # Until this push has ended well it is not known what is served.
+            # Until this push has succeeded it is not known what is served.
             self._served = None
             result = WeightPush(
                 self._calls, self._layout, tensors, begin,
@@ -80,7 +80,7 @@ class Publisher:
             return result
 
     def close(self) -> None:
-        """Waits for a push under way, then gives the shared memory back."""
+        """Waits for a push in progress, then frees the shared memory."""
         with self._one_at_a_time:
             for memory in (self._segment, self._file):
                 if memory is not None:
@@ -100,7 +100,7 @@ class Publisher:
             if self._segment is not None:
                 return self._segment
         if self._file is None or self._file.capacity < capacity or not self._file.exists:
-            # First give back the old one: there may not be room for both.
+            # Free the old one first: there may not be room for both.
             if self._file is not None:
                 self._file.close()
             self._file = None

@@ -26,11 +26,11 @@ _MAX_DEADLINE = (1 << 32) - 1
 
 @dataclass
 class PushTimings:
-    """Where the time of a push went, in seconds. The first four add up to about ``total``. The sidecar's own are 0 in a push that is confirmed
-    by its status."""
+    """Durations of a push, in seconds. The first four add up to about ``total``. Those measured by the sidecar are 0 in a push that is
+    confirmed by its status."""
 
     preflight: float = 0.0
-    """Until the sidecar has agreed to the manifest."""
+    """Until the sidecar has accepted the manifest."""
 
     write: float = 0.0
     """Copying tensors out of the trainer, hashing and writing or sending them."""
@@ -64,7 +64,7 @@ class PushResult:
     mode: Literal["staged", "in_place"]
     timings: PushTimings
     confirmed_by_status: bool = False
-    """The answer to the commit was lost; asking afterwards showed that it had been done."""
+    """The answer to the commit was lost; the status showed afterwards that it had been carried out."""
 
 
 @dataclass
@@ -78,7 +78,7 @@ class WeightPush:
     """BeginUpdate, without the manifest, the payload's size and the deadline."""
 
     memory: Callable[[Any, int], SharedMemoryFile | Segment] | None
-    """Gives shared memory of at least so many bytes, the segment of Ready if it will do; None: the payload goes in the stream."""
+    """Returns shared memory of at least this many bytes, if possible the segment of Ready. None: the payload goes in the stream."""
 
     timeout: float
     resolve_within: float
@@ -101,7 +101,7 @@ class WeightPush:
         except StreamEnded as end:
             if not self._agreed:
                 raise from_status(end.code, end.detail) from end.cause
-            # Only the sidecar knows what has become of a commit, or of weights that were being overwritten.
+            # Only the sidecar knows whether a commit was carried out, or whether weights were overwritten.
             undecided = self._commit_sent or self._payload_sent and self._mode == "in_place"
             outcome = self._resolve() if undecided else UpdateOutcome.NOT_COMMITTED
             if isinstance(outcome, WeightsDescription):
@@ -117,7 +117,7 @@ class WeightPush:
             call.close()
 
     def _run(self, call: UpdateCall) -> PushResult:
-        # :: Step 1: the sidecar agrees to the manifest, before a byte moves.
+        # :: Step 1: the sidecar accepts the manifest, before a byte is sent.
         call.send(begin=self.begin)
         ready = call.until("ready")
         self._agreed = True
@@ -132,7 +132,7 @@ class WeightPush:
             self._write_payload(call, memory.view)
         self._timings.write = self._lap()
 
-        # :: Step 3: the sidecar has them. Waiting for that here keeps the commit, where an answer may be lost, short.
+        # :: Step 3: wait until the sidecar has read them. That keeps the commit, during which an answer may be lost, short.
         if self.memory is not None:
             self._payload_sent = True
             call.send(shared_memory=wire.SharedMemory(path=str(memory.path)))
@@ -153,7 +153,7 @@ class WeightPush:
 
     def _checked_mode(self, ready: Any) -> Literal["staged", "in_place"]:
         asked = wire.UPDATE_MODE.name(self.begin.mode) if self.begin.mode else "auto"
-        given = wire.UPDATE_MODE.name(ready.mode) if ready.mode else "staged"  # a sidecar that does not say knows no other
+        given = wire.UPDATE_MODE.name(ready.mode) if ready.mode else "staged"  # an older sidecar does not report it and only stages
         if asked not in ("auto", given):
             raise RolloutError(f"the sidecar would update {given}, not {asked}: it is older than this client")
         return given  # type: ignore[return-value]
@@ -193,7 +193,7 @@ class WeightPush:
             self._digests.append(digest.digest())
 
     def _resolve(self) -> UpdateOutcome | WeightsDescription:
-        """Asks the sidecar what became of the push. Returns the weights it serves if they are the new version, else the outcome."""
+        """Asks the sidecar for the outcome of the push. Returns the weights it serves if they are the new version, else the outcome."""
         until = time.monotonic() + self.resolve_within
         while (left := until - time.monotonic()) > 0:
             try:
@@ -204,22 +204,22 @@ class WeightPush:
                     described = self.calls.describe(wire.DescribeRequest(), timeout=max(0.001, until - time.monotonic()))
                     if described.version == self.begin.new_version:
                         return WeightsDescription.from_wire(described)
-                    return UpdateOutcome.UNKNOWN  # replaced meanwhile: whether it was ours cannot be told any more
+                    return UpdateOutcome.UNKNOWN  # replaced meanwhile: it is not known any more whether it was ours
                 if status.version != self.begin.base_version:
-                    return UpdateOutcome.UNKNOWN  # somebody else has pushed since, over ours or over the old one
+                    return UpdateOutcome.UNKNOWN  # another trainer has pushed since, over ours or over the old one
                 if not status.updating:
                     return UpdateOutcome.NOT_COMMITTED
             except grpc.RpcError as error:
                 if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
                     raise from_rpc(error) from error
-                # It may be restarting, or only the connection broke.
+                # It may be restarting, or only the connection is lost.
             except ValueError:
-                return UpdateOutcome.UNKNOWN  # the client was closed meanwhile, as gRPC says it
+                return UpdateOutcome.UNKNOWN  # gRPC's error for a client that was closed meanwhile
             time.sleep(_RESOLVE_POLL)
         return UpdateOutcome.UNKNOWN
 
     def _confirmed(self, served: WeightsDescription) -> PushResult:
-        # The same number may be another trainer's update; the digests tell.
+        # The same number may be another trainer's update; the digests distinguish them.
         known = [served.tensors[tensor.name].digest if tensor.name in served.tensors else "" for tensor in self.tensors]
         received = combine(bytes.fromhex(digest) for digest in known)
         if received:

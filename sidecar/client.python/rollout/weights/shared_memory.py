@@ -15,13 +15,13 @@ from ..errors import SharedMemoryError
 FOLDER = Path("/dev/shm")
 _NAME = re.compile(r"rollout-([0-9]+)-[0-9a-f]{16}")
 
-# Files of this process that are still there. Not removed by a signal handler: one written in Python would keep SIGTERM from ending a trainer
-# that hangs in native code. What a signal leaves, the next client removes.
+# Files of this process that still exist. Not removed by a signal handler: one written in Python would keep SIGTERM from ending a trainer
+# that hangs in native code. The next client removes files that a signal left behind.
 _live: set[Path] = set()
 
 
 class Segment:
-    """The sidecar's own memory, which it reads where it stands and which ends with it. Kept mapped from push to push."""
+    """The sidecar's own memory, which it reads without a copy and which ends with it. Kept mapped from push to push."""
 
     def __init__(self, name: str, path: str, view: memoryview) -> None:
         self.name = name
@@ -30,8 +30,8 @@ class Segment:
 
     @classmethod
     def try_open(cls, name: str, path: str, capacity: int) -> Segment | None:
-        """None where it cannot be reached: in another container, or as another user. The name makes sure that the path leads where the
-        sidecar meant."""
+        """None where it cannot be reached: in another container, or as another user. The name is compared to make sure that the path is
+        the sidecar's memory."""
         try:
             if os.readlink(path) != f"/memfd:{name} (deleted)":
                 return None
@@ -44,18 +44,18 @@ class Segment:
             os.close(descriptor)  # the mapping stays
 
     def close(self) -> None:
-        """The mapping itself goes with its last view, which a traceback may still hold."""
+        """The mapping itself is freed with its last view, which a traceback may still hold."""
         del self.view
 
 
 class SharedMemoryFile:
-    """One file, readable by this user alone, all its pages allocated when it is made: a full /dev/shm is an error here and not a SIGBUS later.
+    """One file, readable by this user alone. All its pages are allocated at once, so a full /dev/shm is an error and not a SIGBUS later.
 
-    Gone when it is closed or the process ends; what a killed process left is removed by the next one.
+    Removed when it is closed or the process ends; the next process removes the file of a killed one.
     """
 
     def __init__(self, capacity: int, folder: Path = FOLDER) -> None:
-        """Raises SharedMemoryError where there is no room for so many bytes."""
+        """Raises SharedMemoryError where there is no room for that many bytes."""
         remove_leftovers(folder)
         self.capacity = capacity
         self.path = folder / f"rollout-{os.getpid()}-{secrets.token_hex(8)}"
@@ -66,7 +66,7 @@ class SharedMemoryFile:
             raise SharedMemoryError(f"no file can be made in {folder}: {error.strerror}") from error
         _live.add(self.path)
         try:
-            # How a process of another container, which cannot see our process id, knows that we live.
+            # The lock tells processes in other containers, which cannot see our process id, that we are alive.
             fcntl.flock(self._descriptor, fcntl.LOCK_SH)
             os.posix_fallocate(self._descriptor, 0, capacity)
             self.view = memoryview(mmap.mmap(self._descriptor, capacity))
@@ -82,19 +82,19 @@ class SharedMemoryFile:
         return self.path.exists()
 
     def close(self) -> None:
-        """The mapping itself goes with its last view, which a traceback may still hold."""
+        """The mapping itself is freed with its last view, which a traceback may still hold."""
         del self.view
         self._remove()
 
     def _remove(self) -> None:
         os.close(self._descriptor)
-        if self._owner == os.getpid():  # a forked child leaves its parent's file alone
+        if self._owner == os.getpid():  # a forked child must not remove its parent's file
             self.path.unlink(missing_ok=True)
             _live.discard(self.path)
 
 
 def remove_leftovers(folder: Path = FOLDER) -> int:
-    """Removes files of owners that are no more. Returns how many."""
+    """Removes files of processes that have ended. Returns their number."""
     removed = 0
     for path in folder.glob("rollout-*"):
         name = _NAME.fullmatch(path.name)
@@ -111,7 +111,7 @@ def _lives(pid: int) -> bool:
         return False
     except OSError:  # hidden, or just ended
         return Path(f"/proc/{pid}").exists()
-    # One that nobody has waited for yet is as dead as one that is gone: in containers that may last.
+    # A zombie counts as ended too: in containers it may stay for long.
     return stat.rpartition(")")[2].split()[0] not in "ZX"
 
 
@@ -140,5 +140,5 @@ def _free(folder: Path) -> str:
 @atexit.register
 def _remove_live() -> None:
     for path in _live:
-        if path.name.startswith(f"rollout-{os.getpid()}-"):  # not a forked child's to remove
+        if path.name.startswith(f"rollout-{os.getpid()}-"):  # a forked child must not remove it
             path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The trainer's tensors as a push reads them: name, type, shape, and a way to copy rows straight to where they are sent from."""
+"""The trainer's tensors as a push reads them: name, type, shape, and a way to copy rows directly to the send buffer."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     import torch
 
 DType = Literal["BF16", "F16", "F32"]
-"""Of the elements as they are sent, little-endian; named as safetensors does."""
+"""Type of the elements as they are sent, little-endian; with safetensors' names."""
 
 ITEM_BYTES: Mapping[DType, int] = {"BF16": 2, "F16": 2, "F32": 4}
 
-_PIECE_BYTES = 1 << 20  # fits a core's cache, so that what was just copied is hashed from there
+_PIECE_BYTES = 1 << 20  # fits a core's cache, so that what was just copied is hashed from the cache
 
 
 @dataclass(frozen=True)
 class BFloat16:
-    """A bfloat16 array, which NumPy itself has no type for: the upper halves of its float32 bits."""
+    """A bfloat16 array, for which NumPy has no type: the upper 16 bits of each float32."""
 
     bits: NDArray[np.uint16]
 
@@ -52,15 +52,15 @@ class TensorSource:
 
     @property
     def piece_bytes(self) -> int:
-        """Of the largest piece that ``copy_to`` writes at once: whole rows, about a mebibyte where they are short enough."""
+        """Bytes of the largest piece that ``copy_to`` writes at once: whole rows, about a mebibyte where they are short enough."""
         return min(self.bytes, self._piece_rows() * self._row_bytes())
 
     def copy_to(self, place: Callable[[int, int], memoryview], done: Callable[[memoryview], object]) -> None:
         """Copies the tensor piece by piece in ascending order.
 
         Args:
-            place: Gives the memory for bytes [start, start + size) of the tensor.
-            done: Called with it when they are there.
+            place: Returns the memory for bytes [start, start + size) of the tensor.
+            done: Called with that memory when they have been written.
         """
         if self.bytes == 0:
             return
@@ -84,8 +84,8 @@ class TensorSource:
 def sources(weights: Weights, dtype: Literal["bfloat16"] | None) -> list[TensorSource]:
     """The tensors of a module, a state dict or a dict of arrays, in its order. Raises TypeError listing all that cannot be served."""
     if dtype not in ("bfloat16", None):
-        raise ValueError(f"dtype={dtype!r}: expected 'bfloat16' or None, for as they are")
-    torch = sys.modules.get("torch")  # whoever has a torch tensor has imported it
+        raise ValueError(f"dtype={dtype!r}: expected 'bfloat16', or None to send them as they are")
+    torch = sys.modules.get("torch")  # a caller with a torch tensor has imported it
     if torch is not None and isinstance(weights, torch.nn.Module):
         weights = weights.state_dict()
     if not isinstance(weights, Mapping):
@@ -119,14 +119,14 @@ def _from_torch(name: str, tensor: torch.Tensor, dtype: Literal["bfloat16"] | No
     values = tensor.detach() if tensor.dim() > 0 else tensor.detach().reshape(1)
 
     def copy_rows(first: int, end: int, destination: memoryview) -> None:
-        # Whatever the strides, the type and the device: this is the only copy.
+        # The only copy, for any strides, type and device.
         torch.frombuffer(destination, dtype=sent).view(values[first:end].shape).copy_(values[first:end])
 
     return TensorSource(name, kept[sent], tuple(tensor.shape), copy_rows)
 
 
 def _from_numpy(name: str, array: NDArray[Any] | BFloat16, dtype: Literal["bfloat16"] | None) -> TensorSource:
-    if isinstance(array, np.ndarray) and array.dtype.name == "bfloat16":  # of ml_dtypes
+    if isinstance(array, np.ndarray) and array.dtype.name == "bfloat16":  # a type of ml_dtypes
         array = BFloat16(array.view(np.uint16))
     if isinstance(array, BFloat16):
         return _copied(name, "BF16", array.bits, "<u2")
@@ -167,6 +167,6 @@ def _rounded(name: str, array: NDArray[Any]) -> TensorSource:
         sent[...] = rounded
         not_a_number = np.isnan(rows)
         if not_a_number.any():
-            sent[not_a_number] = 0x7FC0  # what wrapped around
+            sent[not_a_number] = 0x7FC0  # NaNs whose rounding wrapped around
 
     return TensorSource(name, "BF16", array.shape, copy_rows)

@@ -3,7 +3,7 @@ using System.Text.Json;
 
 namespace Rollout.Client;
 
-/// <summary>Through a safetensors file in a folder that the sidecar can read; it is gone when the push has ended.</summary>
+/// <summary>Through a safetensors file in a folder that the sidecar can read; it is removed when the push has ended.</summary>
 internal sealed class FileSender : IPayloadSender, IDisposable
 {
     private readonly byte[] _header;

@@ -1,11 +1,11 @@
 namespace Rollout.Client;
 
-/// <summary>One way for a payload to get to the sidecar.</summary>
+/// <summary>One way to send a payload to the sidecar.</summary>
 internal interface IPayloadSender
 {
-    /// <summary>Takes the payload out of the trainer and tells the sidecar where it is; ends when all is written and sent.</summary>
-    /// <param name="call">The update, agreed to.</param>
+    /// <summary>Copies the payload out of the trainer and tells the sidecar where it is; completes when all is written and sent.</summary>
+    /// <param name="call">The update, whose manifest has been accepted.</param>
     /// <param name="payload">Its bytes.</param>
-    /// <param name="ready">What the sidecar chose; in place, it stands still from the first message on.</param>
+    /// <param name="ready">What the sidecar chose; in place, it runs no step from the first message on.</param>
     Task SendAsync(UpdateCall call, PayloadWriter payload, V1.Ready ready, CancellationToken cancellationToken);
 }

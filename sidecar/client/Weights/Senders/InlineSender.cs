@@ -3,7 +3,7 @@ using Rollout.V1;
 
 namespace Rollout.Client;
 
-/// <summary>In the stream itself: fills one piece while the one before it is on its way.</summary>
+/// <summary>In the stream itself: fills one piece while the one before it is being sent.</summary>
 internal sealed class InlineSender : IPayloadSender
 {
     public async Task SendAsync(UpdateCall call, PayloadWriter payload, V1.Ready ready, CancellationToken cancellationToken)
@@ -15,7 +15,7 @@ internal sealed class InlineSender : IPayloadSender
             {
                 await sending;
                 cancellationToken.ThrowIfCancellationRequested();
-                // gRPC has copied the bytes when the write completes, which is before the buffer's next turn.
+                // gRPC has copied the bytes when the write completes, which is before the buffer is used again.
                 Chunk chunk = new V1.Chunk { Offset = (ulong)offset, Data = UnsafeByteOperations.UnsafeWrap(bytes) };
                 // On another thread, since gRPC serializes on the caller's.
                 sending = Task.Run(() => call.SendAsync(new V1.UpdateRequest { Chunk = chunk }, cancellationToken), CancellationToken.None);

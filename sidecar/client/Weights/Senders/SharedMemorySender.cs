@@ -3,16 +3,16 @@ using Rollout.V1;
 namespace Rollout.Client;
 
 /// <summary>
-/// Through shared memory, window by window, so that the sidecar reads one while the next is written. Memory smaller than the payload is a
-/// ring: a window is written over one that the sidecar has read. It is the sidecar's, which it reads where it stands, or, where that cannot
-/// be reached, a file in /dev/shm.
+/// Through shared memory, window by window, so that the sidecar reads one while the next is written. Memory smaller than the payload is
+/// used as a ring: a window overwrites one that the sidecar has read. The memory is the sidecar's own, which it reads without a copy, or,
+/// where that cannot be reached, a file in /dev/shm.
 /// </summary>
-/// <param name="most">Bytes to use of the sidecar's memory, which may have more from another push.</param>
-/// <param name="ownFile">Makes the file, or takes the one of the push before.</param>
+/// <param name="most">Most bytes of the sidecar's memory to use; it may be larger because of another push.</param>
+/// <param name="ownFile">Creates the file, or returns the one of the push before.</param>
 /// <param name="parallelism">Tensors written at once.</param>
 internal sealed class SharedMemorySender(long most, Func<PayloadFile> ownFile, int parallelism) : IPayloadSender
 {
-    private const long SmallestWindow = 64 << 20; // one more message is then worth nothing
+    private const long SmallestWindow = 64 << 20; // from here on another message costs nothing noticeable
     private const long LargestWindow = 1 << 30;
 
     public async Task SendAsync(UpdateCall call, PayloadWriter payload, V1.Ready ready, CancellationToken cancellationToken)
@@ -27,7 +27,7 @@ internal sealed class SharedMemorySender(long most, Func<PayloadFile> ownFile, i
         long bytes = payload.Bytes;
         bool ring = file.Capacity < bytes;
         long window = WindowBytes(bytes, file.Capacity);
-        // While the sidecar stands still nothing should be left to do but read.
+        // While no step runs, the sidecar should only have to read.
         if (mode == V1.UpdateMode.InPlace && !ring)
             window = Math.Max(1, bytes);
         long places = Math.Max(1, file.Capacity / window);
