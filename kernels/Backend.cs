@@ -228,6 +228,20 @@ public abstract class Backend : IDisposable
     }
 
     /// <summary>
+    /// residual[row] += the norm of input[row] as <see cref="RmsNorm"/> has it, for the first <paramref name="rows"/> rows. What
+    /// <paramref name="input"/> holds afterwards is undefined.
+    /// </summary>
+    public void RmsNormAdd(Tensor input, Weight scale, float epsilon, Tensor residual, int rows)
+    {
+        ThrowIfDisposed();
+        Own(input, rows);
+        Own(residual, rows, input.Columns);
+        OwnVector(scale, input.Columns);
+        Checks.Differ(input, residual);
+        RmsNormAddCore(input, scale, epsilon, residual, rows);
+    }
+
+    /// <summary>
     /// output[row, o] = sum_i input[row, i] * weight[o, i] (+ bias[o]), one chain of fused multiply-adds over ascending i; with int8
     /// weights exact sums of 128 inputs at a time, and one such chain over them.
     /// </summary>
@@ -378,6 +392,8 @@ public abstract class Backend : IDisposable
     protected abstract void EmbedCore(Weight table, Tensor output);
 
     protected abstract void RmsNormCore(Tensor input, Weight scale, float epsilon, Tensor output, int rows);
+
+    protected abstract void RmsNormAddCore(Tensor input, Weight scale, float epsilon, Tensor residual, int rows);
 
     /// <param name="input">[rows, inputs].</param>
     /// <param name="weight">[outputs, inputs].</param>

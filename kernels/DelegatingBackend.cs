@@ -61,6 +61,9 @@ public abstract class DelegatingBackend(Backend inner) : Backend
     protected override void RmsNormCore(Tensor input, Weight scale, float epsilon, Tensor output, int rows) =>
         inner.RmsNorm(input, scale, epsilon, output, rows);
 
+    protected override void RmsNormAddCore(Tensor input, Weight scale, float epsilon, Tensor residual, int rows) =>
+        inner.RmsNormAdd(input, scale, epsilon, residual, rows);
+
     protected override void MatMulCore(Tensor input, Weight weight, Weight? bias, Tensor output, int rows, bool add)
     {
         if (add)

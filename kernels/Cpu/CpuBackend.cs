@@ -13,6 +13,7 @@ public sealed unsafe class CpuBackend : Backend
 
     private readonly Workers _workers;
     private readonly NormJob _norm;
+    private readonly NormJob _normAdd;
     private readonly GatedSiluJob _gatedSilu;
     private readonly RopeJob _rope;
     private readonly AttentionJob _attention;
@@ -36,13 +37,13 @@ public sealed unsafe class CpuBackend : Backend
         switch (vectorBits)
         {
             case 512:
-                (_norm, _gatedSilu, _rope, _attention, _sample) = Lanes<Lanes512>();
+                (_norm, _normAdd, _gatedSilu, _rope, _attention, _sample) = Lanes<Lanes512>();
                 break;
             case 256:
-                (_norm, _gatedSilu, _rope, _attention, _sample) = Lanes<Lanes256>();
+                (_norm, _normAdd, _gatedSilu, _rope, _attention, _sample) = Lanes<Lanes256>();
                 break;
             case 128:
-                (_norm, _gatedSilu, _rope, _attention, _sample) = Lanes<Lanes128>();
+                (_norm, _normAdd, _gatedSilu, _rope, _attention, _sample) = Lanes<Lanes128>();
                 break;
             default:
                 throw new ArgumentOutOfRangeException(nameof(vectorBits), vectorBits, "512, 256, 128, or 0 for the widest.");
@@ -54,9 +55,10 @@ public sealed unsafe class CpuBackend : Backend
         _workers = new Workers(threads);
         Name = $"cpu {vectorBits}-bit vectors, {threads} {(threads == 1 ? "thread" : "threads")}{matrices}";
 
-        static (NormJob Norm, GatedSiluJob GatedSilu, RopeJob Rope, AttentionJob Attention, SampleJob Sample) Lanes<TLanes>()
+        static (NormJob Norm, NormJob NormAdd, GatedSiluJob GatedSilu, RopeJob Rope, AttentionJob Attention, SampleJob Sample) Lanes<TLanes>()
             where TLanes : unmanaged, ILanes<TLanes> =>
-            (new NormJob<TLanes>(), new GatedSiluJob<TLanes>(), new RopeJob<TLanes>(), new AttentionJob<TLanes>(), new SampleJob<TLanes>());
+            (new NormJob<TLanes>(), new NormAddJob<TLanes>(), new GatedSiluJob<TLanes>(), new RopeJob<TLanes>(), new AttentionJob<TLanes>(),
+                new SampleJob<TLanes>());
     }
 
     public override string Name { get; }
@@ -194,17 +196,23 @@ public sealed unsafe class CpuBackend : Backend
         _workers.Run(_embed, Step.RowCount, (long)Step.RowCount * weight.Inputs > SmallWork);
     }
 
-    protected override void RmsNormCore(Tensor input, Weight scale, float epsilon, Tensor output, int rows)
+    protected override void RmsNormCore(Tensor input, Weight scale, float epsilon, Tensor output, int rows) =>
+        Run(_norm, input, scale, epsilon, output, rows);
+
+    protected override void RmsNormAddCore(Tensor input, Weight scale, float epsilon, Tensor residual, int rows) =>
+        Run(_normAdd, input, scale, epsilon, residual, rows);
+
+    private void Run(NormJob job, Tensor input, Weight scale, float epsilon, Tensor output, int rows)
     {
         (CpuTensor source, CpuTensor destination) = ((CpuTensor)input, (CpuTensor)output);
-        _norm.Input = source.Data;
-        _norm.InputStride = source.Stride;
-        _norm.Scale = ((CpuWeight)scale).Vector;
-        _norm.Epsilon = epsilon;
-        _norm.Output = destination.Data;
-        _norm.OutputStride = destination.Stride;
-        _norm.Columns = source.Columns;
-        _workers.Run(_norm, rows, (long)rows * source.Columns > SmallWork);
+        job.Input = source.Data;
+        job.InputStride = source.Stride;
+        job.Scale = ((CpuWeight)scale).Vector;
+        job.Epsilon = epsilon;
+        job.Output = destination.Data;
+        job.OutputStride = destination.Stride;
+        job.Columns = source.Columns;
+        _workers.Run(job, rows, (long)rows * source.Columns > SmallWork);
     }
 
     protected override void MatMulCore(Tensor input, Weight weight, Weight? bias, Tensor output, int rows, bool add)

@@ -21,6 +21,26 @@ internal sealed unsafe class NormJob<TLanes> : NormJob
         Norm.Row<TLanes>(Input + ((long)unit * InputStride), Scale, Epsilon, Output + ((long)unit * OutputStride), Columns);
 }
 
+/// <summary>
+/// output[row] += input[row] / sqrt(mean(input[row]²) + epsilon) * scale. Units: rows. The input is overwritten with what is added.
+/// </summary>
+internal sealed unsafe class NormAddJob<TLanes> : NormJob
+    where TLanes : unmanaged, ILanes<TLanes>
+{
+    [MethodImpl(MethodImplOptions.AggressiveOptimization)]
+    public override void Execute(int unit, int worker)
+    {
+        float* input = Input + ((long)unit * InputStride);
+        float* output = Output + ((long)unit * OutputStride);
+        Norm.Row<TLanes>(input, Scale, Epsilon, input, Columns);
+        int i = 0;
+        for (; i + LaneMemory.Count <= Columns; i += LaneMemory.Count)
+            TLanes.Store(output + i, TLanes.Load(output + i) + TLanes.Load(input + i));
+        for (; i < Columns; i++)
+            output[i] += input[i];
+    }
+}
+
 /// <summary>output[row, i] = silu(gateUp[row, i]) * gateUp[row, width + i]. Units: rows.</summary>
 internal abstract unsafe class GatedSiluJob : Job
 {

@@ -233,6 +233,14 @@ public sealed unsafe partial class CudaBackend : Backend
         destination.IsRounded = true;
     }
 
+    protected override void RmsNormAddCore(Tensor input, Weight scale, float epsilon, Tensor residual, int rows)
+    {
+        (CudaTensor source, CudaTensor destination) = ((CudaTensor)input, (CudaTensor)residual);
+        nuint scales = VectorOf(scale);
+        rows = Pad(rows, source, destination);
+        Launch(_kernels.RmsNormAdd, new Grid(rows), Threads, Fp32(source, rows), scales, epsilon, Fp32(destination, rows), source.Columns);
+    }
+
     protected override void MatMulCore(Tensor input, Weight weight, Weight? bias, Tensor output, int rows, bool add)
     {
         (CudaTensor source, CudaWeight matrix, CudaTensor destination) = ((CudaTensor)input, (CudaWeight)weight, (CudaTensor)output);

@@ -23,6 +23,7 @@ internal sealed unsafe class CudaKernels : IDisposable
         CudaModule weights = Compile("weights.cu"), digest = Compile("digest.cu");
         Embed = Function(step, "embed");
         RmsNorm = Function(step, "rms_norm");
+        RmsNormAdd = Function(step, "rms_norm_add");
         RopeStore = Function(step, "rope_store");
         GatedSilu = Function(step, "gated_silu");
         Gather = Function(step, "gather");
@@ -42,6 +43,8 @@ internal sealed unsafe class CudaKernels : IDisposable
     public nint Embed { get; }
 
     public nint RmsNorm { get; }
+
+    public nint RmsNormAdd { get; }
 
     public nint RopeStore { get; }
 

@@ -61,6 +61,13 @@ internal sealed class RecordingBackend(Backend inner) : DelegatingBackend(inner)
         Took(Part.Norms);
     }
 
+    protected override void RmsNormAddCore(Tensor input, Weight scale, float epsilon, Tensor residual, int rows)
+    {
+        Starts();
+        base.RmsNormAddCore(input, scale, epsilon, residual, rows);
+        Took(Part.Norms);
+    }
+
     protected override void MatMulCore(Tensor input, Weight weight, Weight? bias, Tensor output, int rows, bool add)
     {
         Starts();

@@ -97,6 +97,10 @@ public abstract partial class BackendTests
         Refused("scale", () => backend.RmsNorm(x, shortVector, 0f, x, 1));
         Refused("scale", () => backend.RmsNorm(x, w, 0f, x, 1));
         Refused("output", () => backend.RmsNorm(x, vector, 0f, y, 1));
+        Refused("scale", () => backend.RmsNormAdd(x, shortVector, 0f, bench.Tensor(4, 64), 1));
+        Refused("residual", () => backend.RmsNormAdd(x, vector, 0f, y, 1));
+        Refused("input", () => backend.RmsNormAdd(x, vector, 0f, x, 1));
+        Refused("input", () => backend.RmsNormAdd(foreign, vector, 0f, x, 1));
         Refused("gateUp", () => backend.GatedSilu(x, y, 1));
         Refused("output", () => backend.Embed(w, y));
         Refused("call.Heads", () => bench.Attend(qkv, 3, rope, cache, 0, attended));

@@ -110,6 +110,22 @@ public abstract partial class BackendTests : IDisposable
     }
 
     [Fact]
+    public void RmsNormAdd_equals_the_reference()
+    {
+        Bench subject = New();
+        Gen.Select(Gen.Int[1, 9], Gen.Int[1, 200], Gen.Int[0, 2], Gen.Int[0, 1 << 30]).Sample(
+            (rows, columns, kind, seed) => Compare(subject, seed, 4e-6, bench =>
+            {
+                using Tensor x = bench.Tensor(rows + 1, columns, kind switch { 0 => 1f, 1 => 2e-3f, _ => 0f });
+                using Tensor y = bench.Tensor(rows + 1, columns);
+                bench.Backend.RmsNormAdd(x, bench.Weight(1, columns), 1e-5f, y, rows);
+                return Bench.Read(y, rows + 1); // the last row stays as it was
+            }),
+            iter: 60,
+            threads: 1);
+    }
+
+    [Fact]
     public void GatedSilu_equals_the_reference()
     {
         Bench subject = New();
@@ -190,6 +206,8 @@ public abstract partial class BackendTests : IDisposable
         const int Rows = 70, Inputs = 75, Outputs = 74;
         Tensor x = bench.Tensor(Rows, Inputs), y = bench.Backend.AllocateTensor(Rows, Outputs);
         Tensor n = bench.Backend.AllocateTensor(Rows, Inputs), g = bench.Backend.AllocateTensor(Rows, Outputs / 2);
+        Tensor z = bench.Backend.AllocateTensor(Rows, Outputs);
+        Weight ofOutputs = bench.Weight(1, Outputs);
         Weight w = bench.Weight(Outputs, Inputs), b = bench.Weight(1, Outputs), scale = bench.Weight(1, Inputs);
         float[] start = bench.Values(Rows * Outputs);
 
@@ -201,7 +219,10 @@ public abstract partial class BackendTests : IDisposable
             y.Write(Rows, start);
             bench.Backend.MatMulAdd(n, w, null, y, rows);
             bench.Backend.GatedSilu(y, g, rows);
-            return [Bench.Read(n, rows), product, Bench.Read(y, rows), Bench.Read(g, rows)];
+            float[] sums = Bench.Read(y, rows), gated = Bench.Read(g, rows);
+            bench.Backend.MatMul(n, w, null, z, rows);
+            bench.Backend.RmsNormAdd(z, ofOutputs, 1e-6f, y, rows);
+            return [Bench.Read(n, rows), product, sums, gated, Bench.Read(y, rows)];
         }
 
         float[][] whole = Run(Rows);

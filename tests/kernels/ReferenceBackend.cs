@@ -114,6 +114,17 @@ public sealed partial class ReferenceBackend(WeightFormat format = WeightFormat.
         }
     }
 
+    protected override void RmsNormAddCore(Tensor input, Weight scale, float epsilon, Tensor residual, int rows)
+    {
+        (RefTensor x, RefTensor y) = ((RefTensor)input, (RefTensor)residual);
+        for (int row = 0; row < rows; row++)
+        {
+            double[] normed = Norm(Enumerable.Range(0, x.Columns).Select(i => x[row, i]).ToArray(), (RefWeight)scale, epsilon);
+            for (int i = 0; i < x.Columns; i++)
+                y[row, i] += normed[i];
+        }
+    }
+
     protected override void MatMulCore(Tensor input, Weight weight, Weight? bias, Tensor output, int rows, bool add)
     {
         (RefTensor? x, RefWeight? w, RefWeight? b, RefTensor? y) =

@@ -66,6 +66,24 @@ extern "C" __global__ void __launch_bounds__(THREADS) rms_norm(const float* inpu
 }
 ROLLOUT_KERNEL(rms_norm)
 
+// residual[row] += input[row] / sqrt(mean(input[row]^2) + epsilon) * scale.
+extern "C" __global__ void __launch_bounds__(THREADS) rms_norm_add(
+    const float* input, const float* scale, float epsilon, float* residual, int columns)
+{
+    __shared__ float parts[THREADS / 32];
+    const float* x = input + (long long)blockIdx.x * columns;
+    float* y = residual + (long long)blockIdx.x * columns;
+    float squares = 0;
+    wait_for_earlier_kernels();
+    for (int i = threadIdx.x; i < columns; i += THREADS)
+        squares = fmaf(x[i], x[i], squares);
+
+    float inverse = 1.0f / sqrtf(block_sum<THREADS>(squares, parts) / columns + epsilon);
+    for (int i = threadIdx.x; i < columns; i += THREADS)
+        y[i] += x[i] * inverse * scale[i];
+}
+ROLLOUT_KERNEL(rms_norm_add)
+
 // Rows [heads | kv_heads | kv_heads] of head_dim: norms over query and key heads where scales are given, rotation by the row's position,
 // queries in place, keys and values into the row's slot of the cache [blocks][kv_heads][block_tokens][head_dim]. rope
 // [positions][2][head_dim / 2]: cosines, then sines. One warp a head: blockIdx (row, heads + 2 * kv_heads), 32 threads. When all sequences
