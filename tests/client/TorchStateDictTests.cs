@@ -67,6 +67,24 @@ public sealed class TorchStateDictTests
         }
     }
 
+    /// <summary>Memory that is not touched is not taken: of the tensor only its ends are written and read.</summary>
+    [Fact]
+    public void Parts_behind_two_gigabytes_are_copied_from_where_they_are()
+    {
+        const long Elements = (1L << 31) + 64; // bf16: over 4 GiB
+        using Tensor tensor = empty([Elements], dtype: ScalarType.BFloat16);
+        TorchTensor published = new("large", tensor, PublishedType.AsIs);
+        foreach (long at in (long[])[0, 1L << 30, 1L << 31])
+            tensor.narrow(0, at, 8).fill_(1 + (at >> 30));
+
+        byte[] part = new byte[16];
+        foreach (long at in (long[])[0, 1L << 30, 1L << 31])
+        {
+            published.CopyTo(part, at * 2);
+            Assert.All(MemoryMarshal.Cast<byte, ushort>(part).ToArray(), element => Assert.Equal(1 + (at >> 30), Single(element)));
+        }
+    }
+
     [Fact]
     public async Task A_module_is_pushed_as_it_is_now_again_and_again()
     {

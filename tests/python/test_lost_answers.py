@@ -236,10 +236,11 @@ class LostPushTests(LostTests):
     def test_while_the_sidecar_has_not_decided_it_is_asked_again(self) -> None:
         """Its status replies, from the first call on; the last one repeats."""
         undecided, committed, old = {"version": 7, "updating": True}, {"version": 8}, {"version": 7}
-        poisoned, overtaken, gone = {"version": 7, "state": 7}, {"version": 12}, None
+        poisoned, overtaken, restarted, gone = {"version": 7, "state": 7}, {"version": 12}, {"version": 0}, None
         for said, expected in (
             ([undecided] * 3 + [committed], "committed"), ([undecided] * 3 + [old], "not committed"), ([undecided, poisoned], "poisoned"),
             ([gone, gone, undecided, gone, committed], "committed"), ([gone, old], "not committed"), ([undecided, overtaken], "unknown"),
+            ([gone, restarted], "unknown"),  # it serves its checkpoint again: neither the old weights nor the new
         ):
             with self.subTest(f"{len(said)} answers, {expected}"):
                 fake, weights, proxy, client = self.connect()

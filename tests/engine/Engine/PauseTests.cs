@@ -20,6 +20,8 @@ public sealed class PauseTests
         StreamTokens = true,
     };
 
+    private static readonly TimeSpan s_patience = TimeSpan.FromSeconds(45);
+
     private static CancellationToken Cancelled => TestContext.Current.CancellationToken;
 
     [Fact]
@@ -30,8 +32,8 @@ public sealed class PauseTests
         Task<PauseResult> waits = engine.PauseAsync(PauseMode.Wait, "first", s_long, Cancelled);
         Task<PauseResult> keeps = engine.PauseAsync(PauseMode.Keep, "second", s_long, Cancelled);
         backend.LetGo();
-        Assert.Equal(new PauseResult(EngineState.Paused, 0), await keeps);
-        Assert.Equal(new PauseResult(EngineState.Paused, 0), await waits);
+        Assert.Equal(new PauseResult(EngineState.Paused, 0), await keeps.WaitAsync(s_patience, Cancelled));
+        Assert.Equal(new PauseResult(EngineState.Paused, 0), await waits.WaitAsync(s_patience, Cancelled));
         Assert.Equal((EngineState.Paused, "second"), (engine.Status.State, engine.Status.Reason));
         Assert.All(group.Sequences, sample => Assert.Equal((FinishReason.None, 6), (sample.FinishReason, sample.Published)));
         await engine.ResumeAsync();
@@ -47,7 +49,7 @@ public sealed class PauseTests
         Task<PauseResult> keeps = engine.PauseAsync(PauseMode.Keep, "first", s_long, Cancelled);
         Task<PauseResult> waits = engine.PauseAsync(PauseMode.Wait, "second", s_long, Cancelled);
         backend.LetGo();
-        await Task.WhenAll(keeps, waits);
+        await Task.WhenAll(keeps, waits).WaitAsync(s_patience, Cancelled);
         Assert.Equal((EngineState.Paused, "second"), (engine.Status.State, engine.Status.Reason));
         Assert.All(group.Sequences, sample => Assert.Equal(6, sample.Published));
     }
