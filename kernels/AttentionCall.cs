@@ -1,7 +1,7 @@
 namespace Rollout.Kernels;
 
 /// <summary>
-/// One layer's attention over the rows of a step. In this order: an RMS norm over each query and key head, where given; rotation of queries
+/// One layer's attention over the rows of a step. In this order: an RMS norm of queries and keys, where given; rotation of queries
 /// and keys by the row's position (halves paired: i with i + keyDim/2); storing of keys and values in the row's slot of the cache; then
 /// every query attends to positions 0..Positions[row] of its sequence's blocks.
 /// <code>
@@ -17,10 +17,10 @@ public readonly struct AttentionCall
     /// <summary>Query heads: a multiple of the layer's key-value heads.</summary>
     public required int Heads { get; init; }
 
-    /// <summary>[keyDim], or null for none.</summary>
+    /// <summary>[keyDim]: each query head is normalised alone; [heads*keyDim]: all of them together; null: none is.</summary>
     public Weight? QueryNorm { get; init; }
 
-    /// <summary>[keyDim], or null for none.</summary>
+    /// <summary>[keyDim], [kvHeads*keyDim], or null, likewise.</summary>
     public Weight? KeyNorm { get; init; }
 
     /// <summary>Of both norms.</summary>

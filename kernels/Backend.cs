@@ -278,10 +278,8 @@ public abstract class Backend : IDisposable
         Own(call.Qkv, step.RowCount, (call.Heads * layout.KeyDim) + (layout.KvHeads * (layout.KeyDim + layout.ValueDim)));
         Own(call.Output, step.RowCount, call.Heads * layout.ValueDim);
         Own(call.Rope);
-        if (call.QueryNorm is not null)
-            OwnVector(call.QueryNorm, layout.KeyDim);
-        if (call.KeyNorm is not null)
-            OwnVector(call.KeyNorm, layout.KeyDim);
+        OwnHeadNorm(call.QueryNorm, layout.KeyDim, call.Heads);
+        OwnHeadNorm(call.KeyNorm, layout.KeyDim, layout.KvHeads);
         Checks.RopeWidth(call.Rope, layout);
         Checks.Differ(call.Qkv, call.Output);
         _context.Check(step, call);
@@ -480,6 +478,16 @@ public abstract class Backend : IDisposable
         Own((DeviceMemory)weight, name);
         if (!weight.IsVector || weight.Inputs != length)
             throw new ArgumentException($"[{weight.Outputs}, {weight.Inputs}], needed a vector of {length}.", name);
+    }
+
+    /// <summary>Of one head, or of all of them together.</summary>
+    private void OwnHeadNorm(Weight? norm, int keyDim, int heads, [CallerArgumentExpression(nameof(norm))] string? name = null)
+    {
+        if (norm is null)
+            return;
+        Own((DeviceMemory)norm, name);
+        if (!norm.IsVector || (norm.Inputs != keyDim && norm.Inputs != heads * keyDim))
+            throw new ArgumentException($"[{norm.Outputs}, {norm.Inputs}], needed a vector of {keyDim} or {heads * keyDim}.", name);
     }
 
     private void CheckMatMul(Tensor input, Weight weight, Weight? bias, int rows)

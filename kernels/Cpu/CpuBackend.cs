@@ -248,6 +248,8 @@ public sealed unsafe class CpuBackend : Backend
         _rope.Heads = call.Heads;
         _rope.QueryNorm = VectorOf(call.QueryNorm);
         _rope.KeyNorm = VectorOf(call.KeyNorm);
+        _rope.QueryNormLength = call.QueryNorm?.Inputs ?? 0;
+        _rope.KeyNormLength = call.KeyNorm?.Inputs ?? 0;
         _rope.Epsilon = call.Epsilon;
         _rope.Rope = (CpuRopeTable)call.Rope;
         _rope.Cache = cache;

@@ -16,6 +16,8 @@ internal abstract unsafe class RopeJob : Job
     public int Heads;
     public float* QueryNorm;
     public float* KeyNorm;
+    public int QueryNormLength; // of one head, or of all
+    public int KeyNormLength;
     public float Epsilon;
     public CpuRopeTable Rope = null!;
     public CpuKvLayer Cache;
@@ -42,12 +44,14 @@ internal sealed unsafe class RopeJob<TLanes> : RopeJob
         float* cos = Rope.Cos(position), sin = Rope.Sin(position);
 
         float* head = Qkv + ((long)row * Stride);
+        NormHeads(head, QueryNorm, QueryNormLength, Heads * keyDim);
         for (int h = 0; h < Heads; h++, head += keyDim)
-            NormAndRotate(head, QueryNorm, Epsilon, cos, sin, keyDim);
+            Rotate(head, cos, sin, keyDim);
 
+        NormHeads(head, KeyNorm, KeyNormLength, Cache.KvHeads * keyDim);
         for (int h = 0; h < Cache.KvHeads; h++, head += keyDim)
         {
-            NormAndRotate(head, KeyNorm, Epsilon, cos, sin, keyDim);
+            Rotate(head, cos, sin, keyDim);
             float* keys = Cache.Keys(block, h) + slot;
             for (int d = 0; d < keyDim; d++)
                 keys[d * KvCache.BlockTokens] = head[d];
@@ -60,12 +64,17 @@ internal sealed unsafe class RopeJob<TLanes> : RopeJob
         }
     }
 
-    [MethodImpl(MethodImplOptions.AggressiveOptimization)]
-    private static void NormAndRotate(float* head, float* norm, float epsilon, float* cos, float* sin, int headDim)
+    private void NormHeads(float* heads, float* norm, int length, int count)
     {
-        if (norm != null)
-            Norm.Row<TLanes>(head, norm, epsilon, head, headDim);
+        if (norm == null)
+            return;
+        for (int at = 0; at < count; at += length)
+            Norm.Row<TLanes>(heads + at, norm, Epsilon, heads + at, length);
+    }
 
+    [MethodImpl(MethodImplOptions.AggressiveOptimization)]
+    private static void Rotate(float* head, float* cos, float* sin, int headDim)
+    {
         int half = headDim / 2;
         float* other = head + half;
         int i = 0;

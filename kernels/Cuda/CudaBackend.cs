@@ -270,6 +270,10 @@ public sealed unsafe partial class CudaBackend : Backend
             (VectorOf(call.QueryNorm), VectorOf(call.KeyNorm), ((CudaRopeTable)call.Rope).Pointer);
         (nuint keys, nuint values) = (cache.Keys(call.Layer), cache.Values(call.Layer));
         nuint rows = Fp32(qkv, step.RowCount);
+        if (call.QueryNorm is not null && call.QueryNorm.Inputs != headDim)
+            queryNorm = NormColumns(qkv, 0, heads * headDim, queryNorm, call.Epsilon);
+        if (call.KeyNorm is not null && call.KeyNorm.Inputs != headDim)
+            keyNorm = NormColumns(qkv, heads * headDim, kvHeads * headDim, keyNorm, call.Epsilon);
         if (!_isDecode)
         {
             Launch(_kernels.RopeStore, new Grid(step.RowCount, heads + (2 * kvHeads)), WarpThreads,
@@ -300,6 +304,14 @@ public sealed unsafe partial class CudaBackend : Backend
             [_place.Header, rows, qkv.Columns, _place.Positions, keys, values, heads, kvHeads, slice, call.Scale, output.Rounded,
             _place.RowSlots, _partials.Pointer, _counters.Pointer, queryNorm, keyNorm, rope == 0 ? 0f : call.Epsilon, rope]);
         output.IsRounded = true;
+    }
+
+    /// <summary>Normalises some columns of every row. Returns 0: what is left to normalise by.</summary>
+    private nuint NormColumns(CudaTensor tensor, int first, int columns, nuint scales, float epsilon)
+    {
+        Launch(_kernels.RmsNormColumns, new Grid(Pad(Step.RowCount, tensor)), Threads,
+            tensor.Fp32 + ((nuint)first * sizeof(float)), tensor.Columns, scales, epsilon, columns);
+        return 0;
     }
 
     protected override void GatedSiluCore(Tensor gateUp, Tensor output, int rows)

@@ -24,6 +24,7 @@ internal sealed unsafe class CudaKernels : IDisposable
         Embed = Function(step, "embed");
         RmsNorm = Function(step, "rms_norm");
         RmsNormAdd = Function(step, "rms_norm_add");
+        RmsNormColumns = Function(step, "rms_norm_columns");
         RopeStore = Function(step, "rope_store");
         GatedSilu = Function(step, "gated_silu");
         Gather = Function(step, "gather");
@@ -45,6 +46,8 @@ internal sealed unsafe class CudaKernels : IDisposable
     public nint RmsNorm { get; }
 
     public nint RmsNormAdd { get; }
+
+    public nint RmsNormColumns { get; }
 
     public nint RopeStore { get; }
 

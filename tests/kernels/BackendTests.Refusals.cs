@@ -108,8 +108,8 @@ public abstract partial class BackendTests
         Refused("call.Layer", () => bench.Attend(qkv, 4, rope, cache, -1, attended));
         Refused("call.Qkv", () => bench.Attend(x, 4, rope, cache, 0, attended));
         Refused("call.Rope", () => bench.Attend(qkv, 4, otherRope, cache, 0, attended));
-        Refused("call.QueryNorm", () => bench.Attend(qkv, 4, rope, cache, 0, attended, queryNorm: vector));
-        Refused("call.KeyNorm", () => bench.Attend(qkv, 4, rope, cache, 0, attended, keyNorm: vector));
+        Refused("call.QueryNorm", () => bench.Attend(qkv, 4, rope, cache, 0, attended, queryNorm: shortVector));
+        Refused("call.KeyNorm", () => bench.Attend(qkv, 4, rope, cache, 0, attended, keyNorm: shortVector));
         Refused("call.Output", () => bench.Attend(qkv, 4, rope, cache, 0, y));
         Refused("call.Output", () => bench.Attend(qkv, 4, rope, cache, 0, foreign));
         Refused("call.Cache", () => bench.Attend(qkv, 4, rope, null!, 0, attended));

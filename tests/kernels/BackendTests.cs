@@ -151,7 +151,7 @@ public abstract partial class BackendTests : IDisposable
     [InlineData(128, 8, 8)]
     public void Rope_and_attention_equal_the_reference(int headDim, int heads, int kvHeads)
     {
-        foreach (bool norms in new[] { false, true })
+        foreach (int normed in (int[])[0, 1, int.MaxValue]) // heads that are normalised together, or none
         {
             Compare(New(), headDim, 2e-5, bench =>
             {
@@ -159,20 +159,26 @@ public abstract partial class BackendTests : IDisposable
                 int[] lengths = [5, 37, 16];
                 KvCache cache = bench.Cache(2, 20, kvHeads, headDim);
                 RopeTable rope = bench.Rope(headDim, 40);
-                Weight? norm = norms ? bench.Weight(1, headDim) : null;
+                Weight? queryNorm = normed == 0 ? null : bench.Weight(1, Math.Min(normed, heads) * headDim);
+                Weight? keyNorm = normed == 0 ? null : bench.Weight(1, Math.Min(normed, kvHeads) * headDim);
                 int columns = (heads + (2 * kvHeads)) * headDim;
                 List<float> results = [];
-                foreach (bool early in new[] { true, false })
+                for (int turn = 0; turn < 3; turn++) // the third is of single rows
                 {
                     StepLayout step = Bench.Step(
                         3,
                         4,
-                        s => early ? (0, s == 1 ? 21 : 0) : (s == 1 ? 21 : 0, lengths[s]),
+                        s => turn switch
+                        {
+                            0 => (0, s == 1 ? 21 : 0),
+                            1 => (s == 1 ? 21 : 0, lengths[s]),
+                            _ => (lengths[s], lengths[s] + 1),
+                        },
                         (s, b) => ((s * 4) + b) * 7 % 20);
                     bench.Backend.BeginStep(step);
                     Tensor qkv = bench.Tensor(step.RowCount, columns);
                     Tensor output = bench.Backend.AllocateTensor(step.RowCount, heads * headDim);
-                    bench.Attend(qkv, heads, rope, cache, 1, output, 0.3f, norm, norm, 1e-6f);
+                    bench.Attend(qkv, heads, rope, cache, 1, output, 0.3f, queryNorm, keyNorm, 1e-6f);
                     results.AddRange(Bench.Read(output, step.RowCount));
                 }
 

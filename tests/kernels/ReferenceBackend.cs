@@ -155,12 +155,11 @@ public sealed partial class ReferenceBackend(WeightFormat format = WeightFormat.
         KvLayout layout = cache.Layout(call.Layer);
         int position = Step.Positions[row], heads = call.Heads, half = layout.KeyDim / 2;
         Span<double> values = x.Row(row);
+        NormHeads(values[..(heads * layout.KeyDim)], call.QueryNorm, call.Epsilon);
+        NormHeads(values.Slice(heads * layout.KeyDim, layout.KvHeads * layout.KeyDim), call.KeyNorm, call.Epsilon);
         for (int h = 0; h < heads + layout.KvHeads; h++, values = values[layout.KeyDim..])
         {
             Span<double> head = values[..layout.KeyDim];
-            Weight? norm = h < heads ? call.QueryNorm : call.KeyNorm;
-            if (norm != null)
-                Norm(head.ToArray(), (RefWeight)norm, call.Epsilon).CopyTo(head);
             for (int i = 0; i < half; i++)
             {
                 double a = head[i], b = head[i + half], c = table.Cos[position, i], s = table.Sin[position, i];
@@ -174,6 +173,14 @@ public sealed partial class ReferenceBackend(WeightFormat format = WeightFormat.
 
         for (int h = 0; h < layout.KvHeads; h++, values = values[layout.ValueDim..])
             values[..layout.ValueDim].CopyTo(cache.Value(call.Layer, Block(row, position), h, position % KvCache.BlockTokens));
+    }
+
+    private static void NormHeads(Span<double> heads, Weight? norm, double epsilon)
+    {
+        if (norm is null)
+            return;
+        for (; !heads.IsEmpty; heads = heads[norm.Inputs..])
+            Norm(heads[..norm.Inputs].ToArray(), (RefWeight)norm, epsilon).CopyTo(heads);
     }
 
     private void Attend(int row, in AttentionCall call)

@@ -84,6 +84,23 @@ extern "C" __global__ void __launch_bounds__(THREADS) rms_norm_add(
 }
 ROLLOUT_KERNEL(rms_norm_add)
 
+// Some columns of a row [stride], in place: values[row] = values[row] / sqrt(mean(values[row]^2) + epsilon) * scale.
+extern "C" __global__ void __launch_bounds__(THREADS) rms_norm_columns(
+    float* values, int stride, const float* scale, float epsilon, int columns)
+{
+    __shared__ float parts[THREADS / 32];
+    float* x = values + (long long)blockIdx.x * stride;
+    float squares = 0;
+    wait_for_earlier_kernels();
+    for (int i = threadIdx.x; i < columns; i += THREADS)
+        squares = fmaf(x[i], x[i], squares);
+
+    float inverse = 1.0f / sqrtf(block_sum<THREADS>(squares, parts) / columns + epsilon);
+    for (int i = threadIdx.x; i < columns; i += THREADS)
+        x[i] = x[i] * inverse * scale[i];
+}
+ROLLOUT_KERNEL(rms_norm_columns)
+
 // Rows [heads | kv_heads | kv_heads] of head_dim: norms over query and key heads where scales are given, rotation by the row's position,
 // queries in place, keys and values into the row's slot of the cache [blocks][kv_heads][block_tokens][head_dim]. rope
 // [positions][2][head_dim / 2]: cosines, then sines. One warp a head: blockIdx (row, heads + 2 * kv_heads), 32 threads. When all sequences
