@@ -3,7 +3,32 @@ using Rollout.Kernels;
 namespace Rollout.Engine;
 
 /// <summary>One layer of the model, as facts.</summary>
-public sealed record LayerSpec(AttentionSpec Attention, GatedMlpSpec FeedForward);
+/// <param name="Attention">The first of its two blocks.</param>
+/// <param name="FeedForward">The second.</param>
+/// <param name="Norms">Of both.</param>
+public sealed record LayerSpec(AttentionSpec Attention, GatedMlpSpec FeedForward, NormPlacement Norms);
+
+/// <summary>Where a block's RMS norm is.</summary>
+public enum NormPlacement
+{
+    /// <summary>hidden += block(norm(hidden)).</summary>
+    BeforeBlock,
+
+    /// <summary>hidden += norm(block(hidden)).</summary>
+    AfterBlock,
+}
+
+/// <summary>What the RMS norm of queries and keys runs over, before rotation.</summary>
+public enum QueryKeyNorm
+{
+    None,
+
+    /// <summary>Each head alone.</summary>
+    EachHead,
+
+    /// <summary>All query heads together, and all key heads.</summary>
+    AllHeads,
+}
 
 /// <summary>Causal attention with grouped queries and rotary positions.</summary>
 public sealed record AttentionSpec
@@ -25,8 +50,7 @@ public sealed record AttentionSpec
     /// <summary>The output projection has a bias.</summary>
     public required bool OutputBias { get; init; }
 
-    /// <summary>Every query and key head is RMS-normalised before rotation.</summary>
-    public required bool QueryKeyNorm { get; init; }
+    public required QueryKeyNorm QueryKeyNorm { get; init; }
 
     /// <summary>Columns of all query heads.</summary>
     public int QueryWidth => Heads * HeadDim;

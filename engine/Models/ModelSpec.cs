@@ -19,13 +19,14 @@ public sealed record ModelSpec
 
     /// <summary>What a model_type means. A fact that is null is asked of the config field named in <see cref="Read"/>.</summary>
     private sealed record Family(
-        string Architecture, bool? QkvBias, bool? OutputBias, bool? MlpBias, bool QueryKeyNorm, int? DefaultHeadDim = null);
+        string Architecture, bool? QkvBias, bool? OutputBias, bool? MlpBias, QueryKeyNorm QueryKeyNorm = QueryKeyNorm.None,
+        NormPlacement Norms = NormPlacement.BeforeBlock, int? DefaultHeadDim = null);
 
     private static Dictionary<string, Family> Families { get; } = new()
     {
-        ["llama"] = new("LlamaForCausalLM", QkvBias: null, OutputBias: null, MlpBias: null, QueryKeyNorm: false),
-        ["qwen2"] = new("Qwen2ForCausalLM", QkvBias: true, OutputBias: false, MlpBias: false, QueryKeyNorm: false),
-        ["qwen3"] = new("Qwen3ForCausalLM", QkvBias: null, OutputBias: null, MlpBias: false, QueryKeyNorm: true, DefaultHeadDim: 128),
+        ["llama"] = new("LlamaForCausalLM", QkvBias: null, OutputBias: null, MlpBias: null),
+        ["qwen2"] = new("Qwen2ForCausalLM", QkvBias: true, OutputBias: false, MlpBias: false),
+        ["qwen3"] = new("Qwen3ForCausalLM", QkvBias: null, OutputBias: null, MlpBias: false, QueryKeyNorm.EachHead, DefaultHeadDim: 128),
     };
 
     /// <summary>The config's model_type.</summary>
@@ -110,7 +111,7 @@ public sealed record ModelSpec
             ModelType = config.Text("model_type")!,
             VocabSize = vocabulary,
             HiddenSize = hidden,
-            Layers = [.. Enumerable.Repeat(new LayerSpec(attention, mlp), layers)],
+            Layers = [.. Enumerable.Repeat(new LayerSpec(attention, mlp, family.Norms), layers)],
             MaxPositions = positions,
             RmsNormEpsilon = (float)config.Positive("rms_norm_eps", 1e-6),
             TiedHead = config.Boolean("tie_word_embeddings", false),

@@ -9,7 +9,7 @@ namespace Rollout.Engine;
 public sealed class Transformer
 {
     private readonly float _epsilon;
-    private readonly (Attention Attention, GatedMlp FeedForward)[] _layers;
+    private readonly (Sublayer Attention, Sublayer FeedForward)[] _layers;
     private readonly WeightSlot _embedding; // [vocab, hidden]
     private readonly WeightSlot _finalNorm; // [1, hidden]
     private readonly WeightSlot _head;      // [vocab, hidden]; the embedding where the model ties the two
@@ -27,17 +27,27 @@ public sealed class Transformer
         _lastHidden = _workspace.OutputTensor("hidden", spec.HiddenSize);
         _logits = _workspace.OutputTensor("logits", spec.VocabSize);
         _embedding = weights.Matrix("embedding", spec.HiddenSize, ("model.embed_tokens.weight", spec.VocabSize));
-        _layers = [.. spec.Layers.Select((layer, i) =>
-        {
-            string name = $"model.layers.{i}";
-            return (new Attention(spec, layer.Attention, name, weights, _workspace), new GatedMlp(spec, layer.FeedForward, name, weights, _workspace));
-        })];
+        _layers = [.. spec.Layers.Select((layer, i) => Declare(spec, layer, $"model.layers.{i}", weights))];
         _finalNorm = weights.Vector("final_norm", ("model.norm.weight", spec.HiddenSize));
         _head = _embedding;
         if (spec.TiedHead) weights.Tie("lm_head.weight", "model.embed_tokens.weight");
         else _head = weights.Matrix("head", spec.HiddenSize, ("lm_head.weight", spec.VocabSize));
         Weights = weights;
         Kv = [.. spec.Layers.Select(layer => layer.Attention.Kv)];
+    }
+
+    private (Sublayer Attention, Sublayer FeedForward) Declare(ModelSpec spec, LayerSpec layer, string name, LoadPlan weights)
+    {
+        // Checkpoints name a layer's two norms by what they follow.
+        (string ofAttention, string ofMlp) = layer.Norms == NormPlacement.BeforeBlock
+            ? ("input_layernorm", "post_attention_layernorm") : ("post_attention_layernorm", "post_feedforward_layernorm");
+        return (
+            Sublayer("attention_norm", ofAttention,
+                () => new Attention(layer.Attention, name, spec.HiddenSize, spec.RmsNormEpsilon, weights, _workspace)),
+            Sublayer("mlp_norm", ofMlp, () => new GatedMlp(layer.FeedForward, name, spec.HiddenSize, weights, _workspace)));
+
+        Sublayer Sublayer(string norm, string source, Func<Block> block)
+            => new(spec, layer.Norms, $"{name}.{norm}", $"{name}.{source}.weight", weights, _workspace, block);
     }
 
     /// <summary>The weights, and where every tensor of a checkpoint goes.</summary>

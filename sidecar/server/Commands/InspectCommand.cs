@@ -45,7 +45,7 @@ internal static class InspectCommand
         // As stored by the CPU backend: matrices in bfloat16, vectors and the cache in fp32.
         long weightBytes = plan.Weights.Sum(weight => (long)weight.Outputs * weight.Inputs * (weight.IsVector ? 4 : 2));
         long kvBytes = spec.Layers.Sum(layer => 2L * layer.Attention.KvWidth) * sizeof(float);
-        (AttentionSpec attention, GatedMlpSpec mlp) = spec.Layers[0];
+        (AttentionSpec attention, GatedMlpSpec mlp, _) = spec.Layers[0];
         string tied = spec.TiedHead ? ", output head tied to the embedding" : "";
         Print(
             ("family", spec.ModelType),
@@ -96,7 +96,7 @@ internal static class InspectCommand
     }
 
     private static string Extras(AttentionSpec spec)
-        => string.Concat(spec.QueryKeyNorm ? ", normalised" : "", spec.QkvBias ? ", biased" : "");
+        => string.Concat(spec.QueryKeyNorm != QueryKeyNorm.None ? ", normalised" : "", spec.QkvBias ? ", biased" : "");
 
     private static string Rope(RopeSpec rope)
     {

@@ -31,7 +31,7 @@ public sealed class ModelSpecTests : IDisposable
         Assert.Equal(1e-6f, spec.RmsNormEpsilon);
         Assert.Equal(new RopeSpec(RopeType.Llama3, 500000, 8, 1, 4, 64), spec.Attention.Rope);
         Assert.True(spec.TiedHead);
-        Assert.False(spec.Attention.QkvBias || spec.Attention.OutputBias || spec.Mlp.Bias || spec.Attention.QueryKeyNorm);
+        Assert.False(spec.Attention.QkvBias || spec.Attention.OutputBias || spec.Mlp.Bias || spec.Attention.QueryKeyNorm != QueryKeyNorm.None);
         Assert.Equal([2], spec.EosTokenIds);
         Assert.Equal(1, spec.BosTokenId);
     }
@@ -51,7 +51,7 @@ public sealed class ModelSpecTests : IDisposable
         {
             ModelSpec spec = ModelSpec.Load(GoldenFiles.Get(family));
             Assert.Equal((qkv, false, norms, headDim),
-                (spec.Attention.QkvBias, spec.Attention.OutputBias, spec.Attention.QueryKeyNorm, spec.Attention.HeadDim));
+                (spec.Attention.QkvBias, spec.Attention.OutputBias, spec.Attention.QueryKeyNorm != QueryKeyNorm.None, spec.Attention.HeadDim));
             Assert.Equal((false, tied), (spec.Mlp.Bias, spec.TiedHead));
         }
     }
@@ -214,7 +214,7 @@ public sealed class ModelSpecTests : IDisposable
     {
         ModelSpec spec = Minimal(family, "");
         Assert.Equal((12, headDim, 1e-6f, false, qkv, output, mlp, norms),
-            (spec.Attention.KvHeads, spec.Attention.HeadDim, spec.RmsNormEpsilon, spec.TiedHead, spec.Attention.QkvBias, spec.Attention.OutputBias, spec.Mlp.Bias, spec.Attention.QueryKeyNorm));
+            (spec.Attention.KvHeads, spec.Attention.HeadDim, spec.RmsNormEpsilon, spec.TiedHead, spec.Attention.QkvBias, spec.Attention.OutputBias, spec.Mlp.Bias, spec.Attention.QueryKeyNorm == QueryKeyNorm.EachHead));
         Assert.Equal(new RopeSpec(RopeType.Default, 10000), spec.Attention.Rope);
         Assert.Equal((0, null), (spec.EosTokenIds.Count, spec.BosTokenId));
         // 28 layers of full attention come before a window unless the config says otherwise; this model has three.
