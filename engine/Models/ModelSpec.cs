@@ -20,11 +20,14 @@ public sealed record ModelSpec
     /// <summary>What a model_type means. A fact that is null is asked of the config field named in <see cref="Read"/>.</summary>
     private sealed record Family(
         string Architecture, bool? QkvBias, bool? OutputBias, bool? MlpBias, QueryKeyNorm QueryKeyNorm = QueryKeyNorm.None,
-        NormPlacement Norms = NormPlacement.BeforeBlock, int? DefaultHeadDim = null);
+        NormPlacement Norms = NormPlacement.BeforeBlock, int? DefaultHeadDim = null, double DefaultNormEpsilon = 1e-6);
 
     private static Dictionary<string, Family> Families { get; } = new()
     {
         ["llama"] = new("LlamaForCausalLM", QkvBias: null, OutputBias: null, MlpBias: null),
+        ["olmo2"] = new(
+            "Olmo2ForCausalLM", QkvBias: null, OutputBias: null, MlpBias: false, QueryKeyNorm.AllHeads, NormPlacement.AfterBlock,
+            DefaultNormEpsilon: 1e-5),
         ["qwen2"] = new("Qwen2ForCausalLM", QkvBias: true, OutputBias: false, MlpBias: false),
         ["qwen3"] = new("Qwen3ForCausalLM", QkvBias: null, OutputBias: null, MlpBias: false, QueryKeyNorm.EachHead, DefaultHeadDim: 128),
     };
@@ -113,7 +116,7 @@ public sealed record ModelSpec
             HiddenSize = hidden,
             Layers = [.. Enumerable.Repeat(new LayerSpec(attention, mlp, family.Norms), layers)],
             MaxPositions = positions,
-            RmsNormEpsilon = (float)config.Positive("rms_norm_eps", 1e-6),
+            RmsNormEpsilon = (float)config.Positive("rms_norm_eps", family.DefaultNormEpsilon),
             TiedHead = config.Boolean("tie_word_embeddings", false),
             EosTokenIds = eos,
             BosTokenId = config.Has("bos_token_id") ? config.Integer("bos_token_id", 0, ids - 1) : null,

@@ -7,7 +7,7 @@ namespace Rollout.Engine.Tests;
 /// <summary>The reference models and their outputs in tests/golden.</summary>
 internal static class TestModels
 {
-    public static readonly string[] Families = ["llama", "llama3", "qwen2", "qwen3"];
+    public static readonly string[] Families = ["llama", "llama3", "olmo2", "qwen2", "qwen3"];
 
     public static string Folder(string family) => Path.Combine(AppContext.BaseDirectory, "golden", family);
 

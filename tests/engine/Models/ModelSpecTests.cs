@@ -174,8 +174,8 @@ public sealed class ModelSpecTests : IDisposable
     [InlineData("eos_token_id", "320", "eos_token_id must be a token id")]
     [InlineData("eos_token_id", "[1,\"2\"]", "eos_token_id must be a token id")]
     [InlineData("bos_token_id", "-1", "bos_token_id must be an integer from 0 to 319")]
-    [InlineData("model_type", "\"gpt2\"", "model_type must be one of llama, qwen2, qwen3; it is \"gpt2\"")]
-    [InlineData("model_type", "null", "model_type must be one of llama, qwen2, qwen3; it is missing")]
+    [InlineData("model_type", "\"gpt2\"", "model_type must be one of llama, olmo2, qwen2, qwen3; it is \"gpt2\"")]
+    [InlineData("model_type", "null", "model_type must be one of llama, olmo2, qwen2, qwen3; it is missing")]
     [InlineData("model_type", "7", "model_type must be a string")]
     [InlineData("architectures", "[\"MistralForCausalLM\"]", "architectures must begin with LlamaForCausalLM")]
     [InlineData("architectures", "\"LlamaForCausalLM\"", "architectures must be an array of strings")]
@@ -207,14 +207,18 @@ public sealed class ModelSpecTests : IDisposable
 
     /// <summary>What transformers takes when config.json names only the sizes.</summary>
     [Theory]
-    [InlineData("llama", 16, false, false, false, false)]
-    [InlineData("qwen2", 16, true, false, false, false)]
-    [InlineData("qwen3", 128, false, false, false, true)]
-    public void What_a_config_does_not_say_is_the_familys_default(string family, int headDim, bool qkv, bool output, bool mlp, bool norms)
+    [InlineData("llama", 16, false, QueryKeyNorm.None)]
+    [InlineData("olmo2", 16, false, QueryKeyNorm.AllHeads, NormPlacement.AfterBlock, 1e-5f)]
+    [InlineData("qwen2", 16, true, QueryKeyNorm.None)]
+    [InlineData("qwen3", 128, false, QueryKeyNorm.EachHead)]
+    public void What_a_config_does_not_say_is_the_familys_default(
+        string family, int headDim, bool qkvBias, QueryKeyNorm norm, NormPlacement norms = NormPlacement.BeforeBlock, float epsilon = 1e-6f)
     {
         ModelSpec spec = Minimal(family, "");
-        Assert.Equal((12, headDim, 1e-6f, false, qkv, output, mlp, norms),
-            (spec.Attention.KvHeads, spec.Attention.HeadDim, spec.RmsNormEpsilon, spec.TiedHead, spec.Attention.QkvBias, spec.Attention.OutputBias, spec.Mlp.Bias, spec.Attention.QueryKeyNorm == QueryKeyNorm.EachHead));
+        AttentionSpec attention = spec.Attention;
+        Assert.Equal((12, headDim, qkvBias, false, norm),
+            (attention.KvHeads, attention.HeadDim, attention.QkvBias, attention.OutputBias, attention.QueryKeyNorm));
+        Assert.Equal((epsilon, false, false, norms), (spec.RmsNormEpsilon, spec.TiedHead, spec.Mlp.Bias, spec.Layers[0].Norms));
         Assert.Equal(new RopeSpec(RopeType.Default, 10000), spec.Attention.Rope);
         Assert.Equal((0, null), (spec.EosTokenIds.Count, spec.BosTokenId));
         // 28 layers of full attention come before a window unless the config says otherwise; this model has three.
