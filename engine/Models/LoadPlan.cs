@@ -178,5 +178,6 @@ public sealed class LoadPlan
         => _entries.Add(source, new LoadEntry(source, shape, pieces));
 
     /// <summary>A source tensor may come that repeats another.</summary>
-    internal void Tie(string source, string original) => _entries.Add(source, new LoadEntry(source, _entries[original].Shape, [], original));
+    internal void Tie(string source, string original)
+        => _entries.Add(source, new LoadEntry(source, _entries[original].Shape, [], original));
 }

@@ -140,7 +140,6 @@ public sealed class Scheduler
     /// <summary>Ends all sequences of a group that have not ended. Returns their number.</summary>
     internal int End(Group group, FinishReason reason, string error = "")
     {
-        if (!group.Forked) SetForked(group);
         int ended = 0;
         foreach (Sequence sequence in group.Sequences)
         {

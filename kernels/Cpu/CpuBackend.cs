@@ -55,7 +55,7 @@ public sealed unsafe class CpuBackend : Backend
         _workers = new Workers(threads);
         Name = $"cpu {vectorBits}-bit vectors, {threads} {(threads == 1 ? "thread" : "threads")}{matrices}";
 
-        static (NormJob Norm, NormJob NormAdd, GatedSiluJob GatedSilu, RopeJob Rope, AttentionJob Attention, SampleJob Sample) Lanes<TLanes>()
+        static (NormJob Norm, NormJob NormAdd, GatedSiluJob Silu, RopeJob Rope, AttentionJob Attention, SampleJob Sample) Lanes<TLanes>()
             where TLanes : unmanaged, ILanes<TLanes> =>
             (new NormJob<TLanes>(), new NormAddJob<TLanes>(), new GatedSiluJob<TLanes>(), new RopeJob<TLanes>(), new AttentionJob<TLanes>(),
                 new SampleJob<TLanes>());

@@ -19,7 +19,8 @@ public sealed class LoadPlanTests
         Assert.Equal((128 + 64) * 64, Assert.Single(value.Pieces).Destination);
         Assert.True(plan.TryFind("model.layers.2.mlp.up_proj.weight", out LoadEntry? up));
         Assert.Equal(new LoadPiece(0, 160 * 64, SlotOf(plan, "model.layers.2.gate_up", 320, 64), 160 * 64), Assert.Single(up.Pieces));
-        Assert.Equal(SlotOf(plan, "model.layers.0.query_norm", 1, 32), Assert.Single(plan["model.layers.0.self_attn.q_norm.weight"].Pieces).Slot);
+        LoadPiece norm = Assert.Single(plan["model.layers.0.self_attn.q_norm.weight"].Pieces);
+        Assert.Equal(SlotOf(plan, "model.layers.0.query_norm", 1, 32), norm.Slot);
         Assert.False(plan.TryFind("model.layers.3.mlp.up_proj.weight", out _));
         Assert.False(plan.TryFind("model.layers.0.self_attn.q_proj.bias", out _));
     }
@@ -81,7 +82,8 @@ public sealed class LoadPlanTests
                 for (int slot = 0; slot < plan.Weights.Count; slot++)
                 {
                     long next = 0L;
-                    foreach (LoadPiece piece in plan.Entries.SelectMany(e => e.Pieces).Where(p => p.Slot.Index == slot).OrderBy(p => p.Destination))
+                    foreach (LoadPiece piece in plan.Entries.SelectMany(e => e.Pieces).Where(p => p.Slot.Index == slot)
+                        .OrderBy(p => p.Destination))
                     {
                         Assert.Equal(next, piece.Destination);
                         next += piece.Elements;

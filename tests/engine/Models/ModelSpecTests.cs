@@ -31,7 +31,8 @@ public sealed class ModelSpecTests : IDisposable
         Assert.Equal(1e-6f, spec.RmsNormEpsilon);
         Assert.Equal(new RopeSpec(RopeType.Llama3, 500000, 8, 1, 4, 64), spec.Attention.Rope);
         Assert.True(spec.TiedHead);
-        Assert.False(spec.Attention.QkvBias || spec.Attention.OutputBias || spec.Mlp.Bias || spec.Attention.QueryKeyNorm != QueryKeyNorm.None);
+        Assert.False(spec.Attention.QkvBias || spec.Attention.OutputBias || spec.Mlp.Bias);
+        Assert.Equal(QueryKeyNorm.None, spec.Attention.QueryKeyNorm);
         Assert.Equal([2], spec.EosTokenIds);
         Assert.Equal(1, spec.BosTokenId);
     }
@@ -50,8 +51,9 @@ public sealed class ModelSpecTests : IDisposable
         static void AssertFacts(string family, int headDim, bool qkv = false, bool norms = false, bool tied = false)
         {
             ModelSpec spec = ModelSpec.Load(GoldenFiles.Get(family));
-            Assert.Equal((qkv, false, norms, headDim),
-                (spec.Attention.QkvBias, spec.Attention.OutputBias, spec.Attention.QueryKeyNorm != QueryKeyNorm.None, spec.Attention.HeadDim));
+            AttentionSpec attention = spec.Attention;
+            Assert.Equal((qkv, false, norms ? QueryKeyNorm.EachHead : QueryKeyNorm.None, headDim),
+                (attention.QkvBias, attention.OutputBias, attention.QueryKeyNorm, attention.HeadDim));
             Assert.Equal((false, tied), (spec.Mlp.Bias, spec.TiedHead));
         }
     }
@@ -85,7 +87,8 @@ public sealed class ModelSpecTests : IDisposable
             int[] bits = reference.GetProperty("bits").EnumerateArray().Select(e => e.GetInt32()).ToArray();
             Assert.Equal(headDim / 2, bits.Length);
             // PyTorch's vectorised pow is not always correctly rounded: some of its numbers are one unit in the last place away.
-            IEnumerable<int> distances = spec.Attention.Rope.InverseFrequencies(spec.Attention.HeadDim).Zip(bits, (ours, theirs) => Math.Abs(BitConverter.SingleToInt32Bits(ours) - theirs));
+            IEnumerable<int> distances = spec.Attention.Rope.InverseFrequencies(spec.Attention.HeadDim)
+                .Zip(bits, (ours, theirs) => Math.Abs(BitConverter.SingleToInt32Bits(ours) - theirs));
             Assert.All(distances, distance => Assert.InRange(distance, 0, 1));
             Assert.InRange(distances.Count(distance => distance > 0), 0, headDim / 16);
         }
@@ -126,8 +129,8 @@ public sealed class ModelSpecTests : IDisposable
     [Fact]
     public void Absent_and_null_mean_the_default()
     {
-        foreach (string name in (string[])["num_key_value_heads", "rms_norm_eps", "rope_parameters", "tie_word_embeddings", "attention_bias",
-            "mlp_bias", "head_dim", "hidden_act", "architectures", "eos_token_id", "bos_token_id"])
+        foreach (string name in (string[])["num_key_value_heads", "rms_norm_eps", "rope_parameters", "tie_word_embeddings",
+            "attention_bias", "mlp_bias", "head_dim", "hidden_act", "architectures", "eos_token_id", "bos_token_id"])
         {
             ModelSpec absent = Parse("llama", config => config.Remove(name));
             ModelSpec empty = Parse("llama", config => config[name] = null);
@@ -192,7 +195,8 @@ public sealed class ModelSpecTests : IDisposable
     [InlineData("rope_scaling", "{\"type\":\"linear\",\"factor\":2}", "rope_parameters must agree with rope_scaling")]
     public void A_bad_field_is_named(string name, string json, string problem)
     {
-        InvalidModelException error = Assert.Throws<InvalidModelException>(() => Parse("llama", config => config[name] = JsonNode.Parse(json)));
+        InvalidModelException error = Assert.Throws<InvalidModelException>(
+            () => Parse("llama", config => config[name] = JsonNode.Parse(json)));
         Assert.Contains(problem, error.Message);
         Assert.Single(error.Problems);
     }
@@ -310,7 +314,8 @@ public sealed class ModelSpecTests : IDisposable
     [Fact]
     public void Every_problem_is_listed()
     {
-        InvalidModelException error = Assert.Throws<InvalidModelException>(() => ModelSpec.Parse("""{"model_type":"llama","hidden_act":"relu"}"""u8));
+        InvalidModelException error = Assert.Throws<InvalidModelException>(
+            () => ModelSpec.Parse("""{"model_type":"llama","hidden_act":"relu"}"""u8));
 
         Assert.Equal(["vocab_size", "hidden_size", "num_attention_heads", "max_position_embeddings", "num_hidden_layers", "hidden_act",
             "intermediate_size"], error.Problems.Select(problem => problem.Split(' ')[0]));
