@@ -38,6 +38,19 @@ public sealed class EngineTests
     }
 
     [Fact]
+    public async Task A_streams_tokens_can_be_read_while_its_sequences_go_on()
+    {
+        ScriptedBackend backend = new();
+        await using RolloutEngine engine = TestModels.Load("qwen3", backend);
+        Group group = engine.SubmitAndHold(backend, s_request with { MaxTokens = 100, StreamTokens = true }, tokens: 3);
+        await using IAsyncEnumerator<SequenceChunk> chunks = group.ReadAsync(Cancelled).GetAsyncEnumerator(Cancelled);
+        Assert.True(await chunks.MoveNextAsync().AsTask().WaitAsync(TimeSpan.FromSeconds(30), Cancelled));
+        Assert.Equal((0, FinishReason.None), (chunks.Current.Start, chunks.Current.FinishReason));
+        Assert.InRange(chunks.Current.End, 1, 3);
+        backend.LetGo();
+    }
+
+    [Fact]
     public async Task A_group_has_one_prefill()
     {
         await using RolloutEngine engine = TestModels.Load("qwen3");

@@ -28,6 +28,7 @@ public sealed class SequenceTests
         Assert.Equal(all.Select(i => (float)-i), sequence.LogProbs(0, length).ToArray());
         Assert.Equal(all.Select(i => 0.5f * i), sequence.SamplingLogProbs(0, length).ToArray());
         Assert.Equal(all.Select(i => (ulong)i), sequence.Versions(0, length).ToArray());
+        Assert.Equal(all.Skip(length / 2).Select(i => (ulong)i), sequence.Versions(length / 2, length).ToArray());
         Assert.Equal(all.SelectMany(i => new[] { i, i + 1 }), sequence.TopIds(0, length).ToArray());
         Assert.Equal(all.SelectMany(i => new[] { (float)-i, -i - 1 }), sequence.TopLogProbValues(0, length).ToArray());
         Assert.Equal(4000ul, early[^1]);
