@@ -32,8 +32,8 @@ public sealed class Checkpoint : IDisposable
     /// <exception cref="InvalidModelException">Files are missing, invalid or disagree; lists every problem of all files.</exception>
     public static Checkpoint Open(string folder)
     {
-        Checkpoint checkpoint = new Checkpoint(folder);
-        List<string> problems = new List<string>();
+        Checkpoint checkpoint = new(folder);
+        List<string> problems = new();
         try
         {
             if (File.Exists(Path.Combine(folder, SingleFile)))
@@ -71,7 +71,7 @@ public sealed class Checkpoint : IDisposable
             return null;
         }
         _files.Add(file);
-        foreach ((string? tensor, TensorInfo? info) in file.Tensors)
+        foreach ((string tensor, TensorInfo info) in file.Tensors)
         {
             if (!_tensors.TryAdd(tensor, new CheckpointTensor(file, info)))
             {
@@ -90,7 +90,7 @@ public sealed class Checkpoint : IDisposable
             throw new InvalidModelException(indexPath, "weight_map must be an object of tensor names and file names");
 
         // A shard that was refused stays in the table as null: its tensors are not reported a second time as missing.
-        Dictionary<string, SafetensorsFile?> shards = new Dictionary<string, SafetensorsFile?>();
+        Dictionary<string, SafetensorsFile?> shards = new();
         foreach (JsonProperty entry in map.EnumerateObject())
         {
             string tensor = InvalidModelException.Quote(entry.Name);

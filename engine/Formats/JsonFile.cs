@@ -52,7 +52,7 @@ internal static class JsonFile
     /// <summary>Unescapes every escaped string; the reader throws InvalidOperationException for half a surrogate pair.</summary>
     private static void CheckStrings(ReadOnlySpan<byte> json)
     {
-        Utf8JsonReader reader = new Utf8JsonReader(json);
+        Utf8JsonReader reader = new(json);
         while (reader.Read())
         {
             if (reader.TokenType is JsonTokenType.String or JsonTokenType.PropertyName && reader.ValueIsEscaped)

@@ -59,7 +59,7 @@ public sealed class SafetensorsFile : IDisposable
         try
         {
             handle = File.OpenHandle(path);
-            SafetensorsFile file = new SafetensorsFile(path, handle, ReadHeader(path, handle));
+            SafetensorsFile file = new(path, handle, ReadHeader(path, handle));
             handle = null;
             return file;
         }
@@ -133,10 +133,10 @@ public sealed class SafetensorsFile : IDisposable
     {
         if (!Utf8.IsValid(json))
             throw new InvalidModelException(path, "the header is not valid UTF-8");
-        Header header = new Header(path);
+        Header header = new(path);
         try
         {
-            Utf8JsonReader reader = new Utf8JsonReader(json);
+            Utf8JsonReader reader = new(json);
             header.Parse(ref reader, dataStart);
         }
         catch (JsonException e)
@@ -318,7 +318,7 @@ public sealed class SafetensorsFile : IDisposable
                 Report($"{what} must be an array of non-negative integers");
                 return null;
             }
-            List<long> numbers = new List<long>(4);
+            List<long> numbers = new(4);
             bool valid = true;
             while (reader.Read() && reader.TokenType != JsonTokenType.EndArray)
             {

@@ -47,7 +47,7 @@ public sealed class SafetensorsWriter : IDisposable
             if (bytes.Length != tensor.Bytes)
                 throw new ArgumentException($"tensor {tensor.Name} needs {tensor.Bytes} bytes, got {bytes.Length}", nameof(tensors));
         }
-        using SafetensorsWriter writer = new SafetensorsWriter(path, [.. all.Select(entry => entry.Tensor)]);
+        using SafetensorsWriter writer = new(path, [.. all.Select(entry => entry.Tensor)]);
         foreach ((TensorDeclaration _, byte[]? bytes) in all)
             writer.Write(bytes);
         writer.Complete();
@@ -84,9 +84,9 @@ public sealed class SafetensorsWriter : IDisposable
 
     private static byte[] Header(IReadOnlyList<TensorDeclaration> tensors)
     {
-        HashSet<string> names = new HashSet<string> { "__metadata__" };
-        ArrayBufferWriter<byte> buffer = new ArrayBufferWriter<byte>();
-        using (Utf8JsonWriter json = new Utf8JsonWriter(buffer))
+        HashSet<string> names = new() { "__metadata__" };
+        ArrayBufferWriter<byte> buffer = new();
+        using (Utf8JsonWriter json = new(buffer))
         {
             json.WriteStartObject();
             json.WriteStartObject("__metadata__");

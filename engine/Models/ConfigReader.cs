@@ -76,7 +76,7 @@ internal sealed class ConfigReader(JsonElement config, string prefix, List<strin
         JsonElement? field = Find(name);
         if (field is null)
             return [];
-        List<int> ids = new List<int>();
+        List<int> ids = new();
         JsonElement[] elements = field is { ValueKind: JsonValueKind.Array } array ? [.. array.EnumerateArray()] : [field.Value];
         foreach (JsonElement element in elements)
         {

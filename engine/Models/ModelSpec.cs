@@ -76,8 +76,8 @@ public sealed record ModelSpec
 
     private static ModelSpec Read(string path, JsonElement json, JsonElement? generationJson)
     {
-        List<string> problems = new List<string>();
-        ConfigReader config = new ConfigReader(json, "", problems);
+        List<string> problems = new();
+        ConfigReader config = new(json, "", problems);
         Family family = ReadFamily(config);
         // The other fields mean nothing in a family that is not known.
         InvalidModelException.ThrowIfAny(path, problems);
@@ -98,7 +98,7 @@ public sealed record ModelSpec
         bool mlpBias = config.Boolean("mlp_bias", false);
         RefuseWhatIsNotSupported(config, layers);
 
-        AttentionSpec attention = new AttentionSpec
+        AttentionSpec attention = new()
         {
             Heads = heads,
             KvHeads = kvHeads,
@@ -108,8 +108,8 @@ public sealed record ModelSpec
             OutputBias = family.OutputBias ?? attentionBias,
             QueryKeyNorm = family.QueryKeyNorm,
         };
-        GatedMlpSpec mlp = new GatedMlpSpec(config.Integer("intermediate_size", 1, MostIntermediate), family.MlpBias ?? mlpBias);
-        ModelSpec spec = new ModelSpec
+        GatedMlpSpec mlp = new(config.Integer("intermediate_size", 1, MostIntermediate), family.MlpBias ?? mlpBias);
+        ModelSpec spec = new()
         {
             ModelType = config.Text("model_type")!,
             VocabSize = vocabulary,

@@ -22,7 +22,7 @@ internal sealed class AddedTokens
         at = text.IndexOfAny(_any);
         if (at >= 0)
         {
-            foreach ((string? candidate, int candidateId) in _byFirst[text[at]])
+            foreach ((string candidate, int candidateId) in _byFirst[text[at]])
             {
                 if (text[at..].StartsWith(candidate, StringComparison.Ordinal))
                 {

@@ -57,10 +57,10 @@ public sealed class BpeTokenizer : Tokenizer
     public override int[] Encode(string text, bool addSpecialTokens)
     {
         ArgumentNullException.ThrowIfNull(text);
-        List<int> ids = new List<int>(text.Length / 3 + 4);
+        List<int> ids = new(text.Length / 3 + 4);
         if (addSpecialTokens)
             ids.AddRange(_data.Before);
-        using (BytePairMerger merger = new BytePairMerger(_data.Merges))
+        using (BytePairMerger merger = new(_data.Merges))
             EncodeRaw(ReplaceLoneSurrogates(text), merger, ids);
         if (addSpecialTokens)
             ids.AddRange(_data.After);

@@ -25,12 +25,12 @@ internal static partial class Nfc
             return text;
 
         Tables tables = s_tables.Value;
-        List<int> runes = new List<int>(text.Length);
+        List<int> runes = new(text.Length);
         foreach (Rune rune in text.EnumerateRunes())
             Decompose(rune.Value, tables, runes);
         Order(runes, tables);
         Compose(runes, tables);
-        StringBuilder result = new StringBuilder(runes.Count);
+        StringBuilder result = new(runes.Count);
         foreach (int rune in runes)
             result.Append(new Rune(rune));
         return result.ToString();

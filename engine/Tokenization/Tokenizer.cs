@@ -37,7 +37,7 @@ public abstract class Tokenizer
     /// </summary>
     public string Decode(ReadOnlySpan<int> ids)
     {
-        ArrayBufferWriter<byte> bytes = new ArrayBufferWriter<byte>(Math.Max(16, ids.Length * 4));
+        ArrayBufferWriter<byte> bytes = new(Math.Max(16, ids.Length * 4));
         foreach (int id in ids)
             bytes.Write(TokenBytes(id));
         return Encoding.UTF8.GetString(bytes.WrittenSpan);

@@ -34,7 +34,7 @@ internal sealed class TokenizerJson
 
     public static BpeTokenizer.Data Read(string path, JsonElement root)
     {
-        TokenizerJson reader = new TokenizerJson();
+        TokenizerJson reader = new();
         reader.ReadModel(root);
         InvalidModelException.ThrowIfAny(path, reader._problems);
         reader.ReadNormalizer(Get(root, "normalizer"), "normalizer");
@@ -127,7 +127,7 @@ internal sealed class TokenizerJson
             // A token with other characters, such as one repeated among the added tokens, is never the result of a merge.
             _tokenBytes[id] = ByteAlphabet.ToBytes(entry.Name) ?? Encoding.UTF8.GetBytes(entry.Name);
         }
-        List<int> missing = new List<int>();
+        List<int> missing = new();
         for (int value = 0; value < 256; value++)
         {
             if (!_vocabulary.TryGetValue(ByteAlphabet.ToChar((byte)value).ToString(), out _byteIds[value]))
@@ -200,7 +200,7 @@ internal sealed class TokenizerJson
             Report("added_tokens must be an array");
         if (tokens is not { ValueKind: JsonValueKind.Array } array)
             return;
-        HashSet<string> seen = new HashSet<string>(StringComparer.Ordinal);
+        HashSet<string> seen = new(StringComparer.Ordinal);
         foreach (JsonElement token in array.EnumerateArray())
         {
             if (GetText(token, "content") is not { Length: > 0 } text || !TryGetId(Get(token, "id"), out int id))

@@ -33,7 +33,7 @@ public sealed class ArithmeticTask
     {
         _random = new Random(seed);
         // The split is the same for every seed, so that accuracies can be compared.
-        Random split = new Random(17);
+        Random split = new(17);
         List<Problem> training = [], heldOut = [];
         for (int a = 10; a < 100; a++)
         {

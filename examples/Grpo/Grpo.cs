@@ -31,7 +31,7 @@ public sealed class Grpo(Policy policy, Policy reference, MasterWeights weights)
     public GrpoStats Step(IReadOnlyList<RolloutGroup> groups, IReadOnlyList<double[]> rewards)
     {
         using DisposeScope scope = NewDisposeScope();
-        Batch batch = new Batch([.. groups.Zip(rewards, Rows).SelectMany(rows => rows)], policy.Device);
+        Batch batch = new([.. groups.Zip(rewards, Rows).SelectMany(rows => rows)], policy.Device);
 
         Tensor logProbs = batch.LogProbs(policy);
         Tensor ratio = (logProbs - batch.Behaviour).exp();

@@ -59,7 +59,7 @@ public static class HuggingFaceFolder
     /// <summary>Byte-level BPE without a single merge: token n is byte n, and one special token ends a text.</summary>
     private static JsonObject Tokenizer()
     {
-        JsonObject vocabulary = new JsonObject();
+        JsonObject vocabulary = new();
         int unprintable = 0;
         for (int b = 0; b < 256; b++)
         {
@@ -111,7 +111,7 @@ public static class HuggingFaceFolder
 
     private static void WriteSafetensors(string path, IReadOnlyList<TorchTensor> tensors)
     {
-        JsonObject header = new JsonObject { ["__metadata__"] = new JsonObject { ["format"] = "pt" } };
+        JsonObject header = new() { ["__metadata__"] = new JsonObject { ["format"] = "pt" } };
         long offset = 0;
         foreach (TorchTensor tensor in tensors)
         {

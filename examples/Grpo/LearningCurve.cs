@@ -10,7 +10,7 @@ public static class LearningCurve
         string path, int seed, IReadOnlyList<StepReport> steps, IReadOnlyList<(int Step, double Accuracy)> heldOut)
     {
         PlotFont.Install();
-        using Plot plot = new Plot();
+        using Plot plot = new();
         double[] x = steps.Select(s => (double)s.Step).ToArray();
         (Color blue, Color orange, Color green) = (Color.FromHex("#1f77b4"), Color.FromHex("#ff7f0e"), Color.FromHex("#2ca02c"));
 

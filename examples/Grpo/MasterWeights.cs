@@ -31,11 +31,11 @@ public sealed class MasterWeights : IDisposable
             group.LearningRate = learningRate;
         using (DisposeScope scope = NewDisposeScope())
         {
-            foreach ((Parameter? rounded, Parameter? master) in _rounded.Zip(_masters))
+            foreach ((Parameter rounded, Parameter master) in _rounded.Zip(_masters))
                 master.grad = rounded.grad;
             using (no_grad())
                 _optimizer.step();
-            foreach ((Parameter? rounded, Parameter? master) in _rounded.Zip(_masters))
+            foreach ((Parameter rounded, Parameter master) in _rounded.Zip(_masters))
                 (rounded.grad, master.grad) = (null, null);
         }
 
@@ -54,7 +54,7 @@ public sealed class MasterWeights : IDisposable
     {
         using DisposeScope scope = NewDisposeScope();
         using IDisposable _ = no_grad();
-        foreach ((Parameter? rounded, Parameter? master) in _rounded.Zip(_masters))
+        foreach ((Parameter rounded, Parameter master) in _rounded.Zip(_masters))
             rounded.copy_(master.to(bfloat16));
     }
 }

@@ -9,39 +9,39 @@ public sealed record Options(
     /// <summary>Parses the arguments. For help and errors, prints them and returns null and an exit code.</summary>
     public static (Options? Options, int ExitCode) Parse(string[] args)
     {
-        Option<int> seed = new Option<int>("--seed")
+        Option<int> seed = new("--seed")
         {
             Description = "Seed of the weights, the problems and the samples",
             DefaultValueFactory = _ => 1,
         };
-        Option<int> steps = new Option<int>("--steps") { Description = "At most this many GRPO steps", DefaultValueFactory = _ => 600 };
-        Option<double> minutes = new Option<double>("--minutes")
+        Option<int> steps = new("--steps") { Description = "At most this many GRPO steps", DefaultValueFactory = _ => 600 };
+        Option<double> minutes = new("--minutes")
         {
             Description = "Stop after this long, start-up included",
             DefaultValueFactory = _ => 3,
         };
-        Option<double> target = new Option<double>("--target")
+        Option<double> target = new("--target")
         {
             Description = "Stop once the mean reward of ten steps has reached this",
             DefaultValueFactory = _ => 0.95,
         };
-        Option<int> prompts = new Option<int>("--prompts") { Description = "Problems a step", DefaultValueFactory = _ => 32 };
-        Option<int> samples = new Option<int>("--samples")
+        Option<int> prompts = new("--prompts") { Description = "Problems a step", DefaultValueFactory = _ => 32 };
+        Option<int> samples = new("--samples")
         {
             Description = "Samples a problem: the size of a group",
             DefaultValueFactory = _ => 16,
         };
-        Option<int> threads = new Option<int>("--threads")
+        Option<int> threads = new("--threads")
         {
             Description = "Threads of the trainer",
             DefaultValueFactory = _ => Math.Clamp(Environment.ProcessorCount, 1, 8),
         };
-        Option<string> device = new Option<string>("--device")
+        Option<string> device = new("--device")
         {
             Description = "Device of the sidecar: cpu, cuda, cuda:N or auto",
             DefaultValueFactory = _ => "cpu",
         };
-        Option<string> output = new Option<string>("--out")
+        Option<string> output = new("--out")
         {
             Description = "Folder for the model and the plot",
             DefaultValueFactory = _ => "grpo-out",
@@ -55,7 +55,7 @@ public sealed record Options(
             });
         }
 
-        RootCommand command = new RootCommand("Trains a small policy to add, with GRPO, on samples from a Rollout sidecar.")
+        RootCommand command = new("Trains a small policy to add, with GRPO, on samples from a Rollout sidecar.")
         {
             seed, steps, minutes, target, prompts, samples, threads, device, output,
         };

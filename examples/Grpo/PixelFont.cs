@@ -28,8 +28,8 @@ internal static class PixelFont
         // Glyph 0, for missing characters, is empty. Glyph n is the n-th character from ' '.
         byte[] dots = Convert.FromHexString(Dots);
         int count = Last - First + 2;
-        Writer glyphs = new Writer();
-        Writer offsets = new Writer();
+        Writer glyphs = new();
+        Writer offsets = new();
         int points = 0;
         for (int glyph = 0; glyph < count; glyph++)
         {
@@ -39,7 +39,7 @@ internal static class PixelFont
         }
 
         offsets.U32(glyphs.Length);
-        Writer metrics = new Writer();
+        Writer metrics = new();
         for (int glyph = 0; glyph < count; glyph++)
             metrics.U16(Advance, 0);
 
@@ -63,13 +63,13 @@ internal static class PixelFont
 
         Writer directory = new Writer().U32(0x10000).U16(tables.Length, 128, 3, (tables.Length * 16) - 128);
         int offset = 12 + (16 * tables.Length);
-        foreach ((string? tag, Writer? table) in tables)
+        foreach ((string tag, Writer table) in tables)
         {
             directory.Text(tag).U32(0).U32(offset).U32(table.Length);
             offset += (table.Length + 3) / 4 * 4;
         }
 
-        foreach ((string _, Writer? table) in tables)
+        foreach ((string _, Writer table) in tables)
             directory.Append(table);
         return directory.ToArray();
     }
@@ -77,7 +77,7 @@ internal static class PixelFont
     /// <summary>Writes a square contour for every dot, and returns the number of points.</summary>
     private static int Glyph(Writer writer, ReadOnlySpan<byte> columns)
     {
-        List<(int X, int Y)> corners = new List<(int X, int Y)>();
+        List<(int X, int Y)> corners = new();
         for (int column = 0; column < Columns; column++)
         {
             for (int row = 0; row < 8; row++)

@@ -58,8 +58,8 @@ public sealed class Policy : nn.Module<Tensor, Tensor>
     public Policy Freeze()
     {
         using IDisposable _ = no_grad();
-        Policy copy = new Policy(_config, Device);
-        foreach ((Parameter? to, Parameter? from) in copy.parameters().Zip(parameters()))
+        Policy copy = new(_config, Device);
+        foreach ((Parameter to, Parameter from) in copy.parameters().Zip(parameters()))
             to.copy_(from).requires_grad_(false);
         return copy;
     }
@@ -69,7 +69,7 @@ public sealed class Policy : nn.Module<Tensor, Tensor>
         using IDisposable _ = no_grad();
         // The two matrices that write to the residual stream start smaller, so that it does not grow with depth.
         double residual = 1 / Math.Sqrt(2.0 * _config.NumHiddenLayers);
-        foreach ((string? name, Parameter? parameter) in named_parameters())
+        foreach ((string name, Parameter parameter) in named_parameters())
         {
             if (parameter.dim() == 1)
                 nn.init.ones_(parameter);

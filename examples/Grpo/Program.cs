@@ -11,14 +11,14 @@ if (options is null)
 TorchNative.EnsureLoaded();
 torch.set_num_threads(options.Threads);
 torch.manual_seed(options.Seed);
-Report report = new Report(options);
-ArithmeticTask task = new ArithmeticTask(options.Seed);
+Report report = new(options);
+ArithmeticTask task = new(options.Seed);
 
 // A small Qwen3, trained on just enough right answers to be right sometimes: GRPO learns from the difference.
 // It trains on a GPU if built with -p:Torch=cuda and one is available.
 torch.Device device = torch.cuda.is_available() ? torch.CUDA : torch.CPU;
-using Policy policy = new Policy(new PolicyConfig { VocabSize = ArithmeticTask.VocabSize }, device);
-using MasterWeights weights = new MasterWeights(policy);
+using Policy policy = new(new PolicyConfig { VocabSize = ArithmeticTask.VocabSize }, device);
+using MasterWeights weights = new(policy);
 long size = policy.parameters().Sum(p => p.numel());
 report.Line($"seed {options.Seed}: a Qwen3 of {size:n0} parameters, {task.HeldOut.Count} problems held out");
 (int warmSteps, double expected) = WarmStart.Run(policy, weights, task);
@@ -28,7 +28,7 @@ using Policy reference = policy.Freeze();
 string folder = Path.Combine(options.Out, "model");
 HuggingFaceFolder.Write(folder, policy);
 await using Rollouts rollouts = await Rollouts.StartAsync(folder, options.Threads, options.Device);
-Grpo grpo = new Grpo(policy, reference, weights);
+Grpo grpo = new(policy, reference, weights);
 report.HeldOut(0, await AccuracyAsync(task.HeldOut));
 
 for (int step = 1; step <= options.Steps && clock.Elapsed.TotalMinutes < options.Minutes && report.RecentReward < options.Target; step++)

@@ -51,7 +51,7 @@ public sealed class Report(Options options)
 
     public void Finish(TimeSpan elapsed)
     {
-        (StepReport? first, StepReport? last) = (_steps[0], _steps[^1]);
+        (StepReport first, StepReport last) = (_steps[0], _steps[^1]);
         StepReport? reached = Enumerable.Range(0, _steps.Count).Where(i => i >= 4 && _steps.GetRange(i - 4, 5).Average(s => s.Reward) > 0.9)
             .Select(i => (StepReport?)_steps[i]).FirstOrDefault();
         Table table = new Table().Border(TableBorder.Rounded).AddColumn("").AddColumn("before").AddColumn("after");

@@ -18,7 +18,7 @@ public static class WarmStart
         for (int step = 1; step <= MaxSteps; step++)
         {
             using DisposeScope scope = NewDisposeScope();
-            Batch batch = new Batch([.. task.NextTraining(BatchSize).Select(p => new BatchRow(p.Tokens, p.AnswerTokens))], policy.Device);
+            Batch batch = new([.. task.NextTraining(BatchSize).Select(p => new BatchRow(p.Tokens, p.AnswerTokens))], policy.Device);
             Tensor logProbs = batch.LogProbs(policy);
 
             // A sample is right exactly when every token of the answer is drawn. The mean probability of that is the expected reward, so

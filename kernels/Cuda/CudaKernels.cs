@@ -172,7 +172,7 @@ internal sealed unsafe class CudaKernels : IDisposable
     {
         using Stream stream = Assembly.GetExecutingAssembly().GetManifestResourceStream(file)
             ?? throw new InvalidOperationException($"{file} is not embedded.");
-        using StreamReader reader = new StreamReader(stream);
+        using StreamReader reader = new(stream);
         return reader.ReadToEnd();
     }
 }

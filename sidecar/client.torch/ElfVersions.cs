@@ -100,7 +100,7 @@ public sealed class ElfVersions
     private List<ElfVersionNeed> ReadNeeds()
     {
         const long VerNeed = 0x6ffffffe, VerNeedNum = 0x6fffffff;
-        List<ElfVersionNeed> needs = new List<ElfVersionNeed>();
+        List<ElfVersionNeed> needs = new();
         if (!_dynamic.TryGetValue(VerNeed, out ulong address))
             return needs;
         ulong at = FileOffset(address);

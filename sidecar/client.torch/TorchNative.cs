@@ -53,7 +53,7 @@ public static class TorchNative
     {
         byte[] image = File.ReadAllBytes(library);
         string key = Convert.ToHexStringLower(SHA256.HashData(image))[..16];
-        ElfVersions elf = new ElfVersions(image, library);
+        ElfVersions elf = new(image, library);
         foreach (ElfVersionNeed need in elf.Needs.Where(need => need.Name == UnusedVersion))
             elf.MarkWeak(need);
 

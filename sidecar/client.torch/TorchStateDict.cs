@@ -91,7 +91,7 @@ public static class TorchStateDict
     public static IReadOnlyList<TorchTensor> Of(nn.Module module, PublishedType type = PublishedType.AsIs)
     {
         ArgumentNullException.ThrowIfNull(module);
-        List<TorchTensor> tensors = new List<TorchTensor>();
+        List<TorchTensor> tensors = new();
         Collect(module, "", new HashSet<string>(), tensors, type);
         return tensors;
     }
@@ -100,11 +100,11 @@ public static class TorchStateDict
     // name. Within one module that is right: TorchSharp registers a field under its own name as well as under its explicit name.
     private static void Collect(nn.Module module, string prefix, HashSet<string> names, List<TorchTensor> tensors, PublishedType type)
     {
-        foreach ((string? name, TorchSharp.Modules.Parameter? parameter) in module.named_parameters(recurse: false))
+        foreach ((string name, TorchSharp.Modules.Parameter parameter) in module.named_parameters(recurse: false))
             Add(name, parameter);
-        foreach ((string? name, Tensor? buffer) in module.named_buffers(recurse: false, include_nonpersistent: false))
+        foreach ((string name, Tensor buffer) in module.named_buffers(recurse: false, include_nonpersistent: false))
             Add(name, buffer);
-        foreach ((string? name, nn.Module? child) in module.named_children()
+        foreach ((string name, nn.Module child) in module.named_children()
             .DistinctBy(child => child.module, ReferenceEqualityComparer.Instance))
         {
             Collect(child, $"{prefix}{name}.", names, tensors, type);

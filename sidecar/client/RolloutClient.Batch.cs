@@ -87,7 +87,7 @@ public sealed partial class RolloutClient
         CancellationToken token = ended.Token;
         CallOptions options = Options(timeout ?? DefaultWorkTimeout, token);
         using AsyncDuplexStreamingCall<V1.GenerateRequest, V1.GenerateReply> call = _rollout.GenerateBatch(options);
-        Batch batch = new Batch(onRefused);
+        Batch batch = new(onRefused);
         ExceptionDispatchInfo? sendError = null;
         bool allSent = false;
         // Not awaited when the caller stops early: it may be waiting for the caller's next request.

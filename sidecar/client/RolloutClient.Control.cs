@@ -11,7 +11,7 @@ public sealed partial class RolloutClient
         Prompt input, int top = 0, string cacheSalt = "", TimeSpan? timeout = null, CancellationToken cancellationToken = default)
     {
         ArgumentOutOfRangeException.ThrowIfNegative(top);
-        V1.ScoreRequest request = new V1.ScoreRequest { RequestId = Guid.NewGuid().ToString("n"), Top = (uint)top, CacheSalt = cacheSalt };
+        V1.ScoreRequest request = new() { RequestId = Guid.NewGuid().ToString("n"), Top = (uint)top, CacheSalt = cacheSalt };
         if (input.Ids is { } ids)
             request.Ids = ids.ToTokenIds();
         else
@@ -25,7 +25,7 @@ public sealed partial class RolloutClient
     public Task<AbortResult> AbortAsync(
         IEnumerable<string> requestIds, TimeSpan? timeout = null, CancellationToken cancellationToken = default)
     {
-        V1.AbortRequest request = new V1.AbortRequest { Ids = new V1.RequestIds() };
+        V1.AbortRequest request = new() { Ids = new V1.RequestIds() };
         request.Ids.Ids.AddRange(requestIds);
         return AbortAsync(request, timeout, cancellationToken);
     }
@@ -51,7 +51,7 @@ public sealed partial class RolloutClient
     {
         ArgumentOutOfRangeException.ThrowIfLessThan(lease, TimeSpan.FromMilliseconds(1));
         ArgumentOutOfRangeException.ThrowIfGreaterThan(lease.TotalMilliseconds, uint.MaxValue, nameof(lease));
-        V1.PauseRequest request = new V1.PauseRequest
+        V1.PauseRequest request = new()
         {
             Mode = mode switch
             {
@@ -86,7 +86,7 @@ public sealed partial class RolloutClient
         MemoryTags tags = MemoryTags.All, TimeSpan? timeout = null, CancellationToken cancellationToken = default)
     {
         ThrowIfNone(tags);
-        V1.SleepRequest request = new V1.SleepRequest { Tags = { tags.ToProto() } };
+        V1.SleepRequest request = new() { Tags = { tags.ToProto() } };
         V1.SleepReply reply = await CallAsync(
             options => _control.SleepAsync(request, options), timeout ?? DefaultControlTimeout, cancellationToken);
         return new SleepResult(
@@ -102,7 +102,7 @@ public sealed partial class RolloutClient
         MemoryTags tags = MemoryTags.All, TimeSpan? timeout = null, CancellationToken cancellationToken = default)
     {
         ThrowIfNone(tags);
-        V1.WakeUpRequest request = new V1.WakeUpRequest { Tags = { tags.ToProto() } };
+        V1.WakeUpRequest request = new() { Tags = { tags.ToProto() } };
         V1.WakeUpReply reply = await CallAsync(
             options => _control.WakeUpAsync(request, options), timeout ?? DefaultControlTimeout, cancellationToken);
         return MemoryTagsExtensions.From(reply.Asleep);

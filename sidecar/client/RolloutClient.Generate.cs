@@ -19,7 +19,7 @@ public sealed partial class RolloutClient
     public async IAsyncEnumerable<Sample> GenerateAsync(
         RolloutRequest request, TimeSpan? timeout = null, [EnumeratorCancellation] CancellationToken cancellationToken = default)
     {
-        GroupAssembly group = new GroupAssembly(request.RequestId, request.Options.N);
+        GroupAssembly group = new(request.RequestId, request.Options.N);
         await foreach (V1.GenerateReply reply in RepliesAsync(request, stream: false, timeout, cancellationToken))
         {
             foreach (Sample sample in group.Add(reply))

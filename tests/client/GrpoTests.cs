@@ -13,7 +13,7 @@ public sealed class GrpoTests
     [Fact]
     public void Held_out_problems_are_never_trained_on_in_either_order()
     {
-        ArithmeticTask task = new ArithmeticTask(1);
+        ArithmeticTask task = new(1);
         HashSet<string> training = task.Training.Select(p => p.Prompt).ToHashSet();
         Assert.Equal(90 * 90, training.Count + task.HeldOut.Count);
         foreach (Problem problem in task.HeldOut)
@@ -50,13 +50,13 @@ public sealed class GrpoTests
     public void A_step_makes_the_rewarded_answer_likelier_in_weights_that_bfloat16_holds()
     {
         manual_seed(1);
-        using Policy policy = new Policy(new PolicyConfig { VocabSize = ArithmeticTask.VocabSize, NumHiddenLayers = 1, HiddenSize = 32 });
-        using MasterWeights weights = new MasterWeights(policy);
+        using Policy policy = new(new PolicyConfig { VocabSize = ArithmeticTask.VocabSize, NumHiddenLayers = 1, HiddenSize = 32 });
+        using MasterWeights weights = new(policy);
         using Policy reference = policy.Freeze();
         int[] prompt = ArithmeticTask.Encode("12+34=");
         int[] right = [.. ArithmeticTask.Encode("64"), ArithmeticTask.EndOfText];
         int[] wrong = [.. ArithmeticTask.Encode("46"), ArithmeticTask.EndOfText];
-        Grpo grpo = new Grpo(policy, reference, weights);
+        Grpo grpo = new(policy, reference, weights);
         float[] before = LogProbs(policy, prompt, right);
         for (int step = 0; step < 5; step++)
         {
@@ -84,8 +84,8 @@ public sealed class GrpoTests
     public void A_sample_that_has_moved_far_enough_its_way_moves_no_further(double better, double worse, bool moves)
     {
         manual_seed(1);
-        using Policy policy = new Policy(new PolicyConfig { VocabSize = ArithmeticTask.VocabSize, NumHiddenLayers = 1, HiddenSize = 32 });
-        using MasterWeights weights = new MasterWeights(policy);
+        using Policy policy = new(new PolicyConfig { VocabSize = ArithmeticTask.VocabSize, NumHiddenLayers = 1, HiddenSize = 32 });
+        using MasterWeights weights = new(policy);
         using Policy reference = policy.Freeze();
         int[] prompt = ArithmeticTask.Encode("12+34=");
         RolloutSample Sample(string text, double moved)
@@ -107,9 +107,9 @@ public sealed class GrpoTests
         (double Loss, double GradientNorm) Step(float apart)
         {
             manual_seed(1);
-            using Policy policy = new Policy(
+            using Policy policy = new(
                 new PolicyConfig { VocabSize = ArithmeticTask.VocabSize, NumHiddenLayers = 1, HiddenSize = 32 });
-            using MasterWeights weights = new MasterWeights(policy);
+            using MasterWeights weights = new(policy);
             using Policy reference = policy.Freeze();
             int[] prompt = ArithmeticTask.Encode("12+34=");
             RolloutSample Sample(string text, float apart)
@@ -134,11 +134,11 @@ public sealed class GrpoTests
     public void A_step_starts_from_no_gradient()
     {
         manual_seed(1);
-        using Policy policy = new Policy(new PolicyConfig { VocabSize = ArithmeticTask.VocabSize, NumHiddenLayers = 1, HiddenSize = 32 });
-        using MasterWeights weights = new MasterWeights(policy);
+        using Policy policy = new(new PolicyConfig { VocabSize = ArithmeticTask.VocabSize, NumHiddenLayers = 1, HiddenSize = 32 });
+        using MasterWeights weights = new(policy);
         using Policy reference = policy.Freeze();
         int[] prompt = ArithmeticTask.Encode("12+34=");
-        Grpo grpo = new Grpo(policy, reference, weights);
+        Grpo grpo = new(policy, reference, weights);
         RolloutSample Sample(string text) => new(ArithmeticTask.Encode(text), LogProbs(policy, prompt, ArithmeticTask.Encode(text)), 0);
         Assert.True(grpo.Step([new(prompt, [Sample("64"), Sample("46")])], [[1, 0]]).GradientNorm > 1e-3);
         // Where all samples are worth the same there is nothing to learn.
@@ -150,9 +150,9 @@ public sealed class GrpoTests
     {
         using DisposeScope scope = NewDisposeScope();
         using IDisposable _ = no_grad();
-        using Policy policy = new Policy(new PolicyConfig { VocabSize = ArithmeticTask.VocabSize, NumHiddenLayers = 1, HiddenSize = 32 });
+        using Policy policy = new(new PolicyConfig { VocabSize = ArithmeticTask.VocabSize, NumHiddenLayers = 1, HiddenSize = 32 });
         (int[]? prompt, int[]? answer) = (ArithmeticTask.Encode("1+2="), ArithmeticTask.Encode("3"));
-        Batch together = new Batch([new(prompt, answer), new(ArithmeticTask.Encode("10+20="), ArithmeticTask.Encode("0300"))]);
+        Batch together = new([new(prompt, answer), new(ArithmeticTask.Encode("10+20="), ArithmeticTask.Encode("0300"))]);
         float padded = together.LogProbs(policy).data<float>().ToArray()[prompt.Length - 1];
         Assert.Equal(LogProbs(policy, prompt, answer)[0], padded, 1e-5f);
         Assert.Equal(5, together.Weights.sum().item<float>());

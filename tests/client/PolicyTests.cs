@@ -40,9 +40,9 @@ public sealed class PolicyTests
         {
             using DisposeScope scope = NewDisposeScope();
             using IDisposable _ = no_grad();
-            using Policy policy = new Policy(
+            using Policy policy = new(
                 new PolicyConfig { VocabSize = ArithmeticTask.VocabSize, NumHiddenLayers = 2, HiddenSize = 64 });
-            using (MasterWeights weights = new MasterWeights(policy))
+            using (MasterWeights weights = new(policy))
                 HuggingFaceFolder.Write(folder, policy);
             using Policy again = Load(folder);
             Tensor tokens = tensor([.. ArithmeticTask.Encode("12+34=").Select(t => (long)t)]).unsqueeze(0);
@@ -61,7 +61,7 @@ public sealed class PolicyTests
         string folder = Directory.CreateTempSubdirectory("rollout-test-").FullName;
         try
         {
-            using Policy policy = new Policy(
+            using Policy policy = new(
                 new PolicyConfig { VocabSize = ArithmeticTask.VocabSize, NumHiddenLayers = 1, HiddenSize = 32 });
             HuggingFaceFolder.Write(folder, policy);
             using JsonDocument document = JsonDocument.Parse(File.ReadAllText(Path.Combine(folder, "tokenizer.json")));
@@ -83,7 +83,7 @@ public sealed class PolicyTests
         using JsonDocument document = JsonDocument.Parse(File.ReadAllText(Path.Combine(folder, "config.json")));
         JsonElement json = document.RootElement;
         int Number(string name) => json.GetProperty(name).GetInt32();
-        Policy policy = new Policy(new PolicyConfig
+        Policy policy = new(new PolicyConfig
         {
             VocabSize = Number("vocab_size"),
             HiddenSize = Number("hidden_size"),
@@ -99,7 +99,7 @@ public sealed class PolicyTests
         });
         Dictionary<string, Tensor> tensors = ReadSafetensors(Path.Combine(folder, "model.safetensors"));
         Assert.Equal(tensors.Keys.Order(), TorchStateDict.Of(policy).Select(t => t.Name).Order());
-        foreach ((string? name, TorchSharp.Modules.Parameter? parameter) in policy.named_parameters())
+        foreach ((string name, TorchSharp.Modules.Parameter parameter) in policy.named_parameters())
         {
             Assert.Equal(tensors[name].shape, parameter.shape);
             parameter.copy_(tensors[name]);
@@ -113,7 +113,7 @@ public sealed class PolicyTests
         byte[] bytes = File.ReadAllBytes(path);
         int length = (int)BitConverter.ToInt64(bytes);
         using JsonDocument document = JsonDocument.Parse(bytes.AsMemory(8, length));
-        Dictionary<string, Tensor> tensors = new Dictionary<string, Tensor>();
+        Dictionary<string, Tensor> tensors = new();
         foreach (JsonProperty property in document.RootElement.EnumerateObject().Where(p => p.Name != "__metadata__"))
         {
             int[] offsets = property.Value.GetProperty("data_offsets").EnumerateArray().Select(o => o.GetInt32()).ToArray();
@@ -134,7 +134,7 @@ public sealed class PolicyTests
     // tests/golden, looked for upwards from the build output.
     private static string GoldenFolder()
     {
-        for (DirectoryInfo? at = new DirectoryInfo(AppContext.BaseDirectory); at is not null; at = at.Parent)
+        for (DirectoryInfo? at = new(AppContext.BaseDirectory); at is not null; at = at.Parent)
         {
             string folder = Path.Combine(at.FullName, "tests", "golden", "qwen3");
             if (Directory.Exists(folder))

@@ -15,7 +15,7 @@ public sealed class TorchStateDictTests
     [Fact]
     public void Names_types_and_shapes_are_the_modules()
     {
-        using Tied module = new Tied();
+        using Tied module = new();
         IReadOnlyList<TorchTensor> tensors = TorchStateDict.Of(module, PublishedType.BFloat16);
         Assert.Equal(["scale", "counts", "embed_tokens.weight", "lm_head.weight"], tensors.Select(t => t.Name));
         Assert.Equal(["BF16", "I64", "BF16", "BF16"], tensors.Select(t => t.DType));
@@ -27,7 +27,7 @@ public sealed class TorchStateDictTests
     [Fact]
     public void Fields_that_TorchSharp_registers_a_second_time_are_not_published_twice()
     {
-        using Tied module = new Tied(registerFields: true);
+        using Tied module = new(registerFields: true);
         Assert.Contains("_embedding", module.named_children().Select(child => child.name));
         Assert.Equal(
             ["scale", "counts", "embed_tokens.weight", "lm_head.weight"], TorchStateDict.Of(module).Select(t => t.Name));
@@ -36,7 +36,7 @@ public sealed class TorchStateDictTests
     [Fact]
     public void A_tied_tensor_is_there_under_both_names_with_the_same_bytes()
     {
-        using Tied module = new Tied();
+        using Tied module = new();
         IReadOnlyList<TorchTensor> tensors = TorchStateDict.Of(module, PublishedType.BFloat16);
         Assert.Equal(Bytes(tensors[2]), Bytes(tensors[3]));
     }
@@ -46,7 +46,7 @@ public sealed class TorchStateDictTests
     [InlineData(PublishedType.BFloat16)]
     public void A_list_made_once_copies_what_the_module_holds_now(PublishedType type)
     {
-        using Turned module = new Turned();
+        using Turned module = new();
         IReadOnlyList<TorchTensor> tensors = TorchStateDict.Of(module, type);
         for (int value = 7; value < 10; value++)
         {
@@ -90,8 +90,8 @@ public sealed class TorchStateDictTests
     {
         await using FakeSidecar fake = await FakeSidecar.StartAsync();
         await using RolloutClient client = RolloutClient.Connect(fake.Address);
-        await using WeightPublisher publisher = new WeightPublisher(client);
-        using Sharing module = new Sharing();
+        await using WeightPublisher publisher = new(client);
+        using Sharing module = new();
         for (ulong version = 1; version <= 3; version++)
         {
             using (no_grad())
@@ -104,7 +104,7 @@ public sealed class TorchStateDictTests
             Assert.Equal([0, 1, 2, 3, 4, 5], MemoryMarshal.Cast<byte, ushort>(fake.Weights.Tensors["gate"]).ToArray().Select(Single));
         }
 
-        using Tied counting = new Tied();
+        using Tied counting = new();
         NotSupportedException error = await Assert.ThrowsAsync<NotSupportedException>(() =>
             publisher.PushAsync(counting, cancellationToken: TestContext.Current.CancellationToken));
         Assert.Contains("'counts' holds I64", error.Message, StringComparison.Ordinal);
@@ -132,7 +132,7 @@ public sealed class TorchStateDictTests
         ];
         foreach (ScalarType type in (ScalarType[])[ScalarType.Float32, ScalarType.BFloat16, ScalarType.Float16])
         {
-            foreach ((string? name, Func<Tensor, Tensor>? view) in views)
+            foreach ((string name, Func<Tensor, Tensor> view) in views)
             {
                 foreach (bool gradient in (bool[])[false, true])
                 {
@@ -149,7 +149,7 @@ public sealed class TorchStateDictTests
                             ScalarType.Float16 => BitConverter.GetBytes((Half)value),
                             _ => BitConverter.GetBytes(BFloat16(value)),
                         }).ToArray();
-                        TorchTensor torchTensor = new TorchTensor("t", tensor, published);
+                        TorchTensor torchTensor = new("t", tensor, published);
                         Assert.Equal((name, tensor.numel() * sent.ElementSize()), (name, torchTensor.ByteLength));
                         Assert.Equal(expected, Bytes(torchTensor));
                         byte[] parts = new byte[expected.Length];
@@ -165,7 +165,7 @@ public sealed class TorchStateDictTests
     [Fact]
     public void Parameters_that_share_a_storage_are_each_read_from_their_own_place()
     {
-        using Sharing module = new Sharing();
+        using Sharing module = new();
         Dictionary<string, float[]> tensors = TorchStateDict.Of(module)
             .ToDictionary(t => t.Name, t => MemoryMarshal.Cast<byte, float>(Bytes(t)).ToArray());
         Assert.Equal(["gate", "up"], tensors.Keys.Order());
@@ -176,7 +176,7 @@ public sealed class TorchStateDictTests
     [Fact]
     public void A_frozen_parameter_is_part_of_the_model_all_the_same()
     {
-        using Tied module = new Tied();
+        using Tied module = new();
         module.Scale.requires_grad = false;
         Assert.Contains("scale", TorchStateDict.Of(module).Select(t => t.Name));
     }
@@ -199,7 +199,7 @@ public sealed class TorchStateDictTests
     public void Parts_put_together_are_the_whole() => Gen.Select(Gen.Int[1, 50], Gen.Int[1, 60]).Sample((elements, part) =>
     {
         using DisposeScope scope = NewDisposeScope();
-        TorchTensor source = new TorchTensor("t", randn(elements), PublishedType.BFloat16);
+        TorchTensor source = new("t", randn(elements), PublishedType.BFloat16);
         byte[] together = new byte[source.ByteLength];
         for (int offset = 0; offset < together.Length; offset += 2 * part)
             source.CopyTo(together.AsSpan(offset, Math.Min(2 * part, together.Length - offset)), offset);
@@ -215,7 +215,7 @@ public sealed class TorchStateDictTests
     public void Parts_that_do_not_fit_are_refused_by_name(int length, long offset, string reason)
     {
         using DisposeScope scope = NewDisposeScope();
-        TorchTensor source = new TorchTensor("some.weight", zeros(2), PublishedType.AsIs);
+        TorchTensor source = new("some.weight", zeros(2), PublishedType.AsIs);
         ArgumentException error = Assert.Throws<ArgumentException>(() => source.CopyTo(new byte[length], offset));
         Assert.Contains("'some.weight'", error.Message);
         Assert.Contains(reason, error.Message);

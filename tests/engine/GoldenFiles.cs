@@ -10,7 +10,7 @@ internal static class GoldenFiles
 
     private static string Find()
     {
-        for (DirectoryInfo? at = new DirectoryInfo(AppContext.BaseDirectory); at is not null; at = at.Parent)
+        for (DirectoryInfo? at = new(AppContext.BaseDirectory); at is not null; at = at.Parent)
         {
             string golden = Path.Combine(at.FullName, "tests", "golden");
             if (Directory.Exists(golden))

@@ -12,8 +12,8 @@ public sealed class BFloat16FastTests
     [InlineData(DType.Float32)]
     public void Weights_and_single_elements_are_those_of_plain_bf16(DType type)
     {
-        using CpuBackend plain = new CpuBackend(1);
-        using CpuBackend fast = new CpuBackend(1, 0, WeightFormat.BFloat16Fast);
+        using CpuBackend plain = new(1);
+        using CpuBackend fast = new(1, 0, WeightFormat.BFloat16Fast);
         Gen.Select(Gen.Int[2, 100], Gen.Int[1, 100], Gen.Int[0, 1 << 30]).Sample(
             (outputs, inputs, seed) =>
             {
@@ -21,7 +21,7 @@ public sealed class BFloat16FastTests
 
                 float[] Written(CpuBackend backend)
                 {
-                    Random random = new Random(seed);
+                    Random random = new(seed);
                     byte[] bytes = Halves(random, outputs * inputs, type);
                     using Weight weight = backend.AllocateWeight(outputs, inputs), copy = backend.AllocateWeight(outputs, inputs);
                     for (int row = 0; row < outputs;)
@@ -54,8 +54,8 @@ public sealed class BFloat16FastTests
             {
                 foreach (int threads in new[] { 1, 2 })
                 {
-                    using CpuBackend backend = new CpuBackend(threads, bits, WeightFormat.BFloat16Fast);
-                    Bench bench = new Bench(backend, inputs);
+                    using CpuBackend backend = new(threads, bits, WeightFormat.BFloat16Fast);
+                    Bench bench = new(backend, inputs);
                     Weight w = bench.Weight(outputs, inputs), bias = bench.Weight(1, outputs);
                     Tensor x = bench.Tensor(Rows, inputs), y = backend.AllocateTensor(Rows, outputs);
                     expected ??= Reference(Bench.Read(x, Rows), w, bias, backend, Rows);
@@ -81,12 +81,12 @@ public sealed class BFloat16FastTests
     {
         Assert.SkipUnless(PairTileCode.IsSupported, "This machine has no AVX512-BF16.");
         const int Pairs = 61, Width = 32;
-        using MachineCode code = new MachineCode(12, PairTileCode.Assemble);
+        using MachineCode code = new(12, PairTileCode.Assemble);
         foreach (PairTile tile in new[] { 128, 256, 512 }.Where(CpuBackend.IsAccelerated).Select(PairTile.Of))
         {
             for (int height = 1; height <= 12; height++)
             {
-                Random random = new Random(height);
+                Random random = new(height);
                 ushort[] x = Normal(random, Pairs * height * 2), w = Normal(random, Pairs * Width * 2);
                 float[] one = new float[height * Width], two = new float[height * Width];
                 fixed (ushort* a = x, b = w)
@@ -114,8 +114,8 @@ public sealed class BFloat16FastTests
     {
         foreach (int bits in new[] { 128, 512 }.Where(CpuBackend.IsAccelerated))
         {
-            using CpuBackend backend = new CpuBackend(1, bits, WeightFormat.BFloat16Fast);
-            Bench bench = new Bench(backend);
+            using CpuBackend backend = new(1, bits, WeightFormat.BFloat16Fast);
+            Bench bench = new(backend);
             Weight w = bench.Weight(40, 200);
             float[] values = bench.Values(3 * 200);
             values[200 + 150] = bad;
@@ -131,7 +131,7 @@ public sealed class BFloat16FastTests
     [Fact]
     public void Its_name_says_so()
     {
-        using CpuBackend backend = new CpuBackend(2, 128, WeightFormat.BFloat16Fast);
+        using CpuBackend backend = new(2, 128, WeightFormat.BFloat16Fast);
         Assert.Equal("cpu 128-bit vectors, 2 threads, bf16 activations by multiply-add", backend.Name);
     }
 

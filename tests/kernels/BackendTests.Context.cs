@@ -62,7 +62,7 @@ public abstract partial class BackendTests
 
     private static float[] SharedBlocks(Bench bench, int seed, bool alone)
     {
-        Random random = new Random(seed);
+        Random random = new(seed);
         int headDim = random.Next(3) switch { 0 => 10, 1 => 16, _ => 32 }, kvHeads = random.Next(1, 3);
         int heads = kvHeads * (random.Next(3) switch { 0 => 1, 1 => 3, _ => 8 });
         int trunk = random.Next(0, 10), sequences = random.Next(1, 7);

@@ -74,7 +74,7 @@ public abstract partial class BackendTests
     {
         Bench bench = New();
         Backend backend = bench.Backend;
-        using ReferenceBackend other = new ReferenceBackend();
+        using ReferenceBackend other = new();
         Tensor x = bench.Tensor(4, 64), y = bench.Tensor(4, 40), foreign = other.AllocateTensor(4, 64), dead = bench.Tensor(4, 64);
         dead.Dispose();
         Weight w = bench.Weight(40, 64), vector = bench.Weight(1, 64), shortVector = bench.Weight(1, 63);

@@ -20,7 +20,7 @@ public abstract partial class BackendTests
     internal static void CheckAnswer(float[] logits, SampleQuery query, StepLayout step, SampleResult actual)
     {
         double[] z = logits.Select(v => (double)v).ToArray();
-        StepLayout scratch = new StepLayout(1, 1, 1, 1, step.AlternativeIds.Length, step.BiasIds.Length);
+        StepLayout scratch = new(1, 1, 1, 1, step.AlternativeIds.Length, step.BiasIds.Length);
         SampleResult expected = Sampling.Answer(z, query, scratch.With(step));
         if (actual.Token != expected.Token)
         {
@@ -45,8 +45,8 @@ public abstract partial class BackendTests
         Gen.Select(Gen.Int[1, 300], Gen.Float[0.1f, 12f], Gen.Int[0, 1 << 30]).Sample(
             (vocabulary, spread, seed) =>
             {
-                Random random = new Random(seed);
-                Bench bench = new Bench(subject.Backend, seed);
+                Random random = new(seed);
+                Bench bench = new(subject.Backend, seed);
                 float[] logits = bench.Values(vocabulary, spread);
                 (int Id, float)[] biases = [(random.Next(vocabulary), 2f), (random.Next(vocabulary), float.NegativeInfinity)];
                 Array.Sort(biases, (a, b) => a.Id - b.Id);

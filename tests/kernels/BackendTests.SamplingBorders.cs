@@ -151,7 +151,7 @@ public abstract partial class BackendTests
         Gen.Select(Gen.Int[1, 130], Gen.Int[0, 1 << 30]).Sample(
             (vocabulary, seed) =>
             {
-                Random random = new Random(seed);
+                Random random = new(seed);
                 float[] logits = [.. Enumerable.Range(0, vocabulary).Select(_ => random.Next(-2, 3) * 0.5f)];
                 double[] x = [.. logits.Select(v => (double)v)];
                 SampleQuery query = Bench.Query(topK: random.Next(3) == 0 ? 0 : random.Next(1, vocabulary + 3));

@@ -16,10 +16,10 @@ public abstract partial class BackendTests
         Gen.Select(Gen.Int[2, 100], Gen.Frequency((5, Gen.Int[1, 100]), (1, Gen.Int[250, 600])), Gen.Int[0, 1 << 30]).Sample(
             (outputs, inputs, seed) =>
             {
-                Random random = new Random(seed);
+                Random random = new(seed);
                 byte[] bytes = Elements(random, outputs * inputs, type);
                 float[] expected = new float[outputs * inputs], actual = new float[outputs * inputs];
-                using ReferenceBackend reference = new ReferenceBackend(Format);
+                using ReferenceBackend reference = new(Format);
                 Weight wanted = reference.AllocateWeight(outputs, inputs);
                 reference.WriteWeight(wanted, 0, bytes, type);
                 reference.ReadWeight(wanted, 0, expected);
@@ -53,7 +53,7 @@ public abstract partial class BackendTests
         Gen.Select(Gen.Int[1, 70], Gen.Int[1, 70], Gen.Int[0, 1 << 30]).Sample(
             (outputs, inputs, seed) =>
             {
-                Random random = new Random(seed);
+                Random random = new(seed);
                 int elements = outputs * inputs, size = type.Size();
                 byte[] old = Elements(random, elements, type), changed = (byte[])old.Clone();
                 int first = random.Next(elements);

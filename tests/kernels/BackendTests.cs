@@ -51,7 +51,7 @@ public abstract partial class BackendTests : IDisposable
         if (subject.Backend is ReferenceBackend)
             return; // nothing to compare it with
 
-        using ReferenceBackend reference = new ReferenceBackend(Format);
+        using ReferenceBackend reference = new(Format);
         float[] expected = work(new Bench(reference, seed));
         double largest = expected.Max(value => Math.Abs((double)value));
         Bench.Close(expected, work(new Bench(subject.Backend, seed)), tolerance + (roundings * Rounding * largest));

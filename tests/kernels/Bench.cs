@@ -102,7 +102,7 @@ internal sealed class Bench(Backend backend, int seed = 1)
     public static StepLayout Step(int sequences, int maxBlocks, Func<int, (int Start, int End)> positions, Func<int, int, int> block)
     {
         int rows = Enumerable.Range(0, sequences).Sum(s => positions(s).End - positions(s).Start);
-        StepLayout step = new StepLayout(Math.Max(1, rows), sequences, maxBlocks, 1, 0, 0) { SequenceCount = sequences };
+        StepLayout step = new(Math.Max(1, rows), sequences, maxBlocks, 1, 0, 0) { SequenceCount = sequences };
         int row = 0;
         for (int s = 0; s < sequences; s++)
         {
@@ -121,7 +121,7 @@ internal sealed class Bench(Backend backend, int seed = 1)
     /// <summary>A step of any positions over any tables. Entries that a table does not set are no blocks.</summary>
     public static StepLayout Step(int maxBlocks, int[][] positions, int[][] tables)
     {
-        StepLayout step = new StepLayout(Math.Max(1, positions.Sum(p => p.Length)), positions.Length, maxBlocks, 1, 0, 0)
+        StepLayout step = new(Math.Max(1, positions.Sum(p => p.Length)), positions.Length, maxBlocks, 1, 0, 0)
         {
             SequenceCount = positions.Length,
         };
@@ -156,7 +156,7 @@ internal sealed class Bench(Backend backend, int seed = 1)
     public static StepLayout Queries(SampleQuery[] queries, (int Id, float Value)[] biases, int alternatives = 0)
     {
         int outputs = queries.Length == 0 ? 1 : queries.Max(q => q.OutputIndex) + 1;
-        StepLayout step = new StepLayout(outputs, outputs, 1, queries.Length, alternatives, biases.Length)
+        StepLayout step = new(outputs, outputs, 1, queries.Length, alternatives, biases.Length)
         {
             SequenceCount = outputs,
             OutputCount = outputs,

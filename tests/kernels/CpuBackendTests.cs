@@ -51,8 +51,8 @@ public sealed class CpuPathTests
     /// <summary>Runs one step through every operation and returns all outputs.</summary>
     private static float[] Run(int threads, int vectorBits, int rows, int keyDim, int valueDim)
     {
-        using CpuBackend backend = new CpuBackend(threads, vectorBits);
-        Bench bench = new Bench(backend, 5);
+        using CpuBackend backend = new(threads, vectorBits);
+        Bench bench = new(backend, 5);
         const int Heads = 6, KvHeads = 2, Hidden = 200, Vocabulary = 5003;
         KvLayout layout = new(KvHeads, keyDim, valueDim);
         int columns = Bench.Columns(Heads, layout);
@@ -108,8 +108,8 @@ public sealed class CpuPathTests
     [Fact]
     public void Angles_are_products_rounded_to_fp32_at_every_position_to_the_bit()
     {
-        using CpuBackend backend = new CpuBackend(1);
-        Bench bench = new Bench(backend);
+        using CpuBackend backend = new(1);
+        Bench bench = new(backend);
         const int HeadDim = 128, Half = HeadDim / 2, MaxBlocks = 131072 / KvCache.BlockTokens;
         int[] positions = [0, 1, 63, 64, 2047, 4095, 4096, 32767, 65535, 65536, 99_999, 100_000, 100_001, 131_070, 131_071];
         float[] frequencies = [.. Enumerable.Range(0, Half).Select(i => (float)Math.Pow(10000, -2.0 * i / HeadDim))];
@@ -137,8 +137,8 @@ public sealed class CpuPathTests
         float[]? expected = null;
         foreach (int bits in new[] { 128, 256, 512 }.Where(CpuBackend.IsAccelerated))
         {
-            using CpuBackend backend = new CpuBackend(2, bits);
-            Bench bench = new Bench(backend);
+            using CpuBackend backend = new(2, bits);
+            Bench bench = new(backend);
             Weight w = bench.Weight(Outputs, Inputs);
             Tensor x = bench.Tensor(Rows, Inputs), y = backend.AllocateTensor(Rows, Outputs);
             for (int rows = Rows; rows > 0; rows--)
@@ -163,7 +163,7 @@ public sealed class CpuPathTests
     [Fact]
     public void A_disposed_backend_says_so()
     {
-        CpuBackend backend = new CpuBackend(2);
+        CpuBackend backend = new(2);
         backend.Dispose();
         backend.Dispose();
         Assert.Throws<ObjectDisposedException>(() => backend.AllocateTensor(1, 1));
@@ -178,7 +178,7 @@ public sealed class CpuPathTests
 
     private static string Named(int threads, int vectorBits)
     {
-        using CpuBackend backend = new CpuBackend(threads, vectorBits);
+        using CpuBackend backend = new(threads, vectorBits);
         return backend.Name;
     }
 }

@@ -11,7 +11,7 @@ public sealed unsafe class CpuMatMulTests
         const int Rows = 27;
         foreach ((int inputs, int outputs) in new[] { (1, 2), (3, 31), (4, 32), (511, 33), (512, 64), (513, 70), (1024, 5), (1031, 65) })
         {
-            Bench random = new Bench(new ReferenceBackend(), inputs);
+            Bench random = new(new ReferenceBackend(), inputs);
             float[] x = random.Values(Rows * inputs), z = random.Values(Rows * outputs), bias = random.Values(outputs);
             float[] weights = [.. random.Values(outputs * inputs).Select(ReferenceBackend.Round)];
             float[] expected = Reference(x, weights, Rows, inputs, outputs);
@@ -20,8 +20,8 @@ public sealed unsafe class CpuMatMulTests
             {
                 foreach (int threads in new[] { 1, 3 })
                 {
-                    using CpuBackend backend = new CpuBackend(threads, bits);
-                    Bench bench = new Bench(backend);
+                    using CpuBackend backend = new(threads, bits);
+                    Bench bench = new(backend);
                     Weight w = backend.AllocateWeight(outputs, inputs), b = backend.AllocateWeight(1, outputs);
                     backend.WriteWeight(w, 0, MemoryMarshal.AsBytes<float>(weights), DType.Float32);
                     backend.WriteWeight(b, 0, MemoryMarshal.AsBytes<float>(bias), DType.Float32);
@@ -55,7 +55,7 @@ public sealed unsafe class CpuMatMulTests
         foreach (int bits in new[] { 128, 256, 512 }.Where(CpuBackend.IsAccelerated))
         {
             using Matrices matrices = Matrices.Of(format, bits);
-            using Workers workers = new Workers(2);
+            using Workers workers = new(2);
             foreach (int rows in new[] { 1, 2, 3, 4, 5, 7, 11, 12, 13, 24, 25, 31 })
             {
                 foreach (int inputs in new[] { 1, 2, 3, 5, 127, 128, 129, 301, 512, 515 })
@@ -104,8 +104,8 @@ public sealed unsafe class CpuMatMulTests
     public void A_matmul_of_the_largest_tensor_changes_no_other(WeightFormat format)
     {
         const int Outputs = 40;
-        using CpuBackend backend = new CpuBackend(2, 0, format);
-        Bench bench = new Bench(backend);
+        using CpuBackend backend = new(2, 0, format);
+        Bench bench = new(backend);
         List<(Tensor Tensor, float[] Values)> others = [];
         foreach (int inputs in new[] { 64, 2048, 2500, 3000 })
         {
@@ -127,8 +127,8 @@ public sealed unsafe class CpuMatMulTests
     [InlineData(WeightFormat.Int8)]
     public void A_matrix_of_infinities_leaves_nothing_in_the_next(WeightFormat format)
     {
-        using CpuBackend backend = new CpuBackend(1, 0, format);
-        Bench bench = new Bench(backend);
+        using CpuBackend backend = new(1, 0, format);
+        Bench bench = new(backend);
         float[] bad = [.. Enumerable.Repeat(float.PositiveInfinity, 64 * 700)];
         foreach (int inputs in new[] { 1, 3, 33, 129, 131, 257 })
         {
@@ -153,8 +153,8 @@ public sealed unsafe class CpuMatMulTests
         {
             foreach (int bits in new[] { 128, 256, 512 }.Where(CpuBackend.IsAccelerated))
             {
-                using CpuBackend backend = new CpuBackend(1, bits, format);
-                Bench bench = new Bench(backend);
+                using CpuBackend backend = new(1, bits, format);
+                Bench bench = new(backend);
                 Weight w = bench.Weight(40, Inputs);
                 float[] x = bench.Values(3 * Inputs);
                 Tensor y = backend.AllocateTensor(3, 40);
@@ -179,8 +179,8 @@ public sealed unsafe class CpuMatMulTests
         const int Inputs = 29;
         foreach (int bits in new[] { 128, 256, 512 }.Where(CpuBackend.IsAccelerated))
         {
-            using CpuBackend backend = new CpuBackend(1, bits, WeightFormat.BFloat16Fast);
-            Bench bench = new Bench(backend);
+            using CpuBackend backend = new(1, bits, WeightFormat.BFloat16Fast);
+            Bench bench = new(backend);
             Weight unit = backend.AllocateWeight(Inputs, Inputs);
             float[] ones = [.. Enumerable.Range(0, Inputs * Inputs).Select(i => i % (Inputs + 1) == 0 ? 1f : 0f)];
             backend.WriteWeight(unit, 0, MemoryMarshal.AsBytes<float>(ones), DType.Float32);

@@ -18,10 +18,10 @@ public sealed unsafe class CpuMemoryTests
     {
         for (int round = 0; round < 8; round++)
         {
-            using NativeBuffer buffer = new NativeBuffer(bytes);
+            using NativeBuffer buffer = new(bytes);
             for (int again = 0; again < 3; again++)
             {
-                Span<byte> contents = new Span<byte>(buffer.Pointer, (int)bytes);
+                Span<byte> contents = new(buffer.Pointer, (int)bytes);
                 Assert.Equal(-1, contents.IndexOfAnyExcept((byte)0));
                 contents.Fill(0xEE);
                 buffer.Discard();
@@ -44,8 +44,8 @@ public sealed unsafe class CpuMemoryTests
     [InlineData(WeightFormat.Int8)]
     public void Every_kind_of_memory_is_given_back_refused_and_zero_when_taken_again(WeightFormat format)
     {
-        using CpuBackend backend = new CpuBackend(1, 0, format);
-        Bench bench = new Bench(backend);
+        using CpuBackend backend = new(1, 0, format);
+        Bench bench = new(backend);
         Tensor x = bench.Tensor(3, 40), y = bench.Tensor(3, 70), qkv = bench.Tensor(3, 48);
         Weight matrix = bench.Weight(70, 40), vector = bench.Weight(1, 40), bias = bench.Weight(1, 70), table = bench.Weight(5, 40);
         Weight norm = bench.Weight(1, 16);
@@ -105,7 +105,7 @@ public sealed unsafe class CpuMemoryTests
     [Fact]
     public void What_is_discarded_or_disposed_is_the_machines_again()
     {
-        using CpuBackend backend = new CpuBackend(1);
+        using CpuBackend backend = new(1);
         const long Size = 128 << 20;
         Tensor tensor = backend.AllocateTensor(1 << 10, 1 << 15);
         Assert.Equal(Size, tensor.Bytes);
@@ -128,8 +128,8 @@ public sealed unsafe class CpuMemoryTests
     [Fact]
     public void A_cache_of_more_than_two_thousand_million_numbers_is_addressed_to_its_end()
     {
-        using CpuBackend backend = new CpuBackend(2);
-        Bench bench = new Bench(backend);
+        using CpuBackend backend = new(2);
+        Bench bench = new(backend);
         const int HeadDim = 128, Heads = 8, Blocks = 70000, Tokens = 40;
         KvLayout[] layouts = [new(8, HeadDim, HeadDim), new(1, HeadDim, HeadDim)]; // the first layer has this many, and the second follows
         using KvCache huge = Huge(() => backend.AllocateKvCache(Blocks, layouts));
@@ -165,7 +165,7 @@ public sealed unsafe class CpuMemoryTests
     [Fact]
     public void Layers_of_different_layouts_take_what_each_needs()
     {
-        using CpuBackend backend = new CpuBackend(1);
+        using CpuBackend backend = new(1);
         const int Blocks = 7;
         using KvCache cache = backend.AllocateKvCache(Blocks, new KvLayout(2, 24, 16), new KvLayout(1, 16, 40), new KvLayout(3, 10, 10));
 
@@ -179,10 +179,10 @@ public sealed unsafe class CpuMemoryTests
     [InlineData(WeightFormat.Int8)]
     public void A_matrix_of_more_than_four_billion_elements_is_written_and_read_to_its_end(WeightFormat format)
     {
-        using CpuBackend backend = new CpuBackend(1, 0, format);
+        using CpuBackend backend = new(1, 0, format);
         const int Inputs = 32768, Outputs = 131136, Rows = 40;
         using Weight huge = Huge(() => backend.AllocateWeight(Outputs, Inputs));
-        Bench bench = new Bench(backend);
+        Bench bench = new(backend);
         float[] values = [.. bench.Values(Rows * Inputs).Select(ReferenceBackend.Round)], read = new float[values.Length];
         foreach (int first in new[] { 3, 65520, Outputs - Rows })
         {
@@ -233,10 +233,10 @@ public sealed unsafe class CpuMemoryTests
     [InlineData(WeightFormat.Int8)]
     public void A_matmul_reads_a_matrix_of_more_than_two_thousand_million_elements_to_its_end(WeightFormat format)
     {
-        using CpuBackend backend = new CpuBackend(2, 0, format);
+        using CpuBackend backend = new(2, 0, format);
         const int Inputs = 32768, Outputs = 65600, Rows = 33;
         using Weight huge = Huge(() => backend.AllocateWeight(Outputs, Inputs)), last = backend.AllocateWeight(Rows, Inputs);
-        Bench bench = new Bench(backend);
+        Bench bench = new(backend);
         byte[] values = MemoryMarshal.AsBytes<float>(bench.Values(Rows * Inputs)).ToArray();
         backend.WriteWeight(huge, (long)(Outputs - Rows) * Inputs, values, DType.Float32);
         backend.WriteWeight(last, 0, values, DType.Float32);
@@ -251,7 +251,7 @@ public sealed unsafe class CpuMemoryTests
     [Fact]
     public void Rows_of_a_tensor_of_more_than_two_thousand_million_numbers_are_found()
     {
-        using CpuBackend backend = new CpuBackend(1);
+        using CpuBackend backend = new(1);
         const int Rows = 66000, Columns = 32768;
         using Tensor huge = Huge(() => backend.AllocateTensor(Rows, Columns)), gathered = backend.AllocateTensor(2, Columns);
         float[] row = new Bench(backend).Values(Columns);
@@ -293,7 +293,7 @@ public sealed unsafe class CpuMemoryTests
     public void An_arena_that_comes_back_in_part_holds_nothing()
     {
         FullWeight[] weights = [.. Enumerable.Range(0, 4).Select(i => new FullWeight { IsFull = i == 2 })];
-        WeightArena arena = new WeightArena(weights);
+        WeightArena arena = new(weights);
         arena.Discard();
         Assert.All(weights, weight => Assert.False(weight.IsHeld));
         Assert.Throws<OutOfMemoryException>(arena.Restore);

@@ -10,8 +10,8 @@ public sealed class CpuSamplingTests
     public void The_token_drawn_is_the_one_that_all_the_noise_of_the_row_would_choose(int vectorBits)
     {
         Assert.SkipUnless(CpuBackend.IsAccelerated(vectorBits), $"This machine has no {vectorBits}-bit vectors.");
-        using CpuBackend backend = new CpuBackend(1, vectorBits);
-        Bench bench = new Bench(backend);
+        using CpuBackend backend = new(1, vectorBits);
+        Bench bench = new(backend);
         foreach (int vocabulary in new[] { 5, 64, 130, 1000 })
         {
             foreach (float spread in new[] { 0.01f, 2f, 9f })
@@ -34,7 +34,7 @@ public sealed class CpuSamplingTests
     [Fact]
     public void The_largest_noise_lifts_the_least_token_that_it_can_lift()
     {
-        using CpuBackend backend = new CpuBackend(1);
+        using CpuBackend backend = new(1);
         const int Token = 128;
         SampleQuery query = Bench.Query() with { Position = 264499 };
         float largest = VectorMath.Gumbel(Word(Token, query));

@@ -14,11 +14,11 @@ public sealed class Int8Tests
     [InlineData(DType.Float32)]
     public void Rows_written_in_any_order_read_back_rounded_to_their_scale(DType type)
     {
-        using CpuBackend backend = new CpuBackend(1, 0, WeightFormat.Int8);
+        using CpuBackend backend = new(1, 0, WeightFormat.Int8);
         Gen.Select(Gen.Int[2, 100], Gen.Int[1, 300], Gen.Int[0, 1 << 30]).Sample(
             (outputs, inputs, seed) =>
             {
-                Random random = new Random(seed);
+                Random random = new(seed);
                 float[] values = [.. Enumerable.Range(0, outputs * inputs).Select(_ => Random(random))];
                 using Weight weight = backend.AllocateWeight(outputs, inputs);
                 List<(int First, int Count)> pieces = [];
@@ -54,8 +54,8 @@ public sealed class Int8Tests
             {
                 foreach (int threads in new[] { 1, 2 })
                 {
-                    using CpuBackend backend = new CpuBackend(threads, bits, WeightFormat.Int8);
-                    Bench bench = new Bench(backend, inputs);
+                    using CpuBackend backend = new(threads, bits, WeightFormat.Int8);
+                    Bench bench = new(backend, inputs);
                     Weight w = bench.Weight(outputs, inputs), bias = bench.Weight(1, outputs);
                     Tensor x = bench.Tensor(Rows, inputs), y = backend.AllocateTensor(Rows, outputs);
                     expected ??= Reference(Bench.Read(x, Rows), w, bias, backend, Rows);
@@ -82,7 +82,7 @@ public sealed class Int8Tests
         Int8Tile tile = Int8Tile.Of(vectorBits);
         for (int height = 1; height <= Int8MatMulJob.TileRows; height++)
         {
-            Random random = new Random(height);
+            Random random = new(height);
             sbyte[] activations = [.. Enumerable.Range(0, Blocks * Groups * height * 4).Select(_ => (sbyte)random.Next(-128, 128))];
             byte[] panel = [.. Enumerable.Range(0, Blocks * Groups * Width * 4).Select(_ => (byte)random.Next(256))];
             int[] corrections = [.. Enumerable.Range(0, Blocks * height).Select(_ => random.Next(-100_000, 100_000))];
@@ -134,10 +134,10 @@ public sealed class Int8Tests
     {
         // Each factor is off by at most half a step of 1/127 of the largest of its row or block; errors of 896 products add up like noise.
         const int Rows = 12, Inputs = 896, Outputs = 64;
-        using CpuBackend backend = new CpuBackend(2, 0, WeightFormat.Int8);
-        Bench bench = new Bench(backend);
-        using ReferenceBackend reference = new ReferenceBackend();
-        Bench wanted = new Bench(reference);
+        using CpuBackend backend = new(2, 0, WeightFormat.Int8);
+        Bench bench = new(backend);
+        using ReferenceBackend reference = new();
+        Bench wanted = new(reference);
         float[] expected = Run(wanted), actual = Run(bench);
         double scale = Math.Sqrt(expected.Average(v => v * v));
         double error = Math.Sqrt(expected.Zip(actual, (a, b) => (a - b) * (a - b)).Average());
@@ -157,8 +157,8 @@ public sealed class Int8Tests
     [InlineData(float.PositiveInfinity)]
     public void What_is_not_finite_does_not_become_a_number(float bad)
     {
-        using CpuBackend backend = new CpuBackend(1, 0, WeightFormat.Int8);
-        Bench bench = new Bench(backend);
+        using CpuBackend backend = new(1, 0, WeightFormat.Int8);
+        Bench bench = new(backend);
         Weight w = bench.Weight(40, 200);
         float[] values = bench.Values(3 * 200);
         values[200 + 150] = bad;
@@ -173,8 +173,8 @@ public sealed class Int8Tests
     [Fact]
     public void Rows_of_zeros_and_of_the_smallest_numbers_are_zero()
     {
-        using CpuBackend backend = new CpuBackend(1, 0, WeightFormat.Int8);
-        Bench bench = new Bench(backend);
+        using CpuBackend backend = new(1, 0, WeightFormat.Int8);
+        Bench bench = new(backend);
         Weight w = backend.AllocateWeight(2, 200);
         backend.WriteWeight(
             w, 0, MemoryMarshal.AsBytes<float>([.. new float[200], .. Enumerable.Repeat(float.Epsilon, 200)]), DType.Float32);
@@ -186,8 +186,8 @@ public sealed class Int8Tests
     [Fact]
     public void Embeddings_copies_and_names_are_those_of_int8()
     {
-        using CpuBackend backend = new CpuBackend(2, 128, WeightFormat.Int8);
-        Bench bench = new Bench(backend);
+        using CpuBackend backend = new(2, 128, WeightFormat.Int8);
+        Bench bench = new(backend);
         Weight table = bench.Weight(50, 90), copy = backend.AllocateWeight(50, 90);
         backend.CopyWeight(table, copy);
         StepLayout step = Bench.Step(1, 1, _ => (0, 3), (_, _) => 0);
@@ -213,8 +213,8 @@ public sealed class Int8Tests
     [InlineData(WeightFormat.Int8)]
     public void A_matmul_allocates_nothing_managed(WeightFormat format)
     {
-        using CpuBackend backend = new CpuBackend(2, 0, format);
-        Bench bench = new Bench(backend);
+        using CpuBackend backend = new(2, 0, format);
+        Bench bench = new(backend);
         Weight w = bench.Weight(200, 300), bias = bench.Weight(1, 200);
         Tensor x = bench.Tensor(30, 300), y = backend.AllocateTensor(30, 200);
         for (int i = 0; i < 100; i++)

@@ -36,7 +36,7 @@ public sealed partial class ReferenceBackend(WeightFormat format = WeightFormat.
 
     protected override RopeTable AllocateRopeTableCore(ReadOnlySpan<float> inverseFrequencies, int positions)
     {
-        RefRope table = new RefRope(this, positions, inverseFrequencies.Length * 2);
+        RefRope table = new(this, positions, inverseFrequencies.Length * 2);
         for (int p = 0; p < positions; p++)
         {
             for (int i = 0; i < inverseFrequencies.Length; i++)
@@ -95,7 +95,7 @@ public sealed partial class ReferenceBackend(WeightFormat format = WeightFormat.
 
     protected override void EmbedCore(Weight table, Tensor output)
     {
-        (RefWeight? weight, RefTensor? tensor) = ((RefWeight)table, (RefTensor)output);
+        (RefWeight weight, RefTensor tensor) = ((RefWeight)table, (RefTensor)output);
         for (int row = 0; row < Step.RowCount; row++)
         {
             for (int i = 0; i < table.Inputs; i++)
@@ -105,7 +105,7 @@ public sealed partial class ReferenceBackend(WeightFormat format = WeightFormat.
 
     protected override void RmsNormCore(Tensor input, Weight scale, float epsilon, Tensor output, int rows)
     {
-        (RefTensor? x, RefTensor? y) = ((RefTensor)input, (RefTensor)output);
+        (RefTensor x, RefTensor y) = ((RefTensor)input, (RefTensor)output);
         for (int row = 0; row < rows; row++)
         {
             double[] normed = Norm(Enumerable.Range(0, x.Columns).Select(i => x[row, i]).ToArray(), (RefWeight)scale, epsilon);
@@ -127,7 +127,7 @@ public sealed partial class ReferenceBackend(WeightFormat format = WeightFormat.
 
     protected override void MatMulCore(Tensor input, Weight weight, Weight? bias, Tensor output, int rows, bool add)
     {
-        (RefTensor? x, RefWeight? w, RefWeight? b, RefTensor? y) =
+        (RefTensor x, RefWeight w, RefWeight? b, RefTensor y) =
             ((RefTensor)input, (RefWeight)weight, (RefWeight?)bias, (RefTensor)output);
         for (int row = 0; row < rows; row++)
         {
@@ -151,7 +151,7 @@ public sealed partial class ReferenceBackend(WeightFormat format = WeightFormat.
 
     private void RotateAndStore(int row, in AttentionCall call)
     {
-        (RefTensor? x, RefRope? table, RefCache? cache) = ((RefTensor)call.Qkv, (RefRope)call.Rope, (RefCache)call.Cache);
+        (RefTensor x, RefRope table, RefCache cache) = ((RefTensor)call.Qkv, (RefRope)call.Rope, (RefCache)call.Cache);
         KvLayout layout = cache.Layout(call.Layer);
         int position = Step.Positions[row], heads = call.Heads, half = layout.KeyDim / 2;
         Span<double> values = x.Row(row);
@@ -185,7 +185,7 @@ public sealed partial class ReferenceBackend(WeightFormat format = WeightFormat.
 
     private void Attend(int row, in AttentionCall call)
     {
-        (RefTensor? x, RefTensor? y, RefCache? cache) = ((RefTensor)call.Qkv, (RefTensor)call.Output, (RefCache)call.Cache);
+        (RefTensor x, RefTensor y, RefCache cache) = ((RefTensor)call.Qkv, (RefTensor)call.Output, (RefCache)call.Cache);
         KvLayout layout = cache.Layout(call.Layer);
         int seen = (Step.Positions[row] / KvCache.BlockTokens) + 1;
         int[] blocks = [.. Enumerable.Range(0, seen).Select(b => Block(row, b * KvCache.BlockTokens))];
@@ -219,7 +219,7 @@ public sealed partial class ReferenceBackend(WeightFormat format = WeightFormat.
 
     protected override void GatedSiluCore(Tensor gateUp, Tensor output, int rows)
     {
-        (RefTensor? x, RefTensor? y) = ((RefTensor)gateUp, (RefTensor)output);
+        (RefTensor x, RefTensor y) = ((RefTensor)gateUp, (RefTensor)output);
         for (int row = 0; row < rows; row++)
         {
             for (int i = 0; i < y.Columns; i++)
@@ -229,7 +229,7 @@ public sealed partial class ReferenceBackend(WeightFormat format = WeightFormat.
 
     protected override void GatherRowsCore(Tensor input, int first, int count, Tensor output)
     {
-        (RefTensor? x, RefTensor? y) = ((RefTensor)input, (RefTensor)output);
+        (RefTensor x, RefTensor y) = ((RefTensor)input, (RefTensor)output);
         for (int k = 0; k < count; k++)
         {
             for (int i = 0; i < x.Columns; i++)

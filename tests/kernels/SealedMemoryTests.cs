@@ -76,7 +76,7 @@ public sealed class SealedMemoryTests
         Assert.NotEqual(memory.Name, other.Name);
         string path = memory.Path;
         Assert.Contains(memory.Name, new FileInfo(path).LinkTarget);
-        ProcessStartInfo start = new ProcessStartInfo("/bin/sh") { RedirectStandardOutput = true };
+        ProcessStartInfo start = new("/bin/sh") { RedirectStandardOutput = true };
         start.ArgumentList.Add("-c");
         start.ArgumentList.Add("ls -l /proc/$$/fd");
         using (Process child = Process.Start(start)!)

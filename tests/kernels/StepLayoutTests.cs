@@ -7,7 +7,7 @@ public sealed class StepLayoutTests
     [Fact]
     public void Biases_of_all_queries_stay_what_they_were_however_many_come_after_them()
     {
-        StepLayout step = new StepLayout(4, 4, 1, 4, 1, 4);
+        StepLayout step = new(4, 4, 1, 4, 1, 4);
         Gen.Int[0, 9].Array[0, 12].Sample(
             sizes =>
             {
@@ -38,7 +38,7 @@ public sealed class StepLayoutTests
     [InlineData(4)]
     public void A_query_may_bring_more_biases_than_there_ever_was_room_for(int room)
     {
-        StepLayout step = new StepLayout(1, 1, 1, 1, 0, room);
+        StepLayout step = new(1, 1, 1, 1, 0, room);
         int[] ids = [.. Enumerable.Range(0, 1000)];
         float[] values = [.. ids.Select(id => -(float)id)];
         Assert.Equal(0, step.AddBiases([7], [8f]));

@@ -12,8 +12,8 @@ public sealed class WorkersTests
     [InlineData(7)]
     public void Every_unit_is_done_once_before_run_returns(int threads)
     {
-        using Workers workers = new Workers(threads);
-        CountingJob job = new CountingJob();
+        using Workers workers = new(threads);
+        CountingJob job = new();
         Gen.Select(Gen.Int[0, 300], Gen.Bool, Gen.Int[0, 300]).Sample(
             (units, parallel, slowUnit) =>
             {
@@ -29,8 +29,8 @@ public sealed class WorkersTests
     [Fact]
     public void The_caller_takes_its_units_in_order_and_then_helps_from_the_other_end()
     {
-        using Workers workers = new Workers(2);
-        BlockedWorkerJob job = new BlockedWorkerJob();
+        using Workers workers = new(2);
+        BlockedWorkerJob job = new();
         workers.Run(job, units: 40);
         Assert.Equal(Enumerable.Range(0, 20).Concat(Enumerable.Range(21, 19).Reverse()), job.OfTheCaller);
     }
@@ -40,8 +40,8 @@ public sealed class WorkersTests
     [InlineData(5)]
     public void An_exception_of_any_thread_is_the_callers_and_the_next_job_runs(int threads)
     {
-        using Workers workers = new Workers(threads);
-        CountingJob job = new CountingJob();
+        using Workers workers = new(threads);
+        CountingJob job = new();
         for (int failing = 0; failing < 60; failing++)
         {
             job.Done = new int[60];

@@ -42,7 +42,7 @@ async Task<string> PublishAsync()
 {
     await using RolloutClient client = RolloutClient.Connect($"unix:{socket}");
     // A ring, so that tensors are copied while others have been read.
-    await using WeightPublisher publisher = new WeightPublisher(client) { MaxSharedMemoryBytes = 64 << 10 };
+    await using WeightPublisher publisher = new(client) { MaxSharedMemoryBytes = 64 << 10 };
     int copied = 0;
     TensorSource[] sources = [.. tensors.Select(tensor => new TensorSource(tensor.Name, TensorDType.BF16, tensor.Shape,
         (offset, destination) =>
@@ -64,8 +64,8 @@ async Task<string> PushAsync()
 {
     byte[] payload = new byte[file.DataBytes];
     V1.UpdateMode mode = inPlace ? V1.UpdateMode.InPlace : V1.UpdateMode.Staged;
-    V1.BeginUpdate begin = new V1.BeginUpdate { PayloadBytes = (ulong)payload.Length, Mode = mode, Owner = "trainer" };
-    XxHash128 digests = new XxHash128();
+    V1.BeginUpdate begin = new() { PayloadBytes = (ulong)payload.Length, Mode = mode, Owner = "trainer" };
+    XxHash128 digests = new();
     foreach (TensorInfo tensor in tensors)
     {
         int offset = (int)(tensor.Offset - file.DataStart);
@@ -112,7 +112,7 @@ async Task<string> PushAsync()
         Step($"sent {i}");
     }
 
-    V1.Commit commit = new V1.Commit { Digest = ByteString.CopyFrom(digests.GetCurrentHash()) };
+    V1.Commit commit = new() { Digest = ByteString.CopyFrom(digests.GetCurrentHash()) };
     await call.RequestStream.WriteAsync(new V1.UpdateRequest { Commit = commit });
     Step("committing");
     V1.UpdateReply end = await RepliedAsync(V1.UpdateReply.StepOneofCase.Committed);
@@ -131,7 +131,7 @@ async Task<string> PushAsync()
 static FileStream SharedMemory(byte[] payload)
 {
     string random = Convert.ToHexStringLower(RandomNumberGenerator.GetBytes(8));
-    FileStream shm = new FileStream($"/dev/shm/rollout-{Environment.ProcessId}-{random}", new FileStreamOptions
+    FileStream shm = new($"/dev/shm/rollout-{Environment.ProcessId}-{random}", new FileStreamOptions
     {
         Mode = FileMode.CreateNew,
         Access = FileAccess.ReadWrite,

@@ -24,7 +24,7 @@ public sealed record RolloutRequest
     internal V1.GenerateRequest ToProto(bool stream)
     {
         ThrowIfNegative();
-        GenerateRequest request = new V1.GenerateRequest
+        GenerateRequest request = new()
         {
             RequestId = RequestId,
             N = (uint)Options.N,
@@ -49,7 +49,7 @@ public sealed record RolloutRequest
 
     private V1.SamplingParams Sampling()
     {
-        SamplingParams sampling = new V1.SamplingParams
+        SamplingParams sampling = new()
         {
             Temperature = Options.Temperature,
             TopK = (uint)Options.TopK,
@@ -68,7 +68,7 @@ public sealed record RolloutRequest
 
     private V1.StoppingParams Stopping()
     {
-        StoppingParams stopping = new V1.StoppingParams { MinTokens = (uint)Options.MinTokens, IgnoreEos = Options.IgnoreEos };
+        StoppingParams stopping = new() { MinTokens = (uint)Options.MinTokens, IgnoreEos = Options.IgnoreEos };
         if (Options.MaxTokens is { } max)
             stopping.MaxTokens = (uint)max;
         stopping.StopTokenIds.AddRange(Options.StopTokenIds.Select(id => (uint)id));

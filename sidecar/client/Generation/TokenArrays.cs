@@ -10,7 +10,7 @@ internal static class TokenArrays
 {
     public static V1.TokenIds ToTokenIds(this int[] ids)
     {
-        TokenIds message = new V1.TokenIds();
+        TokenIds message = new();
         message.Ids.AddRange((uint[])(object)ids);
         return message;
     }

@@ -29,7 +29,7 @@ internal sealed class ChildProcess : IDisposable
     /// <exception cref="System.ComponentModel.Win32Exception">The program cannot be run.</exception>
     public static async Task<ChildProcess> StartAsync(string program, IEnumerable<string> arguments, Action<string> onLine)
     {
-        ProcessStartInfo start = new ProcessStartInfo
+        ProcessStartInfo start = new()
         {
             FileName = program,
             RedirectStandardInput = true,
@@ -47,11 +47,11 @@ internal sealed class ChildProcess : IDisposable
         foreach (string argument in arguments)
             start.ArgumentList.Add(argument);
 
-        Process process = new Process { StartInfo = start };
+        Process process = new() { StartInfo = start };
         process.OutputDataReceived += (_, e) => Take(e.Data);
         process.ErrorDataReceived += (_, e) => Take(e.Data);
-        ChildProcess child = new ChildProcess(process);
-        TaskCompletionSource started = new TaskCompletionSource(TaskCreationOptions.RunContinuationsAsynchronously);
+        ChildProcess child = new(process);
+        TaskCompletionSource started = new(TaskCreationOptions.RunContinuationsAsynchronously);
         // The kernel sends the death signal when the thread that forked ends, not the process. So that thread waits for the child.
         new Thread(() => child.Run(started)) { IsBackground = true, Name = "sidecar" }.Start();
         await started.Task;

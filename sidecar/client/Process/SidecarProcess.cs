@@ -56,7 +56,7 @@ public sealed class SidecarProcess : IAsyncDisposable
         if (options.Program.Contains('/') && !File.Exists(options.Program))
             throw new SidecarException($"there is no program {options.Program}", []);
 
-        LastLines lines = new LastLines(LinesKept);
+        LastLines lines = new(LinesKept);
         (string program, List<string> arguments) = CommandLine(options, socket);
         ChildProcess child;
         try
@@ -72,7 +72,7 @@ public sealed class SidecarProcess : IAsyncDisposable
             throw new SidecarException($"{program} cannot be run: {e.Message}", [], e);
         }
 
-        SidecarProcess sidecar = new SidecarProcess(options, child, lines, socket);
+        SidecarProcess sidecar = new(options, child, lines, socket);
         try
         {
             await sidecar.WaitUntilReadyAsync(cancellationToken);

@@ -58,7 +58,7 @@ internal sealed partial class PayloadFile : IDisposable
         FileStream? file = null;
         try
         {
-            FileStreamOptions options = new FileStreamOptions
+            FileStreamOptions options = new()
             {
                 Mode = FileMode.CreateNew,
                 Access = FileAccess.ReadWrite,
@@ -98,7 +98,7 @@ internal sealed partial class PayloadFile : IDisposable
         {
             if (new FileInfo(segment.Path).LinkTarget != $"/memfd:{segment.Name} (deleted)")
                 return null;
-            FileStream file = new FileStream(segment.Path, FileMode.Open, FileAccess.ReadWrite, FileShare.ReadWrite, bufferSize: 0);
+            FileStream file = new(segment.Path, FileMode.Open, FileAccess.ReadWrite, FileShare.ReadWrite, bufferSize: 0);
             return new PayloadFile(segment.Path, file, Math.Min((long)segment.Bytes, most));
         }
         catch (Exception e) when (e is IOException or UnauthorizedAccessException)

@@ -40,12 +40,12 @@ internal sealed class PayloadLayout
         if (twice.Length > 0)
             throw new ArgumentException($"tensors given more than once: {string.Join(", ", twice)}", nameof(tensors));
 
-        List<ManifestTensor> manifest = new List<V1.ManifestTensor>(tensors.Count);
+        List<ManifestTensor> manifest = new(tensors.Count);
         long end = 0;
         foreach (TensorSource tensor in tensors)
         {
             long offset = (end + alignment - 1) / alignment * alignment;
-            ManifestTensor entry = new V1.ManifestTensor { Name = tensor.Name, Dtype = tensor.DType.ToProto(), Offset = (ulong)offset };
+            ManifestTensor entry = new() { Name = tensor.Name, Dtype = tensor.DType.ToProto(), Offset = (ulong)offset };
             entry.Shape.AddRange(tensor.Shape.Select(dimension => (ulong)dimension));
             if (tensor.SparseCount is { } count)
                 entry.SparseCount = (ulong)count;

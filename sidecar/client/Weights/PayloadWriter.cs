@@ -39,7 +39,7 @@ internal sealed class PayloadWriter(PayloadLayout layout, IReadOnlyList<TensorSo
     /// <param name="parallelism">Tensors at once.</param>
     public Task WriteToAsync(PayloadFile file, long from, long to, long at, int parallelism, CancellationToken cancellationToken)
     {
-        ParallelOptions options = new ParallelOptions { MaxDegreeOfParallelism = parallelism, CancellationToken = cancellationToken };
+        ParallelOptions options = new() { MaxDegreeOfParallelism = parallelism, CancellationToken = cancellationToken };
         return Parallel.ForEachAsync(Overlapping(from, to), options, (i, token) =>
         {
             long start = (long)layout.Manifest[i].Offset;

@@ -74,7 +74,7 @@ public sealed class TensorSource
     /// <exception cref="ArgumentException">The shape asks for another number of bytes.</exception>
     public static TensorSource FromMemory(string name, TensorDType dtype, IReadOnlyList<long> shape, ReadOnlyMemory<byte> bytes)
     {
-        TensorSource source = new TensorSource(name, dtype, shape, (offset, destination) =>
+        TensorSource source = new(name, dtype, shape, (offset, destination) =>
             bytes.Span.Slice((int)offset, destination.Length).CopyTo(destination));
         if (source.Bytes != bytes.Length)
             throw new ArgumentException($"tensor '{name}': {bytes.Length} bytes given, its shape has {source.Bytes}", nameof(bytes));

@@ -88,7 +88,7 @@ public sealed class WeightPublisher : IAsyncDisposable
             _served = null;
             IPayloadSender sender = Sender(options, _layout);
             using FileSender? file = sender as FileSender;
-            WeightPush push = new WeightPush(_client, _layout, tensors, options, sender)
+            WeightPush push = new(_client, _layout, tensors, options, sender)
             {
                 BaseVersion = baseVersion,
                 NewVersion = newVersion ?? checked(baseVersion + 1),

@@ -33,7 +33,7 @@ internal sealed class WeightPush(
 
     public async Task<PushResult> RunAsync(CancellationToken cancellationToken)
     {
-        UpdateCall call = new UpdateCall(client.Weights, new CallOptions(deadline: Deadline));
+        UpdateCall call = new(client.Weights, new CallOptions(deadline: Deadline));
         await using (call)
         {
             try
@@ -60,7 +60,7 @@ internal sealed class WeightPush(
         await call.SendAsync(new V1.UpdateRequest { Begin = Begin() }, cancellationToken);
         V1.UpdateReply agreed = await UntilAsync(call, reply => reply.StepCase == V1.UpdateReply.StepOneofCase.Ready, cancellationToken);
         _inPlace = agreed.Ready.Mode == V1.UpdateMode.InPlace;
-        PushTimings timings = new PushTimings { Preflight = Lap() };
+        PushTimings timings = new() { Preflight = Lap() };
 
         // :: Step 2: the bytes leave the trainer. If the sidecar ends the update meanwhile, this ends at once.
         using (CancellationTokenSource stop = CancellationTokenSource.CreateLinkedTokenSource(cancellationToken, call.Ended))
@@ -88,7 +88,7 @@ internal sealed class WeightPush(
         V1.Committed committed;
         try
         {
-            V1.Commit commit = new V1.Commit { Digest = UnsafeByteOperations.UnsafeWrap(digest) };
+            V1.Commit commit = new() { Digest = UnsafeByteOperations.UnsafeWrap(digest) };
             await call.SendAsync(new V1.UpdateRequest { Commit = commit });
             V1.UpdateReply reply = await UntilAsync(call, reply => reply.StepCase == V1.UpdateReply.StepOneofCase.Committed, default);
             committed = reply.Committed;
@@ -120,7 +120,7 @@ internal sealed class WeightPush(
 
     private V1.BeginUpdate Begin()
     {
-        V1.BeginUpdate begin = new V1.BeginUpdate
+        V1.BeginUpdate begin = new()
         {
             PayloadBytes = (ulong)layout.PayloadBytes,
             BaseVersion = BaseVersion,
@@ -213,7 +213,7 @@ internal sealed class WeightPush(
     private string CombinedDigest(WeightsDescription served)
     {
         Dictionary<string, string> digests = served.Tensors.ToDictionary(tensor => tensor.Name, tensor => tensor.Digest);
-        List<byte> all = new List<byte>();
+        List<byte> all = new();
         foreach (V1.ManifestTensor tensor in layout.Manifest)
             all.AddRange(Convert.FromHexString(digests.GetValueOrDefault(tensor.Name, "")));
         return all.Count == layout.Manifest.Count * WeightDigest.Length ? WeightDigest.Show(WeightDigest.Combine([.. all])) : "";

@@ -54,7 +54,7 @@ public sealed class BatchTests : IAsyncLifetime
     [Fact]
     public async Task A_duplicate_in_flight_is_refused_and_an_id_that_has_ended_is_free_again()
     {
-        TaskCompletionSource firstEnded = new TaskCompletionSource();
+        TaskCompletionSource firstEnded = new();
         async IAsyncEnumerable<RolloutRequest> RequestsAsync()
         {
             yield return Request("a");
@@ -205,7 +205,7 @@ public sealed class BatchTests : IAsyncLifetime
     [Fact]
     public async Task Leaving_early_ends_the_servers_call_even_if_requests_never_end()
     {
-        TaskCompletionSource ended = new TaskCompletionSource();
+        TaskCompletionSource ended = new();
         _fake.Batch = async (requests, replies, context) =>
         {
             context.CancellationToken.Register(ended.SetResult);

@@ -29,7 +29,7 @@ public sealed class ControlTests : IAsyncLifetime
     [Fact]
     public async Task Every_field_of_the_status_is_reported_under_its_name()
     {
-        V1.StatusReply reply = new V1.StatusReply { State = V1.EngineState.Paused, Asleep = { V1.MemoryTag.KvCache } };
+        V1.StatusReply reply = new() { State = V1.EngineState.Paused, Asleep = { V1.MemoryTag.KvCache } };
         int number = 100;
         foreach (FieldDescriptor? field in V1.StatusReply.Descriptor.Fields.InDeclarationOrder())
         {

@@ -51,7 +51,7 @@ internal sealed class FakeSidecar : IAsyncDisposable
 
     public static async Task<FakeSidecar> StartAsync()
     {
-        FakeSidecar fake = new FakeSidecar();
+        FakeSidecar fake = new();
         await fake.ListenAsync();
         return fake;
     }
@@ -83,7 +83,7 @@ internal sealed class FakeSidecar : IAsyncDisposable
     {
         if (_app is null)
             return;
-        using CancellationTokenSource now = new CancellationTokenSource();
+        using CancellationTokenSource now = new();
         await now.CancelAsync();
         try
         {

@@ -81,7 +81,7 @@ internal sealed class FakeWeights
 
     public V1.DescribeReply Describe()
     {
-        DescribeReply reply = new V1.DescribeReply { Version = Version };
+        DescribeReply reply = new() { Version = Version };
         foreach ((string name, byte[] bytes) in Tensors)
         {
             reply.Tensors.Add(new V1.DescribedTensor
@@ -206,7 +206,7 @@ internal sealed class FakeWeights
             await BreakAtCommit(context);
         }
 
-        XxHash128 all = new XxHash128();
+        XxHash128 all = new();
         foreach (V1.ManifestTensor tensor in Begin!.Manifest)
             all.Append(XxHash128.Hash(Tensors[tensor.Name]));
         if (LieAboutDigest)
@@ -214,7 +214,7 @@ internal sealed class FakeWeights
         byte[] digest = all.GetCurrentHash();
         if (!LieAboutDigest && commit.Digest.Length > 0 && !commit.Digest.Span.SequenceEqual(digest))
             return Failed("the digests differ");
-        UpdateTimings timings = new V1.UpdateTimings { TransferSeconds = 0.5, SwapSeconds = 0.25, StallSeconds = 0.125 };
+        UpdateTimings timings = new() { TransferSeconds = 0.5, SwapSeconds = 0.25, StallSeconds = 0.125 };
         return new V1.UpdateReply
         {
             Committed = new V1.Committed { Version = Version, Digest = ByteString.CopyFrom(digest), Timings = timings },

@@ -29,7 +29,7 @@ public sealed class GenerateTests : IAsyncLifetime
     [Fact]
     public async Task Samples_come_as_they_end()
     {
-        TaskCompletionSource second = new TaskCompletionSource();
+        TaskCompletionSource second = new();
         _fake.Generate = async (request, replies, _) =>
         {
             Assert.False(request.Stream);
@@ -70,7 +70,7 @@ public sealed class GenerateTests : IAsyncLifetime
     public async Task Statuses_are_typed_and_keep_the_message(StatusCode code, Type type)
     {
         _fake.Generate = (_, _, _) => throw new RpcException(new Status(code, "n: must be at least 1; top_p: is NaN"));
-        RolloutRequest request = new RolloutRequest(s_prompt) { RequestId = "mine" };
+        RolloutRequest request = new(s_prompt) { RequestId = "mine" };
         RolloutException error = await Assert.ThrowsAnyAsync<RolloutException>(async () =>
             await _client.GenerateAsync(request, null, Token).CountAsync(Token));
         Assert.IsType(type, error);
@@ -81,7 +81,7 @@ public sealed class GenerateTests : IAsyncLifetime
     [Fact]
     public async Task A_timeout_is_the_servers_deadline_too()
     {
-        TaskCompletionSource<DateTime> deadline = new TaskCompletionSource<DateTime>();
+        TaskCompletionSource<DateTime> deadline = new();
         _fake.Generate = async (_, _, context) =>
         {
             deadline.TrySetResult(context.Deadline);
@@ -98,14 +98,14 @@ public sealed class GenerateTests : IAsyncLifetime
     {
         foreach (bool leave in (bool[])[false, true])
         {
-            TaskCompletionSource ended = new TaskCompletionSource();
+            TaskCompletionSource ended = new();
             _fake.Generate = async (_, replies, context) =>
             {
                 await replies.WriteAsync(Reply(Chunk(0, 0, [5], 7, V1.FinishReason.Stop)));
                 context.CancellationToken.Register(ended.SetResult);
                 await ended.Task;
             };
-            using CancellationTokenSource cancel = new CancellationTokenSource();
+            using CancellationTokenSource cancel = new();
             Task read = Task.Run(
                 async () =>
                 {
@@ -180,7 +180,7 @@ public sealed class GenerateTests : IAsyncLifetime
     [Fact]
     public async Task A_sidecar_that_starts_late_is_waited_for()
     {
-        await using FakeSidecar late = new FakeSidecar();
+        await using FakeSidecar late = new();
         await using RolloutClient client = RolloutClient.Connect(late.Address);
         Task ready = client.WaitUntilReadyAsync(TimeSpan.FromSeconds(30), Token);
         await Task.Delay(200, Token);

@@ -8,7 +8,7 @@ public sealed class GroupAssemblyTests
     [Fact]
     public void Parts_become_one_sample()
     {
-        GroupAssembly group = new GroupAssembly("id", 1);
+        GroupAssembly group = new("id", 1);
         V1.GenerateReply first = Reply(Chunk(0, 0, [1, 2], version: 3));
         first.Seed = 42;
         first.Prompt = new V1.PromptInfo { CachedTokens = 16 };
@@ -37,7 +37,7 @@ public sealed class GroupAssemblyTests
     [InlineData(0, 1)] // a gap
     public void Chunks_that_do_not_fit_are_an_error(uint index, uint start)
     {
-        GroupAssembly group = new GroupAssembly("id", 1);
+        GroupAssembly group = new("id", 1);
         Assert.Throws<RolloutException>(() => group.Add(Reply(Chunk(index, start, [1], 0))).ToList());
     }
 
@@ -47,7 +47,7 @@ public sealed class GroupAssemblyTests
     [InlineData(3)] // a gap
     public void A_chunk_that_does_not_go_on_where_the_last_one_ended_is_an_error(uint start)
     {
-        GroupAssembly group = new GroupAssembly("id", 1);
+        GroupAssembly group = new("id", 1);
         Assert.Empty(group.Add(Reply(Chunk(0, 0, [1, 2], 0))));
         Assert.Throws<RolloutException>(() => group.Add(Reply(Chunk(0, start, [3], 0))).ToList());
     }
@@ -66,7 +66,7 @@ public sealed class GroupAssemblyTests
     [Fact]
     public void Nothing_comes_after_the_end_of_a_sample()
     {
-        GroupAssembly group = new GroupAssembly("id", 2);
+        GroupAssembly group = new("id", 2);
         Assert.Single(group.Add(Reply(Chunk(0, 0, [1], 0, V1.FinishReason.Stop))));
         Assert.Throws<RolloutException>(() => group.Add(Reply(Chunk(0, 0, [1], 0, V1.FinishReason.Stop))).ToList());
         Assert.False(group.Complete);
@@ -83,11 +83,11 @@ public sealed class GroupAssemblyTests
     public void Samples_cut_anywhere_and_mixed_come_out_whole() =>
         Gen.Select(s_samples, Gen.Int[0, 2], Gen.Int).Sample((samples, top, seed) =>
         {
-            Random random = new Random(seed);
-            GroupAssembly group = new GroupAssembly("id", samples.Length);
+            Random random = new(seed);
+            GroupAssembly group = new("id", samples.Length);
             List<V1.SampleChunk>[] chunks =
                 [.. samples.Select((sample, index) => Cut(index, sample.Item1, sample.Item2, sample.Item3, top))];
-            Dictionary<int, Sample> ended = new Dictionary<int, Sample>();
+            Dictionary<int, Sample> ended = new();
             bool first = true;
             while (chunks.Any(rest => rest.Count > 0))
             {

@@ -43,7 +43,7 @@ public sealed class GroupsTests : IAsyncLifetime
     [Fact]
     public async Task A_group_is_handed_out_while_others_still_run()
     {
-        TaskCompletionSource seen = new TaskCompletionSource();
+        TaskCompletionSource seen = new();
         _fake.Batch = async (requests, replies, _) =>
         {
             while (await requests.MoveNext()) { }
@@ -138,7 +138,7 @@ public sealed class GroupsTests : IAsyncLifetime
     [Fact]
     public async Task Leaving_early_ends_the_servers_call()
     {
-        TaskCompletionSource ended = new TaskCompletionSource();
+        TaskCompletionSource ended = new();
         _fake.Batch = async (requests, replies, context) =>
         {
             context.CancellationToken.Register(ended.SetResult);

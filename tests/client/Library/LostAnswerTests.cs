@@ -61,10 +61,10 @@ public sealed class LostAnswerTests : IAsyncLifetime
     public async Task A_request_that_never_arrived_is_unavailable(string call)
     {
         string path = Path.Combine(Path.GetTempPath(), $"deaf-{Guid.NewGuid():n}.sock");
-        using Socket listener = new Socket(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified);
+        using Socket listener = new(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified);
         listener.Bind(new UnixDomainSocketEndPoint(path));
         listener.Listen();
-        using CancellationTokenSource stop = new CancellationTokenSource();
+        using CancellationTokenSource stop = new();
         Task deaf = CloseAllAsync();
         await using (RolloutClient client = RolloutClient.Connect($"unix:{path}"))
         {
@@ -109,7 +109,7 @@ public sealed class LostAnswerTests : IAsyncLifetime
     [Theory, MemberData(nameof(Streams))]
     public async Task A_stream_that_is_cut_after_the_first_sample_hands_that_out_and_then_says_so(string call)
     {
-        TaskCompletionSource received = new TaskCompletionSource();
+        TaskCompletionSource received = new();
         Answer(async (index, context) =>
         {
             if (index == 0)
@@ -171,7 +171,7 @@ public sealed class LostAnswerTests : IAsyncLifetime
     public async Task A_cancelled_wait_says_it_was_cancelled_and_the_sidecar_is_told()
     {
         (Task arrived, Task ended) = HangAll();
-        using CancellationTokenSource cancel = new CancellationTokenSource();
+        using CancellationTokenSource cancel = new();
         Task all = Task.WhenAll(s_calls.Select(async call =>
         {
             Exception error = (await Record.ExceptionAsync(() => call.Value(_client, null, cancel.Token).WaitAsync(Patience, Token)))!;

@@ -80,7 +80,7 @@ public sealed class LostUpdateTests : IAsyncLifetime
             await using FakeSidecar fake = await FakeSidecar.StartAsync();
             fake.Weights.Version = Base;
             await using RolloutClient client = RolloutClient.Connect(fake.Address);
-            await using WeightPublisher publisher = new WeightPublisher(client) { ResolveWithin = TimeSpan.FromSeconds(30) };
+            await using WeightPublisher publisher = new(client) { ResolveWithin = TimeSpan.FromSeconds(30) };
             await BreakAsync(fake, publisher, transport, UpdateMode.Staged, at, Break.Hang);
         }
     }
@@ -119,7 +119,7 @@ public sealed class LostUpdateTests : IAsyncLifetime
             weights.Done = breaks;
         else
             weights.Arrived = breaks;
-        PushOptions options = new PushOptions
+        PushOptions options = new()
         {
             Transport = transport,
             Mode = mode,
@@ -183,7 +183,7 @@ public sealed class LostUpdateTests : IAsyncLifetime
             int asked = 0;
             weights.Says = _ =>
             {
-                V1.StatusReply status = new V1.StatusReply { State = V1.EngineState.Running, Version = Base };
+                V1.StatusReply status = new() { State = V1.EngineState.Running, Version = Base };
                 switch (said[Math.Min(asked++, said.Length - 1)])
                 {
                     case "updating":
@@ -229,7 +229,7 @@ public sealed class LostUpdateTests : IAsyncLifetime
     [InlineData(false)] // it does not answer at all
     public async Task A_sidecar_that_never_decides_is_asked_no_longer_than_it_takes(bool answers)
     {
-        await using WeightPublisher publisher = new WeightPublisher(_client) { ResolveWithin = TimeSpan.FromSeconds(0.5) };
+        await using WeightPublisher publisher = new(_client) { ResolveWithin = TimeSpan.FromSeconds(0.5) };
         _fake.Weights.BreakAtCommit = context =>
         {
             _fake.Weights.Says = _ => new V1.StatusReply { State = V1.EngineState.Running, Version = Base, Updating = true };

@@ -63,7 +63,7 @@ public sealed class PayloadTests
     {
         const long Start = 5L << 30;
         List<long> asked = [];
-        TensorSource source = new TensorSource("a", TensorDType.BF16, [(Start + 2_000_000) / 2], (offset, destination) =>
+        TensorSource source = new("a", TensorDType.BF16, [(Start + 2_000_000) / 2], (offset, destination) =>
         {
             asked.Add(offset);
             for (int i = 0; i < destination.Length; i++)
@@ -72,7 +72,7 @@ public sealed class PayloadTests
         string folder = Directory.CreateTempSubdirectory("payload-").FullName;
         using (PayloadFile file = PayloadFile.Create(2_000_100, folder))
         {
-            PayloadWriter writer = new PayloadWriter(PayloadLayout.Of([source]), [source], hash: false);
+            PayloadWriter writer = new(PayloadLayout.Of([source]), [source], hash: false);
             await writer.WriteToAsync(file, Start, Start + 2_000_000, 100, 1, TestContext.Current.CancellationToken);
             byte[] written = File.ReadAllBytes(file.Path);
             Assert.Equal([Start, Start + PayloadWriter.Piece], asked);
@@ -161,7 +161,7 @@ public sealed class PayloadTests
                 for (int i = 0; i < tensors.Length; i++)
                     contents[i].CopyTo(expected, (int)layout.Manifest[i].Offset);
 
-                PayloadWriter stream = new PayloadWriter(layout, tensors, hash: true);
+                PayloadWriter stream = new(layout, tensors, hash: true);
                 byte[] streamed = new byte[layout.PayloadBytes];
                 long end = 0;
                 foreach ((long offset, Memory<byte> bytes) in stream.Pieces())
@@ -171,7 +171,7 @@ public sealed class PayloadTests
                     end = offset + bytes.Length;
                 }
 
-                PayloadWriter shared = new PayloadWriter(layout, tensors, hash: true);
+                PayloadWriter shared = new(layout, tensors, hash: true);
                 byte[] written;
                 using (PayloadFile file = PayloadFile.Create(Math.Max(1, layout.PayloadBytes), folder))
                 {
@@ -216,7 +216,7 @@ public sealed class PayloadTests
     public void Without_hashing_there_is_no_digest()
     {
         TensorSource[] tensors = [TensorSource.FromMemory("a", TensorDType.BF16, [2], Encoding.ASCII.GetBytes("abcd"))];
-        PayloadWriter writer = new PayloadWriter(PayloadLayout.Of(tensors), tensors, hash: false);
+        PayloadWriter writer = new(PayloadLayout.Of(tensors), tensors, hash: false);
         Assert.Equal(4, writer.Pieces().Sum(piece => piece.Bytes.Length));
         Assert.Empty(writer.Digest());
     }

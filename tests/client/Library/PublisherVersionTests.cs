@@ -49,7 +49,7 @@ public sealed class PublisherVersionTests : IAsyncLifetime
         {
             FakeWeights weights = _fake.Weights;
             weights.Version = 5;
-            await using WeightPublisher publisher = new WeightPublisher(_client) { ResolveWithin = TimeSpan.FromMilliseconds(150) };
+            await using WeightPublisher publisher = new(_client) { ResolveWithin = TimeSpan.FromMilliseconds(150) };
             ulong? known = null;
             foreach (Push push in pushes)
             {
@@ -73,7 +73,7 @@ public sealed class PublisherVersionTests : IAsyncLifetime
                         cancel.Cancel();
                     bytes.Fill(1);
                 })];
-                PushOptions options = new PushOptions { Transport = PushTransport.Inline };
+                PushOptions options = new() { Transport = PushTransport.Inline };
                 Exception? error = null;
                 PushResult? result = null;
                 try
@@ -142,7 +142,7 @@ public sealed class PublisherVersionTests : IAsyncLifetime
     [Fact]
     public async Task Pushes_at_once_go_one_after_the_other()
     {
-        await using WeightPublisher publisher = new WeightPublisher(_client);
+        await using WeightPublisher publisher = new(_client);
         int inside = 0;
         PushResult[] results = await Task.WhenAll(Enumerable.Range(0, 6).Select(i => Task.Run(() => publisher.PushAsync(
             [new TensorSource("t", TensorDType.BF16, [8], (_, bytes) =>
@@ -160,7 +160,7 @@ public sealed class PublisherVersionTests : IAsyncLifetime
     [Fact]
     public async Task Closing_waits_for_a_push_in_progress_and_refuses_the_next_one()
     {
-        WeightPublisher publisher = new WeightPublisher(_client);
+        WeightPublisher publisher = new(_client);
         Task? closing = null;
         PushResult result = await publisher.PushAsync(
             [new TensorSource("t", TensorDType.BF16, [8], (_, bytes) =>
@@ -180,8 +180,8 @@ public sealed class PublisherVersionTests : IAsyncLifetime
     [Fact]
     public async Task A_push_that_waits_for_another_can_be_cancelled()
     {
-        await using WeightPublisher publisher = new WeightPublisher(_client);
-        using CancellationTokenSource cancel = new CancellationTokenSource();
+        await using WeightPublisher publisher = new(_client);
+        using CancellationTokenSource cancel = new();
         Task? second = null;
         await publisher.PushAsync(
             [new TensorSource("t", TensorDType.BF16, [8], (_, bytes) =>
@@ -201,7 +201,7 @@ public sealed class PublisherVersionTests : IAsyncLifetime
     public async Task The_largest_version_is_not_followed_by_nought()
     {
         _fake.Weights.Version = ulong.MaxValue;
-        await using WeightPublisher publisher = new WeightPublisher(_client);
+        await using WeightPublisher publisher = new(_client);
         await Assert.ThrowsAsync<OverflowException>(() =>
             publisher.PushAsync([TensorSource.FromMemory("t", TensorDType.BF16, [1], new byte[2])], cancellationToken: Token));
         Assert.False(_fake.Calls.ContainsKey("Update"));

@@ -40,8 +40,8 @@ public sealed class RealSidecarTests : IAsyncLifetime
     [InlineData(PushTransport.File, UpdateMode.Staged)]
     public async Task Full_partial_and_sparse_pushes_by_every_transport_say_what_they_did(PushTransport transport, UpdateMode mode)
     {
-        PushOptions options = new PushOptions { Transport = transport, Mode = mode, Folder = _folder };
-        await using WeightPublisher publisher = new WeightPublisher(_client) { MaxSharedMemoryBytes = 100_000 }; // a ring
+        PushOptions options = new() { Transport = transport, Mode = mode, Folder = _folder };
+        await using WeightPublisher publisher = new(_client) { MaxSharedMemoryBytes = 100_000 }; // a ring
         List<(TensorSource Source, byte[] Bytes)> tensors = Tensors();
         int[] original = await TokensAsync();
 
@@ -87,7 +87,7 @@ public sealed class RealSidecarTests : IAsyncLifetime
     [Fact]
     public async Task A_trainer_that_shares_the_machine_puts_the_sidecar_to_sleep_while_it_learns()
     {
-        await using WeightPublisher publisher = new WeightPublisher(_client);
+        await using WeightPublisher publisher = new(_client);
         int[] original = await TokensAsync();
         SleepResult asleep = await _client.SleepAsync(cancellationToken: Token);
         Assert.Equal((EngineState.Sleeping, MemoryTags.All), (asleep.State, asleep.Asleep));
@@ -104,13 +104,13 @@ public sealed class RealSidecarTests : IAsyncLifetime
     [Fact]
     public async Task A_push_in_place_that_breaks_half_way_poisons_and_the_next_full_one_heals()
     {
-        await using WeightPublisher publisher = new WeightPublisher(_client);
+        await using WeightPublisher publisher = new(_client);
         int[] original = await TokensAsync();
         List<(TensorSource Source, byte[] Bytes)> tensors = Tensors();
         TensorSource lying = new(tensors[^1].Source.Name, TensorDType.BF16, tensors[^1].Source.Shape,
             (_, _) => throw new InvalidOperationException("the trainer's tensor is gone"));
         // A ring: with room for the whole payload, nothing would be sent before all is written, and the push would have no effect.
-        await using (WeightPublisher ring = new WeightPublisher(_client) { MaxSharedMemoryBytes = 50_000 })
+        await using (WeightPublisher ring = new(_client) { MaxSharedMemoryBytes = 50_000 })
         {
             await Assert.ThrowsAsync<InvalidOperationException>(() => ring.PushAsync(
                 [.. tensors.SkipLast(1).Select(tensor => tensor.Source), lying],
@@ -132,10 +132,10 @@ public sealed class RealSidecarTests : IAsyncLifetime
     {
         List<(TensorSource Source, byte[] Bytes)> tensors = Tensors();
         PayloadLayout layout = PayloadLayout.Of([.. tensors.Select(tensor => tensor.Source)]);
-        UpdateCall call = new UpdateCall(_client.Weights, new Grpc.Core.CallOptions(deadline: DateTime.UtcNow.AddMinutes(1)));
+        UpdateCall call = new(_client.Weights, new Grpc.Core.CallOptions(deadline: DateTime.UtcNow.AddMinutes(1)));
         await using (call)
         {
-            V1.BeginUpdate begin = new V1.BeginUpdate
+            V1.BeginUpdate begin = new()
             {
                 Manifest = { layout.Manifest },
                 PayloadBytes = (ulong)layout.PayloadBytes,

@@ -8,7 +8,7 @@ public sealed class RolloutRequestTests
     [Fact]
     public void Every_option_reaches_its_field()
     {
-        RolloutRequest request = new RolloutRequest(new[] { 1, 2, 3 }, new GenerateOptions
+        RolloutRequest request = new(new[] { 1, 2, 3 }, new GenerateOptions
         {
             N = 4,
             Seed = ulong.MaxValue,
@@ -34,7 +34,7 @@ public sealed class RolloutRequestTests
         Assert.All(typeof(GenerateOptions).GetProperties(), option =>
             Assert.NotEqual(option.GetValue(new GenerateOptions()), option.GetValue(request.Options)));
 
-        GenerateRequest expected = new V1.GenerateRequest
+        GenerateRequest expected = new()
         {
             RequestId = "id",
             PromptIds = new V1.TokenIds { Ids = { 1, 2, 3 } },
@@ -82,7 +82,7 @@ public sealed class RolloutRequestTests
     [Fact]
     public void All_negative_numbers_are_named_at_once()
     {
-        RolloutRequest request = new RolloutRequest("text", new GenerateOptions
+        RolloutRequest request = new("text", new GenerateOptions
         {
             N = -1,
             MaxTokens = -2,
@@ -105,7 +105,7 @@ public sealed class RolloutRequestTests
     [Fact]
     public void A_number_that_is_given_as_zero_is_sent_as_zero()
     {
-        GenerateOptions options = new GenerateOptions { Seed = 0, MaxTokens = 0, MaxStaleness = 0, Temperature = 0, TopP = 0 };
+        GenerateOptions options = new() { Seed = 0, MaxTokens = 0, MaxStaleness = 0, Temperature = 0, TopP = 0 };
         V1.GenerateRequest request = new RolloutRequest("text", options).ToProto(stream: false);
         Assert.True(request.HasSeed && request.Stopping.HasMaxTokens && request.HasMaxStaleness);
         Assert.True(request.Sampling.HasTemperature && request.Sampling.HasTopP);
@@ -114,7 +114,7 @@ public sealed class RolloutRequestTests
     [Fact]
     public void Requests_have_ids_of_their_own()
     {
-        RolloutRequest request = new RolloutRequest("text");
+        RolloutRequest request = new("text");
         Assert.NotEqual(request.RequestId, new RolloutRequest("text").RequestId);
         Assert.Equal(request.RequestId, request.ToProto(stream: false).RequestId);
     }

@@ -61,7 +61,7 @@ public sealed class SidecarProcessTests : IDisposable
     [Fact]
     public async Task Cancelling_the_start_ends_it()
     {
-        using CancellationTokenSource cancel = new CancellationTokenSource();
+        using CancellationTokenSource cancel = new();
         string program = Script("echo $$; exec sleep 100");
         string pid = "";
         await Assert.ThrowsAnyAsync<OperationCanceledException>(() => SidecarProcess.StartAsync(
@@ -83,7 +83,7 @@ public sealed class SidecarProcessTests : IDisposable
     [Fact]
     public async Task A_program_that_is_not_there_is_named()
     {
-        SidecarOptions options = new SidecarOptions { Program = "/no/such/rollout", ModelFolder = "x" };
+        SidecarOptions options = new() { Program = "/no/such/rollout", ModelFolder = "x" };
         SidecarException error = await Assert.ThrowsAsync<SidecarException>(() => SidecarProcess.StartAsync(options, Token));
         Assert.Contains("/no/such/rollout", error.Message);
     }
@@ -106,7 +106,7 @@ public sealed class SidecarProcessTests : IDisposable
     [Fact]
     public async Task Asking_is_enough_for_one_that_listens()
     {
-        TaskCompletionSource ready = new TaskCompletionSource();
+        TaskCompletionSource ready = new();
         using ChildProcess child = await ChildProcess.StartAsync(
             "/bin/sh", ["-c", "trap 'exit 7' TERM; echo ready; while true; do sleep 0.1; done"], _ => ready.TrySetResult());
         await ready.Task.WaitAsync(TimeSpan.FromSeconds(20), Token);

@@ -36,7 +36,7 @@ public sealed class WeightPublisherTests : IAsyncLifetime
     {
         _fake.Weights.Version = 7;
         byte[][] contents = [Bytes(3_000_000, 1), Bytes(30, 2), Bytes(1 << 20, 3)];
-        PushOptions options = new PushOptions { Transport = transport, Policy = UpdatePolicy.Keep, Owner = "me" };
+        PushOptions options = new() { Transport = transport, Policy = UpdatePolicy.Keep, Owner = "me" };
         PushResult result = await PushAsync(Tensors(contents), options: options);
 
         for (int i = 0; i < contents.Length; i++)
@@ -72,7 +72,7 @@ public sealed class WeightPublisherTests : IAsyncLifetime
     [Fact]
     public async Task Shared_memory_smaller_than_the_payload_is_a_ring()
     {
-        await using WeightPublisher publisher = new WeightPublisher(_client) { MaxSharedMemoryBytes = 300_001 };
+        await using WeightPublisher publisher = new(_client) { MaxSharedMemoryBytes = 300_001 };
         byte[][] contents = [Bytes(1_000_000, 1), Bytes(2, 2), Bytes(500_000, 3)];
         await publisher.PushAsync(Tensors(contents), cancellationToken: Token);
         await publisher.PushAsync(Tensors(contents), cancellationToken: Token);
@@ -103,7 +103,7 @@ public sealed class WeightPublisherTests : IAsyncLifetime
                 content.AsSpan((int)offset, destination.Length).CopyTo(destination);
             })];
             _fake.Weights.WindowsBehind = (int)places - 1;
-            await using WeightPublisher publisher = new WeightPublisher(_client) { MaxSharedMemoryBytes = capacity };
+            await using WeightPublisher publisher = new(_client) { MaxSharedMemoryBytes = capacity };
             await publisher.PushAsync(tensors, options: new PushOptions { Parallelism = parallelism }, cancellationToken: Token);
             Assert.Equal((payload, capacity, 0), (payload, capacity, behind));
             Assert.True(content.AsSpan().SequenceEqual(_fake.Weights.Tensors["t0"]), $"{payload} elements through {capacity} bytes");
@@ -122,7 +122,7 @@ public sealed class WeightPublisherTests : IAsyncLifetime
         Assert.Empty(Directory.GetFiles(folder));
         Directory.Delete(folder);
 
-        PushOptions fileInNoFolder = new PushOptions { Transport = PushTransport.File };
+        PushOptions fileInNoFolder = new() { Transport = PushTransport.File };
         await Assert.ThrowsAsync<ArgumentException>(() => PushAsync(Tensors(contents), options: fileInNoFolder));
     }
 
@@ -257,7 +257,7 @@ public sealed class WeightPublisherTests : IAsyncLifetime
     [Theory, MemberData(nameof(Transports))]
     public async Task Cancelling_commits_nothing(PushTransport transport)
     {
-        using CancellationTokenSource cancel = new CancellationTokenSource();
+        using CancellationTokenSource cancel = new();
         TensorSource[] tensors = [new TensorSource("t", TensorDType.F32, [1 << 20], (offset, bytes) =>
         {
             if (offset > 0)
@@ -274,7 +274,7 @@ public sealed class WeightPublisherTests : IAsyncLifetime
     [Fact]
     public async Task Cancelling_after_the_commit_was_sent_changes_nothing()
     {
-        using CancellationTokenSource cancel = new CancellationTokenSource();
+        using CancellationTokenSource cancel = new();
         _fake.Weights.Arrived = async (request, _) =>
         {
             if (request.Commit is not null)

@@ -62,7 +62,7 @@ public sealed class SafetensorsFileTests : IDisposable
     {
         string path = WriteRaw("""{"a":{"dtype":"F32","shape":[100],"data_offsets":[0,400]}}""", 400);
         using SafetensorsFile file = SafetensorsFile.Open(path);
-        using (FileStream other = new FileStream(path, FileMode.Open, FileAccess.Write, FileShare.ReadWrite))
+        using (FileStream other = new(path, FileMode.Open, FileAccess.Write, FileShare.ReadWrite))
             other.SetLength(100);
 
         InvalidModelException error = Assert.Throws<InvalidModelException>(() => file.Read(file.Tensors["a"], 0, new byte[400]));
@@ -147,7 +147,7 @@ public sealed class SafetensorsFileTests : IDisposable
             $"\"{i}\":{{\"dtype\":\"F32\",\"shape\":[{Step / 4}],\"data_offsets\":[{i * Step},{(i + 1) * Step}]}}"));
         string path = WriteRaw("{" + header + "}", 0);
         byte[] Mark(int tensor, long at) => [(byte)(tensor + 1), (byte)at, (byte)(at >> 31), 7];
-        using (FileStream stream = new FileStream(path, FileMode.Open, FileAccess.ReadWrite))
+        using (FileStream stream = new(path, FileMode.Open, FileAccess.ReadWrite))
         {
             long start = stream.Length;
             stream.SetLength(start + 3 * Step);
@@ -263,7 +263,7 @@ public sealed class SafetensorsFileTests : IDisposable
     public void A_writer_that_is_not_completed_leaves_no_file()
     {
         string path = _folder["a.safetensors"];
-        using (SafetensorsWriter writer = new SafetensorsWriter(path, [new("a", DType.Float32, [2])]))
+        using (SafetensorsWriter writer = new(path, [new("a", DType.Float32, [2])]))
         {
             writer.Write(new byte[4]);
             Assert.Throws<InvalidOperationException>(writer.Complete);
@@ -286,7 +286,7 @@ public sealed class SafetensorsFileTests : IDisposable
         Gen.Select(Gen.String[Gen.Char["ab.\"\\é\u4e2d\n"], 0, 6], Gen.Enum<DType>(), Gen.Long[0, 4].Array[0, 3], Gen.Byte)
             .Select((name, type, shape, fill) =>
             {
-                TensorDeclaration tensor = new TensorDeclaration(name, type, shape);
+                TensorDeclaration tensor = new(name, type, shape);
                 byte[] bytes = new byte[tensor.Bytes];
                 for (int i = 0; i < bytes.Length; i++)
                     bytes[i] = (byte)(fill + i);

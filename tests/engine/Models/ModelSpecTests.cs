@@ -248,7 +248,7 @@ public sealed class ModelSpecTests : IDisposable
     {
         foreach (int at in (int[])[0, 1, 2])
         {
-            JsonArray types = new JsonArray("full_attention", "full_attention", "full_attention");
+            JsonArray types = new("full_attention", "full_attention", "full_attention");
             types[at] = "sliding_attention";
             Assert.Throws<InvalidModelException>(() => Parse("qwen3", config => config["layer_types"] = types));
         }

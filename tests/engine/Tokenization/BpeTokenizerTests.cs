@@ -18,7 +18,7 @@ public class BpeTokenizerTests
     {
         BpeTokenizer tokenizer = Load(make);
         using JsonDocument golden = JsonDocument.Parse(File.ReadAllBytes(GoldenFiles.Get("tokenizers", make, "cases.json")));
-        List<string> wrong = new List<string>();
+        List<string> wrong = new();
         foreach (JsonElement reference in golden.RootElement.GetProperty("cases").EnumerateArray())
         {
             string text = reference.GetProperty("text").GetString()!;
@@ -124,7 +124,7 @@ public class BpeTokenizerTests
     {
         // Against the definition, on words of three letters with many overlapping merges.
         (int Left, int Right)[] pairs = [('a', 'b'), ('b', 'a'), ('a', 'a'), ('c', 256), (256, 257), (258, 258), (258, 'a'), ('b', 'c')];
-        Dictionary<long, BytePairMerger.Merge> merges = new Dictionary<long, BytePairMerger.Merge>();
+        Dictionary<long, BytePairMerger.Merge> merges = new();
         for (int rank = 0; rank < pairs.Length; rank++)
             merges.Add(BytePairMerger.Pair(pairs[rank].Left, pairs[rank].Right), new(rank, 256 + rank));
         int[] byteIds = [.. Enumerable.Range(0, 256)];
@@ -147,8 +147,8 @@ public class BpeTokenizerTests
                 expected[at] = best.Id;
                 expected.RemoveAt(at + 1);
             }
-            List<int> ids = new List<int>();
-            using BytePairMerger merger = new BytePairMerger(merges);
+            List<int> ids = new();
+            using BytePairMerger merger = new(merges);
             merger.Apply([.. letters.Select(letter => (byte)letter)], byteIds, ids);
             Assert.Equal(expected, ids);
         }, iter: 2000);

@@ -41,7 +41,7 @@ public sealed class TokenizerJsonTests
     [Fact]
     public void With_ignore_merges_a_word_of_the_vocabulary_is_one_token_the_longest_included()
     {
-        string longest = new string('y', 300); // no merges make it
+        string longest = new('y', 300); // no merges make it
         BpeTokenizer ignoring = Model(root =>
         {
             root["model"]!["ignore_merges"] = true;

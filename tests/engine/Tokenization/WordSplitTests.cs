@@ -69,7 +69,7 @@ public sealed class WordSplitTests
 
     private static List<string> Split(WordSplit split, string text)
     {
-        List<string> words = new List<string>();
+        List<string> words = new();
         split.Split(text, word => words.Add(word.ToString()));
         return words;
     }

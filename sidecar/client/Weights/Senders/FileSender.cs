@@ -30,9 +30,9 @@ internal sealed class FileSender : IPayloadSender, IDisposable
     /// <summary>Length and JSON, as https://github.com/huggingface/safetensors has it; padded so that the data is aligned.</summary>
     private static byte[] Header(PayloadLayout layout)
     {
-        using MemoryStream stream = new MemoryStream();
+        using MemoryStream stream = new();
         stream.Write(new byte[sizeof(long)]);
-        using (Utf8JsonWriter json = new Utf8JsonWriter(stream))
+        using (Utf8JsonWriter json = new(stream))
         {
             json.WriteStartObject();
             for (int i = 0; i < layout.Manifest.Count; i++)

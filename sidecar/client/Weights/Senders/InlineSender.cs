@@ -16,7 +16,7 @@ internal sealed class InlineSender : IPayloadSender
                 await sending;
                 cancellationToken.ThrowIfCancellationRequested();
                 // gRPC has copied the bytes when the write completes, which is before the buffer is used again.
-                Chunk chunk = new V1.Chunk { Offset = (ulong)offset, Data = UnsafeByteOperations.UnsafeWrap(bytes) };
+                Chunk chunk = new() { Offset = (ulong)offset, Data = UnsafeByteOperations.UnsafeWrap(bytes) };
                 // On another thread, since gRPC serializes on the caller's.
                 sending = Task.Run(() => call.SendAsync(new V1.UpdateRequest { Chunk = chunk }, cancellationToken), CancellationToken.None);
             }

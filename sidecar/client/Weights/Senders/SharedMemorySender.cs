@@ -39,7 +39,7 @@ internal sealed class SharedMemorySender(long most, Func<PayloadFile> ownFile, i
             if (ring && k >= places)
                 await call.ReceivedAsync((k - places + 1) * window, cancellationToken);
             await payload.WriteToAsync(file, from, to, at, parallelism, cancellationToken);
-            SharedMemory written = new V1.SharedMemory
+            SharedMemory written = new()
             {
                 Path = file.Path,
                 Offset = (ulong)at,
