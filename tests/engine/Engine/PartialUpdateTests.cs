@@ -14,6 +14,46 @@ public sealed class PartialUpdateTests
 
     private static CancellationToken Cancelled => TestContext.Current.CancellationToken;
 
+    /// <summary>The spare set held what is in service until a full update wrote half of its bytes there.</summary>
+    [Fact]
+    public async Task A_full_update_that_broke_off_leaves_nothing_to_the_next_partial_one()
+    {
+        using UpdatePayload payload = UpdatePayload.Of("qwen2");
+        await using RolloutEngine engine = TestModels.Load("qwen2");
+        UpdateManifest full = payload.Manifest(0, 1) with { Mode = UpdateMode.Staged };
+        ManifestTensor norm = full.Tensors.Single(tensor => tensor.Name == "model.norm.weight");
+        byte[] normBytes = payload.Bytes.AsSpan((int)norm.Offset, (int)norm.Bytes).ToArray();
+        using (WeightUpdate update = await engine.OpenUpdateAsync(full))
+        {
+            update.Write(0, payload.Bytes);
+            await update.CommitAsync(payload.Digest, Cancelled);
+        }
+
+        await CommitNormAsync(from: 1);
+        using (WeightUpdate broken = await engine.OpenUpdateAsync(full with { BaseVersion = 2, NewVersion = 3 }))
+            broken.Write(0, [.. payload.Bytes.Take(payload.Bytes.Length / 2).Select(value => (byte)(value ^ 0x80))]);
+        await CommitNormAsync(from: 2);
+
+        await using RolloutEngine fresh = RolloutEngine.Load(payload.Folder, new CpuBackend(1), new EngineOptions());
+        Sequence served = (await engine.RunAsync(s_request))[0], expected = (await fresh.RunAsync(s_request))[0];
+        Assert.Equal(expected.Tokens(0, 12).ToArray(), served.Tokens(0, 12).ToArray());
+        Assert.Equal(expected.LogProbs(0, 12).ToArray(), served.LogProbs(0, 12).ToArray());
+
+        async Task CommitNormAsync(ulong from)
+        {
+            using WeightUpdate update = await engine.OpenUpdateAsync(full with
+            {
+                Tensors = [norm with { Offset = 0 }],
+                PayloadBytes = normBytes.Length,
+                BaseVersion = from,
+                NewVersion = from + 1,
+                Partial = true,
+            });
+            update.Write(0, normBytes);
+            await update.CommitAsync(default, Cancelled);
+        }
+    }
+
     /// <summary>
     /// Random chains of full, partial and sparse updates, staged and in place, some of them abandoned half-way. The same state is kept in
     /// plain arrays, and the engine must equal one that loaded those arrays.
