@@ -5,24 +5,12 @@ using static Rollout.Client.Tests.GroupAssemblyTests;
 
 namespace Rollout.Client.Tests;
 
-public sealed class BatchTests : IAsyncLifetime
+public sealed class BatchTests : FakeSidecarTests
 {
-    private FakeSidecar _fake = null!;
-    private RolloutClient _client = null!;
-
-    private static CancellationToken Token => TestContext.Current.CancellationToken;
-
-    public async ValueTask InitializeAsync()
+    public override async ValueTask InitializeAsync()
     {
-        _fake = await FakeSidecar.StartAsync();
-        _client = RolloutClient.Connect(_fake.Address);
-        _fake.Batch = AnswerAsync;
-    }
-
-    public async ValueTask DisposeAsync()
-    {
-        await _client.DisposeAsync();
-        await _fake.DisposeAsync();
+        await base.InitializeAsync();
+        Fake.Batch = AnswerAsync;
     }
 
     [Fact]
@@ -32,7 +20,7 @@ public sealed class BatchTests : IAsyncLifetime
         List<string> ids = [];
         RolloutBatchException error = await Assert.ThrowsAsync<RolloutBatchException>(async () =>
         {
-            await foreach (Sample sample in _client.GenerateBatchAsync(requests, cancellationToken: Token))
+            await foreach (Sample sample in Client.GenerateBatchAsync(requests, cancellationToken: Token))
                 ids.Add($"{sample.RequestId}{sample.Index}");
         });
         Assert.Equal(["a0", "a1", "b0", "b1", "d0", "d1"], ids.Order());
@@ -46,7 +34,7 @@ public sealed class BatchTests : IAsyncLifetime
     {
         List<RolloutException> refused = [];
         RolloutRequest[] requests = [Request("bad"), Request("a")];
-        List<Sample> samples = await _client.GenerateBatchAsync(requests, refused.Add, cancellationToken: Token).ToListAsync(Token);
+        List<Sample> samples = await Client.GenerateBatchAsync(requests, refused.Add, cancellationToken: Token).ToListAsync(Token);
         Assert.Equal(2, samples.Count);
         Assert.Equal("bad", Assert.Single(refused).RequestId);
     }
@@ -65,7 +53,7 @@ public sealed class BatchTests : IAsyncLifetime
 
         List<RolloutException> refused = [];
         int samples = 0;
-        await foreach (Sample sample in _client.GenerateBatchAsync(RequestsAsync(), refused.Add, cancellationToken: Token))
+        await foreach (Sample sample in Client.GenerateBatchAsync(RequestsAsync(), refused.Add, cancellationToken: Token))
         {
             if (++samples == 2)
                 firstEnded.SetResult();
@@ -77,14 +65,14 @@ public sealed class BatchTests : IAsyncLifetime
 
     [Fact]
     public async Task No_requests_are_no_samples() =>
-        Assert.Equal(0, await _client.GenerateBatchAsync(Array.Empty<RolloutRequest>(), cancellationToken: Token).CountAsync(Token));
+        Assert.Equal(0, await Client.GenerateBatchAsync(Array.Empty<RolloutRequest>(), cancellationToken: Token).CountAsync(Token));
 
     /// <summary>Chunks of all groups interleave, and each group's seed and prompt come with its first reply.</summary>
     [Fact]
     public async Task Groups_that_interleave_keep_their_own_tokens_seeds_and_prompts()
     {
         string[] ids = ["a", "b", "c"];
-        _fake.Batch = async (requests, replies, context) =>
+        Fake.Batch = async (requests, replies, context) =>
         {
             while (await requests.MoveNext()) { }
             for (uint start = 0; start < 3; start++)
@@ -108,7 +96,7 @@ public sealed class BatchTests : IAsyncLifetime
                 }
             }
         };
-        List<Sample> samples = await _client.GenerateBatchAsync(ids.Select(id => Request(id)), cancellationToken: Token).ToListAsync(Token);
+        List<Sample> samples = await Client.GenerateBatchAsync(ids.Select(id => Request(id)), cancellationToken: Token).ToListAsync(Token);
         Assert.Equal(6, samples.Select(sample => (sample.RequestId, sample.Index)).Distinct().Count());
         foreach (Sample sample in samples)
         {
@@ -123,7 +111,7 @@ public sealed class BatchTests : IAsyncLifetime
     [Fact]
     public async Task A_batch_that_ends_before_its_samples_or_before_its_requests_is_an_error()
     {
-        _fake.Batch = async (requests, replies, context) =>
+        Fake.Batch = async (requests, replies, context) =>
         {
             while (await requests.MoveNext()) { }
             V1.GenerateReply reply = Reply(Chunk(0, 0, [5], 7, V1.FinishReason.Stop));
@@ -131,28 +119,28 @@ public sealed class BatchTests : IAsyncLifetime
             await replies.WriteAsync(reply);
         };
         RolloutException error = await Assert.ThrowsAsync<RolloutException>(async () =>
-            await _client.GenerateBatchAsync([Request("a")], cancellationToken: Token).CountAsync(Token));
+            await Client.GenerateBatchAsync([Request("a")], cancellationToken: Token).CountAsync(Token));
         Assert.Contains("'a'", error.Message, StringComparison.Ordinal);
         error = await Assert.ThrowsAsync<RolloutException>(async () =>
-            await _client.GenerateBatchAsync([Request("a", n: 1), Request("b")], cancellationToken: Token).CountAsync(Token));
+            await Client.GenerateBatchAsync([Request("a", n: 1), Request("b")], cancellationToken: Token).CountAsync(Token));
         Assert.Contains("'b'", error.Message, StringComparison.Ordinal);
 
-        _fake.Batch = (_, _, _) => Task.CompletedTask;
+        Fake.Batch = (_, _, _) => Task.CompletedTask;
         error = await Assert.ThrowsAsync<RolloutException>(async () =>
-            await _client.GenerateBatchAsync(NeverEnding(), cancellationToken: Token).CountAsync(Token));
+            await Client.GenerateBatchAsync(NeverEnding(), cancellationToken: Token).CountAsync(Token));
         Assert.Contains("before it had all requests", error.Message, StringComparison.Ordinal);
     }
 
     [Fact]
     public async Task An_answer_for_a_group_that_was_not_asked_for_is_an_error()
     {
-        _fake.Batch = async (requests, replies, context) =>
+        Fake.Batch = async (requests, replies, context) =>
         {
             while (await requests.MoveNext()) { }
             await replies.WriteAsync(Reply(Chunk(0, 0, [5], 7, V1.FinishReason.Stop)));
         };
         RolloutException error = await Assert.ThrowsAsync<RolloutException>(async () =>
-            await _client.GenerateBatchAsync([Request("a")], cancellationToken: Token).CountAsync(Token));
+            await Client.GenerateBatchAsync([Request("a")], cancellationToken: Token).CountAsync(Token));
         Assert.Contains("'id', which is not in flight", error.Message, StringComparison.Ordinal);
     }
 
@@ -162,7 +150,7 @@ public sealed class BatchTests : IAsyncLifetime
         await Task.WhenAll(Enumerable.Range(0, 8).Select(async batch =>
         {
             RolloutRequest[] requests = [.. Enumerable.Range(0, 40).Select(i => Request($"{batch}-{i}", n: 1 + (i % 3)))];
-            List<Sample> samples = await _client.GenerateBatchAsync(requests, cancellationToken: Token).ToListAsync(Token);
+            List<Sample> samples = await Client.GenerateBatchAsync(requests, cancellationToken: Token).ToListAsync(Token);
             Assert.Equal(
                 requests.SelectMany(request => Enumerable.Range(0, request.Options.N).Select(i => (request.RequestId, i))).Order(),
                 samples.Select(sample => (sample.RequestId, sample.Index)).Order());
@@ -175,7 +163,7 @@ public sealed class BatchTests : IAsyncLifetime
         Channel<RolloutRequest> next = Channel.CreateUnbounded<RolloutRequest>();
         next.Writer.TryWrite(Request("0"));
         int turns = 0;
-        await foreach (Sample sample in _client.GenerateBatchAsync(next.Reader.ReadAllAsync(Token), cancellationToken: Token))
+        await foreach (Sample sample in Client.GenerateBatchAsync(next.Reader.ReadAllAsync(Token), cancellationToken: Token))
         {
             if (sample.Index == 0)
                 continue;
@@ -198,7 +186,7 @@ public sealed class BatchTests : IAsyncLifetime
         }
 
         InvalidOperationException error = await Assert.ThrowsAsync<InvalidOperationException>(async () =>
-            await _client.GenerateBatchAsync(Requests(), cancellationToken: Token).CountAsync(Token));
+            await Client.GenerateBatchAsync(Requests(), cancellationToken: Token).CountAsync(Token));
         Assert.Equal("mine", error.Message);
     }
 
@@ -206,12 +194,12 @@ public sealed class BatchTests : IAsyncLifetime
     public async Task Leaving_early_ends_the_servers_call_even_if_requests_never_end()
     {
         TaskCompletionSource ended = new();
-        _fake.Batch = async (requests, replies, context) =>
+        Fake.Batch = async (requests, replies, context) =>
         {
             context.CancellationToken.Register(ended.SetResult);
             await AnswerAsync(requests, replies, context);
         };
-        await foreach (Sample sample in _client.GenerateBatchAsync(NeverEnding(), cancellationToken: Token))
+        await foreach (Sample sample in Client.GenerateBatchAsync(NeverEnding(), cancellationToken: Token))
             break;
         await ended.Task.WaitAsync(TimeSpan.FromSeconds(20), Token);
     }
@@ -219,13 +207,13 @@ public sealed class BatchTests : IAsyncLifetime
     [Fact]
     public async Task A_broken_call_is_thrown_though_requests_never_end()
     {
-        _fake.Batch = async (requests, _, _) =>
+        Fake.Batch = async (requests, _, _) =>
         {
             await requests.MoveNext();
             throw new RpcException(new Status(StatusCode.Unavailable, "the engine has failed"));
         };
         RolloutUnavailableException error = await Assert.ThrowsAsync<RolloutUnavailableException>(async () =>
-            await _client.GenerateBatchAsync(NeverEnding(), cancellationToken: Token).CountAsync(Token));
+            await Client.GenerateBatchAsync(NeverEnding(), cancellationToken: Token).CountAsync(Token));
         Assert.Contains("the engine has failed", error.Message);
     }
 

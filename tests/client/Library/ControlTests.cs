@@ -6,25 +6,8 @@ using Xunit;
 namespace Rollout.Client.Tests;
 
 /// <summary>Replies of the sidecar are reported in the right fields, and requests reach it unchanged.</summary>
-public sealed class ControlTests : IAsyncLifetime
+public sealed class ControlTests : FakeSidecarTests
 {
-    private FakeSidecar _fake = null!;
-    private RolloutClient _client = null!;
-
-    private static CancellationToken Token => TestContext.Current.CancellationToken;
-
-    public async ValueTask InitializeAsync()
-    {
-        _fake = await FakeSidecar.StartAsync();
-        _client = RolloutClient.Connect(_fake.Address);
-    }
-
-    public async ValueTask DisposeAsync()
-    {
-        await _client.DisposeAsync();
-        await _fake.DisposeAsync();
-    }
-
     /// <summary>Every field of the message has a different value, so that swapped fields are detected.</summary>
     [Fact]
     public async Task Every_field_of_the_status_is_reported_under_its_name()
@@ -46,8 +29,8 @@ public sealed class ControlTests : IAsyncLifetime
                 field.Accessor.SetValue(reply, value);
         }
 
-        _fake.Weights.Says = _ => reply;
-        SidecarStatus status = await _client.StatusAsync(cancellationToken: Token);
+        Fake.Weights.Says = _ => reply;
+        SidecarStatus status = await Client.StatusAsync(cancellationToken: Token);
         Assert.Equal((EngineState.Paused, MemoryTags.KvCache), (status.State, status.Asleep));
         foreach (PropertyInfo property in typeof(SidecarStatus).GetProperties())
         {
@@ -64,12 +47,12 @@ public sealed class ControlTests : IAsyncLifetime
     {
         foreach (V1.EngineState state in Enum.GetValues<V1.EngineState>().Where(state => state != V1.EngineState.Unspecified))
         {
-            _fake.Weights.Says = _ => new V1.StatusReply { State = state };
-            Assert.Equal($"{state}", $"{(await _client.StatusAsync(cancellationToken: Token)).State}");
+            Fake.Weights.Says = _ => new V1.StatusReply { State = state };
+            Assert.Equal($"{state}", $"{(await Client.StatusAsync(cancellationToken: Token)).State}");
         }
 
-        _fake.Weights.Says = _ => new V1.StatusReply { State = (V1.EngineState)99 };
-        Assert.Equal(EngineState.Other, (await _client.StatusAsync(cancellationToken: Token)).State);
+        Fake.Weights.Says = _ => new V1.StatusReply { State = (V1.EngineState)99 };
+        Assert.Equal(EngineState.Other, (await Client.StatusAsync(cancellationToken: Token)).State);
     }
 
     [Theory]
@@ -78,7 +61,7 @@ public sealed class ControlTests : IAsyncLifetime
     [InlineData(MemoryTags.All, new[] { V1.MemoryTag.Weights, V1.MemoryTag.KvCache })]
     public async Task Sleep_and_wake_up_name_what_they_mean(MemoryTags tags, V1.MemoryTag[] sent)
     {
-        _fake.Sleep = request =>
+        Fake.Sleep = request =>
         {
             Assert.Equal(sent, request.Tags);
             return new V1.SleepReply
@@ -91,17 +74,17 @@ public sealed class ControlTests : IAsyncLifetime
                 },
             };
         };
-        SleepResult slept = await _client.SleepAsync(tags, cancellationToken: Token);
+        SleepResult slept = await Client.SleepAsync(tags, cancellationToken: Token);
         Assert.Equal((EngineState.Sleeping, MemoryTags.All), (slept.State, slept.Asleep));
         Assert.Equal(tags, slept.Freed.Aggregate(MemoryTags.None, (all, freed) => all | freed.Tag));
         Assert.All(slept.Freed, freed => Assert.Equal((5L << 32, 3L << 32), (freed.AllocatedBytes, freed.FreedBytes)));
 
-        _fake.WakeUp = request =>
+        Fake.WakeUp = request =>
         {
             Assert.Equal(sent, request.Tags);
             return new V1.WakeUpReply { State = V1.EngineState.Sleeping, Asleep = { V1.MemoryTag.Weights } };
         };
-        Assert.Equal(MemoryTags.Weights, await _client.WakeUpAsync(tags, cancellationToken: Token));
+        Assert.Equal(MemoryTags.Weights, await Client.WakeUpAsync(tags, cancellationToken: Token));
     }
 
     /// <summary>On the wire, no tag means all tags: a caller that passes none must not put everything to sleep.</summary>
@@ -110,9 +93,9 @@ public sealed class ControlTests : IAsyncLifetime
     [InlineData((MemoryTags)4)]
     public async Task Sleep_and_wake_up_of_nothing_are_refused_here(MemoryTags tags)
     {
-        await Assert.ThrowsAsync<ArgumentOutOfRangeException>(() => _client.SleepAsync(tags, cancellationToken: Token));
-        await Assert.ThrowsAsync<ArgumentOutOfRangeException>(() => _client.WakeUpAsync(tags, cancellationToken: Token));
-        Assert.Empty(_fake.Calls);
+        await Assert.ThrowsAsync<ArgumentOutOfRangeException>(() => Client.SleepAsync(tags, cancellationToken: Token));
+        await Assert.ThrowsAsync<ArgumentOutOfRangeException>(() => Client.WakeUpAsync(tags, cancellationToken: Token));
+        Assert.Empty(Fake.Calls);
     }
 
     [Fact]
@@ -120,40 +103,40 @@ public sealed class ControlTests : IAsyncLifetime
     {
         TimeSpan left = default;
         List<V1.PauseRequest> requests = [];
-        _fake.Arrived = context =>
+        Fake.Arrived = context =>
         {
             left = context.Deadline - DateTime.UtcNow;
             return Task.CompletedTask;
         };
-        _fake.Pause = request =>
+        Fake.Pause = request =>
         {
             requests.Add(request);
             return new V1.PauseReply { State = V1.EngineState.Paused };
         };
         foreach (PauseMode mode in Enum.GetValues<PauseMode>())
         {
-            await _client.PauseAsync(mode, "me", TimeSpan.FromHours(2), cancellationToken: Token);
+            await Client.PauseAsync(mode, "me", TimeSpan.FromHours(2), cancellationToken: Token);
             Assert.InRange(left, TimeSpan.FromHours(1.9), TimeSpan.FromHours(2));
         }
 
         Assert.Equal(["Abort", "Wait", "Keep"], requests.Select(request => $"{request.Mode}"));
         Assert.All(requests, request => Assert.Equal(7_200_000u, request.LeaseMilliseconds));
-        await _client.PauseAsync(PauseMode.Wait, "me", TimeSpan.FromMilliseconds(1), cancellationToken: Token);
+        await Client.PauseAsync(PauseMode.Wait, "me", TimeSpan.FromMilliseconds(1), cancellationToken: Token);
         Assert.Equal(1u, requests[^1].LeaseMilliseconds);
         Assert.InRange(left, TimeSpan.FromSeconds(1), RolloutClient.DefaultControlTimeout);
         await Assert.ThrowsAsync<ArgumentOutOfRangeException>(
-            () => _client.PauseAsync(PauseMode.Wait, "me", TimeSpan.Zero, cancellationToken: Token));
+            () => Client.PauseAsync(PauseMode.Wait, "me", TimeSpan.Zero, cancellationToken: Token));
         await Assert.ThrowsAsync<ArgumentOutOfRangeException>(
-            () => _client.PauseAsync(PauseMode.Wait, "me", TimeSpan.FromMilliseconds(1L << 32), cancellationToken: Token));
+            () => Client.PauseAsync(PauseMode.Wait, "me", TimeSpan.FromMilliseconds(1L << 32), cancellationToken: Token));
         Assert.Equal(4, requests.Count);
     }
 
     [Fact]
     public async Task The_weights_are_described_as_the_sidecar_does()
     {
-        _fake.Weights.Version = 1UL << 40;
-        _fake.Weights.Tensors["a.weight"] = [1, 2, 3, 4];
-        WeightsDescription described = await _client.DescribeWeightsAsync(cancellationToken: Token);
+        Fake.Weights.Version = 1UL << 40;
+        Fake.Weights.Tensors["a.weight"] = [1, 2, 3, 4];
+        WeightsDescription described = await Client.DescribeWeightsAsync(cancellationToken: Token);
         Assert.Equal(1UL << 40, described.Version);
         DescribedTensor tensor = Assert.Single(described.Tensors);
         Assert.Equal(("a.weight", TensorDType.BF16, 2L), (tensor.Name, tensor.DType, tensor.Shape.Single()));
@@ -166,32 +149,32 @@ public sealed class ControlTests : IAsyncLifetime
     public async Task What_is_scored_and_aborted_arrives_as_it_was_asked_for()
     {
         V1.ScoreRequest? scored = null;
-        _fake.Score = request =>
+        Fake.Score = request =>
         {
             scored = request;
             return new V1.ScoreReply { Ids = { 4, 5 }, Logprobs = { -1 }, Version = 3 };
         };
-        ScoreResult score = await _client.ScoreAsync("text", top: 3, cacheSalt: "mine", cancellationToken: Token);
+        ScoreResult score = await Client.ScoreAsync("text", top: 3, cacheSalt: "mine", cancellationToken: Token);
         Assert.Equal(("text", 3u, "mine"), (scored!.Text, scored.Top, scored.CacheSalt));
         Assert.Equal([4, 5], score.Ids);
         Assert.Equal(3UL, score.Version);
         Assert.Null(score.Top);
-        await _client.ScoreAsync(new[] { 7, 8 }, cancellationToken: Token);
+        await Client.ScoreAsync(new[] { 7, 8 }, cancellationToken: Token);
         Assert.Equal([7u, 8u], scored.Ids.Ids);
 
         V1.AbortRequest? aborted = null;
-        _fake.Abort = request =>
+        Fake.Abort = request =>
         {
             aborted = request;
             return new V1.AbortReply { Groups = 2, Samples = 5, Unknown = { "b" } };
         };
-        AbortResult result = await _client.AbortAsync(["a", "b"], cancellationToken: Token);
+        AbortResult result = await Client.AbortAsync(["a", "b"], cancellationToken: Token);
         Assert.Equal((2, 5, "b"), (result.Groups, result.Samples, Assert.Single(result.Unknown)));
         Assert.Equal(["a", "b"], aborted!.Ids.Ids);
         // An empty list does not mean all.
-        await _client.AbortAsync([], cancellationToken: Token);
+        await Client.AbortAsync([], cancellationToken: Token);
         Assert.Equal((V1.AbortRequest.WhichOneofCase.Ids, 0), (aborted.WhichCase, aborted.Ids.Ids.Count));
-        await _client.AbortAllAsync(cancellationToken: Token);
+        await Client.AbortAllAsync(cancellationToken: Token);
         Assert.True(aborted.All);
     }
 }

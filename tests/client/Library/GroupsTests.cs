@@ -6,31 +6,14 @@ using static Rollout.Client.Tests.GroupAssemblyTests;
 namespace Rollout.Client.Tests;
 
 /// <summary>A batch read group by group: each group complete, once, as soon as its last sample has ended.</summary>
-public sealed class GroupsTests : IAsyncLifetime
+public sealed class GroupsTests : FakeSidecarTests
 {
-    private FakeSidecar _fake = null!;
-    private RolloutClient _client = null!;
-
-    private static CancellationToken Token => TestContext.Current.CancellationToken;
-
-    public async ValueTask InitializeAsync()
-    {
-        _fake = await FakeSidecar.StartAsync();
-        _client = RolloutClient.Connect(_fake.Address);
-    }
-
-    public async ValueTask DisposeAsync()
-    {
-        await _client.DisposeAsync();
-        await _fake.DisposeAsync();
-    }
-
     [Fact]
     public async Task Groups_come_in_order_of_ending_and_their_samples_in_order_of_index()
     {
         Answer(("a", 2), ("b", 1), ("c", 0), ("a", 0), ("b", 0), ("a", 1));
         RolloutRequest[] requests = [Request("a", n: 3), Request("b", n: 2), Request("c", n: 1)];
-        List<SampleGroup> groups = await _client.GenerateGroupsAsync(requests, cancellationToken: Token).ToListAsync(Token);
+        List<SampleGroup> groups = await Client.GenerateGroupsAsync(requests, cancellationToken: Token).ToListAsync(Token);
         Assert.Equal(["c", "b", "a"], groups.Select(group => group.Request.RequestId));
         foreach (SampleGroup group in groups)
         {
@@ -44,7 +27,7 @@ public sealed class GroupsTests : IAsyncLifetime
     public async Task A_group_is_handed_out_while_others_still_run()
     {
         TaskCompletionSource seen = new();
-        _fake.Batch = async (requests, replies, _) =>
+        Fake.Batch = async (requests, replies, _) =>
         {
             while (await requests.MoveNext()) { }
             await WriteAsync(replies, "b", 0, V1.FinishReason.Stop);
@@ -52,7 +35,7 @@ public sealed class GroupsTests : IAsyncLifetime
             await WriteAsync(replies, "a", 0, V1.FinishReason.Stop);
         };
         List<string> ids = [];
-        await foreach (SampleGroup group in _client.GenerateGroupsAsync([Request("a", n: 1), Request("b", n: 1)], cancellationToken: Token))
+        await foreach (SampleGroup group in Client.GenerateGroupsAsync([Request("a", n: 1), Request("b", n: 1)], cancellationToken: Token))
         {
             ids.Add(group.Request.RequestId);
             seen.TrySetResult();
@@ -69,28 +52,28 @@ public sealed class GroupsTests : IAsyncLifetime
         List<string> ids = [];
         RolloutBatchException error = await Assert.ThrowsAsync<RolloutBatchException>(async () =>
         {
-            await foreach (SampleGroup group in _client.GenerateGroupsAsync(requests, cancellationToken: Token))
+            await foreach (SampleGroup group in Client.GenerateGroupsAsync(requests, cancellationToken: Token))
                 ids.Add(group.Request.RequestId);
         });
         Assert.Equal(["a"], ids);
         Assert.Equal(["bad", "c"], error.Refused.Select(refused => refused.RequestId).Order());
 
         List<RolloutException> refused = [];
-        Assert.Single(await _client.GenerateGroupsAsync(requests, refused.Add, cancellationToken: Token).ToListAsync(Token));
+        Assert.Single(await Client.GenerateGroupsAsync(requests, refused.Add, cancellationToken: Token).ToListAsync(Token));
         Assert.Equal(["bad", "c"], refused.Select(one => one.RequestId).Order());
     }
 
     [Fact]
     public async Task A_failed_sample_is_part_of_its_group()
     {
-        _fake.Batch = async (requests, replies, _) =>
+        Fake.Batch = async (requests, replies, _) =>
         {
             while (await requests.MoveNext()) { }
             await WriteAsync(replies, "a", 1, V1.FinishReason.Error);
             await WriteAsync(replies, "a", 2, V1.FinishReason.Abort);
             await WriteAsync(replies, "a", 0, V1.FinishReason.Length);
         };
-        SampleGroup group = await _client.GenerateGroupsAsync([Request("a", n: 3)], cancellationToken: Token).SingleAsync(Token);
+        SampleGroup group = await Client.GenerateGroupsAsync([Request("a", n: 3)], cancellationToken: Token).SingleAsync(Token);
         Assert.Equal([FinishReason.Length, FinishReason.Error, FinishReason.Abort], group.Samples.Select(sample => sample.FinishReason));
     }
 
@@ -102,7 +85,7 @@ public sealed class GroupsTests : IAsyncLifetime
         RolloutException error = await Assert.ThrowsAsync<RolloutException>(async () =>
         {
             RolloutRequest[] requests = [Request("a", n: 2), Request("b", n: 2)];
-            await foreach (SampleGroup group in _client.GenerateGroupsAsync(requests, cancellationToken: Token))
+            await foreach (SampleGroup group in Client.GenerateGroupsAsync(requests, cancellationToken: Token))
                 ids.Add(group.Request.RequestId);
         });
         Assert.Equal(["b"], ids);
@@ -112,7 +95,7 @@ public sealed class GroupsTests : IAsyncLifetime
     [Fact]
     public async Task Requests_may_depend_on_groups_and_use_their_ids_again()
     {
-        _fake.Batch = async (requests, replies, _) =>
+        Fake.Batch = async (requests, replies, _) =>
         {
             while (await requests.MoveNext())
             {
@@ -123,7 +106,7 @@ public sealed class GroupsTests : IAsyncLifetime
         Channel<RolloutRequest> next = Channel.CreateUnbounded<RolloutRequest>();
         next.Writer.TryWrite(Request("a", n: 1));
         List<int> sizes = [];
-        await foreach (SampleGroup group in _client.GenerateGroupsAsync(next.Reader.ReadAllAsync(Token), cancellationToken: Token))
+        await foreach (SampleGroup group in Client.GenerateGroupsAsync(next.Reader.ReadAllAsync(Token), cancellationToken: Token))
         {
             sizes.Add(group.Samples.Count);
             if (sizes.Count == 4)
@@ -139,14 +122,14 @@ public sealed class GroupsTests : IAsyncLifetime
     public async Task Leaving_early_ends_the_servers_call()
     {
         TaskCompletionSource ended = new();
-        _fake.Batch = async (requests, replies, context) =>
+        Fake.Batch = async (requests, replies, context) =>
         {
             context.CancellationToken.Register(ended.SetResult);
             await requests.MoveNext();
             await WriteAsync(replies, "a", 0, V1.FinishReason.Stop);
             await FakeSidecar.HangAsync(context);
         };
-        await foreach (SampleGroup group in _client.GenerateGroupsAsync([Request("a", n: 1), Request("b", n: 1)], cancellationToken: Token))
+        await foreach (SampleGroup group in Client.GenerateGroupsAsync([Request("a", n: 1), Request("b", n: 1)], cancellationToken: Token))
             break;
         await ended.Task.WaitAsync(TimeSpan.FromSeconds(20), Token);
     }
@@ -154,7 +137,7 @@ public sealed class GroupsTests : IAsyncLifetime
     private static RolloutRequest Request(string id, int n) => new(new[] { 1 }, new GenerateOptions { N = n }) { RequestId = id };
 
     /// <summary>Answers, once all requests have come, with whole samples in this order; an index below 0 refuses the group.</summary>
-    private void Answer(params (string Id, int Index)[] samples) => _fake.Batch = async (requests, replies, _) =>
+    private void Answer(params (string Id, int Index)[] samples) => Fake.Batch = async (requests, replies, _) =>
     {
         while (await requests.MoveNext()) { }
         foreach ((string id, int index) in samples)

@@ -6,7 +6,7 @@ using static Rollout.Client.Tests.GroupAssemblyTests;
 namespace Rollout.Client.Tests;
 
 /// <summary>Every call, with its answer lost before the call arrived, after it was carried out, half-way, or never sent.</summary>
-public sealed class LostAnswerTests : IAsyncLifetime
+public sealed class LostAnswerTests : FakeSidecarTests
 {
     private static readonly int[] s_prompt = [1, 2, 3];
     private static readonly GenerateOptions s_two = new() { N = 2 };
@@ -29,32 +29,20 @@ public sealed class LostAnswerTests : IAsyncLifetime
             client.GenerateGroupsAsync([new RolloutRequest(s_prompt, s_two)], null, timeout, token).CountAsync(token).AsTask(),
     };
 
-    private FakeSidecar _fake = null!;
-    private RolloutClient _client = null!;
-
-    private static CancellationToken Token => TestContext.Current.CancellationToken;
-
     public static TheoryData<string> Calls => [.. s_calls.Keys];
 
     public static TheoryData<string> Streams => ["Generate", "Stream", "GenerateBatch"];
 
-    public async ValueTask InitializeAsync()
+    public override async ValueTask InitializeAsync()
     {
-        _fake = await FakeSidecar.StartAsync();
-        _client = RolloutClient.Connect(_fake.Address);
-        _fake.Pause = _ => new V1.PauseReply { State = V1.EngineState.Paused };
-        _fake.Resume = _ => new V1.ResumeReply { State = V1.EngineState.Running };
-        _fake.Sleep = _ => new V1.SleepReply { State = V1.EngineState.Sleeping };
-        _fake.WakeUp = _ => new V1.WakeUpReply { State = V1.EngineState.Running };
-        _fake.Score = request => new V1.ScoreReply { Ids = { request.Ids.Ids } };
-        _fake.Abort = _ => new V1.AbortReply();
+        await base.InitializeAsync();
+        Fake.Pause = _ => new V1.PauseReply { State = V1.EngineState.Paused };
+        Fake.Resume = _ => new V1.ResumeReply { State = V1.EngineState.Running };
+        Fake.Sleep = _ => new V1.SleepReply { State = V1.EngineState.Sleeping };
+        Fake.WakeUp = _ => new V1.WakeUpReply { State = V1.EngineState.Running };
+        Fake.Score = request => new V1.ScoreReply { Ids = { request.Ids.Ids } };
+        Fake.Abort = _ => new V1.AbortReply();
         Answer((_, _) => Task.CompletedTask);
-    }
-
-    public async ValueTask DisposeAsync()
-    {
-        await _client.DisposeAsync();
-        await _fake.DisposeAsync();
     }
 
     [Theory, MemberData(nameof(Calls))]
@@ -90,19 +78,19 @@ public sealed class LostAnswerTests : IAsyncLifetime
     [Theory, MemberData(nameof(Calls))]
     public async Task A_request_that_arrived_is_not_sent_twice_when_its_answer_is_lost(string call)
     {
-        _fake.Arrived = CutAsync;
+        Fake.Arrived = CutAsync;
         await UnavailableAsync(call, 1);
-        _fake.Arrived = null;
-        await s_calls[call](_client, null, Token); // over another connection
+        Fake.Arrived = null;
+        await s_calls[call](Client, null, Token); // over another connection
 
-        _fake.Done = CutAsync;
+        Fake.Done = CutAsync;
         Answer((_, context) => CutAsync(context));
         await UnavailableAsync(call, 3);
 
         // A failure reported by the sidecar must not be retried either.
         Answer((_, _) => Task.CompletedTask);
-        _fake.Done = null;
-        _fake.Arrived = _ => throw new RpcException(new Status(StatusCode.Unavailable, "the engine has failed"));
+        Fake.Done = null;
+        Fake.Arrived = _ => throw new RpcException(new Status(StatusCode.Unavailable, "the engine has failed"));
         Assert.Contains("the engine has failed", (await UnavailableAsync(call, 4)).Message);
     }
 
@@ -119,9 +107,9 @@ public sealed class LostAnswerTests : IAsyncLifetime
         });
         IAsyncEnumerable<int> samples = call switch
         {
-            "Generate" => _client.GenerateAsync(s_prompt, s_two, cancellationToken: Token).Select(sample => sample.Index),
-            "Stream" => _client.StreamAsync(s_prompt, s_two, cancellationToken: Token).Select(chunk => chunk.Index),
-            _ => _client.GenerateBatchAsync([new RolloutRequest(s_prompt, s_two)], cancellationToken: Token).Select(sample => sample.Index),
+            "Generate" => Client.GenerateAsync(s_prompt, s_two, cancellationToken: Token).Select(sample => sample.Index),
+            "Stream" => Client.StreamAsync(s_prompt, s_two, cancellationToken: Token).Select(chunk => chunk.Index),
+            _ => Client.GenerateBatchAsync([new RolloutRequest(s_prompt, s_two)], cancellationToken: Token).Select(sample => sample.Index),
         };
         List<int> indexes = [];
         await Assert.ThrowsAsync<RolloutUnavailableException>(async () =>
@@ -133,7 +121,7 @@ public sealed class LostAnswerTests : IAsyncLifetime
             }
         });
         Assert.Equal([0], indexes);
-        Assert.Equal(1, _fake.Calls.Values.Sum());
+        Assert.Equal(1, Fake.Calls.Values.Sum());
     }
 
     [Fact]
@@ -143,7 +131,7 @@ public sealed class LostAnswerTests : IAsyncLifetime
         await Task.WhenAll(s_calls.Select(async call =>
         {
             Exception error = (await Record.ExceptionAsync(
-                () => call.Value(_client, TimeSpan.FromSeconds(2), Token).WaitAsync(Patience, Token)))!;
+                () => call.Value(Client, TimeSpan.FromSeconds(2), Token).WaitAsync(Patience, Token)))!;
             Assert.True(error is RolloutTimeoutException { StatusCode: StatusCode.DeadlineExceeded }, $"{call.Key}: {error}");
         }));
         await arrived.WaitAsync(Patience, Token);
@@ -156,7 +144,7 @@ public sealed class LostAnswerTests : IAsyncLifetime
     [InlineData(StatusCode.Unavailable)]
     public async Task A_call_that_is_broken_at_its_deadline_is_a_timeout(StatusCode code)
     {
-        _fake.Arrived = async context =>
+        Fake.Arrived = async context =>
         {
             // If this comes late, the client has seen the deadline itself.
             while (context.Deadline - DateTime.UtcNow > TimeSpan.FromMilliseconds(12))
@@ -164,7 +152,7 @@ public sealed class LostAnswerTests : IAsyncLifetime
             throw new RpcException(new Status(code, "the stream was broken"));
         };
         for (int i = 0; i < 4; i++)
-            await Assert.ThrowsAsync<RolloutTimeoutException>(() => _client.StatusAsync(TimeSpan.FromSeconds(0.2), Token));
+            await Assert.ThrowsAsync<RolloutTimeoutException>(() => Client.StatusAsync(TimeSpan.FromSeconds(0.2), Token));
     }
 
     [Fact]
@@ -174,7 +162,7 @@ public sealed class LostAnswerTests : IAsyncLifetime
         using CancellationTokenSource cancel = new();
         Task all = Task.WhenAll(s_calls.Select(async call =>
         {
-            Exception error = (await Record.ExceptionAsync(() => call.Value(_client, null, cancel.Token).WaitAsync(Patience, Token)))!;
+            Exception error = (await Record.ExceptionAsync(() => call.Value(Client, null, cancel.Token).WaitAsync(Patience, Token)))!;
             Assert.True(error is OperationCanceledException, $"{call.Key}: {error}");
         }));
         await arrived.WaitAsync(Patience, Token);
@@ -189,24 +177,24 @@ public sealed class LostAnswerTests : IAsyncLifetime
         (Task arrived, _) = HangAll();
         Task all = Task.WhenAll(s_calls.Select(async call =>
         {
-            Exception error = (await Record.ExceptionAsync(() => call.Value(_client, null, Token).WaitAsync(Patience, Token)))!;
+            Exception error = (await Record.ExceptionAsync(() => call.Value(Client, null, Token).WaitAsync(Patience, Token)))!;
             Assert.True(error is (RolloutException and not RolloutTimeoutException) or OperationCanceledException, $"{call.Key}: {error}");
         }));
         await arrived.WaitAsync(Patience, Token);
-        await _client.DisposeAsync();
+        await Client.DisposeAsync();
         await all;
     }
 
     [Fact]
     public async Task A_restarted_sidecar_is_found_again_by_the_same_client()
     {
-        await _client.StatusAsync(cancellationToken: Token);
-        await _fake.DieAsync();
-        await Assert.ThrowsAsync<RolloutUnavailableException>(() => _client.StatusAsync(cancellationToken: Token));
-        File.Delete(_fake.Socket);
-        await _fake.ListenAsync();
-        await _client.WaitUntilReadyAsync(Patience, Token);
-        await _client.StatusAsync(cancellationToken: Token);
+        await Client.StatusAsync(cancellationToken: Token);
+        await Fake.DieAsync();
+        await Assert.ThrowsAsync<RolloutUnavailableException>(() => Client.StatusAsync(cancellationToken: Token));
+        File.Delete(Fake.Socket);
+        await Fake.ListenAsync();
+        await Client.WaitUntilReadyAsync(Patience, Token);
+        await Client.StatusAsync(cancellationToken: Token);
     }
 
     private static TimeSpan Patience => TimeSpan.FromSeconds(60);
@@ -214,8 +202,8 @@ public sealed class LostAnswerTests : IAsyncLifetime
     private async Task<RolloutUnavailableException> UnavailableAsync(string call, int called)
     {
         RolloutUnavailableException error = await Assert.ThrowsAsync<RolloutUnavailableException>(
-            () => s_calls[call](_client, null, Token).WaitAsync(Patience, Token));
-        Assert.Equal(called, Assert.Single(_fake.Calls).Value);
+            () => s_calls[call](Client, null, Token).WaitAsync(Patience, Token));
+        Assert.Equal(called, Assert.Single(Fake.Calls).Value);
         return error;
     }
 
@@ -224,7 +212,7 @@ public sealed class LostAnswerTests : IAsyncLifetime
     {
         (TaskCompletionSource arrived, TaskCompletionSource ended) = (new(), new());
         (int coming, int going) = (s_calls.Count, s_calls.Count);
-        _fake.Arrived = context =>
+        Fake.Arrived = context =>
         {
             context.CancellationToken.Register(() =>
             {
@@ -247,8 +235,8 @@ public sealed class LostAnswerTests : IAsyncLifetime
     /// <summary>Answers generate calls with two samples; before each runs what is given, with its index.</summary>
     private void Answer(Func<int, ServerCallContext, Task> before)
     {
-        _fake.Generate = (request, replies, context) => SamplesAsync(request.RequestId, replies, context);
-        _fake.Batch = async (requests, replies, context) =>
+        Fake.Generate = (request, replies, context) => SamplesAsync(request.RequestId, replies, context);
+        Fake.Batch = async (requests, replies, context) =>
         {
             while (await requests.MoveNext())
                 await SamplesAsync(requests.Current.RequestId, replies, context);

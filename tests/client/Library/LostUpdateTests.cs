@@ -4,16 +4,12 @@ using Xunit;
 namespace Rollout.Client.Tests;
 
 /// <summary>A push that breaks at any of its messages: the outcome that the client reports is right.</summary>
-public sealed class LostUpdateTests : IAsyncLifetime
+public sealed class LostUpdateTests : FakeSidecarTests
 {
     private const ulong Base = 7;
 
     private readonly string _folder = Directory.CreateTempSubdirectory("rollout-test-").FullName;
-    private FakeSidecar _fake = null!;
-    private RolloutClient _client = null!;
     private WeightPublisher _publisher = null!;
-
-    private static CancellationToken Token => TestContext.Current.CancellationToken;
 
     /// <summary>Where a push may break.</summary>
     public enum At
@@ -46,26 +42,24 @@ public sealed class LostUpdateTests : IAsyncLifetime
         Enum.GetValues<At>(),
         [Break.Before, Break.After, Break.Error]);
 
-    public async ValueTask InitializeAsync()
+    public override async ValueTask InitializeAsync()
     {
-        _fake = await FakeSidecar.StartAsync();
-        _fake.Weights.Version = Base;
-        _client = RolloutClient.Connect(_fake.Address);
-        _publisher = new WeightPublisher(_client) { ResolveWithin = TimeSpan.FromSeconds(30), MaxSharedMemoryBytes = 1_000_000 };
+        await base.InitializeAsync();
+        Fake.Weights.Version = Base;
+        _publisher = new WeightPublisher(Client) { ResolveWithin = TimeSpan.FromSeconds(30), MaxSharedMemoryBytes = 1_000_000 };
     }
 
-    public async ValueTask DisposeAsync()
+    public override async ValueTask DisposeAsync()
     {
         await _publisher.DisposeAsync();
-        await _client.DisposeAsync();
-        await _fake.DisposeAsync();
+        await base.DisposeAsync();
         Assert.Empty(Directory.GetFiles(_folder));
         Directory.Delete(_folder);
     }
 
     [Theory, MemberData(nameof(Everywhere))]
     public Task Wherever_a_push_breaks_its_outcome_is_true_and_the_next_one_succeeds(
-        PushTransport transport, UpdateMode mode, At at, Break how) => BreakAsync(_fake, _publisher, transport, mode, at, how);
+        PushTransport transport, UpdateMode mode, At at, Break how) => BreakAsync(Fake, _publisher, transport, mode, at, how);
 
     [Fact]
     public async Task A_sidecar_that_hangs_at_any_message_costs_no_more_than_the_timeout()
@@ -176,7 +170,7 @@ public sealed class LostUpdateTests : IAsyncLifetime
     public async Task While_the_sidecar_has_not_decided_it_is_asked_again(string answers, string expected)
     {
         string[] said = answers.Split(' ');
-        FakeWeights weights = _fake.Weights;
+        FakeWeights weights = Fake.Weights;
         weights.CommitBeforeBreaking = expected == "committed";
         weights.BreakAtCommit = context =>
         {
@@ -221,7 +215,7 @@ public sealed class LostUpdateTests : IAsyncLifetime
             Assert.Equal(expected, $"{error.Outcome}");
         }
 
-        Assert.InRange(_fake.Calls["Status"], 1 + said.Length, int.MaxValue); // 1 for the base version
+        Assert.InRange(Fake.Calls["Status"], 1 + said.Length, int.MaxValue); // 1 for the base version
     }
 
     [Theory]
@@ -229,12 +223,12 @@ public sealed class LostUpdateTests : IAsyncLifetime
     [InlineData(false)] // it does not answer at all
     public async Task A_sidecar_that_never_decides_is_asked_no_longer_than_it_takes(bool answers)
     {
-        await using WeightPublisher publisher = new(_client) { ResolveWithin = TimeSpan.FromSeconds(0.5) };
-        _fake.Weights.BreakAtCommit = context =>
+        await using WeightPublisher publisher = new(Client) { ResolveWithin = TimeSpan.FromSeconds(0.5) };
+        Fake.Weights.BreakAtCommit = context =>
         {
-            _fake.Weights.Says = _ => new V1.StatusReply { State = V1.EngineState.Running, Version = Base, Updating = true };
+            Fake.Weights.Says = _ => new V1.StatusReply { State = V1.EngineState.Running, Version = Base, Updating = true };
             if (!answers)
-                _fake.Arrived = FakeSidecar.HangAsync;
+                Fake.Arrived = FakeSidecar.HangAsync;
             FakeSidecar.Cut(context);
             throw new IOException("cut");
         };
@@ -247,15 +241,15 @@ public sealed class LostUpdateTests : IAsyncLifetime
     [Fact]
     public async Task A_version_that_was_replaced_while_its_digests_were_asked_for_is_not_claimed()
     {
-        _fake.Weights.CommitBeforeBreaking = true;
-        _fake.Weights.BreakAtCommit = context =>
+        Fake.Weights.CommitBeforeBreaking = true;
+        Fake.Weights.BreakAtCommit = context =>
         {
             int asked = 0;
-            _fake.Weights.Says = _ =>
+            Fake.Weights.Says = _ =>
             {
-                ulong version = _fake.Weights.Version;
+                ulong version = Fake.Weights.Version;
                 if (asked++ == 0)
-                    _fake.Weights.Version += 4; // right after the status reply
+                    Fake.Weights.Version += 4; // right after the status reply
                 return new V1.StatusReply { State = V1.EngineState.Running, Version = version };
             };
             FakeSidecar.Cut(context);

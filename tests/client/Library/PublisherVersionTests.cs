@@ -5,13 +5,8 @@ using Xunit;
 namespace Rollout.Client.Tests;
 
 /// <summary>The base version of a push, after any outcomes of the pushes before it.</summary>
-public sealed class PublisherVersionTests : IAsyncLifetime
+public sealed class PublisherVersionTests : FakeSidecarTests
 {
-    private FakeSidecar _fake = null!;
-    private RolloutClient _client = null!;
-
-    private static CancellationToken Token => TestContext.Current.CancellationToken;
-
     private enum Push
     {
         Good,
@@ -27,18 +22,6 @@ public sealed class PublisherVersionTests : IAsyncLifetime
         DigestDiffers,
     }
 
-    public async ValueTask InitializeAsync()
-    {
-        _fake = await FakeSidecar.StartAsync();
-        _client = RolloutClient.Connect(_fake.Address);
-    }
-
-    public async ValueTask DisposeAsync()
-    {
-        await _client.DisposeAsync();
-        await _fake.DisposeAsync();
-    }
-
     /// <summary>
     /// After a successful push the next one uses its version without a status call, and so detects a push by another trainer; after a
     /// failed one the sidecar is asked for its version.
@@ -47,9 +30,9 @@ public sealed class PublisherVersionTests : IAsyncLifetime
     public async Task Pushes_build_on_what_is_served() => await Gen.Enum<Push>().Array[1, 10].SampleAsync(
         async pushes =>
         {
-            FakeWeights weights = _fake.Weights;
+            FakeWeights weights = Fake.Weights;
             weights.Version = 5;
-            await using WeightPublisher publisher = new(_client) { ResolveWithin = TimeSpan.FromMilliseconds(150) };
+            await using WeightPublisher publisher = new(Client) { ResolveWithin = TimeSpan.FromMilliseconds(150) };
             ulong? known = null;
             foreach (Push push in pushes)
             {
@@ -60,7 +43,7 @@ public sealed class PublisherVersionTests : IAsyncLifetime
                 }
 
                 ulong served = weights.Version;
-                int asked = _fake.Calls.GetValueOrDefault("Status");
+                int asked = Fake.Calls.GetValueOrDefault("Status");
                 bool overtaken = known is { } last && last != served;
                 ulong expected = served;
                 using CancellationTokenSource cancel = CancellationTokenSource.CreateLinkedTokenSource(Token);
@@ -86,9 +69,9 @@ public sealed class PublisherVersionTests : IAsyncLifetime
                 }
 
                 if (known is not null && push is not (Push.LostAfterCommit or Push.LostBeforeCommit or Push.NeverDecided))
-                    Assert.Equal(asked, _fake.Calls["Status"]);
+                    Assert.Equal(asked, Fake.Calls["Status"]);
                 if (known is null)
-                    Assert.True(_fake.Calls["Status"] > asked, "the sidecar was not asked what it serves");
+                    Assert.True(Fake.Calls["Status"] > asked, "the sidecar was not asked what it serves");
                 Assert.Equal(known ?? served, weights.Begin!.BaseVersion);
                 if (overtaken)
                 {
@@ -142,7 +125,7 @@ public sealed class PublisherVersionTests : IAsyncLifetime
     [Fact]
     public async Task Pushes_at_once_go_one_after_the_other()
     {
-        await using WeightPublisher publisher = new(_client);
+        await using WeightPublisher publisher = new(Client);
         int inside = 0;
         PushResult[] results = await Task.WhenAll(Enumerable.Range(0, 6).Select(i => Task.Run(() => publisher.PushAsync(
             [new TensorSource("t", TensorDType.BF16, [8], (_, bytes) =>
@@ -154,13 +137,13 @@ public sealed class PublisherVersionTests : IAsyncLifetime
             })],
             cancellationToken: Token))));
         Assert.Equal(Enumerable.Range(1, 6).Select(version => (ulong)version), results.Select(result => result.Version).Order());
-        Assert.Equal(6UL, _fake.Weights.Version);
+        Assert.Equal(6UL, Fake.Weights.Version);
     }
 
     [Fact]
     public async Task Closing_waits_for_a_push_in_progress_and_refuses_the_next_one()
     {
-        WeightPublisher publisher = new(_client);
+        WeightPublisher publisher = new(Client);
         Task? closing = null;
         PushResult result = await publisher.PushAsync(
             [new TensorSource("t", TensorDType.BF16, [8], (_, bytes) =>
@@ -174,13 +157,13 @@ public sealed class PublisherVersionTests : IAsyncLifetime
         await publisher.DisposeAsync();
         await Assert.ThrowsAsync<ObjectDisposedException>(() =>
             publisher.PushAsync([TensorSource.FromMemory("t", TensorDType.BF16, [1], new byte[2])], cancellationToken: Token));
-        Assert.Equal(1, _fake.Calls["Update"]);
+        Assert.Equal(1, Fake.Calls["Update"]);
     }
 
     [Fact]
     public async Task A_push_that_waits_for_another_can_be_cancelled()
     {
-        await using WeightPublisher publisher = new(_client);
+        await using WeightPublisher publisher = new(Client);
         using CancellationTokenSource cancel = new();
         Task? second = null;
         await publisher.PushAsync(
@@ -192,7 +175,7 @@ public sealed class PublisherVersionTests : IAsyncLifetime
             })],
             cancellationToken: Token);
         await Assert.ThrowsAnyAsync<OperationCanceledException>(() => second!);
-        Assert.Equal(1, _fake.Calls["Update"]);
+        Assert.Equal(1, Fake.Calls["Update"]);
         Assert.Equal(2UL, (await publisher.PushAsync(
             [TensorSource.FromMemory("t", TensorDType.BF16, [1], new byte[2])], cancellationToken: Token)).Version);
     }
@@ -200,10 +183,10 @@ public sealed class PublisherVersionTests : IAsyncLifetime
     [Fact]
     public async Task The_largest_version_is_not_followed_by_nought()
     {
-        _fake.Weights.Version = ulong.MaxValue;
-        await using WeightPublisher publisher = new(_client);
+        Fake.Weights.Version = ulong.MaxValue;
+        await using WeightPublisher publisher = new(Client);
         await Assert.ThrowsAsync<OverflowException>(() =>
             publisher.PushAsync([TensorSource.FromMemory("t", TensorDType.BF16, [1], new byte[2])], cancellationToken: Token));
-        Assert.False(_fake.Calls.ContainsKey("Update"));
+        Assert.False(Fake.Calls.ContainsKey("Update"));
     }
 }

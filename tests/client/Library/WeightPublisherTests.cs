@@ -3,45 +3,39 @@ using Xunit;
 
 namespace Rollout.Client.Tests;
 
-public sealed class WeightPublisherTests : IAsyncLifetime
+public sealed class WeightPublisherTests : FakeSidecarTests
 {
     private static readonly PushOptions s_inline = new() { Transport = PushTransport.Inline };
 
-    private FakeSidecar _fake = null!;
-    private RolloutClient _client = null!;
     private WeightPublisher _publisher = null!;
-
-    private static CancellationToken Token => TestContext.Current.CancellationToken;
 
     public static TheoryData<PushTransport> Transports => [PushTransport.SharedMemory, PushTransport.Inline];
 
-    public async ValueTask InitializeAsync()
+    public override async ValueTask InitializeAsync()
     {
-        _fake = await FakeSidecar.StartAsync();
-        _client = RolloutClient.Connect(_fake.Address);
-        _publisher = new WeightPublisher(_client) { ResolveWithin = TimeSpan.FromSeconds(1) };
+        await base.InitializeAsync();
+        _publisher = new WeightPublisher(Client) { ResolveWithin = TimeSpan.FromSeconds(1) };
     }
 
-    public async ValueTask DisposeAsync()
+    public override async ValueTask DisposeAsync()
     {
         await _publisher.DisposeAsync();
-        await _client.DisposeAsync();
-        await _fake.DisposeAsync();
-        if (_fake.Weights.SharedMemoryPath is { } path)
+        await base.DisposeAsync();
+        if (Fake.Weights.SharedMemoryPath is { } path)
             Assert.False(File.Exists(path), "something is left in /dev/shm");
     }
 
     [Theory, MemberData(nameof(Transports))]
     public async Task What_arrives_is_what_was_sent(PushTransport transport)
     {
-        _fake.Weights.Version = 7;
+        Fake.Weights.Version = 7;
         byte[][] contents = [Bytes(3_000_000, 1), Bytes(30, 2), Bytes(1 << 20, 3)];
         PushOptions options = new() { Transport = transport, Policy = UpdatePolicy.Keep, Owner = "me" };
         PushResult result = await PushAsync(Tensors(contents), options: options);
 
         for (int i = 0; i < contents.Length; i++)
-            Assert.True(contents[i].AsSpan().SequenceEqual(_fake.Weights.Tensors[$"t{i}"]));
-        V1.BeginUpdate begin = _fake.Weights.Begin!;
+            Assert.True(contents[i].AsSpan().SequenceEqual(Fake.Weights.Tensors[$"t{i}"]));
+        V1.BeginUpdate begin = Fake.Weights.Begin!;
         Assert.Equal((7UL, 8UL, V1.UpdatePolicy.Keep, "me"), (begin.BaseVersion, begin.NewVersion, begin.Policy, begin.Owner));
         Assert.InRange(begin.DeadlineMilliseconds, 500_000u, 600_000u);
         Assert.Equal((8UL, (long)begin.PayloadBytes, false), (result.Version, result.PayloadBytes, result.ConfirmedByStatus));
@@ -56,30 +50,30 @@ public sealed class WeightPublisherTests : IAsyncLifetime
     public async Task Versions_count_up_and_the_shared_memory_is_kept_until_it_is_too_small()
     {
         await PushAsync(Tensors(Bytes(1000, 1)));
-        string first = _fake.Weights.SharedMemoryPath!;
+        string first = Fake.Weights.SharedMemoryPath!;
         Assert.Equal(2UL, (await PushAsync(Tensors(Bytes(1000, 2)))).Version);
-        Assert.Equal(first, _fake.Weights.SharedMemoryPath);
+        Assert.Equal(first, Fake.Weights.SharedMemoryPath);
         Assert.Equal(9UL, (await PushAsync(Tensors(Bytes(9000, 2)), newVersion: 9)).Version);
-        Assert.NotEqual(first, _fake.Weights.SharedMemoryPath);
+        Assert.NotEqual(first, Fake.Weights.SharedMemoryPath);
         Assert.False(File.Exists(first));
 
         // As if a signal that the trainer handled had removed it.
-        File.Delete(_fake.Weights.SharedMemoryPath!);
+        File.Delete(Fake.Weights.SharedMemoryPath!);
         await PushAsync(Tensors(Bytes(9000, 3)));
-        Assert.Equal(Bytes(9000, 3), _fake.Weights.Tensors["t0"]);
+        Assert.Equal(Bytes(9000, 3), Fake.Weights.Tensors["t0"]);
     }
 
     [Fact]
     public async Task Shared_memory_smaller_than_the_payload_is_a_ring()
     {
-        await using WeightPublisher publisher = new(_client) { MaxSharedMemoryBytes = 300_001 };
+        await using WeightPublisher publisher = new(Client) { MaxSharedMemoryBytes = 300_001 };
         byte[][] contents = [Bytes(1_000_000, 1), Bytes(2, 2), Bytes(500_000, 3)];
         await publisher.PushAsync(Tensors(contents), cancellationToken: Token);
         await publisher.PushAsync(Tensors(contents), cancellationToken: Token);
-        Assert.Equal(300_001, new FileInfo(_fake.Weights.SharedMemoryPath!).Length);
-        Assert.Equal(2 * 11, _fake.Weights.Windows);
+        Assert.Equal(300_001, new FileInfo(Fake.Weights.SharedMemoryPath!).Length);
+        Assert.Equal(2 * 11, Fake.Weights.Windows);
         for (int i = 0; i < contents.Length; i++)
-            Assert.True(contents[i].AsSpan().SequenceEqual(_fake.Weights.Tensors[$"t{i}"]));
+            Assert.True(contents[i].AsSpan().SequenceEqual(Fake.Weights.Tensors[$"t{i}"]));
     }
 
     /// <summary>
@@ -98,15 +92,15 @@ public sealed class WeightPublisherTests : IAsyncLifetime
             int behind = 0;
             TensorSource[] tensors = [new TensorSource("t0", TensorDType.BF16, [payload], (offset, destination) =>
             {
-                if ((offset / window - places + 1) * window > _fake.Weights.Taken)
+                if ((offset / window - places + 1) * window > Fake.Weights.Taken)
                     Interlocked.Increment(ref behind);
                 content.AsSpan((int)offset, destination.Length).CopyTo(destination);
             })];
-            _fake.Weights.WindowsBehind = (int)places - 1;
-            await using WeightPublisher publisher = new(_client) { MaxSharedMemoryBytes = capacity };
+            Fake.Weights.WindowsBehind = (int)places - 1;
+            await using WeightPublisher publisher = new(Client) { MaxSharedMemoryBytes = capacity };
             await publisher.PushAsync(tensors, options: new PushOptions { Parallelism = parallelism }, cancellationToken: Token);
             Assert.Equal((payload, capacity, 0), (payload, capacity, behind));
-            Assert.True(content.AsSpan().SequenceEqual(_fake.Weights.Tensors["t0"]), $"{payload} elements through {capacity} bytes");
+            Assert.True(content.AsSpan().SequenceEqual(Fake.Weights.Tensors["t0"]), $"{payload} elements through {capacity} bytes");
         }
     }
 
@@ -116,9 +110,9 @@ public sealed class WeightPublisherTests : IAsyncLifetime
         string folder = Directory.CreateTempSubdirectory("rollout-test-").FullName;
         byte[][] contents = [Bytes(10, 1), Bytes(300_000, 3)];
         await PushAsync(Tensors(contents), options: new PushOptions { Transport = PushTransport.File, Folder = folder });
-        Assert.Equal(300_010ul, _fake.Weights.Begin!.PayloadBytes);
+        Assert.Equal(300_010ul, Fake.Weights.Begin!.PayloadBytes);
         for (int i = 0; i < contents.Length; i++)
-            Assert.True(contents[i].AsSpan().SequenceEqual(_fake.Weights.Tensors[$"t{i}"]));
+            Assert.True(contents[i].AsSpan().SequenceEqual(Fake.Weights.Tensors[$"t{i}"]));
         Assert.Empty(Directory.GetFiles(folder));
         Directory.Delete(folder);
 
@@ -133,17 +127,17 @@ public sealed class WeightPublisherTests : IAsyncLifetime
         byte[] values = Bytes(1_400_000, 5);
         TensorSource sparse = TensorSource.Sparse("s", TensorDType.BF16, [1000, 3000], indices, values);
         await PushAsync([sparse], options: s_inline with { Partial = true });
-        V1.ManifestTensor tensor = Assert.Single(_fake.Weights.Begin!.Manifest);
-        Assert.Equal((700_000ul, true), (tensor.SparseCount, _fake.Weights.Begin.Partial));
+        V1.ManifestTensor tensor = Assert.Single(Fake.Weights.Begin!.Manifest);
+        Assert.Equal((700_000ul, true), (tensor.SparseCount, Fake.Weights.Begin.Partial));
         byte[] sent = [.. System.Runtime.InteropServices.MemoryMarshal.AsBytes<uint>(indices), .. values];
-        Assert.True(sent.AsSpan().SequenceEqual(_fake.Weights.Tensors["s"]));
+        Assert.True(sent.AsSpan().SequenceEqual(Fake.Weights.Tensors["s"]));
         Assert.Throws<ArgumentException>(() => TensorSource.Sparse("s", TensorDType.F32, [9], indices, values));
     }
 
     [Fact]
     public async Task A_rejection_has_every_problem_and_no_byte_moves()
     {
-        _fake.Weights.Reject =
+        Fake.Weights.Reject =
         [
             new V1.Problem { Field = "manifest[0].shape", Message = "expected [4, 2]" },
             new V1.Problem { Field = "manifest", Message = "lm_head.weight is missing" },
@@ -153,14 +147,14 @@ public sealed class WeightPublisherTests : IAsyncLifetime
         Assert.Equal(
             [new UpdateProblem("manifest[0].shape", "expected [4, 2]"), new UpdateProblem("manifest", "lm_head.weight is missing")],
             error.Problems);
-        Assert.Null(_fake.Weights.SharedMemoryPath);
+        Assert.Null(Fake.Weights.SharedMemoryPath);
     }
 
     [Fact]
     public async Task Another_trainers_push_is_detected_and_a_retry_builds_on_it()
     {
         await PushAsync(Tensors(Bytes(10, 1)), options: s_inline);
-        _fake.Weights.Version = 40;
+        Fake.Weights.Version = 40;
         await Assert.ThrowsAsync<WeightUpdateRejectedException>(() => PushAsync(Tensors(Bytes(10, 1)), options: s_inline));
         Assert.Equal(41UL, (await PushAsync(Tensors(Bytes(10, 1)), options: s_inline)).Version);
         await Assert.ThrowsAsync<WeightUpdateRejectedException>(() =>
@@ -170,7 +164,7 @@ public sealed class WeightPublisherTests : IAsyncLifetime
     [Theory, MemberData(nameof(Transports))]
     public async Task A_digest_that_differs_is_thrown(PushTransport transport)
     {
-        _fake.Weights.LieAboutDigest = true;
+        Fake.Weights.LieAboutDigest = true;
         WeightDigestException error = await Assert.ThrowsAsync<WeightDigestException>(() =>
             PushAsync(Tensors(Bytes(10, 1)), options: new PushOptions { Transport = transport }));
         Assert.Equal((UpdateOutcome.Committed, 1UL), (error.Outcome, error.Version));
@@ -184,7 +178,7 @@ public sealed class WeightPublisherTests : IAsyncLifetime
     [Fact]
     public async Task Failing_is_known_not_to_have_committed()
     {
-        _fake.Weights.FailAtCommit = "the digests differ";
+        Fake.Weights.FailAtCommit = "the digests differ";
         WeightUpdateFailedException error = await FailsAsync(Tensors(Bytes(10, 1)));
         Assert.Equal(UpdateOutcome.NotCommitted, error.Outcome);
         Assert.Contains("the digests differ", error.Message);
@@ -197,7 +191,7 @@ public sealed class WeightPublisherTests : IAsyncLifetime
     [InlineData(true, true, UpdateOutcome.Poisoned)]
     public async Task What_is_left_when_the_sidecar_gives_up_is_what_it_says(bool aborted, bool poisoned, UpdateOutcome outcome)
     {
-        _fake.Weights.GivesUp = aborted
+        Fake.Weights.GivesUp = aborted
             ? new V1.UpdateReply { Aborted = new V1.Aborted { Reason = "the server stops", Poisoned = poisoned } }
             : new V1.UpdateReply { Failed = new V1.UpdateFailed { Reason = "the server stops", Poisoned = poisoned } };
         WeightUpdateFailedException error = await FailsAsync(Tensors(Bytes(10, 1)));
@@ -211,24 +205,24 @@ public sealed class WeightPublisherTests : IAsyncLifetime
         foreach (UpdatePolicy policy in Enum.GetValues<UpdatePolicy>())
         {
             await PushAsync(Tensors(Bytes(10, 1)), options: s_inline with { Policy = policy });
-            Assert.Equal($"{policy}", $"{_fake.Weights.Begin!.Policy}");
-            Assert.Equal((false, 0UL), (_fake.Weights.Begin.Partial, _fake.Weights.Begin.SegmentBytes));
+            Assert.Equal($"{policy}", $"{Fake.Weights.Begin!.Policy}");
+            Assert.Equal((false, 0UL), (Fake.Weights.Begin.Partial, Fake.Weights.Begin.SegmentBytes));
         }
 
         foreach (UpdateMode mode in (UpdateMode[])[UpdateMode.Auto, UpdateMode.Staged, UpdateMode.InPlace])
         {
-            _fake.Weights.Mode = mode == UpdateMode.InPlace ? V1.UpdateMode.InPlace : V1.UpdateMode.Staged;
+            Fake.Weights.Mode = mode == UpdateMode.InPlace ? V1.UpdateMode.InPlace : V1.UpdateMode.Staged;
             PushResult result = await PushAsync(Tensors(Bytes(10, 1)), options: new PushOptions { Mode = mode });
-            Assert.Equal(mode == UpdateMode.Auto ? "Unspecified" : $"{mode}", $"{_fake.Weights.Begin!.Mode}");
+            Assert.Equal(mode == UpdateMode.Auto ? "Unspecified" : $"{mode}", $"{Fake.Weights.Begin!.Mode}");
             Assert.Equal(mode == UpdateMode.Auto ? UpdateMode.Staged : mode, result.Mode);
-            Assert.Equal(10UL, _fake.Weights.Begin.SegmentBytes);
+            Assert.Equal(10UL, Fake.Weights.Begin.SegmentBytes);
         }
     }
 
     [Fact]
     public async Task A_sidecar_that_gives_up_ends_the_sending()
     {
-        _fake.Weights.FailAfterChunks = 2;
+        Fake.Weights.FailAfterChunks = 2;
         int asked = 0;
         TensorSource[] tensors = [new TensorSource("t", TensorDType.F32, [1 << 27], (_, bytes) =>
         {
@@ -248,7 +242,7 @@ public sealed class WeightPublisherTests : IAsyncLifetime
         {
             NotSupportedException error = await Assert.ThrowsAsync<NotSupportedException>(() => PushAsync(tensors, options: options));
             Assert.Equal("quantised", error.Message);
-            Assert.Equal("quantised", _fake.Weights.AbortReason);
+            Assert.Equal("quantised", Fake.Weights.AbortReason);
         }
 
         Assert.Equal(1UL, (await PushAsync(Tensors(Bytes(10, 1)))).Version);
@@ -265,8 +259,8 @@ public sealed class WeightPublisherTests : IAsyncLifetime
         })];
         await Assert.ThrowsAnyAsync<OperationCanceledException>(() =>
             _publisher.PushAsync(tensors, options: new PushOptions { Transport = transport }, cancellationToken: cancel.Token));
-        Assert.NotNull(_fake.Weights.Begin);
-        Assert.Equal(0UL, _fake.Weights.Version);
+        Assert.NotNull(Fake.Weights.Begin);
+        Assert.Equal(0UL, Fake.Weights.Version);
         Assert.Equal(1UL, (await PushAsync(Tensors(Bytes(10, 1)))).Version);
     }
 
@@ -275,21 +269,21 @@ public sealed class WeightPublisherTests : IAsyncLifetime
     public async Task Cancelling_after_the_commit_was_sent_changes_nothing()
     {
         using CancellationTokenSource cancel = new();
-        _fake.Weights.Arrived = async (request, _) =>
+        Fake.Weights.Arrived = async (request, _) =>
         {
             if (request.Commit is not null)
                 await cancel.CancelAsync();
         };
         PushResult result = await _publisher.PushAsync(Tensors(Bytes(10, 1)), cancellationToken: cancel.Token);
-        Assert.Equal((1UL, 1UL, true), (result.Version, _fake.Weights.Version, cancel.IsCancellationRequested));
-        _fake.Weights.Arrived = null;
+        Assert.Equal((1UL, 1UL, true), (result.Version, Fake.Weights.Version, cancel.IsCancellationRequested));
+        Fake.Weights.Arrived = null;
         Assert.Equal(2UL, (await PushAsync(Tensors(Bytes(10, 1)))).Version);
     }
 
     [Fact]
     public async Task The_timeout_covers_a_sidecar_that_hangs()
     {
-        _fake.Weights.BeforeReady = context => Task.Delay(Timeout.Infinite, context.CancellationToken);
+        Fake.Weights.BeforeReady = context => Task.Delay(Timeout.Infinite, context.CancellationToken);
         PushOptions options = new() { Timeout = TimeSpan.FromSeconds(0.3) };
         WeightUpdateFailedException error = await FailsAsync(Tensors(Bytes(10, 1)), options);
         Assert.Equal((UpdateOutcome.NotCommitted, StatusCode.DeadlineExceeded), (error.Outcome, error.StatusCode));
@@ -299,8 +293,8 @@ public sealed class WeightPublisherTests : IAsyncLifetime
     [Fact]
     public async Task An_answer_lost_after_the_commit_is_asked_for()
     {
-        _fake.Weights.BreakAtCommit = context => throw new RpcException(new Status(StatusCode.Unavailable, "gone"));
-        _fake.Weights.CommitBeforeBreaking = true;
+        Fake.Weights.BreakAtCommit = context => throw new RpcException(new Status(StatusCode.Unavailable, "gone"));
+        Fake.Weights.CommitBeforeBreaking = true;
         PushResult result = await PushAsync(Tensors(Bytes(10, 1), Bytes(20, 2)));
         Assert.Equal((1UL, true), (result.Version, result.ConfirmedByStatus));
         Assert.Matches("^[0-9a-f]{32}$", result.Digest);
@@ -309,7 +303,7 @@ public sealed class WeightPublisherTests : IAsyncLifetime
     [Fact]
     public async Task An_answer_lost_before_the_commit_was_done_is_a_failure_that_says_so()
     {
-        _fake.Weights.BreakAtCommit = context => throw new RpcException(new Status(StatusCode.Unavailable, "gone"));
+        Fake.Weights.BreakAtCommit = context => throw new RpcException(new Status(StatusCode.Unavailable, "gone"));
         WeightUpdateFailedException error = await FailsAsync(Tensors(Bytes(10, 1)));
         Assert.Equal(UpdateOutcome.NotCommitted, error.Outcome);
         Assert.Contains("gone", error.Message);
@@ -318,10 +312,10 @@ public sealed class WeightPublisherTests : IAsyncLifetime
     [Fact]
     public async Task Another_trainers_version_of_the_same_number_is_not_taken_for_ours()
     {
-        _fake.Weights.BreakAtCommit = context =>
+        Fake.Weights.BreakAtCommit = context =>
         {
-            _fake.Weights.Version = 1;
-            _fake.Weights.Tensors["t0"] = Bytes(10, 99);
+            Fake.Weights.Version = 1;
+            Fake.Weights.Tensors["t0"] = Bytes(10, 99);
             throw new RpcException(new Status(StatusCode.Unavailable, "gone"));
         };
         await Assert.ThrowsAsync<WeightDigestException>(() => PushAsync(Tensors(Bytes(10, 1))));
@@ -330,9 +324,9 @@ public sealed class WeightPublisherTests : IAsyncLifetime
     [Fact]
     public async Task A_sidecar_that_dies_at_the_commit_leaves_the_outcome_open()
     {
-        _fake.Weights.BreakAtCommit = async context =>
+        Fake.Weights.BreakAtCommit = async context =>
         {
-            _ = Task.Run(_fake.DieAsync, CancellationToken.None);
+            _ = Task.Run(Fake.DieAsync, CancellationToken.None);
             await Task.Delay(Timeout.Infinite, context.CancellationToken);
         };
         WeightUpdateFailedException error = await FailsAsync(Tensors(Bytes(10, 1)));
@@ -345,7 +339,7 @@ public sealed class WeightPublisherTests : IAsyncLifetime
         TensorSource[] tensors = [new TensorSource("t", TensorDType.F32, [1 << 22], (offset, bytes) =>
         {
             if (offset == 0)
-                _fake.DieAsync().Wait(Token);
+                Fake.DieAsync().Wait(Token);
         })];
         Assert.Equal(UpdateOutcome.NotCommitted, (await FailsAsync(tensors)).Outcome);
     }
@@ -353,7 +347,7 @@ public sealed class WeightPublisherTests : IAsyncLifetime
     [Fact]
     public async Task A_sidecar_that_is_not_there_is_unavailable()
     {
-        await _fake.DieAsync();
+        await Fake.DieAsync();
         await Assert.ThrowsAsync<RolloutUnavailableException>(() => PushAsync(Tensors(Bytes(10, 1))));
     }
 
