@@ -1,5 +1,6 @@
 using System.Buffers;
 using System.Diagnostics.CodeAnalysis;
+using System.Globalization;
 using Rollout.Kernels;
 
 namespace Rollout.Engine;
@@ -44,6 +45,10 @@ public sealed record LoadEntry(string Source, IReadOnlyList<long> Shape, IReadOn
 
     [MemberNotNullWhen(true, nameof(TiedTo))]
     public bool Tied => TiedTo is not null;
+
+    /// <summary>A shape for messages: "[320, 64]".</summary>
+    public static string Format(IReadOnlyList<long> shape)
+        => $"[{string.Join(", ", shape.Select(dimension => dimension.ToString(CultureInfo.InvariantCulture)))}]";
 
     /// <summary>Whether a tensor sent for it has its shape.</summary>
     public bool HasShape(IReadOnlyList<long> shape)

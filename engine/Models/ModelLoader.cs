@@ -51,7 +51,8 @@ internal static class ModelLoader
         return Math.Max(1, FileChunk / unit) * unit;
     }
 
-    private static string Format(IReadOnlyList<long> shape) => $"[{string.Join(", ", shape)}]";
+    private static string WrongShape(LoadEntry entry, IReadOnlyList<long> found)
+        => $"tensor '{entry.Source}' has shape {LoadEntry.Format(found)}, config.json says {LoadEntry.Format(entry.Shape)}";
 
     private static List<(LoadEntry, CheckpointTensor)> Match(Checkpoint checkpoint, LoadPlan plan)
     {
@@ -63,7 +64,7 @@ internal static class ModelLoader
             if (!checkpoint.Tensors.TryGetValue(entry.Source, out CheckpointTensor? source))
                 problems.Add($"tensor '{entry.Source}' is missing");
             else if (!source.Info.Shape.SequenceEqual(entry.Shape))
-                problems.Add($"tensor '{entry.Source}' has shape {Format(source.Info.Shape)}, config.json says {Format(entry.Shape)}");
+                problems.Add(WrongShape(entry, source.Info.Shape));
             else if (source.Info.DType is null)
                 problems.Add($"tensor '{entry.Source}' is {source.Info.DTypeName}; BF16, F16 and F32 are served");
             else

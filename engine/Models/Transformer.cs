@@ -38,7 +38,7 @@ public sealed class Transformer
 
     private (Sublayer Attention, Sublayer FeedForward) Declare(ModelSpec spec, LayerSpec layer, string name, LoadPlan weights)
     {
-        // Checkpoints name a layer's two norms by what they follow.
+        // The names differ by family: "post_attention" is the MLP's norm where norms come before a block.
         (string ofAttention, string ofMlp) = layer.Norms == NormPlacement.BeforeBlock
             ? ("input_layernorm", "post_attention_layernorm") : ("post_attention_layernorm", "post_feedforward_layernorm");
         return (
@@ -56,7 +56,7 @@ public sealed class Transformer
     /// <summary>What each layer keeps of every token.</summary>
     public IReadOnlyList<KvLayout> Kv { get; }
 
-    /// <summary>Takes the memory that forward passes need beside weights, keys and values.</summary>
+    /// <summary>Allocates the memory that forward passes need, apart from weights, keys and values.</summary>
     /// <param name="backend">Of the device.</param>
     /// <param name="maxRows">Most tokens in a step.</param>
     /// <param name="maxContext">Longest sequence.</param>

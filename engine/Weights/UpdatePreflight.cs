@@ -1,4 +1,3 @@
-using System.Globalization;
 using Rollout.Kernels;
 
 namespace Rollout.Engine;
@@ -71,7 +70,8 @@ internal static class UpdatePreflight
 
         if (!entry.HasShape(tensor.Shape))
         {
-            problems.Add(new(Field(tensor.Name), $"shape is {Format(tensor.Shape)}, the model's is {Format(entry.Shape)}"));
+            string found = LoadEntry.Format(tensor.Shape);
+            problems.Add(new(Field(tensor.Name), $"shape is {found}, the model's is {LoadEntry.Format(entry.Shape)}"));
             return;
         }
 
@@ -86,7 +86,4 @@ internal static class UpdatePreflight
     }
 
     private static string Field(string tensor) => $"manifest['{tensor}']";
-
-    private static string Format(IReadOnlyList<long> shape)
-        => $"[{string.Join(", ", shape.Select(dimension => dimension.ToString(CultureInfo.InvariantCulture)))}]";
 }

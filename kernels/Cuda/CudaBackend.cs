@@ -270,10 +270,19 @@ public sealed unsafe partial class CudaBackend : Backend
             (VectorOf(call.QueryNorm), VectorOf(call.KeyNorm), ((CudaRopeTable)call.Rope).Pointer);
         (nuint keys, nuint values) = (cache.Keys(call.Layer), cache.Values(call.Layer));
         nuint rows = Fp32(qkv, step.RowCount);
+        // The kernels below normalise head by head; a norm over all heads runs before them, and they get none.
         if (call.QueryNorm is not null && call.QueryNorm.Inputs != headDim)
-            queryNorm = NormColumns(qkv, 0, heads * headDim, queryNorm, call.Epsilon);
+        {
+            NormColumns(qkv, 0, call.QueryNorm.Inputs, queryNorm, call.Epsilon);
+            queryNorm = 0;
+        }
+
         if (call.KeyNorm is not null && call.KeyNorm.Inputs != headDim)
-            keyNorm = NormColumns(qkv, heads * headDim, kvHeads * headDim, keyNorm, call.Epsilon);
+        {
+            NormColumns(qkv, heads * headDim, call.KeyNorm.Inputs, keyNorm, call.Epsilon);
+            keyNorm = 0;
+        }
+
         if (!_isDecode)
         {
             Launch(_kernels.RopeStore, new Grid(step.RowCount, heads + (2 * kvHeads)), WarpThreads,
@@ -306,12 +315,11 @@ public sealed unsafe partial class CudaBackend : Backend
         output.IsRounded = true;
     }
 
-    /// <summary>Normalises some columns of every row. Returns 0: what is left to normalise by.</summary>
-    private nuint NormColumns(CudaTensor tensor, int first, int columns, nuint scales, float epsilon)
+    /// <summary>Normalises some columns of every row, in place.</summary>
+    private void NormColumns(CudaTensor tensor, int first, int columns, nuint scales, float epsilon)
     {
         Launch(_kernels.RmsNormColumns, new Grid(Pad(Step.RowCount, tensor)), Threads,
             tensor.Fp32 + ((nuint)first * sizeof(float)), tensor.Columns, scales, epsilon, columns);
-        return 0;
     }
 
     protected override void GatedSiluCore(Tensor gateUp, Tensor output, int rows)

@@ -21,8 +21,8 @@ internal sealed class Attention : Block
     /// <param name="name">Of the layer, in a checkpoint: "model.layers.0".</param>
     /// <param name="hidden">Width of the residual stream.</param>
     /// <param name="epsilon">Of norms.</param>
-    /// <param name="weights">Takes what the block declares.</param>
-    /// <param name="workspace">Takes what it needs to compute.</param>
+    /// <param name="weights">The plan that the block's weights are added to.</param>
+    /// <param name="workspace">The plan that its tensors are added to.</param>
     public Attention(AttentionSpec spec, string name, int hidden, float epsilon, LoadPlan weights, WorkspacePlan workspace)
     {
         int queries = spec.QueryWidth, keysValues = spec.KvWidth;
@@ -70,7 +70,6 @@ internal sealed class Attention : Block
             Layer = call.Layer,
             Output = attended,
         });
-        if (add) backend.MatMulAdd(attended, weights[_output], weights[_outputBias], output, call.Rows);
-        else backend.MatMul(attended, weights[_output], weights[_outputBias], output, call.Rows);
+        Project(call, attended, _output, _outputBias, output, add);
     }
 }

@@ -33,7 +33,6 @@ internal sealed class GatedMlp : Block
         (Tensor gateUp, Tensor activated) = (workspace[_projected], workspace[_activated]);
         backend.MatMul(input, weights[_gateUp], weights[_gateUpBias], gateUp, call.Rows);
         backend.GatedSilu(gateUp, activated, call.Rows);
-        if (add) backend.MatMulAdd(activated, weights[_down], weights[_downBias], output, call.Rows);
-        else backend.MatMul(activated, weights[_down], weights[_downBias], output, call.Rows);
+        Project(call, activated, _down, _downBias, output, add);
     }
 }

@@ -11,6 +11,14 @@ internal abstract class Block
     /// <param name="output">[rows, hidden]; not the input.</param>
     /// <param name="add">Whether <paramref name="output"/> is added to.</param>
     public abstract void Forward(in BlockCall call, Tensor input, Tensor output, bool add);
+
+    /// <summary>The block's last projection: output = weight of input, or output += it.</summary>
+    protected static void Project(in BlockCall call, Tensor input, WeightSlot weight, WeightSlot? bias, Tensor output, bool add)
+    {
+        Backend backend = call.Workspace.Backend;
+        if (add) backend.MatMulAdd(input, call.Weights[weight], call.Weights[bias], output, call.Rows);
+        else backend.MatMul(input, call.Weights[weight], call.Weights[bias], output, call.Rows);
+    }
 }
 
 /// <summary>A block with its norm and residual: hidden += block(norm(hidden)), or hidden += norm(block(hidden)).</summary>
@@ -26,9 +34,9 @@ internal sealed class Sublayer
     /// <param name="placement">Of the norm.</param>
     /// <param name="name">Of the norm, in the engine.</param>
     /// <param name="source">Of the norm, in a checkpoint.</param>
-    /// <param name="weights">Takes what it declares.</param>
-    /// <param name="workspace">Takes what it needs to compute.</param>
-    /// <param name="block">Declares the block itself, after the norm.</param>
+    /// <param name="weights">The plan that the norm is added to.</param>
+    /// <param name="workspace">The plan that its tensor is added to.</param>
+    /// <param name="block">Creates the block; called after the norm is declared, because weights lie in memory in that order.</param>
     public Sublayer(
         ModelSpec model, NormPlacement placement, string name, string source, LoadPlan weights, WorkspacePlan workspace, Func<Block> block)
     {

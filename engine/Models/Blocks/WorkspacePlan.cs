@@ -9,8 +9,8 @@ internal readonly record struct TensorSlot(int Index);
 internal readonly record struct RopeSlot(int Index);
 
 /// <summary>
-/// What the model's blocks compute in. Blocks run one after another, so those that ask for the same get the same: every layer's attention
-/// uses one tensor for its queries, keys and values.
+/// What the model's blocks compute in. Blocks run one after another, so equal requests share one tensor: every layer's attention
+/// uses the same one for its queries, keys and values.
 /// </summary>
 internal sealed class WorkspacePlan
 {
@@ -29,7 +29,7 @@ internal sealed class WorkspacePlan
 
     public RopeSlot Rope(RopeSpec rope, int headDim) => new(IndexOf(_ropes, (rope, headDim)));
 
-    /// <summary>Takes the memory.</summary>
+    /// <summary>Allocates the memory.</summary>
     /// <param name="backend">Of the device.</param>
     /// <param name="maxRows">Most tokens in a step.</param>
     /// <param name="maxContext">Longest sequence.</param>

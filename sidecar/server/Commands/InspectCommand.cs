@@ -91,7 +91,7 @@ internal static class InspectCommand
     {
         if (!plan.TryFind(tensor.Name, out LoadEntry? entry)) return null;
         if (!tensor.Shape.SequenceEqual(entry.Shape))
-            return $"{tensor.Name}: shape [{string.Join(", ", tensor.Shape)}], config.json says [{string.Join(", ", entry.Shape)}]";
+            return $"{tensor.Name}: shape {LoadEntry.Format(tensor.Shape)}, config.json says {LoadEntry.Format(entry.Shape)}";
         return tensor.DType is null ? $"{tensor.Name}: {tensor.DTypeName}; BF16, F16 and F32 are served" : null;
     }
 
