@@ -8,7 +8,7 @@ namespace Rollout.Server.Weights;
 /// <summary>CUDA IPC and NCCL without a CUDA device: malformed messages are reported as such, others as not implemented.</summary>
 internal sealed class DeviceTransport(RolloutEngine engine) : ITransport
 {
-    private const int IpcHandleBytes = 64;   // cudaIpcMemHandle_t
+    private const int IpcHandleBytes = 64;   // cuIpcMemHandle
     private const int NcclIdBytes = 128;     // ncclUniqueId
     private const int DeviceUuidBytes = 16;
 
@@ -16,10 +16,11 @@ internal sealed class DeviceTransport(RolloutEngine engine) : ITransport
     {
         if (message.StepCase == UpdateRequest.StepOneofCase.CudaIpc)
         {
-            foreach (CudaIpcTensor tensor in message.CudaIpc.Tensors)
+            for (int i = 0; i < message.CudaIpc.Allocations.Count; i++)
             {
-                CheckLength($"cuda_ipc '{tensor.Name}': handle", tensor.Handle, IpcHandleBytes);
-                CheckLength($"cuda_ipc '{tensor.Name}': device_uuid", tensor.DeviceUuid, DeviceUuidBytes);
+                CudaAllocation allocation = message.CudaIpc.Allocations[i];
+                CheckLength($"cuda_ipc allocations[{i}]: handle", allocation.Handle, IpcHandleBytes);
+                CheckLength($"cuda_ipc allocations[{i}]: device_uuid", allocation.DeviceUuid, DeviceUuidBytes);
             }
         }
         else

@@ -214,10 +214,10 @@ public sealed class ModeTests : IAsyncLifetime
     public async Task Device_transports_are_refused_with_what_is_missing_or_malformed()
     {
         static ByteString Zeros(int count) => ByteString.CopyFrom(new byte[count]);
-        CudaIpcTensor tensor = new() { Name = "w", Handle = Zeros(64), DeviceUuid = Zeros(16) };
+        CudaAllocation allocation = new() { Kind = CudaHandleKind.Legacy, Handle = Zeros(64), DeviceUuid = Zeros(16) };
         (string Name, UpdateRequest Request)[] sound =
         [
-            ("cuda_ipc", new() { CudaIpc = new CudaIpc { Tensors = { tensor } } }),
+            ("cuda_ipc", new() { CudaIpc = new CudaIpc { Allocations = { allocation } } }),
             ("nccl", new() { Nccl = new Nccl { UniqueId = Zeros(128), WorldSize = 2, Rank = 1 } }),
         ];
         foreach ((string name, UpdateRequest request) in sound)
@@ -228,12 +228,12 @@ public sealed class ModeTests : IAsyncLifetime
             Assert.Contains("cpu", refused.Status.Detail, StringComparison.Ordinal);
         }
 
-        CudaIpcTensor shortHandle = new(tensor) { Handle = Zeros(63) };
-        CudaIpcTensor shortDevice = new(tensor) { DeviceUuid = Zeros(1) };
+        CudaAllocation shortHandle = new(allocation) { Handle = Zeros(63) };
+        CudaAllocation shortDevice = new(allocation) { DeviceUuid = Zeros(1) };
         (string Reason, UpdateRequest Request)[] malformed =
         [
-            ("'w': handle has 63 bytes", new() { CudaIpc = new CudaIpc { Tensors = { tensor, shortHandle } } }),
-            ("'w': device_uuid has 1 bytes", new() { CudaIpc = new CudaIpc { Tensors = { shortDevice } } }),
+            ("allocations[1]: handle has 63 bytes", new() { CudaIpc = new CudaIpc { Allocations = { allocation, shortHandle } } }),
+            ("allocations[0]: device_uuid has 1 bytes", new() { CudaIpc = new CudaIpc { Allocations = { shortDevice } } }),
             ("unique_id has 0 bytes", new() { Nccl = new Nccl() }),
             ("device_uuid has 17 bytes", new() { Nccl = new Nccl { UniqueId = Zeros(128), DeviceUuid = Zeros(17) } }),
         ];
