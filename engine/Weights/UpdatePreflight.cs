@@ -15,11 +15,11 @@ internal static class UpdatePreflight
     {
         List<Problem> problems = [];
         if (manifest.BaseVersion != servedVersion)
-            problems.Add(new("base_version", $"is {manifest.BaseVersion}, but version {servedVersion} is being served"));
+            problems.Add(new(nameof(manifest.BaseVersion), $"is {manifest.BaseVersion}, but version {servedVersion} is being served"));
         if (manifest.NewVersion <= servedVersion)
-            problems.Add(new("new_version", $"must be greater than the version being served, {servedVersion}; is {manifest.NewVersion}"));
+            problems.Add(new(nameof(manifest.NewVersion), $"must be greater than {servedVersion}, served now; is {manifest.NewVersion}"));
         if (poison is not null && !manifest.IsFull)
-            problems.Add(new("manifest", $"only a full update, every tensor whole, can follow: {poison}"));
+            problems.Add(new(nameof(manifest.Tensors), $"only a full update, every tensor whole, can follow: {poison}"));
 
         HashSet<string> seen = new(manifest.Tensors.Count);
         long end = 0;
@@ -54,7 +54,7 @@ internal static class UpdatePreflight
         // Gaps are for alignment; a payload that is mostly gaps is a mistake that would cost memory.
         long most = end + (manifest.Tensors.Count + 1L) * 4096;
         if (problems.Count == 0 && manifest.PayloadBytes > most)
-            problems.Add(new("payload_bytes", $"{manifest.PayloadBytes}, but the tensors end at {end}"));
+            problems.Add(new(nameof(manifest.PayloadBytes), $"{manifest.PayloadBytes}, but the tensors end at {end}"));
         return problems;
     }
 
@@ -81,9 +81,9 @@ internal static class UpdatePreflight
         if (entry.Elements > uint.MaxValue)
             problems.Add(new(Field(tensor.Name), "has more elements than a sparse index can name: send it whole"));
         if (count < 0 || count > entry.Elements)
-            problems.Add(new(Field(tensor.Name), $"sparse_count is {count} of {entry.Elements} elements"));
+            problems.Add(new(Field(tensor.Name), $"{count} of its {entry.Elements} elements cannot be sent"));
         if (entry.Tied) problems.Add(new(Field(tensor.Name), $"is tied to '{entry.TiedTo}': send it whole or not at all"));
     }
 
-    private static string Field(string tensor) => $"manifest['{tensor}']";
+    private static string Field(string tensor) => $"{nameof(UpdateManifest.Tensors)}['{tensor}']";
 }

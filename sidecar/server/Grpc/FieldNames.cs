@@ -40,9 +40,19 @@ internal sealed class FieldNames
     /// <summary>Names of <see cref="Control.EngineControl.PauseAsync"/>'s parameters.</summary>
     public static FieldNames Pause { get; } = new(new() { ["lease"] = "lease_milliseconds", ["owner"] = "owner" });
 
+    public static FieldNames Update { get; } = new(new()
+    {
+        [nameof(UpdateManifest.Tensors)] = "manifest",
+        [nameof(UpdateManifest.PayloadBytes)] = "payload_bytes",
+        [nameof(UpdateManifest.BaseVersion)] = "base_version",
+        [nameof(UpdateManifest.NewVersion)] = "new_version",
+    });
+
     /// <summary>The same problems with rollout.v1's names. Problems that have them already are not changed.</summary>
-    public InvalidRequestException Rename(InvalidRequestException exception)
-        => new([.. exception.Problems.Select(problem => problem.Rename(Name, NameInMessage))]);
+    public InvalidRequestException Rename(InvalidRequestException exception) => new([.. Rename(exception.Problems)]);
+
+    /// <inheritdoc cref="Rename(InvalidRequestException)"/>
+    public IEnumerable<Problem> Rename(IEnumerable<Problem> problems) => problems.Select(problem => problem.Rename(Name, NameInMessage));
 
     private string Name(string field) => _names.GetValueOrDefault(field, field);
 

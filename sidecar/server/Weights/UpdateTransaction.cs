@@ -78,7 +78,7 @@ internal sealed class UpdateTransaction(
         {
             Log.UpdateRejected(logger, _owner, e.Message);
             Rejected rejected = new();
-            foreach (Engine.Problem problem in e.Problems)
+            foreach (Engine.Problem problem in FieldNames.Update.Rename(e.Problems))
                 rejected.Problems.Add(new V1.Problem { Field = problem.Field, Message = problem.Message });
             await EndAsync(new UpdateReply { Rejected = rejected });
         }

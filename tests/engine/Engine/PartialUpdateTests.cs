@@ -119,8 +119,8 @@ public sealed class PartialUpdateTests
         ManifestTensor head = embedding with { Name = "lm_head.weight" };
         Assert.Contains("send that too", Rejected(head), StringComparison.Ordinal);
         Assert.Contains("send it whole", Rejected(head with { SparseCount = 1 }), StringComparison.Ordinal);
-        Assert.Contains("sparse_count is", Rejected(embedding with { SparseCount = embedding.Elements + 1 }), StringComparison.Ordinal);
-        Assert.Contains("sparse_count is -1", Rejected(embedding with { SparseCount = -1 }), StringComparison.Ordinal);
+        Assert.Contains("cannot be sent", Rejected(embedding with { SparseCount = embedding.Elements + 1 }), StringComparison.Ordinal);
+        Assert.Contains("-1 of its", Rejected(embedding with { SparseCount = -1 }), StringComparison.Ordinal);
         Assert.Contains("dtype", Rejected(embedding with { Type = (DType)77 }), StringComparison.Ordinal);
 
         string Rejected(ManifestTensor tensor) => Assert.Throws<UpdateRejectedException>(() => engine.BeginUpdate(new UpdateManifest

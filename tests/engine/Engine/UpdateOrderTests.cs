@@ -37,7 +37,7 @@ public sealed class UpdateOrderTests
 
             Assert.Equal(to, engine.Version);
             UpdateRejectedException e = Assert.Throws<UpdateRejectedException>(() => engine.BeginUpdate(payload.Manifest(from, to + 1)));
-            Assert.Equal("base_version", Assert.Single(e.Problems).Field);
+            Assert.Equal(nameof(UpdateManifest.BaseVersion), Assert.Single(e.Problems).Field);
         }
     }
 

@@ -241,7 +241,7 @@ public sealed class WeightUpdateTests
         UpdateManifest manifest = new() { Tensors = tensors, PayloadBytes = payload.Bytes.Length, BaseVersion = 7, NewVersion = 0 };
         UpdateRejectedException e = Assert.Throws<UpdateRejectedException>(() => engine.BeginUpdate(manifest));
         string all = string.Join('\n', e.Problems);
-        string[] parts = ["base_version", "new_version", "[3, 5]", "mystery", "missing", "named twice", "past the payload"];
+        string[] parts = ["BaseVersion", "NewVersion", "[3, 5]", "mystery", "missing", "named twice", "past the payload"];
         foreach (string part in parts)
             Assert.Contains(part, all, StringComparison.Ordinal);
         Assert.Null(engine.Status.UpdateOwner);

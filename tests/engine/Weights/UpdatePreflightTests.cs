@@ -51,7 +51,9 @@ public sealed class UpdatePreflightTests
         Gen.Select(near, near, near).Sample((served, from, to) =>
         {
             IReadOnlyList<Problem> problems = Check(Manifest(Kind.Full) with { BaseVersion = from, NewVersion = to }, served: served);
-            string[] expected = [.. from != served ? (string[])["base_version"] : [], .. to <= served ? (string[])["new_version"] : []];
+            List<string> expected = [];
+            if (from != served) expected.Add(nameof(UpdateManifest.BaseVersion));
+            if (to <= served) expected.Add(nameof(UpdateManifest.NewVersion));
             Assert.Equal(expected, problems.Select(problem => problem.Field));
         }, iter: 500);
     }
@@ -85,7 +87,7 @@ public sealed class UpdatePreflightTests
         UpdateManifest manifest = Manifest(Kind.Full);
         long most = manifest.PayloadBytes + (manifest.Tensors.Count + 1) * 4096;
         Assert.Empty(Check(manifest with { PayloadBytes = most }));
-        Assert.Equal("payload_bytes", Assert.Single(Check(manifest with { PayloadBytes = most + 1 })).Field);
+        Assert.Equal(nameof(UpdateManifest.PayloadBytes), Assert.Single(Check(manifest with { PayloadBytes = most + 1 })).Field);
     }
 
     [Fact]
