@@ -17,23 +17,33 @@ public enum MemoryTags
 
 /// <param name="Tag">One tag.</param>
 /// <param name="AllocatedBytes">Address space.</param>
-/// <param name="FreedBytes">Measured decrease of the memory that the process uses; pages never touched do not count.</param>
-public readonly record struct FreedMemory(MemoryTags Tag, long AllocatedBytes, long FreedBytes);
+/// <param name="FreedBytes">Measured decrease of the memory in use: a GPU's, or this process's, where pages never touched do not count.</param>
+/// <param name="FreeBytesBefore">Free on the device, or on the machine, as its driver says.</param>
+/// <param name="FreeBytesAfter">The same afterwards.</param>
+/// <param name="HostBytes">Of the host's memory, which keeps the content meanwhile.</param>
+public readonly record struct FreedMemory(
+    MemoryTags Tag, long AllocatedBytes, long FreedBytes, long FreeBytesBefore, long FreeBytesAfter, long HostBytes);
 
 /// <summary>Sleep: gives memory back, so that a trainer on the same device can use it.</summary>
 public sealed partial class RolloutEngine
 {
     /// <summary>
-    /// Frees the memory of those of these tags that are awake; completes when it is free. Weights are discarded: after waking the engine is
-    /// poisoned until a full update commits.
+    /// Frees the memory of those of these tags that are awake; completes when it is free. Weights that are not kept are discarded: after
+    /// waking the engine is poisoned until a full update commits.
     /// </summary>
+    /// <param name="tags">What to free.</param>
+    /// <param name="keepWeights">Keep the weights in the host's memory, from which waking copies them back.</param>
+    /// <exception cref="InvalidRequestException">Weights were to be kept, and none of them sleep, or the device is the host.</exception>
+    /// <exception cref="NoRoomException">The host does not have enough memory to keep the weights; they stay awake.</exception>
     /// <exception cref="EngineStateException">
     /// Samples are in flight; while paused the KV cache alone may sleep, and the samples recompute after it. Or the weights were to sleep
     /// while an update is in progress.
     /// </exception>
-    public Task<IReadOnlyList<FreedMemory>> SleepAsync(MemoryTags tags) => OnLoop<IReadOnlyList<FreedMemory>>(() =>
+    public Task<IReadOnlyList<FreedMemory>> SleepAsync(MemoryTags tags, bool keepWeights = false)
+        => OnLoop<IReadOnlyList<FreedMemory>>(() =>
     {
         ThrowIfDown();
+        ThrowUnlessCanKeep(tags, keepWeights);
         tags &= ~_asleep;
         bool frozen = _pause.State == EngineState.Paused && tags == MemoryTags.KvCache;
         if (tags != MemoryTags.None && !_scheduler.IsEmpty && !frozen)
@@ -43,14 +53,14 @@ public sealed partial class RolloutEngine
         }
 
         List<FreedMemory> freed = [];
-        if (tags.HasFlag(MemoryTags.Weights)) freed.Add(Free(MemoryTags.Weights, () => _weights.Discard(State)));
+        if (tags.HasFlag(MemoryTags.Weights)) freed.Add(Free(MemoryTags.Weights, () => _weights.Sleep(keepWeights, State)));
         if (tags.HasFlag(MemoryTags.KvCache))
         {
             _scheduler.DropAllKv();
             freed.Add(Free(MemoryTags.KvCache, () =>
             {
                 _kv.Discard();
-                return _kv.Bytes;
+                return (_kv.Bytes, 0);
             }));
         }
 
@@ -87,11 +97,27 @@ public sealed partial class RolloutEngine
         return _asleep;
     });
 
-    private FreedMemory Free(MemoryTags tag, Func<long> discard)
+    private void ThrowUnlessCanKeep(MemoryTags tags, bool keepWeights)
     {
-        long before = Backend.HeldBytes;
-        long allocated = discard();
-        _asleep |= tag;
-        return new FreedMemory(tag, allocated, Math.Max(0, before - Backend.HeldBytes));
+        if (!keepWeights || (tags.HasFlag(MemoryTags.Weights) && _weights.CanMoveToHost)) return;
+        string problem = tags.HasFlag(MemoryTags.Weights)
+            ? $"needs a device with memory of its own: on {Backend.Name} the weights are in the host's memory"
+            : "keeps weights that are to sleep, and these are not";
+        throw new InvalidRequestException([new Problem(nameof(keepWeights), problem)]);
+    }
+
+    private FreedMemory Free(MemoryTags tag, Func<(long Allocated, long OnHost)> free)
+    {
+        (long held, long available) = (Backend.HeldBytes, Backend.AvailableBytes);
+        try
+        {
+            (long allocated, long onHost) = free();
+            _asleep |= tag;
+            return new FreedMemory(tag, allocated, Math.Max(0, held - Backend.HeldBytes), available, Backend.AvailableBytes, onHost);
+        }
+        catch (OutOfMemoryException e)
+        {
+            throw new NoRoomException($"{tag} stay awake: {e.Message}");
+        }
     }
 }

@@ -60,6 +60,17 @@ public class WeightArena(IReadOnlyList<Weight> weights) : DeviceMemory
 
     public override long Bytes => weights.Sum(weight => weight.Bytes);
 
+    /// <summary>Whether the device has memory of its own, which <see cref="MoveToHost"/> can free.</summary>
+    public virtual bool CanMoveToHost => false;
+
+    /// <summary>
+    /// Copies the weights to the host's memory and frees the device's. <see cref="Restore"/> copies them back and frees the copy;
+    /// <see cref="Discard"/> and <see cref="DeviceMemory.Dispose"/> free the copy too.
+    /// </summary>
+    /// <exception cref="NotSupportedException">The device has no memory of its own.</exception>
+    /// <exception cref="OutOfMemoryException">The host does not have enough memory; nothing has happened.</exception>
+    public virtual void MoveToHost() => throw new NotSupportedException("The weights are in the host's memory already.");
+
     public override void Discard()
     {
         foreach (Weight weight in weights)

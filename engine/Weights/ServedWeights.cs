@@ -19,6 +19,7 @@ internal sealed class ServedWeights(Backend backend, LoadPlan plan, WeightSet lo
     private volatile ActiveUpdate? _writtenBy;
     private volatile string? _poison;
     private volatile bool _asleep;
+    private bool _onHost; // while asleep
 
     public WeightSet Current => _current;
 
@@ -126,30 +127,38 @@ internal sealed class ServedWeights(Backend backend, LoadPlan plan, WeightSet lo
         }
     }
 
-    /// <summary>Frees the memory of both sets. Returns the bytes that were allocated.</summary>
+    /// <summary>Whether the device has memory of its own, so that weights which sleep can be kept in the host's.</summary>
+    public bool CanMoveToHost => _current.CanMoveToHost;
+
+    /// <summary>Frees the memory of both sets. Returns the bytes that were allocated, and those that the host holds instead.</summary>
+    /// <param name="keep">Keep the weights in service in the host's memory; otherwise they are discarded.</param>
+    /// <param name="state">The engine's, for the message of a refusal.</param>
     /// <exception cref="EngineStateException">An update is in progress.</exception>
-    public long Discard(EngineState state)
+    /// <exception cref="OutOfMemoryException">The host does not have enough memory to keep them; nothing has happened.</exception>
+    public (long Allocated, long OnHost) Sleep(bool keep, EngineState state)
     {
         lock (_lock)
         {
             if (_active is { } update) throw new EngineStateException(state, $"'{update.Manifest.Owner}' is updating the weights");
             long bytes = _current.Bytes + (_spare?.Bytes ?? 0);
-            _current.Discard();
+            if (keep) _current.MoveToHost();
+            else _current.Discard();
             _spare?.Dispose();
             _spare = null;
             _asleep = true;
-            return bytes;
+            _onHost = keep;
+            return (bytes, keep ? _current.Bytes : 0);
         }
     }
 
-    /// <summary>Allocates the memory of one set again. Its content is lost.</summary>
+    /// <summary>Allocates the memory of one set again, with its content where the host has kept it.</summary>
     /// <exception cref="OutOfMemoryException">The device does not have enough memory; the weights stay asleep.</exception>
     public void Restore()
     {
         lock (_lock)
         {
             _current.Restore();
-            _poison = "the weights were discarded by sleep";
+            if (!_onHost) _poison = "the weights were discarded by sleep";
             _asleep = false;
         }
     }

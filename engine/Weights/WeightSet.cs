@@ -60,7 +60,13 @@ public sealed class WeightSet : IDisposable
         _arena.Discard();
     }
 
-    /// <summary>Allocates the memory again.</summary>
+    /// <inheritdoc cref="WeightArena.CanMoveToHost"/>
+    public bool CanMoveToHost => _arena.CanMoveToHost;
+
+    /// <inheritdoc cref="WeightArena.MoveToHost"/>
+    public void MoveToHost() => _arena.MoveToHost();
+
+    /// <summary>Allocates the memory again; its content is lost, or, after <see cref="MoveToHost"/>, as it was.</summary>
     /// <exception cref="OutOfMemoryException">The device does not have enough memory; nothing is allocated.</exception>
     public void Restore() => _arena.Restore();
 

@@ -207,6 +207,22 @@ internal sealed unsafe class CudaDevice : IDisposable
         on.Synchronize();
     }
 
+    /// <summary>Copies bytes of the device, as many as the buffer has, after all work queued before; done when this returns.</summary>
+    public void CopyOut(nuint source, PinnedBuffer destination)
+    {
+        MakeCurrent();
+        Driver.cuMemcpyDtoHAsync_v2(destination.Pointer, source, (nuint)destination.Bytes, Stream.Value).ThrowIfFailed(destination.Bytes);
+        Stream.Synchronize();
+    }
+
+    /// <summary>Copies all bytes of the buffer to the device, after all work queued before; done when this returns.</summary>
+    public void CopyIn(PinnedBuffer source, nuint destination)
+    {
+        MakeCurrent();
+        Driver.cuMemcpyHtoDAsync_v2(destination, source.Pointer, (nuint)source.Bytes, Stream.Value).ThrowIfFailed(source.Bytes);
+        Stream.Synchronize();
+    }
+
     public void Dispose()
     {
         Stream.Dispose();

@@ -205,6 +205,7 @@ internal sealed class CudaWeightArena : WeightArena
     private readonly CudaBackend _owner;
     private readonly CudaStorage _storage;
     private readonly nuint _start;
+    private PinnedBuffer? _onHost;
 
     private CudaWeightArena(CudaBackend owner, CudaStorage storage, IReadOnlyList<Weight> weights)
         : base(weights)
@@ -234,14 +235,57 @@ internal sealed class CudaWeightArena : WeightArena
 
     internal override bool IsGone => _storage.IsGone;
 
-    public override void Discard() => _storage.Discard();
+    public override bool CanMoveToHost => true;
 
-    public override void Restore() => _storage.Restore();
+    public override void MoveToHost()
+    {
+        ObjectDisposedException.ThrowIf(IsGone, this);
+        // Pinning more than the machine has does not fail: it ends another process, or this one.
+        if (MachineMemory.AvailableBytes() is long available && Bytes > available)
+            throw new OutOfMemoryException($"The host has {available} bytes free, the weights take {Bytes}.");
+        PinnedBuffer copy = _owner.Device.AllocatePinned(Bytes);
+        try
+        {
+            _owner.Device.CopyOut(_storage.Pointer, copy);
+        }
+        catch
+        {
+            copy.Dispose();
+            throw;
+        }
+
+        _storage.Discard();
+        _onHost = copy;
+    }
+
+    public override void Discard()
+    {
+        _storage.Discard();
+        FreeCopy();
+    }
+
+    public override void Restore()
+    {
+        if (!IsGone)
+            return;
+        _storage.Restore();
+        if (_onHost is null)
+            return;
+        _owner.Device.CopyIn(_onHost, _storage.Pointer);
+        FreeCopy();
+    }
 
     public override void Dispose()
     {
         _owner.Forget(_start, _storage.Bytes);
         _storage.Dispose();
+        FreeCopy();
+    }
+
+    private void FreeCopy()
+    {
+        _onHost?.Dispose();
+        _onHost = null;
     }
 }
 

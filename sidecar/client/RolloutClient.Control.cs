@@ -81,22 +81,29 @@ public sealed partial class RolloutClient
     /// KV cache alone may also sleep while paused.
     /// </summary>
     /// <param name="tags">Memory that sleeps already is not affected.</param>
+    /// <param name="keepWeights">
+    /// Copy the weights to the host's memory first; waking copies them back, so that no push is needed. On a GPU only.
+    /// </param>
+    /// <param name="timeout">Default: 30 seconds.</param>
+    /// <param name="cancellationToken">Gives up waiting; the sidecar may sleep all the same.</param>
     /// <exception cref="RolloutStateException">Samples are in flight, or a weight update is in progress.</exception>
-    public async Task<SleepResult> SleepAsync(
-        MemoryTags tags = MemoryTags.All, TimeSpan? timeout = null, CancellationToken cancellationToken = default)
+    /// <exception cref="RolloutBusyException">The host does not have enough memory to keep the weights; they stay awake.</exception>
+    public async Task<SleepResult> SleepAsync(MemoryTags tags = MemoryTags.All, bool keepWeights = false, TimeSpan? timeout = null,
+        CancellationToken cancellationToken = default)
     {
         ThrowIfNone(tags);
-        V1.SleepRequest request = new() { Tags = { tags.ToProto() } };
+        V1.SleepRequest request = new() { Tags = { tags.ToProto() }, KeepWeights = keepWeights };
         V1.SleepReply reply = await CallAsync(
             options => _control.SleepAsync(request, options), timeout ?? DefaultControlTimeout, cancellationToken);
         return new SleepResult(
             SidecarStatus.From(reply.State),
-            [.. reply.Freed.Select(freed =>
-                new FreedMemory(MemoryTagsExtensions.From(freed.Tag), (long)freed.AllocatedBytes, (long)freed.FreedBytes))],
+            [.. reply.Freed.Select(freed => new FreedMemory(
+                MemoryTagsExtensions.From(freed.Tag), (long)freed.AllocatedBytes, (long)freed.FreedBytes, (long)freed.FreeBytesBefore,
+                (long)freed.FreeBytesAfter, (long)freed.HostBytes))],
             MemoryTagsExtensions.From(reply.Asleep));
     }
 
-    /// <summary>Allocates memory that sleeps. After the weights have slept, a full push is needed before sampling.</summary>
+    /// <summary>Allocates memory that sleeps. After weights have slept that were not kept, a full push is needed before sampling.</summary>
     /// <returns>The tags that still sleep.</returns>
     public async Task<MemoryTags> WakeUpAsync(
         MemoryTags tags = MemoryTags.All, TimeSpan? timeout = null, CancellationToken cancellationToken = default)

@@ -438,6 +438,16 @@ int cuMemFree_v2(void* pointer)
     return Success;
 }
 
+// Pinned by this process now.
+size_t cuSimPinnedBytes()
+{
+    std::lock_guard<std::recursive_mutex> gate(s_gate);
+    size_t sum = 0;
+    for (auto& [pointer, bytes] : s_pinned)
+        sum += bytes;
+    return sum;
+}
+
 int cuMemAllocHost_v2(void** pointer, size_t bytes)
 {
     SIM_ENTER;

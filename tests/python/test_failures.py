@@ -423,13 +423,16 @@ class FakeSidecarTests(SidecarTests):
 
     def test_sleep_and_wake_up(self) -> None:
         fake, client = self.connect(
-            sleep=wire.SleepReply(state=6, freed=[{"tag": 2, "allocated_bytes": 9, "freed_bytes": 8}], asleep=[1, 2]),
+            sleep=wire.SleepReply(state=6, freed=[dict(
+                tag=2, allocated_bytes=9, freed_bytes=8, free_bytes_before=1, free_bytes_after=7, host_bytes=3)], asleep=[1, 2]),
             wake_up=wire.WakeUpReply(state=7, asleep=[2]))
         slept = client.sleep(["kv_cache"])
-        self.assertEqual((slept.state, slept.asleep, slept.freed["kv_cache"].freed_bytes), ("sleeping", ("weights", "kv_cache"), 8))
+        self.assertEqual((slept.state, slept.asleep), ("sleeping", ("weights", "kv_cache")))
+        self.assertEqual(slept.freed, {"kv_cache": rollout.FreedMemory(9, 8, 1, 7, 3)})
         self.assertEqual(client.wake_up(["weights"]), "poisoned")
-        client.sleep()
+        client.sleep(keep_weights=True)
         self.assertEqual([list(request.tags) for request in fake.requests], [[2], [1], []])
+        self.assertEqual([fake.requests[0].keep_weights, fake.requests[2].keep_weights], [False, True])
 
 
 class SharedMemoryTests(unittest.TestCase):

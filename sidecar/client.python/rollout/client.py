@@ -211,13 +211,16 @@ class Rollout:
         """Ends a pause. Does nothing where there is none."""
         return control.state(self._call(self._calls.resume, wire.ResumeRequest(), timeout))
 
-    def sleep(self, tags: Iterable[MemoryTag] | None = None, *, timeout: float | None = _CONTROL_TIMEOUT) -> Slept:
+    def sleep(
+        self, tags: Iterable[MemoryTag] | None = None, *, keep_weights: bool = False, timeout: float | None = _CONTROL_TIMEOUT
+    ) -> Slept:
         """Gives memory back and returns when it is free. No sample may be in flight. None: all memory.
 
-        Weights are discarded: after waking, only a full push makes the engine serve again.
+        Weights are discarded: after waking, only a full push makes the engine serve again. With ``keep_weights``, on a GPU, the host's
+        memory keeps them, and waking copies them back.
         """
-        reply = self._call(self._calls.sleep, wire.SleepRequest(tags=_tags(tags)), timeout)
-        freed = {control.tags([one.tag])[0]: FreedMemory(one.allocated_bytes, one.freed_bytes) for one in reply.freed}
+        reply = self._call(self._calls.sleep, wire.SleepRequest(tags=_tags(tags), keep_weights=keep_weights), timeout)
+        freed = {control.tags([one.tag])[0]: FreedMemory.from_wire(one) for one in reply.freed}
         return Slept(control.state(reply), freed, control.tags(reply.asleep))
 
     def wake_up(self, tags: Iterable[MemoryTag] | None = None, *, timeout: float | None = _CONTROL_TIMEOUT) -> EngineState:

@@ -111,7 +111,19 @@ class FreedMemory:
     """Address space."""
 
     freed_bytes: int
-    """How much the process's resident memory fell; less than allocated where pages had never been touched."""
+    """How much the memory in use fell: a GPU's, or the process's resident memory; less than allocated where pages had never been
+    touched."""
+
+    free_bytes_before: int
+    """Free on the GPU as its driver says, or on the machine."""
+
+    free_bytes_after: int
+    host_bytes: int
+    """Held by the host meanwhile, for weights that are kept."""
+
+    @staticmethod
+    def from_wire(freed: Any) -> FreedMemory:
+        return FreedMemory(**{name: getattr(freed, name) for name in FreedMemory.__dataclass_fields__})
 
 
 @dataclass(frozen=True)

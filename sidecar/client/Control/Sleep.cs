@@ -6,7 +6,7 @@ public enum MemoryTags
 {
     None = 0,
 
-    /// <summary>Discarded: after waking, a full push is needed before sampling.</summary>
+    /// <summary>Discarded unless kept: after waking, a full push is then needed before sampling.</summary>
     Weights = 1,
 
     /// <summary>Keys and values, cached prefixes included.</summary>
@@ -17,8 +17,14 @@ public enum MemoryTags
 
 /// <param name="Tag">One tag.</param>
 /// <param name="AllocatedBytes">Address space.</param>
-/// <param name="FreedBytes">Measured decrease of the sidecar's resident memory; pages never touched do not count.</param>
-public readonly record struct FreedMemory(MemoryTags Tag, long AllocatedBytes, long FreedBytes);
+/// <param name="FreedBytes">
+/// Measured decrease of the memory in use: a GPU's, or the sidecar's resident memory, where pages never touched do not count.
+/// </param>
+/// <param name="FreeBytesBefore">Free on the GPU as its driver says, or on the machine.</param>
+/// <param name="FreeBytesAfter">The same afterwards.</param>
+/// <param name="HostBytes">Held by the host meanwhile, for weights that are kept.</param>
+public readonly record struct FreedMemory(
+    MemoryTags Tag, long AllocatedBytes, long FreedBytes, long FreeBytesBefore, long FreeBytesAfter, long HostBytes);
 
 /// <param name="State">State of the engine now.</param>
 /// <param name="Freed">Memory that was awake before and sleeps now.</param>

@@ -40,12 +40,13 @@ internal sealed class EngineControl(EngineHost host, SharedSegment segment, ILog
     /// <summary>
     /// Frees the memory of these tags. Returns what each tag that was awake has freed, and the engine's state afterwards.
     /// </summary>
-    public async Task<(IReadOnlyList<FreedMemory> Freed, EngineStatus Status)> SleepAsync(MemoryTags tags)
+    /// <inheritdoc cref="RolloutEngine.SleepAsync"/>
+    public async Task<(IReadOnlyList<FreedMemory> Freed, EngineStatus Status)> SleepAsync(MemoryTags tags, bool keepWeights)
     {
-        IReadOnlyList<FreedMemory> freed = await host.Engine.SleepAsync(tags);
+        IReadOnlyList<FreedMemory> freed = await host.Engine.SleepAsync(tags, keepWeights);
         EngineStatus status = host.Engine.Status;
         if (status.Asleep.HasFlag(MemoryTags.Weights)) segment.Discard();
-        foreach (FreedMemory memory in freed) Log.Slept(logger, memory.Tag.ToString(), memory.FreedBytes, memory.AllocatedBytes);
+        foreach (FreedMemory one in freed) Log.Slept(logger, one.Tag.ToString(), one.FreedBytes, one.AllocatedBytes, one.HostBytes);
         return (freed, status);
     }
 

@@ -47,7 +47,7 @@ internal sealed class ControlGrpcService(EngineHost host, EngineControl control)
 
     public override async Task<SleepReply> Sleep(SleepRequest request, ServerCallContext context)
     {
-        (IReadOnlyList<Engine.FreedMemory> freed, EngineStatus status) = await control.SleepAsync(Tags(request.Tags));
+        (IReadOnlyList<Engine.FreedMemory> freed, EngineStatus status) = await SleepAsync(Tags(request.Tags), request.KeepWeights);
         SleepReply reply = new() { State = ToWire(status.State), Asleep = { ToWire(status.Asleep) } };
         foreach (Engine.FreedMemory memory in freed)
         {
@@ -56,6 +56,9 @@ internal sealed class ControlGrpcService(EngineHost host, EngineControl control)
                 Tag = ToWire(memory.Tag).Single(),
                 AllocatedBytes = (ulong)memory.AllocatedBytes,
                 FreedBytes = (ulong)memory.FreedBytes,
+                FreeBytesBefore = (ulong)memory.FreeBytesBefore,
+                FreeBytesAfter = (ulong)memory.FreeBytesAfter,
+                HostBytes = (ulong)memory.HostBytes,
             });
         }
 
@@ -66,6 +69,18 @@ internal sealed class ControlGrpcService(EngineHost host, EngineControl control)
     {
         MemoryTags asleep = await control.WakeUpAsync(Tags(request.Tags));
         return new WakeUpReply { State = ToWire(host.Engine.Status.State), Asleep = { ToWire(asleep) } };
+    }
+
+    private async Task<(IReadOnlyList<Engine.FreedMemory> Freed, EngineStatus Status)> SleepAsync(MemoryTags tags, bool keepWeights)
+    {
+        try
+        {
+            return await control.SleepAsync(tags, keepWeights);
+        }
+        catch (InvalidRequestException e)
+        {
+            throw FieldNames.Sleep.Rename(e);
+        }
     }
 
     /// <summary>No tags mean all.</summary>

@@ -40,6 +40,9 @@ internal sealed class FieldNames
     /// <summary>Names of <see cref="Control.EngineControl.PauseAsync"/>'s parameters.</summary>
     public static FieldNames Pause { get; } = new(new() { ["lease"] = "lease_milliseconds", ["owner"] = "owner" });
 
+    /// <summary>Names of <see cref="Control.EngineControl.SleepAsync"/>'s parameters.</summary>
+    public static FieldNames Sleep { get; } = new(new() { ["keepWeights"] = "keep_weights" });
+
     public static FieldNames Update { get; } = new(new()
     {
         [nameof(UpdateManifest.Tensors)] = "manifest",

@@ -64,20 +64,30 @@ public sealed class ControlTests : FakeSidecarTests
         Fake.Sleep = request =>
         {
             Assert.Equal(sent, request.Tags);
+            Assert.Equal(tags == MemoryTags.All, request.KeepWeights);
             return new V1.SleepReply
             {
                 State = V1.EngineState.Sleeping,
                 Asleep = { V1.MemoryTag.KvCache, V1.MemoryTag.Weights },
                 Freed =
                 {
-                    request.Tags.Select(tag => new V1.FreedMemory { Tag = tag, AllocatedBytes = 5UL << 32, FreedBytes = 3UL << 32 }),
+                    request.Tags.Select(tag => new V1.FreedMemory
+                    {
+                        Tag = tag,
+                        AllocatedBytes = 5UL << 32,
+                        FreedBytes = 3UL << 32,
+                        FreeBytesBefore = 1UL << 32,
+                        FreeBytesAfter = 4UL << 32,
+                        HostBytes = 2UL << 32,
+                    }),
                 },
             };
         };
-        SleepResult slept = await Client.SleepAsync(tags, cancellationToken: Token);
+        SleepResult slept = await Client.SleepAsync(tags, keepWeights: tags == MemoryTags.All, cancellationToken: Token);
         Assert.Equal((EngineState.Sleeping, MemoryTags.All), (slept.State, slept.Asleep));
         Assert.Equal(tags, slept.Freed.Aggregate(MemoryTags.None, (all, freed) => all | freed.Tag));
-        Assert.All(slept.Freed, freed => Assert.Equal((5L << 32, 3L << 32), (freed.AllocatedBytes, freed.FreedBytes)));
+        Assert.All(
+            slept.Freed, freed => Assert.Equal(new FreedMemory(freed.Tag, 5L << 32, 3L << 32, 1L << 32, 4L << 32, 2L << 32), freed));
 
         Fake.WakeUp = request =>
         {

@@ -16,7 +16,7 @@ public sealed class LostAnswerTests : FakeSidecarTests
         ["Status"] = (client, timeout, token) => client.StatusAsync(timeout, token),
         ["Pause"] = (client, timeout, token) => client.PauseAsync(PauseMode.Wait, "me", TimeSpan.FromSeconds(9), timeout, token),
         ["Resume"] = (client, timeout, token) => client.ResumeAsync(timeout, token),
-        ["Sleep"] = (client, timeout, token) => client.SleepAsync(MemoryTags.All, timeout, token),
+        ["Sleep"] = (client, timeout, token) => client.SleepAsync(MemoryTags.All, timeout: timeout, cancellationToken: token),
         ["WakeUp"] = (client, timeout, token) => client.WakeUpAsync(MemoryTags.All, timeout, token),
         ["Describe"] = (client, timeout, token) => client.DescribeWeightsAsync(timeout, token),
         ["Score"] = (client, timeout, token) => client.ScoreAsync(s_prompt, timeout: timeout, cancellationToken: token),

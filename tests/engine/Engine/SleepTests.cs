@@ -72,6 +72,19 @@ public sealed class SleepTests
     }
 
     [Fact]
+    public async Task A_cpu_keeps_no_weights_because_they_are_in_the_hosts_memory_already()
+    {
+        await using RolloutEngine engine = TestModels.Load("qwen3");
+        foreach (MemoryTags tags in (MemoryTags[])[MemoryTags.All, MemoryTags.Weights, MemoryTags.KvCache])
+        {
+            InvalidRequestException e = await Assert.ThrowsAsync<InvalidRequestException>(() => engine.SleepAsync(tags, keepWeights: true));
+            Assert.Equal("keepWeights", Assert.Single(e.Problems).Field);
+        }
+
+        Assert.Equal(EngineState.Running, engine.Status.State);
+    }
+
+    [Fact]
     public async Task Weights_that_slept_are_not_served()
     {
         await using RolloutEngine engine = TestModels.Load("qwen3");

@@ -67,6 +67,9 @@ internal static class SimulatedDevice
             set(text);
     }
 
+    /// <summary>Host memory that this process has pinned, in whole pages.</summary>
+    public static unsafe long PinnedBytes => (long)((delegate* unmanaged<nuint>)Export("cuSimPinnedBytes"))();
+
     /// <summary>Communicators of this process that were created and not freed.</summary>
     public static unsafe int Communicators => ((delegate* unmanaged<int>)Export("cuSimCommunicators"))();
 

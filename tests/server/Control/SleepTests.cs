@@ -73,6 +73,9 @@ public sealed class SleepTests
         SleepRequest odd = new() { Tags = { MemoryTag.KvCache, (MemoryTag)9 } };
         RpcException unknown = await Calls.FailsAsync(() => server.Control.SleepAsync(odd).ResponseAsync, StatusCode.InvalidArgument);
         Assert.Contains("memory tag 9", unknown.Status.Detail, StringComparison.Ordinal);
+        SleepRequest kept = new() { KeepWeights = true };
+        unknown = await Calls.FailsAsync(() => server.Control.SleepAsync(kept).ResponseAsync, StatusCode.InvalidArgument);
+        Assert.StartsWith("keep_weights: needs a device", unknown.Status.Detail, StringComparison.Ordinal);
         WakeUpRequest unnamed = new() { Tags = { MemoryTag.Unspecified } };
         await Calls.FailsAsync(() => server.Control.WakeUpAsync(unnamed).ResponseAsync, StatusCode.InvalidArgument);
         await HealthAsync(server, generates: true);
