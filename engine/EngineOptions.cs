@@ -100,4 +100,15 @@ public sealed record EngineStatus
     public string? UpdateOwner { get; init; }
 
     public MemoryTags Asleep { get; init; }
+
+    public MemoryInUse Memory { get; init; }
 }
+
+/// <summary>Bytes of the device, by what they are used for. What sleeps takes none.</summary>
+/// <param name="Weights">The set in service.</param>
+/// <param name="Staging">The spare set, from the first staged update on.</param>
+/// <param name="KvCache">Keys and values.</param>
+/// <param name="Graphs">Measured by the growth of all memory in use while graphs were captured; 0 on a CPU.</param>
+/// <param name="Nccl">Measured likewise while ranks connected.</param>
+/// <param name="Free">On the device, whoever uses the rest.</param>
+public readonly record struct MemoryInUse(long Weights, long Staging, long KvCache, long Graphs, long Nccl, long Free);

@@ -51,7 +51,9 @@ public sealed partial class RolloutEngine
 
     private void Rehearse(StepLayout step, WeightSet weights)
     {
+        long before = Backend.HeldBytes;
         _transformer.Forward(step, weights, _kv, _workspace);
         _transformer.Sample(step, weights, _workspace);
+        weights.RehearsedBytes += Math.Max(0, Backend.HeldBytes - before);
     }
 }

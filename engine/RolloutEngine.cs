@@ -116,7 +116,15 @@ public sealed partial class RolloutEngine : IAsyncDisposable
         Preemptions = _scheduler.Preemptions,
         UpdateOwner = _weights.Active?.Manifest.Owner,
         Asleep = _asleep,
+        Memory = MemoryInUse(),
     };
+
+    private MemoryInUse MemoryInUse()
+    {
+        (long weights, long staging, long graphs) = _weights.MemoryInUse();
+        return new MemoryInUse(
+            weights, staging, _asleep.HasFlag(MemoryTags.KvCache) ? 0 : _kv.Bytes, graphs, Nccl: 0, Backend.AvailableBytes);
+    }
 
     private EngineState State
         => _fault is not null ? EngineState.Faulted

@@ -35,6 +35,16 @@ internal sealed class ServedWeights(Backend backend, LoadPlan plan, WeightSet lo
     /// <summary>The update in place that may write the weights in service, or null. While it is set no step may run.</summary>
     public ActiveUpdate? WrittenBy => _writtenBy;
 
+    /// <summary>Bytes that the set in service and the spare set take now, and the device's graphs that compute with them.</summary>
+    public (long Current, long Spare, long Graphs) MemoryInUse()
+    {
+        lock (_lock)
+        {
+            (WeightSet current, WeightSet? spare) = (_current, _spare);
+            return (_asleep ? 0 : current.Bytes, spare?.Bytes ?? 0, current.RehearsedBytes + (spare?.RehearsedBytes ?? 0));
+        }
+    }
+
     public (ulong Version, IReadOnlyList<DescribedWeight> Weights) Describe()
     {
         lock (_lock) return (_version, _described);

@@ -9,6 +9,7 @@ namespace Rollout.Engine;
 public sealed class WeightSet : IDisposable
 {
     private readonly WeightArena _arena;
+    private long _rehearsedBytes;
     private readonly ulong?[] _versions; // version of each weight's content; null while it is not known
 
     private WeightSet(WeightArena arena)
@@ -21,6 +22,11 @@ public sealed class WeightSet : IDisposable
 
     /// <summary>Whether the backend has run its <see cref="Backend.Rehearsals"/> with this set. Used by the loop only.</summary>
     internal bool IsRehearsed { get; set; }
+
+    /// <summary>
+    /// By how much the device's memory in use grew during the rehearsals: graphs that compute with this set. Written by the loop only.
+    /// </summary>
+    internal long RehearsedBytes { get => Volatile.Read(ref _rehearsedBytes); set => Volatile.Write(ref _rehearsedBytes, value); }
 
     public Weight this[WeightSlot slot] => _arena.Weights[slot.Index];
 

@@ -138,7 +138,9 @@ class StatusTests(Connected):
     def test_every_field_of_the_status_is_reported_under_its_name(self) -> None:
         """Each field has a different value, so that swapped fields are detected."""
         reply = wire.StatusReply(state=4, asleep=[2])
-        plain = [field for field in reply.DESCRIPTOR.fields if field.name not in ("state", "asleep")]
+        plain = [field for field in reply.DESCRIPTOR.fields if field.name not in ("state", "asleep", "memory")]
+        for number, field in enumerate(reply.memory.DESCRIPTOR.fields):
+            setattr(reply.memory, field.name, number + (1 << 40))
         for number, field in enumerate(plain):
             kind = type(field.default_value)
             large = field.cpp_type == field.CPPTYPE_UINT64
@@ -148,7 +150,9 @@ class StatusTests(Connected):
         self.assertEqual((status.state, status.asleep), ("paused", ("kv_cache",)))
         for field in plain:
             self.assertEqual(getattr(status, field.name), getattr(reply, field.name), field.name)
-        self.assertEqual(len(plain) + 2, len(status.__dataclass_fields__))
+        for field in reply.memory.DESCRIPTOR.fields:
+            self.assertEqual(getattr(status.memory, field.name), getattr(reply.memory, field.name), field.name)
+        self.assertEqual(len(plain) + 3, len(status.__dataclass_fields__))
 
     def test_states_keep_their_names_and_one_from_the_future_is_not_taken_for_another(self) -> None:
         names = ["loading", "running", "pausing", "paused", "updating", "sleeping", "poisoned", "faulted"]

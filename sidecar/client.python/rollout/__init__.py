@@ -10,7 +10,7 @@
 
 from . import checkpoint
 from .client import Rollout
-from .control import Aborted, DescribedTensor, FreedMemory, Score, Slept, Status, WeightsDescription
+from .control import Aborted, DescribedTensor, FreedMemory, MemoryInUse, Score, Slept, Status, WeightsDescription
 from .errors import (
     BatchError,
     BusyError,
@@ -39,6 +39,7 @@ __all__ = [
     "BusyError",
     "DescribedTensor",
     "FreedMemory",
+    "MemoryInUse",
     "Problem",
     "PromptInfo",
     "PushResult",

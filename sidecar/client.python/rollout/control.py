@@ -64,11 +64,35 @@ class Status:
     """Tokens of one sample, prompt included."""
 
     asleep: tuple[MemoryTag, ...]
+    memory: MemoryInUse
 
     @staticmethod
     def from_wire(reply: Any) -> Status:
-        plain = {name: getattr(reply, name) for name in Status.__dataclass_fields__ if name not in ("state", "asleep")}
-        return Status(state=state(reply), asleep=tags(reply.asleep), **plain)
+        plain = {name: getattr(reply, name) for name in Status.__dataclass_fields__ if name not in ("state", "asleep", "memory")}
+        return Status(state=state(reply), asleep=tags(reply.asleep), memory=MemoryInUse.from_wire(reply.memory), **plain)
+
+
+@dataclass(frozen=True)
+class MemoryInUse:
+    """Bytes of the sidecar's device, by what they are used for. What sleeps takes none."""
+
+    weights: int
+    staging: int
+    """A second set of weights, from the first staged push on."""
+
+    kv_cache: int
+    graphs: int
+    """A GPU's: by how much all memory in use grew while graphs were captured."""
+
+    nccl: int
+    """Likewise, while ranks connected."""
+
+    free: int
+    """Whoever uses the rest."""
+
+    @staticmethod
+    def from_wire(memory: Any) -> MemoryInUse:
+        return MemoryInUse(**{name: getattr(memory, name) for name in MemoryInUse.__dataclass_fields__})
 
 
 @dataclass(frozen=True)

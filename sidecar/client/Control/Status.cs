@@ -86,6 +86,8 @@ public sealed record SidecarStatus
 
     public MemoryTags Asleep { get; init; }
 
+    public MemoryInUse Memory { get; init; }
+
     internal static EngineState From(V1.EngineState state) => state switch
     {
         V1.EngineState.Loading => EngineState.Loading,
@@ -121,5 +123,18 @@ public sealed record SidecarStatus
         VocabSize = (int)reply.VocabSize,
         MaxContext = (int)reply.MaxContext,
         Asleep = MemoryTagsExtensions.From(reply.Asleep),
+        Memory = reply.Memory is { } used
+            ? new MemoryInUse(
+                (long)used.Weights, (long)used.Staging, (long)used.KvCache, (long)used.Graphs, (long)used.Nccl, (long)used.Free)
+            : default,
     };
 }
+
+/// <summary>Bytes of the sidecar's device, by what they are used for. What sleeps takes none.</summary>
+/// <param name="Weights">The set in service.</param>
+/// <param name="Staging">A second set, from the first staged push on.</param>
+/// <param name="KvCache">Keys and values.</param>
+/// <param name="Graphs">A GPU's: by how much all memory in use grew while graphs were captured.</param>
+/// <param name="Nccl">Likewise, while ranks connected.</param>
+/// <param name="Free">Whoever uses the rest.</param>
+public readonly record struct MemoryInUse(long Weights, long Staging, long KvCache, long Graphs, long Nccl, long Free);

@@ -124,6 +124,15 @@ internal sealed class ControlGrpcService(EngineHost host, EngineControl control)
             VocabSize = (uint)engine.Model.VocabSize,
             MaxContext = (uint)engine.MaxContext,
             Asleep = { ToWire(status.Asleep) },
+            Memory = new V1.MemoryInUse
+            {
+                Weights = (ulong)status.Memory.Weights,
+                Staging = (ulong)status.Memory.Staging,
+                KvCache = (ulong)status.Memory.KvCache,
+                Graphs = (ulong)status.Memory.Graphs,
+                Nccl = (ulong)status.Memory.Nccl,
+                Free = (ulong)status.Memory.Free,
+            },
         };
     }
 

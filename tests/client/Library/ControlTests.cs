@@ -29,13 +29,18 @@ public sealed class ControlTests : FakeSidecarTests
                 field.Accessor.SetValue(reply, value);
         }
 
+        reply.Memory = new V1.MemoryInUse
+        {
+            Weights = 1UL << 40, Staging = 2UL << 40, KvCache = 3UL << 40, Graphs = 4UL << 40, Nccl = 5UL << 40, Free = 6UL << 40,
+        };
         Fake.Weights.Says = _ => reply;
         SidecarStatus status = await Client.StatusAsync(cancellationToken: Token);
         Assert.Equal((EngineState.Paused, MemoryTags.KvCache), (status.State, status.Asleep));
+        Assert.Equal(new MemoryInUse(1L << 40, 2L << 40, 3L << 40, 4L << 40, 5L << 40, 6L << 40), status.Memory);
         foreach (PropertyInfo property in typeof(SidecarStatus).GetProperties())
         {
             object? sent = typeof(V1.StatusReply).GetProperty(property.Name)!.GetValue(reply);
-            if (property.Name is not (nameof(SidecarStatus.State) or nameof(SidecarStatus.Asleep)))
+            if (property.Name is not (nameof(SidecarStatus.State) or nameof(SidecarStatus.Asleep) or nameof(SidecarStatus.Memory)))
                 Assert.Equal($"{property.Name} {sent}", $"{property.Name} {property.GetValue(status)}");
         }
 

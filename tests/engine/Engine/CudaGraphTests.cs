@@ -91,6 +91,23 @@ public sealed class CudaGraphTests
         Assert.Equal((EngineState.Faulted, 0ul), (engine.Status.State, engine.Version));
     }
 
+    /// <summary>A simulated graph takes no memory; a real one takes megabytes, and there is one for every size of a step.</summary>
+    [Fact]
+    public async Task The_status_says_what_graphs_take_of_both_sets_of_weights()
+    {
+        SimulatedDevice.RequireSimulated();
+        using UpdatePayload payload = UpdatePayload.Of("qwen3");
+        ScriptedBackend backend = new(new CudaBackend(0)) { GraphBytes = 1 << 20 };
+        await using RolloutEngine engine = RolloutEngine.Load(TestModels.Folder("qwen3"), backend, s_options);
+        MemoryInUse loaded = engine.Status.Memory;
+        Assert.Equal((0L, backend.HeldBytes), (loaded.Staging, loaded.Graphs));
+        Assert.InRange(loaded.Graphs, 1 << 20, 64 << 20);
+        await Push(engine, payload, payload.Manifest(0, 1) with { Mode = UpdateMode.Staged });
+        Assert.Equal((loaded.Weights, 2 * loaded.Graphs), (engine.Status.Memory.Staging, engine.Status.Memory.Graphs));
+        await Push(engine, payload, payload.Manifest(1, 2) with { Mode = UpdateMode.Staged });
+        Assert.Equal((loaded.Weights, 2 * loaded.Graphs), (engine.Status.Memory.Staging, engine.Status.Memory.Graphs));
+    }
+
     [Fact]
     public async Task Graphs_survive_sleep_because_memory_keeps_its_addresses()
     {

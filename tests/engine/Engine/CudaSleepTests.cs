@@ -43,6 +43,7 @@ public sealed class CudaSleepTests
             Assert.All(freed, one => Assert.Equal(one.FreedBytes, one.FreeBytesAfter - one.FreeBytesBefore));
             Assert.All(freed, one => Assert.InRange(one.FreedBytes, one.AllocatedBytes, long.MaxValue));
             Assert.Equal(awake + freed.Sum(one => one.FreedBytes), engine.Backend.AvailableBytes);
+            Assert.Equal(new MemoryInUse(0, 0, 0, 0, 0, engine.Backend.AvailableBytes), engine.Status.Memory);
             Assert.Equal(0, freed[1].HostBytes);
             Assert.InRange(SimulatedDevice.PinnedBytes - pinned, freed[0].HostBytes, freed[0].HostBytes + 4096);
             Assert.Empty(await engine.SleepAsync(MemoryTags.All, keepWeights: true));
@@ -57,6 +58,7 @@ public sealed class CudaSleepTests
         }
 
         Assert.Equal(graphs, SimulatedDevice.Count().Graphs);
+        Assert.Equal(0, engine.Status.Memory.Staging);
         await PushAsync(engine, payload.Manifest(1, 2), payload); // the spare set is allocated again
         Assert.Equal(expected, await BitsAsync(engine));
     }

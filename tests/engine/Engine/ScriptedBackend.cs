@@ -16,6 +16,13 @@ internal sealed class ScriptedBackend(Backend? device = null) : DelegatingBacken
 
     public bool RehearsalsFail { get; set; }
 
+    /// <summary>What each rehearsal adds to the memory that the device says is in use.</summary>
+    public long GraphBytes { get; init; }
+
+    private long _graphBytes;
+
+    public override long HeldBytes => GraphBytes > 0 ? _graphBytes : base.HeldBytes;
+
     /// <summary>If set, weights are not written; their destinations and lengths are recorded here.</summary>
     public List<(long Element, int Bytes)>? Writes { get; set; }
 
@@ -69,6 +76,7 @@ internal sealed class ScriptedBackend(Backend? device = null) : DelegatingBacken
         if (step.IsRehearsal)
         {
             if (RehearsalsFail) throw new InvalidOperationException("no memory for graphs");
+            _graphBytes += GraphBytes;
             base.BeginStepCore(step);
             return;
         }
