@@ -103,7 +103,7 @@ public sealed partial class RolloutEngine
         string problem = tags.HasFlag(MemoryTags.Weights)
             ? $"needs a device with memory of its own: on {Backend.Name} the weights are in the host's memory"
             : "keeps weights that are to sleep, and these are not";
-        throw new InvalidRequestException([new Problem(nameof(keepWeights), problem)]);
+        throw new InvalidRequestException(new([new Problem(nameof(keepWeights), problem)]));
     }
 
     private FreedMemory Free(MemoryTags tag, Func<(long Allocated, long OnHost)> free)

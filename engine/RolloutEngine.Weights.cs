@@ -16,7 +16,7 @@ public sealed partial class RolloutEngine
     /// Another update is in progress (the message names its owner), or the weights sleep.
     /// </exception>
     /// <exception cref="NoRoomException">Staging was requested and the device has no memory for it.</exception>
-    public WeightUpdate BeginUpdate(UpdateManifest manifest, IReadOnlyList<Problem>? alsoWrong = null)
+    public WeightUpdate BeginUpdate(UpdateManifest manifest, ProblemList? alsoWrong = null)
     {
         ThrowIfDown();
         Metrics.Started();

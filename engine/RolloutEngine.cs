@@ -282,7 +282,7 @@ public sealed partial class RolloutEngine : IAsyncDisposable
     {
         ThrowIfDown();
         if (Refusal() is { } refusal) throw refusal;
-        List<Problem> problems = [.. _validator.Validate(request)];
+        ProblemList problems = _validator.Validate(request);
         if (_groups.ContainsKey(request.Id)) problems.Add(new(nameof(request.Id), $"'{request.Id}' is in flight already"));
         if (problems.Count > 0) throw new InvalidRequestException(problems);
 
@@ -307,7 +307,7 @@ public sealed partial class RolloutEngine : IAsyncDisposable
         if (!_groups.TryAdd(request.Id, group))
         {
             Interlocked.Add(ref _unfinishedSamples, -request.N);
-            throw new InvalidRequestException([new(nameof(request.Id), $"'{request.Id}' is in flight already")]);
+            throw new InvalidRequestException(new([new(nameof(request.Id), $"'{request.Id}' is in flight already")]));
         }
 
         Post(() =>

@@ -6,9 +6,6 @@ namespace Rollout.Engine;
 /// </summary>
 public sealed class InvalidModelException : Exception
 {
-    // A hostile header can hold millions of problems; a message must stay readable in a log.
-    private const int ProblemsInMessage = 50;
-
     public InvalidModelException(string path, IReadOnlyList<string> problems, Exception? inner = null)
         : base(Describe(path, problems), inner)
     {
@@ -45,8 +42,9 @@ public sealed class InvalidModelException : Exception
     {
         if (problems.Count == 1)
             return $"{path}: {problems[0]}";
-        IEnumerable<string> lines = problems.Take(ProblemsInMessage).Select(problem => "\n  " + problem);
-        string rest = problems.Count > ProblemsInMessage ? $"\n  and {problems.Count - ProblemsInMessage} more" : "";
+        // A hostile header can hold millions of problems; a message must stay readable in a log.
+        IEnumerable<string> lines = problems.Take(ProblemList.Most).Select(problem => "\n  " + problem);
+        string rest = problems.Count > ProblemList.Most ? $"\n  and {problems.Count - ProblemList.Most} more" : "";
         return $"{path}: {problems.Count} problems{string.Concat(lines)}{rest}";
     }
 }

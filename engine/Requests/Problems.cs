@@ -23,14 +23,16 @@ public readonly record struct Problem(string Field, string Message, string Other
     }
 
     public override string ToString()
-        => Other.Length == 0 ? $"{Field}: {Message}" : $"{Field}: {Message.Replace(OtherField, Other, StringComparison.Ordinal)}";
+        => Field.Length == 0 ? Message
+            : Other.Length == 0 ? $"{Field}: {Message}"
+            : $"{Field}: {Message.Replace(OtherField, Other, StringComparison.Ordinal)}";
 }
 
-/// <summary>An invalid request: sending it again cannot succeed. Lists every problem.</summary>
-public sealed class InvalidRequestException(IReadOnlyList<Problem> problems)
-    : Exception(string.Join("; ", problems))
+/// <summary>An invalid request: sending it again cannot succeed. Lists every problem, as far as there is room.</summary>
+public sealed class InvalidRequestException(ProblemList problems)
+    : Exception(problems.ToString())
 {
-    public IReadOnlyList<Problem> Problems { get; } = problems;
+    public ProblemList Problems { get; } = problems;
 }
 
 /// <summary>The engine has no room for the request now; the same request may be accepted later.</summary>

@@ -13,9 +13,9 @@ public sealed class RequestValidator(int vocabSize, int maxContext, bool hasToke
     private const int MaxBiases = 4096;
 
     /// <summary>All problems, each naming its field as <see cref="GroupRequest"/> does; empty when the request may run.</summary>
-    public IReadOnlyList<Problem> Validate(GroupRequest request)
+    public ProblemList Validate(GroupRequest request)
     {
-        List<Problem> problems = [];
+        ProblemList problems = [];
         void Check(bool good, string field, string message, string other = "")
         {
             if (!good) problems.Add(new Problem(field, message, other));
@@ -53,8 +53,9 @@ public sealed class RequestValidator(int vocabSize, int maxContext, bool hasToke
         CheckIds(request.LogitBias.Keys, nameof(request.LogitBias));
         foreach ((int id, float bias) in request.LogitBias)
         {
-            Check(float.IsFinite(bias) || float.IsNegativeInfinity(bias), $"{nameof(request.LogitBias)}[{id}]",
-                $"must be finite, or negative infinity to forbid, is {bias}");
+            if (float.IsFinite(bias) || float.IsNegativeInfinity(bias)) continue;
+            problems.Add(new($"{nameof(request.LogitBias)}[{id}]", $"must be finite, or negative infinity to forbid, is {bias}"));
+            break; // one is enough, as above
         }
 
         if (request.MaxTokens is { } maxTokens)

@@ -54,15 +54,15 @@ internal sealed class ServedWeights(Backend backend, LoadPlan plan, WeightSet lo
     /// <param name="alsoWrong">Problems that the caller has found already.</param>
     /// <param name="state">The engine's, for the message of a refusal.</param>
     /// <inheritdoc cref="RolloutEngine.BeginUpdate"/>
-    public ActiveUpdate Begin(UpdateManifest manifest, IReadOnlyList<Problem> alsoWrong, EngineState state)
+    public ActiveUpdate Begin(UpdateManifest manifest, ProblemList alsoWrong, EngineState state)
     {
         lock (_lock)
         {
             if (_active is { Manifest: var other })
                 throw new EngineStateException(state, $"'{other.Owner}' is updating the weights to version {other.NewVersion}");
             if (_asleep) throw new EngineStateException(EngineState.Sleeping, "the weights are asleep: wake them before an update");
-            IReadOnlyList<Problem> problems =
-                [.. alsoWrong, .. UpdatePreflight.Check(manifest, plan, backend.WeightFormat, _version, _poison)];
+            ProblemList problems = new(alsoWrong);
+            problems.AddRange(UpdatePreflight.Check(manifest, plan, backend.WeightFormat, _version, _poison));
             if (problems.Count > 0) throw new UpdateRejectedException(problems);
 
             UpdateMode mode = ModeOf(manifest);

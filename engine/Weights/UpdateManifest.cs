@@ -85,10 +85,10 @@ public sealed record UpdateManifest
 }
 
 /// <summary>Problems found by the preflight; no byte has been sent.</summary>
-public sealed class UpdateRejectedException(IReadOnlyList<Problem> problems)
-    : Exception($"the update was rejected: {string.Join("; ", problems)}")
+public sealed class UpdateRejectedException(ProblemList problems)
+    : Exception($"the update was rejected: {problems}")
 {
-    public IReadOnlyList<Problem> Problems { get; } = problems;
+    public ProblemList Problems { get; } = problems;
 }
 
 /// <summary>Why an update did not commit; the label of a metric.</summary>

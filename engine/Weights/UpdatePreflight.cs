@@ -10,10 +10,10 @@ internal static class UpdatePreflight
     /// <param name="servedVersion">Of the weights in service.</param>
     /// <param name="format">How the device stores matrices.</param>
     /// <param name="poison">Why the weights in service cannot be trusted, or null.</param>
-    public static IReadOnlyList<Problem> Check(
+    public static ProblemList Check(
         UpdateManifest manifest, LoadPlan plan, WeightFormat format, ulong servedVersion, string? poison)
     {
-        List<Problem> problems = [];
+        ProblemList problems = [];
         if (manifest.BaseVersion != servedVersion)
             problems.Add(new(nameof(manifest.BaseVersion), $"is {manifest.BaseVersion}, but version {servedVersion} is being served"));
         if (manifest.NewVersion <= servedVersion)
@@ -27,9 +27,9 @@ internal static class UpdatePreflight
         foreach (ManifestTensor tensor in manifest.Tensors)
         {
             if (!seen.Add(tensor.Name)) problems.Add(new(Field(tensor.Name), "named twice"));
-            int found = problems.Count;
+            int found = problems.Found;
             CheckTensor(tensor, plan, format, problems);
-            if (problems.Count > found) continue; // its length is not known
+            if (problems.Found > found) continue; // its length is not known
             if (tensor.Offset < end)
             {
                 problems.Add(new(Field(tensor.Name), before is null
@@ -58,7 +58,7 @@ internal static class UpdatePreflight
         return problems;
     }
 
-    private static void CheckTensor(ManifestTensor tensor, LoadPlan plan, WeightFormat format, List<Problem> problems)
+    private static void CheckTensor(ManifestTensor tensor, LoadPlan plan, WeightFormat format, ProblemList problems)
     {
         if (tensor.Type is not (DType.BFloat16 or DType.Float16 or DType.Float32))
             problems.Add(new(Field(tensor.Name), "dtype must be BF16, F16 or F32"));

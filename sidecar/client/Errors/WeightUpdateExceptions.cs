@@ -19,7 +19,7 @@ public enum UpdateOutcome
 /// <summary>One thing wrong with an update's manifest or versions.</summary>
 public readonly record struct UpdateProblem(string Field, string Message)
 {
-    public override string ToString() => $"{Field}: {Message}";
+    public override string ToString() => Field.Length == 0 ? Message : $"{Field}: {Message}";
 }
 
 /// <summary>The preflight found problems; no byte was sent and the old weights are still served.</summary>

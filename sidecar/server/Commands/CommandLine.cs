@@ -67,6 +67,7 @@ internal static class CommandLine
 
     private static void Complain(IReadOnlyList<string> lines)
     {
-        foreach (string line in lines) Console.Error.WriteLine($"rollout: {line}");
+        foreach (string line in lines.Take(ProblemList.Most)) Console.Error.WriteLine($"rollout: {line}");
+        if (lines.Count > ProblemList.Most) Console.Error.WriteLine($"rollout: and {lines.Count - ProblemList.Most} more");
     }
 }

@@ -17,9 +17,9 @@ internal sealed class EngineControl(EngineHost host, SharedSegment segment, ILog
     /// <param name="cancellation">Cancelled when the client disconnects.</param>
     /// <exception cref="InvalidRequestException">Lists everything wrong with the request, by the names of these parameters.</exception>
     public async Task<PauseResult> PauseAsync(
-        PauseMode mode, string owner, TimeSpan lease, IReadOnlyList<Problem> alsoWrong, CancellationToken cancellation)
+        PauseMode mode, string owner, TimeSpan lease, ProblemList alsoWrong, CancellationToken cancellation)
     {
-        List<Problem> problems = [.. alsoWrong];
+        ProblemList problems = new(alsoWrong);
         if (lease == TimeSpan.Zero) problems.Add(new Problem(nameof(lease), "must be given: the pause ends by itself after it"));
         if (owner.Length > MaxOwner) problems.Add(new Problem(nameof(owner), $"at most {MaxOwner} characters, has {owner.Length}"));
         if (problems.Count > 0) throw new InvalidRequestException(problems);

@@ -50,7 +50,7 @@ internal sealed class GroupStream : IAsyncDisposable
     /// <exception cref="InvalidRequestException">Lists everything wrong with the request.</exception>
     /// <exception cref="NoRoomException">Try again later.</exception>
     public static GroupStream Start(
-        RolloutEngine engine, GroupRequest request, bool promptWasText, bool returnText, IReadOnlyList<Problem> alsoWrong)
+        RolloutEngine engine, GroupRequest request, bool promptWasText, bool returnText, ProblemList alsoWrong)
         => new(engine, Submit(engine, request, alsoWrong), promptWasText, returnText);
 
     /// <summary>Scores the prompt of a request. The result is in the group.</summary>
@@ -58,7 +58,7 @@ internal sealed class GroupStream : IAsyncDisposable
     /// <exception cref="NoRoomException">Try again later.</exception>
     /// <exception cref="ScoreFailedException">It was aborted or failed.</exception>
     public static async Task<Group> ScoreAsync(
-        RolloutEngine engine, GroupRequest request, IReadOnlyList<Problem> alsoWrong, CancellationToken cancellation)
+        RolloutEngine engine, GroupRequest request, ProblemList alsoWrong, CancellationToken cancellation)
     {
         Group group = Submit(engine, request, alsoWrong);
         try
@@ -122,13 +122,15 @@ internal sealed class GroupStream : IAsyncDisposable
 
     public async ValueTask DisposeAsync() => await AbortAsync();
 
-    private static Group Submit(RolloutEngine engine, GroupRequest request, IReadOnlyList<Problem> alsoWrong)
+    private static Group Submit(RolloutEngine engine, GroupRequest request, ProblemList alsoWrong)
     {
         if (alsoWrong.Count == 0) return engine.Submit(request);
 
         // Problems that the engine finds in the rest belong in the same answer.
         RequestValidator validator = new(engine.Model.VocabSize, engine.MaxContext, hasTokenizer: true);
-        throw new InvalidRequestException([.. alsoWrong, .. validator.Validate(request)]);
+        ProblemList problems = new(alsoWrong);
+        problems.AddRange(validator.Validate(request));
+        throw new InvalidRequestException(problems);
     }
 
     private static void ThrowIfFaulted(RolloutEngine engine)

@@ -12,9 +12,9 @@ internal abstract class RequestReader(Tokenizer? tokenizer)
     // Replaces a prompt that is reported as a problem, so that the engine does not report it again.
     private static readonly int[] s_anyPrompt = [0, 0];
 
-    private readonly List<Problem> _problems = [];
+    private readonly ProblemList _problems = [];
 
-    public IReadOnlyList<Problem> Problems => _problems;
+    public ProblemList Problems => _problems;
 
     protected static string IdOrNew(string id) => id.Length > 0 ? id : $"server-{Guid.CreateVersion7():N}";
 

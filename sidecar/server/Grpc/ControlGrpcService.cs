@@ -17,7 +17,7 @@ internal sealed class ControlGrpcService(EngineHost host, EngineControl control)
 
     public override async Task<PauseReply> Pause(PauseRequest request, ServerCallContext context)
     {
-        List<Problem> problems = [];
+        ProblemList problems = [];
         Engine.PauseMode mode = Engine.PauseMode.Keep;
         switch (request.Mode)
         {
@@ -86,9 +86,9 @@ internal sealed class ControlGrpcService(EngineHost host, EngineControl control)
     /// <summary>No tags mean all.</summary>
     private static MemoryTags Tags(IReadOnlyCollection<MemoryTag> tags)
     {
-        Problem[] problems = [.. tags.Where(tag => tag is not (MemoryTag.Weights or MemoryTag.KvCache))
-            .Select(tag => new Problem("tags", $"this server knows no memory tag {(int)tag}: WEIGHTS, KV_CACHE, or none for all"))];
-        if (problems.Length > 0) throw new InvalidRequestException(problems);
+        ProblemList problems = new(tags.Where(tag => tag is not (MemoryTag.Weights or MemoryTag.KvCache)).Distinct()
+            .Select(tag => new Problem("tags", $"this server knows no memory tag {(int)tag}: WEIGHTS, KV_CACHE, or none for all")));
+        if (problems.Count > 0) throw new InvalidRequestException(problems);
         return tags.Count == 0 ? MemoryTags.All
             : tags.Aggregate(MemoryTags.None, (all, tag) => all | (tag == MemoryTag.Weights ? MemoryTags.Weights : MemoryTags.KvCache));
     }

@@ -62,8 +62,9 @@ internal sealed class ErrorInterceptor(ILogger<ErrorInterceptor> logger) : Inter
             return new RpcException(new Status(StatusCode.Cancelled, "the client has disconnected"));
         if (Errors.ToStatus(exception) is { } status)
         {
-            Log.Refused(logger, context.Method, status.StatusCode.ToString(), status.Detail);
-            return new RpcException(status);
+            string text = StatusText.Capped(status.Detail);
+            Log.Refused(logger, context.Method, status.StatusCode.ToString(), text);
+            return new RpcException(new Status(status.StatusCode, text));
         }
 
         Log.Unexpected(logger, context.Method, exception);

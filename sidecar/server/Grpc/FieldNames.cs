@@ -52,10 +52,10 @@ internal sealed class FieldNames
     });
 
     /// <summary>The same problems with rollout.v1's names. Problems that have them already are not changed.</summary>
-    public InvalidRequestException Rename(InvalidRequestException exception) => new([.. Rename(exception.Problems)]);
+    public InvalidRequestException Rename(InvalidRequestException exception) => new(Rename(exception.Problems));
 
     /// <inheritdoc cref="Rename(InvalidRequestException)"/>
-    public IEnumerable<Problem> Rename(IEnumerable<Problem> problems) => problems.Select(problem => problem.Rename(Name, NameInMessage));
+    public ProblemList Rename(ProblemList problems) => problems.Rename(Name, NameInMessage);
 
     private string Name(string field) => _names.GetValueOrDefault(field, field);
 

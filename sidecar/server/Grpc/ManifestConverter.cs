@@ -13,9 +13,9 @@ internal static class ManifestConverter
     private const int MaxDimensions = 8;
 
     /// <summary>The manifest, and the values that could not be converted; the preflight finds all other problems.</summary>
-    public static (UpdateManifest Manifest, IReadOnlyList<Engine.Problem> Problems) Convert(BeginUpdate begin)
+    public static (UpdateManifest Manifest, ProblemList Problems) Convert(BeginUpdate begin)
     {
-        List<Engine.Problem> problems = UnknownFields.Of(begin);
+        ProblemList problems = UnknownFields.Of(begin);
         if (begin.Manifest.Count == 0) problems.Add(new("manifest", "names no tensor"));
         if (begin.PayloadBytes > long.MaxValue) problems.Add(new("payload_bytes", $"{begin.PayloadBytes} is more than any file can hold"));
         if (begin.Owner.Length > MaxOwner) problems.Add(new("owner", $"at most {MaxOwner} characters, has {begin.Owner.Length}"));
@@ -56,7 +56,7 @@ internal static class ManifestConverter
         _ => TensorDType.F32,
     };
 
-    private static Engine.ManifestTensor Convert(V1.ManifestTensor tensor, List<Engine.Problem> problems)
+    private static Engine.ManifestTensor Convert(V1.ManifestTensor tensor, ProblemList problems)
     {
         // An unknown type fails the preflight, together with all other problems of the tensor.
         DType type = tensor.Dtype switch
@@ -72,7 +72,7 @@ internal static class ManifestConverter
         return new Engine.ManifestTensor(tensor.Name, type, Shape(tensor, problems), (long)(tensor.Offset & long.MaxValue), sparse);
     }
 
-    private static long[] Shape(V1.ManifestTensor tensor, List<Engine.Problem> problems)
+    private static long[] Shape(V1.ManifestTensor tensor, ProblemList problems)
     {
         if (tensor.Shape.Count > MaxDimensions)
         {

@@ -70,10 +70,12 @@ internal sealed class RequestConverter(Tokenizer? tokenizer) : RequestReader(tok
         if (ids.Count == 0) return [];
         uint[] wire = new uint[ids.Count];
         ids.CopyTo(wire, 0);
+        int wrong = 0;
         for (int i = 0; i < wire.Length; i++)
         {
             if (wire[i] <= int.MaxValue) continue;
-            Report($"{field}[{i}]", $"{wire[i]} is not a token id");
+            // One is enough: a trainer that pads with -100 sends thousands.
+            if (wrong++ == 0) Report($"{field}[{i}]", $"{wire[i]} is not a token id");
             wire[i] = 0;
         }
 
@@ -85,8 +87,14 @@ internal sealed class RequestConverter(Tokenizer? tokenizer) : RequestReader(tok
         Dictionary<int, float> bias = new(wire.Count);
         foreach ((uint id, float value) in wire)
         {
-            if (id <= int.MaxValue) bias[(int)id] = value;
-            else Report($"sampling.logit_bias[{id}]", $"{id} is not a token id");
+            if (id <= int.MaxValue)
+            {
+                bias[(int)id] = value;
+                continue;
+            }
+
+            Report($"sampling.logit_bias[{id}]", $"{id} is not a token id");
+            break;
         }
 
         return bias;

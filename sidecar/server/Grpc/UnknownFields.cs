@@ -14,26 +14,30 @@ internal static class UnknownFields
     /// <exception cref="InvalidRequestException">Lists every unknown field by its path and number.</exception>
     public static void Refuse(IMessage message)
     {
-        List<Problem> problems = Of(message);
+        ProblemList problems = Of(message);
         if (problems.Count > 0) throw new InvalidRequestException(problems);
     }
 
     /// <summary>One problem for each unknown field.</summary>
-    public static List<Problem> Of(IMessage message)
+    public static ProblemList Of(IMessage message)
     {
-        List<Problem> problems = [];
+        ProblemList problems = [];
         using CodedInputStream input = new(message.ToByteArray());
         Find(input, message.Descriptor, "", problems);
         return problems;
     }
 
-    private static void Find(CodedInputStream input, MessageDescriptor type, string path, List<Problem> problems)
+    private static void Find(CodedInputStream input, MessageDescriptor type, string path, ProblemList problems)
     {
         while (input.ReadTag() is var tag and not 0)
         {
             int number = WireFormat.GetTagFieldNumber(tag);
             FieldDescriptor? field = type.FindFieldByNumber(number);
-            if (field is null)
+            if (field is null && problems.IsFull)
+            {
+                problems.AddUndescribed();
+            }
+            else if (field is null)
             {
                 string name = path + number.ToString(CultureInfo.InvariantCulture);
                 problems.Add(new Problem(name, $"this server knows no field {number} of {type.FullName}; the client may be newer"));

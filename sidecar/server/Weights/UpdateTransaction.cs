@@ -56,7 +56,7 @@ internal sealed class UpdateTransaction(
             deadline.CancelAfter(TimeSpan.FromMilliseconds(Math.Min(milliseconds, uint.MaxValue - 1)));
             late = $"the deadline of {milliseconds} ms for the whole update passed";
             _owner = begin.Owner;
-            (UpdateManifest manifest, IReadOnlyList<Engine.Problem> problems) = ManifestConverter.Convert(begin);
+            (UpdateManifest manifest, ProblemList problems) = ManifestConverter.Convert(begin);
             _update = engine.BeginUpdate(manifest, problems);
             V1.UpdateMode mode = ManifestConverter.ToWire(_update.Mode);
             Log.UpdateBegun(logger, begin.BaseVersion, begin.NewVersion, _owner, begin.Manifest.Count, begin.PayloadBytes,
@@ -232,8 +232,8 @@ internal sealed class UpdateTransaction(
 
     private static void RefuseUnknownFields(UpdateRequest request)
     {
-        List<Engine.Problem> unknown = UnknownFields.Of(request);
-        if (unknown.Count > 0) throw Failed(string.Join("; ", unknown));
+        ProblemList unknown = UnknownFields.Of(request);
+        if (unknown.Count > 0) throw Failed(unknown.ToString());
     }
 
     /// <summary>

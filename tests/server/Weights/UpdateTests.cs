@@ -110,7 +110,7 @@ public sealed class UpdateTests : IAsyncLifetime
         await RejectedAsync(begin => begin.NewVersion = 0, "new_version");
         await RejectedAsync(begin => begin.Manifest[3].Name = begin.Manifest[2].Name, s_payload.Manifest[2].Name);
         await RejectedAsync(begin => begin.Manifest[3].Offset = begin.Manifest[2].Offset, s_payload.Manifest[3].Name);
-        await RejectedAsync(begin => begin.PayloadBytes = 1000, s_payload.Manifest[^1].Name);
+        await RejectedAsync(begin => begin.PayloadBytes = 1000, s_payload.Manifest[0].Name, "and ", " more");
         await RejectedAsync(begin => begin.PayloadBytes *= 1000, "payload_bytes");
         await RejectedAsync(begin =>
         {
