@@ -93,6 +93,9 @@ class FakeWeights:
         self.poisoned = self.updating = False
         self.tensors: dict[str, bytes] = {}
         self.begun: list[Any] = []
+        self.segment: Any = None  # lent with Ready
+        self.behind = 0  # windows of shared memory that it leaves unread while more are to come
+        self.windows: list[Any] = []
         self.arrived: Hook | None = None  # called with the step's name and the request when a message has arrived
         self.done: Hook | None = None  # ... and when it has been handled, before it is answered
         self.says: Callable[[], Any] | None = None  # replaces the status reply
@@ -106,6 +109,7 @@ class FakeWeights:
 
     def update(self, requests: Iterator[Any]) -> Iterator[Any]:
         self.updating, in_place, begin, payload = True, False, None, bytearray()
+        unread: list[Any] = []
         try:
             for request in requests:
                 step = request.WhichOneof("step")
@@ -117,18 +121,33 @@ class FakeWeights:
                     self.begun.append(begin)
                     problem = {"field": "base_version", "message": f"{self.version} is served"}
                     fits = begin.base_version == self.version
-                    reply = {"ready": {"mode": self.mode}} if fits else {"rejected": {"problems": [problem]}}
+                    lent = self.segment if begin.segment_bytes > 0 else None
+                    reply = {"ready": {"mode": self.mode, "segment": lent}} if fits else {"rejected": {"problems": [problem]}}
                 elif step == "chunk":
                     payload[request.chunk.offset : request.chunk.offset + len(request.chunk.data)] = request.chunk.data
                     reply = {"progress": {"payload_bytes": request.chunk.offset + len(request.chunk.data)}}
                 elif step == "shared_memory":
-                    payload[:] = Path(request.shared_memory.path).read_bytes()[: len(payload)]
+                    self.windows.append(request.shared_memory)
+                    unread.append(request.shared_memory)
+                    left = self.behind if _end(request.shared_memory) < len(payload) else 0
+                    reply = {}
+                    while len(unread) > left:
+                        window = unread.pop(0)
+                        content = Path(window.path).read_bytes()[window.offset : window.offset + window.bytes]
+                        payload[window.payload_offset : _end(window)] = content
+                        reply = {"progress": {"payload_bytes": _end(window)}}
+                elif step == "file":
+                    content = Path(request.file.path).read_bytes()
+                    payload[:] = content[8 + int.from_bytes(content[:8], "little") :]
                     reply = {"progress": {"payload_bytes": len(payload)}}
                 elif step == "commit":
                     for tensor in begin.manifest:
                         size = {1: 2, 2: 2, 3: 4}[tensor.dtype]
-                        for dimension in tensor.shape:
-                            size *= dimension
+                        if tensor.HasField("sparse_count"):
+                            size = (4 + size) * tensor.sparse_count
+                        else:
+                            for dimension in tensor.shape:
+                                size *= dimension
                         self.tensors[tensor.name] = bytes(payload[tensor.offset : tensor.offset + size])
                     self.version, self.poisoned, in_place = begin.new_version, False, False
                     digest = combine(xxhash.xxh3_128_digest(self.tensors[tensor.name]) for tensor in begin.manifest) if xxhash else b""
@@ -137,12 +156,17 @@ class FakeWeights:
                     reply = {"aborted": {"reason": request.abort.reason, "poisoned": in_place}}
                 if self.done is not None:
                     self.done(step, request)
-                yield wire.UpdateReply(**reply)
-                if not reply.keys() & {"ready", "progress"}:
+                if reply:
+                    yield wire.UpdateReply(**reply)
+                if reply and not reply.keys() & {"ready", "progress"}:
                     return
         finally:
             self.poisoned |= in_place
             self.updating = False
+
+
+def _end(window: Any) -> int:
+    return int(window.payload_offset + window.bytes)
 
 
 class Proxy:

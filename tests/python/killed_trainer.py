@@ -23,4 +23,4 @@ def send_and_stay(call: UpdateCall, **step: object) -> None:
 
 UpdateCall.send = send_and_stay
 in_another_container().start()
-Rollout(sys.argv[1]).push_weights(other_weights("qwen3"))
+Rollout(sys.argv[1]).push_weights(other_weights("qwen3"), transport="shared_memory")

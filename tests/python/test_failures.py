@@ -168,7 +168,7 @@ class RealSidecarTests(SidecarTests):
     def test_a_full_dev_shm_is_an_error_and_the_old_weights_stay(self) -> None:
         with in_another_container(), mock.patch("os.posix_fallocate", side_effect=OSError(28, "No space left on device")):
             with self.assertRaisesRegex(SharedMemoryError, "transport='inline'") as full:
-                self.rollout.push_weights(other_weights("qwen3"))
+                self.rollout.push_weights(other_weights("qwen3"), transport="shared_memory")
         self.assertIsInstance(full.exception, OSError)
         self.assertEqual(own_files(), [])
         self.assert_serves_the_old_weights()
@@ -176,9 +176,10 @@ class RealSidecarTests(SidecarTests):
     def test_a_process_that_ends_takes_its_file_along(self) -> None:
         code = (
             "import os, support, rollout\n"
+            "print(os.getpid())\n"
             f"client = rollout.Rollout({self.sidecar.address!r})\n"
             "support.in_another_container().start()\n"
-            "client.push_weights(support.other_weights('qwen3'))\n"
+            "client.push_weights(support.other_weights('qwen3'), transport='shared_memory')\n"
             "if os.fork() == 0: raise SystemExit\n"  # a child that ends leaves its parent's file
             "os.wait()\n"
             "assert support.own_files(), 'gone with the child'\n"
@@ -186,7 +187,7 @@ class RealSidecarTests(SidecarTests):
         # gRPC does not survive a fork in the child; ending is all that this one does.
         ended = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=60)
         self.assertEqual(ended.returncode, 0, ended.stderr)
-        self.assertEqual([path for path in SHM.glob("rollout-*") if path.stat().st_size == 417_024], [])
+        self.assertEqual(list(SHM.glob(f"rollout-{ended.stdout.split()[0]}-*")), [])
 
 
 class FakeSidecarTests(SidecarTests):
@@ -323,14 +324,14 @@ class FakeSidecarTests(SidecarTests):
         weights = FakeWeights(version=4)
         _, client = self.connect(weights.update)
         self.status = weights.status
-        client.push_weights(WEIGHTS)
+        client.push_weights(WEIGHTS, transport="shared_memory")
         [first] = own_files()
         (SHM / first).unlink()  # as a cleanup job might
-        client.push_weights({"a": WEIGHTS["a"] + 1})
+        client.push_weights({"a": WEIGHTS["a"] + 1}, transport="shared_memory")
         [second] = own_files()
         self.assertNotEqual(first, second)
         self.assertEqual(weights.tensors["a"], (np.arange(1, 9, dtype=np.float32).view(np.uint32) >> 16).astype("<u2").tobytes())
-        client.push_weights({"a": np.zeros(9, np.float32)})  # larger
+        client.push_weights({"a": np.zeros(9, np.float32)}, transport="shared_memory")  # larger
         self.assertEqual((len(own_files()), weights.tensors["a"]), (1, bytes(18)))
 
     def test_another_trainers_version_is_not_taken_for_one_that_was_never_committed(self) -> None:

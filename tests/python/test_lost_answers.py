@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import threading
 import unittest
+from pathlib import Path
 
 import grpc
 import numpy as np
@@ -18,6 +19,7 @@ from rollout import RolloutError, RolloutTimeoutError, UnavailableError, UpdateO
 from rollout import _wire as wire
 
 PATIENCE = 60
+TRANSPORTS = ("shared_memory", "inline", "file")
 VALUES = (np.arange(700_000) % 251).astype(np.float32)  # bfloat16 holds them
 WEIGHTS = {"a": VALUES.reshape(700, 1000)}  # more than one chunk
 SENT = (VALUES.view(np.uint32) >> 16).astype("<u2").tobytes()
@@ -177,7 +179,7 @@ class LostPushTests(LostTests):
 
         def breaks(step, request):
             last = step != "chunk" or request.chunk.offset + len(request.chunk.data) == weights.begun[-1].payload_bytes
-            payload = step in ("chunk", "shared_memory") and (at == "first" or last)
+            payload = step in ("chunk", "shared_memory", "file") and (at == "first" or last)
             here = {"begin": step == "begin", "commit": step == "commit"}.get(at, payload)
             if not here:
                 return
@@ -193,6 +195,8 @@ class LostPushTests(LostTests):
         setattr(weights, "done" if how == "after" else "arrived", breaks)
         served = 7
         push = {"transport": transport, "mode": mode, "timeout": 2 if how == "hang" else PATIENCE}
+        if transport == "file":
+            push["folder"] = Path(proxy.address.removeprefix("unix:")).parent
         if at == "commit" and how == "after":
             result = client.push_weights(WEIGHTS, **push)
             served = 8
@@ -207,7 +211,7 @@ class LostPushTests(LostTests):
             with self.assertRaises(WeightUpdateFailed) as failed:
                 client.push_weights(WEIGHTS, **push)
             # In place, the old weights are lost when the payload's first message has been handled.
-            first = at == "first" or at == "last" and transport == "shared_memory"
+            first = at == "first" or at == "last" and transport != "inline"
             lost = mode == "in_place" and (how == "after" or not first)
             self.assertEqual(weights.poisoned, lost)
             self.assertIs(failed.exception.outcome, UpdateOutcome.POISONED if lost else UpdateOutcome.NOT_COMMITTED)
@@ -223,13 +227,13 @@ class LostPushTests(LostTests):
 
     def test_wherever_a_push_breaks_its_outcome_is_true_and_the_next_one_goes_on_from_what_is_served(self) -> None:
         for case in itertools.product(
-                ("shared_memory", "inline"), ("staged", "in_place"), ("begin", "first", "last", "commit"), ("before", "after", "error")):
+                TRANSPORTS, ("staged", "in_place"), ("begin", "first", "last", "commit"), ("before", "after", "error")):
             with self.subTest(" ".join(case)):
                 self.break_at(*case)
         self.assertEqual(own_files(), [])
 
     def test_a_sidecar_that_hangs_at_any_message_costs_no_more_than_the_timeout(self) -> None:
-        for case in itertools.product(("shared_memory", "inline"), ("staged",), ("begin", "last", "commit"), ("hang",)):
+        for case in itertools.product(TRANSPORTS, ("staged",), ("begin", "last", "commit"), ("hang",)):
             with self.subTest(" ".join(case)):
                 self.break_at(*case)
 

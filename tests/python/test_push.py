@@ -83,7 +83,9 @@ class PushTests(SidecarTests):
     @needs_torch
     def test_a_state_dict_through_a_file_of_dev_shm(self) -> None:
         with in_another_container():
-            self.rollout.push_weights(torch_weights())
+            result = self.rollout.push_weights(torch_weights(), transport="shared_memory")
+        self.assertEqual(result.transport, "shared_memory")
+        self.assertIn("was asked for, and the sidecar's memory cannot be opened here", result.reason)
         self.assertEqual(len(own_files()), 1)
         self.assert_serves(torch_weights())
 
@@ -156,9 +158,9 @@ class PushTests(SidecarTests):
     def test_the_file_is_kept_from_push_to_push_and_gone_with_the_client(self) -> None:
         weights = other_weights("qwen3")
         with in_another_container():
-            self.rollout.push_weights(weights)
+            self.rollout.push_weights(weights, transport="shared_memory")
             [first] = own_files()
-            self.rollout.push_weights(weights, policy="drain", mode="staged", version=7, owner="me")
+            self.rollout.push_weights(weights, transport="shared_memory", policy="drain", mode="staged", version=7, owner="me")
             self.assertEqual(own_files(), [first])
         self.rollout.close()
         self.assertEqual(own_files(), [])

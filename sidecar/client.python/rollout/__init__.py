@@ -14,6 +14,7 @@ from .control import Aborted, DescribedTensor, FreedMemory, MemoryInUse, Score, 
 from .errors import (
     BatchError,
     BusyError,
+    PayloadFileError,
     Problem,
     RequestError,
     RolloutError,
@@ -30,7 +31,7 @@ from .errors import (
 from .generation import PromptInfo, Sample, TopLogprobs, VersionSpan
 from .sidecar import Sidecar
 from .weights.push import PushResult, PushTimings
-from .weights.tensors import BFloat16
+from .weights.tensors import BFloat16, SparseTensor
 
 __all__ = [
     "Aborted",
@@ -40,6 +41,7 @@ __all__ = [
     "DescribedTensor",
     "FreedMemory",
     "MemoryInUse",
+    "PayloadFileError",
     "Problem",
     "PromptInfo",
     "PushResult",
@@ -54,6 +56,7 @@ __all__ = [
     "Sidecar",
     "SidecarError",
     "Slept",
+    "SparseTensor",
     "StateError",
     "Status",
     "TopLogprobs",

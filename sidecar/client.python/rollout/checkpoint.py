@@ -8,6 +8,8 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from .weights import safetensors
+from .weights.layout import PayloadLayout
 from .weights.tensors import sources
 
 if TYPE_CHECKING:
@@ -26,20 +28,14 @@ def save(folder: str | PathLike[str], weights: Weights, config: Mapping[str, Any
     Returns:
         The folder.
     """
+    tensors = sources(weights, dtype)
+    header = safetensors.header(PayloadLayout(tensors, alignment=1), tensors, {"format": "pt"})
+
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-    tensors = sources(weights, dtype)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for tensor in tensors:
-        header[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [end, end + tensor.bytes]}
-        end += tensor.bytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the data starts on an 8-byte boundary
     with open(folder / "model.safetensors", "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(header)
         scratch = memoryview(bytearray(max(tensor.piece_bytes for tensor in tensors)))
         for tensor in tensors:
             tensor.copy_to(lambda start, size: scratch[:size], file.write)

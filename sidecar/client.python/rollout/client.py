@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal
 
 import grpc
@@ -56,7 +57,7 @@ class Rollout:
             ("grpc.max_reconnect_backoff_ms", 1000),
         ])
         self._calls = wire.Calls(self._channel)
-        self._publisher = Publisher(self._calls)
+        self._publisher = Publisher(self._calls, address)
 
     def __enter__(self) -> Rollout:
         return self
@@ -240,7 +241,9 @@ class Rollout:
         policy: Literal["recompute", "keep", "drain", "abort"] = "recompute",
         mode: Literal["auto", "staged", "in_place"] = "auto",
         partial: bool = False,
-        transport: Literal["shared_memory", "inline"] = "shared_memory",
+        transport: Literal["auto", "shared_memory", "inline", "file"] = "auto",
+        folder: str | PathLike[str] | None = None,
+        max_shared_memory_bytes: int | None = None,
         dtype: Literal["bfloat16"] | None = "bfloat16",
         owner: str | None = None,
         timeout: float = 600.0,
@@ -249,7 +252,8 @@ class Rollout:
 
         Args:
             weights: A torch module (parameters and persistent buffers), a state dict of torch tensors, or a dict of NumPy arrays; full tensors
-                under the Hugging Face checkpoint's names. A tensor tied under two names may be given under both. Read during the call only.
+                under the Hugging Face checkpoint's names, or a SparseTensor of some elements. A tensor tied under two names may be given
+                under both. Read during the call only.
             version: Must be greater than the one they replace. None: one more than it.
             base_version: The version they replace; the sidecar refuses the push where it serves another. None: the one this client pushed last,
                 so that a push by a second trainer is detected; before the first push, and after a failed one, the version it serves.
@@ -259,21 +263,28 @@ class Rollout:
             mode: staged: into a second set of weights; a failure leaves the old ones. in_place: over them; a failure poisons the engine.
                 auto: staged where there is memory for it.
             partial: ``weights`` has some of the model's tensors; the others stay. Without it a missing tensor is an error.
-            transport: shared_memory: through a file in /dev/shm, kept from push to push. inline: in the gRPC stream, from any machine, slower.
+            transport: shared_memory: through the sidecar's own memory, or where that cannot be opened (it is in another container, or
+                another user's) through a file in /dev/shm; kept from push to push. inline: in the gRPC stream, from any machine, slower.
+                file: through a safetensors file in ``folder``, which is removed afterwards; no sparse tensors. auto: shared_memory where the
+                sidecar is on this machine and its memory can be opened, else inline. The result says which, and why.
+            folder: For transport='file': one that trainer and sidecar both see.
+            max_shared_memory_bytes: Most shared memory to use. A larger payload reuses it as a ring, as it does where the machine has less
+                memory free. None: as much as the payload has.
             dtype: bfloat16: floating-point tensors are rounded to it, to nearest, ties to even. None: sent as they are.
             owner: Named in the error that a second updater gets. None: host name and process id.
             timeout: Of the whole push, in seconds. The sidecar gets the same deadline and drops the update when it passes.
 
         Raises:
             TypeError: Tensors that cannot be served; lists all of them.
+            ValueError: An argument nobody knows, or indices of sparse tensors that do not ascend or leave their tensor.
             WeightUpdateRejected: Names, shapes, types or versions are wrong; lists everything found. No byte was sent.
             WeightUpdateFailed: It began and did not succeed; ``outcome`` says which weights are served.
-            SharedMemoryError: /dev/shm has no room.
+            PayloadFileError: ``folder`` is missing or has no room; SharedMemoryError where it is /dev/shm that has none.
             StateError: Another update is in progress (the message names its owner), or the engine's state allows none.
         """
         return self._publisher.push(
             weights, version=version, base_version=base_version, policy=policy, mode=mode, partial=partial, transport=transport,
-            dtype=dtype, owner=owner, timeout=timeout)
+            folder=folder, max_shared_memory_bytes=max_shared_memory_bytes, dtype=dtype, owner=owner, timeout=timeout)
 
     @staticmethod
     def _call(call: wire.UnaryCall, request: Any, timeout: float | None) -> Any:

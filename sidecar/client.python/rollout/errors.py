@@ -146,8 +146,12 @@ class WeightDigestError(WeightUpdateFailed):
         self.received = received
 
 
-class SharedMemoryError(RolloutError, OSError):
-    """/dev/shm has no room for the payload, or no file can be made there."""
+class PayloadFileError(RolloutError, OSError):
+    """The folder of a push has no room for the payload, or no file can be made there."""
+
+
+class SharedMemoryError(PayloadFileError):
+    """As PayloadFileError, for /dev/shm."""
 
 
 class SidecarError(RolloutError):

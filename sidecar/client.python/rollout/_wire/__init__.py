@@ -81,6 +81,7 @@ BeginUpdate = _message("BeginUpdate")
 ManifestTensor = _message("ManifestTensor")
 Chunk = _message("Chunk")
 SharedMemory = _message("SharedMemory")
+CheckpointFile = _message("CheckpointFile")
 Commit = _message("Commit")
 AbortUpdate = _message("AbortUpdate")
 

@@ -13,6 +13,7 @@ from ..errors import Problem, UpdateOutcome, WeightUpdateFailed, WeightUpdateRej
 
 _ABORT_WITHIN = 1.0
 _POLL = 0.05
+_PAYLOAD = {"chunk", "shared_memory", "file"}
 
 
 class StreamEnded(Exception):
@@ -28,16 +29,21 @@ class StreamEnded(Exception):
 class UpdateCall:
     """The stream of one update. Replies are also read while sending, so that an update the sidecar ends is noticed at once."""
 
+    payload_sent = False
+    """Whether the sidecar may have got a payload message: in place, the first one ends what was served."""
+
     def __init__(self, calls: wire.Calls, timeout: float) -> None:
         self._requests: queue.Queue[Any] = queue.Queue(maxsize=1)
         self._replies: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._ended = threading.Event()
+        self._received = 0
         self._stream = calls.update(iter(self._requests.get, None), timeout=timeout)
         threading.Thread(target=self._read, name="rollout-update", daemon=True).start()
 
     def send(self, **step: Any) -> None:
         """Sends a step, after waiting until the one before has been sent. Raises what ``next`` raises where the call has ended."""
         request = wire.UpdateRequest(**step)
+        self.payload_sent |= not _PAYLOAD.isdisjoint(step)
         while True:
             self.raise_if_ended()
             try:
@@ -77,6 +83,11 @@ class UpdateCall:
             reply = self.next()
             if reply.WhichOneof("step") == step:
                 return getattr(reply, step)
+
+    def received(self, payload_bytes: int) -> None:
+        """Returns when the sidecar has read this much of the payload."""
+        while self._received < payload_bytes:
+            self._received = self.until("progress").payload_bytes
 
     def abort(self, reason: str) -> None:
         """Sends the sidecar the reason, for its log, if it is still connected. Closing the stream alone would end the update too."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import grpc
 
@@ -14,12 +13,12 @@ from .. import _wire as wire
 from ..control import Status, WeightsDescription
 from ..errors import RolloutError, UpdateOutcome, WeightDigestError, WeightUpdateFailed, WeightUpdateRejected, from_rpc, from_status
 from .call import StreamEnded, UpdateCall
-from .digest import TensorDigest, combine
+from .digest import combine
 from .layout import PayloadLayout
-from .shared_memory import Segment, SharedMemoryFile
+from .payload import Payload
+from .senders import Mode, Sender, Transport
 from .tensors import TensorSource
 
-_CHUNK_BYTES = 1 << 20
 _RESOLVE_POLL = 0.1
 _MAX_DEADLINE = (1 << 32) - 1
 
@@ -61,7 +60,11 @@ class PushResult:
     """XxHash128 over the digests of the tensors in their order, 32 hexadecimal digits; empty where not known."""
 
     payload_bytes: int
-    mode: Literal["staged", "in_place"]
+    mode: Mode
+    transport: Transport
+    reason: str
+    """Why that transport, in words."""
+
     timings: PushTimings
     confirmed_by_status: bool = False
     """The answer to the commit was lost; the status showed afterwards that it had been carried out."""
@@ -77,23 +80,21 @@ class WeightPush:
     begin: Any
     """BeginUpdate, without the manifest, the payload's size and the deadline."""
 
-    memory: Callable[[Any, int], SharedMemoryFile | Segment] | None
-    """Returns shared memory of at least this many bytes, if possible the segment of Ready. None: the payload goes in the stream."""
+    sender: Callable[[Any], Sender]
+    """Chooses the way for the payload, once the sidecar has answered Ready."""
 
     timeout: float
     resolve_within: float
-    _digests: list[bytes] = field(default_factory=list)
-    _mode: Literal["staged", "in_place"] = "staged"
+    _mode: Mode = "staged"
     _timings: PushTimings = field(default_factory=PushTimings)
     _agreed: bool = False
-    _payload_sent: bool = False
     _commit_sent: bool = False
 
     def run(self) -> PushResult:
+        self._payload = Payload(self.layout, self.tensors)
         self._started = self._lapped = time.monotonic()
         self.begin.manifest.extend(self.layout.manifest)
         self.begin.payload_bytes = self.layout.payload_bytes
-        self.begin.segment_bytes = self.layout.payload_bytes if self.memory else 0
         self.begin.deadline_milliseconds = max(1, min(round(self.timeout * 1000), _MAX_DEADLINE))
         call = UpdateCall(self.calls, self.timeout)
         try:
@@ -102,7 +103,7 @@ class WeightPush:
             if not self._agreed:
                 raise from_status(end.code, end.detail) from end.cause
             # Only the sidecar knows whether a commit was carried out, or whether weights were overwritten.
-            undecided = self._commit_sent or self._payload_sent and self._mode == "in_place"
+            undecided = self._commit_sent or call.payload_sent and self._mode == "in_place"
             outcome = self._resolve() if undecided else UpdateOutcome.NOT_COMMITTED
             if isinstance(outcome, WeightsDescription):
                 return self._confirmed(outcome)
@@ -125,23 +126,16 @@ class WeightPush:
         self._timings.preflight = self._lap()
 
         # :: Step 2: the bytes leave the trainer.
-        if self.memory is None:
-            self._send_payload(call)
-        else:
-            memory = self.memory(ready.segment, max(1, self.layout.payload_bytes))
-            self._write_payload(call, memory.view)
+        self._chosen = self.sender(ready)
+        self._chosen.send(call, self._payload, self._mode)
         self._timings.write = self._lap()
 
         # :: Step 3: wait until the sidecar has read them. That keeps the commit, during which an answer may be lost, short.
-        if self.memory is not None:
-            self._payload_sent = True
-            call.send(shared_memory=wire.SharedMemory(path=str(memory.path)))
-        while call.until("progress").payload_bytes < self.layout.payload_bytes:
-            pass
+        call.received(self.layout.payload_bytes)
         self._timings.transfer = self._lap()
 
         # :: Step 4: commit, if it has received what we sent.
-        digest = combine(self._digests)
+        digest = self._payload.digest()
         self._commit_sent = True
         call.send(commit=wire.Commit(digest=digest))
         committed = call.until("committed")
@@ -151,46 +145,12 @@ class WeightPush:
         self._timings.server_stall = committed.timings.stall_seconds
         return self._result(committed.digest)
 
-    def _checked_mode(self, ready: Any) -> Literal["staged", "in_place"]:
+    def _checked_mode(self, ready: Any) -> Mode:
         asked = wire.UPDATE_MODE.name(self.begin.mode) if self.begin.mode else "auto"
         given = wire.UPDATE_MODE.name(ready.mode) if ready.mode else "staged"  # an older sidecar does not report it and only stages
         if asked not in ("auto", given):
             raise RolloutError(f"the sidecar would update {given}, not {asked}: it is older than this client")
         return given  # type: ignore[return-value]
-
-    def _write_payload(self, call: UpdateCall, view: memoryview) -> None:
-        for tensor, offset in zip(self.tensors, self.layout.offsets):
-            digest = TensorDigest()
-
-            def done(piece: memoryview, digest: TensorDigest = digest) -> None:
-                digest.update(piece)
-                call.raise_if_ended()
-
-            payload = view[offset : offset + tensor.bytes]
-            tensor.copy_to(partial(_part, payload), done)
-            self._digests.append(digest.digest())
-
-    def _send_payload(self, call: UpdateCall) -> None:
-        scratch = memoryview(bytearray(max(tensor.piece_bytes for tensor in self.tensors)))
-        sent = 0
-        self._payload_sent = True
-        for tensor, offset in zip(self.tensors, self.layout.offsets):
-            digest = TensorDigest()
-
-            def send(piece: memoryview | bytes) -> None:
-                nonlocal sent
-                for at in range(0, len(piece), _CHUNK_BYTES):
-                    chunk = bytes(piece[at : at + _CHUNK_BYTES])
-                    call.send(chunk=wire.Chunk(offset=sent, data=chunk))
-                    sent += len(chunk)
-
-            def done(piece: memoryview, digest: TensorDigest = digest) -> None:
-                digest.update(piece)
-                send(piece)
-
-            send(bytes(offset - sent))  # the gap before it
-            tensor.copy_to(lambda start, size: scratch[:size], done)
-            self._digests.append(digest.digest())
 
     def _resolve(self) -> UpdateOutcome | WeightsDescription:
         """Asks the sidecar for the outcome of the push. Returns the weights it serves if they are the new version, else the outcome."""
@@ -227,7 +187,7 @@ class WeightPush:
         return self._result(received, confirmed_by_status=True)
 
     def _check_digest(self, version: int, received: bytes) -> None:
-        sent = combine(self._digests)
+        sent = self._payload.digest()
         if sent and sent != received:
             raise WeightDigestError(version, sent.hex(), received.hex())
 
@@ -235,7 +195,8 @@ class WeightPush:
         self._timings.commit = self._lap()
         self._timings.total = time.monotonic() - self._started
         return PushResult(
-            self.begin.new_version, digest.hex(), self.layout.payload_bytes, self._mode, self._timings, confirmed_by_status)
+            self.begin.new_version, digest.hex(), self.layout.payload_bytes, self._mode, self._chosen.transport, self._chosen.reason,
+            self._timings, confirmed_by_status)
 
     def _broken(self, end: StreamEnded, outcome: UpdateOutcome) -> WeightUpdateFailed:
         what = {
@@ -254,6 +215,3 @@ class WeightPush:
         self._lapped = now
         return lap
 
-
-def _part(payload: memoryview, start: int, size: int) -> memoryview:
-    return payload[start : start + size]

@@ -1,23 +1,15 @@
-"""Memory that trainer and sidecar share: the sidecar's own, or files of /dev/shm that a killed trainer does not leave behind for long."""
+"""Memory that trainer and sidecar share: the sidecar's own, or a file in /dev/shm."""
 
 from __future__ import annotations
 
-import atexit
-import fcntl
 import mmap
 import os
-import re
-import secrets
 from pathlib import Path
 
 from ..errors import SharedMemoryError
+from .payload_file import PayloadFile
 
 FOLDER = Path("/dev/shm")
-_NAME = re.compile(r"rollout-([0-9]+)-[0-9a-f]{16}")
-
-# Files of this process that still exist. Not removed by a signal handler: one written in Python would keep SIGTERM from ending a trainer
-# that hangs in native code. The next client removes files that a signal left behind.
-_live: set[Path] = set()
 
 
 class Segment:
@@ -48,97 +40,21 @@ class Segment:
         del self.view
 
 
-class SharedMemoryFile:
-    """One file, readable by this user alone. All its pages are allocated at once, so a full /dev/shm is an error and not a SIGBUS later.
+class SharedMemoryFile(PayloadFile):
+    """A mapped file. All its pages are allocated at once, so a full /dev/shm is an error and not a SIGBUS later."""
 
-    Removed when it is closed or the process ends; the next process removes the file of a killed one.
-    """
+    _error = SharedMemoryError
+    _remedy = "make it larger (containers: --shm-size)"
 
     def __init__(self, capacity: int, folder: Path = FOLDER) -> None:
         """Raises SharedMemoryError where there is no room for that many bytes."""
-        remove_leftovers(folder)
-        self.capacity = capacity
-        self.path = folder / f"rollout-{os.getpid()}-{secrets.token_hex(8)}"
-        self._owner = os.getpid()
-        try:
-            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise SharedMemoryError(f"no file can be made in {folder}: {error.strerror}") from error
-        _live.add(self.path)
-        try:
-            # The lock tells processes in other containers, which cannot see our process id, that we are alive.
-            fcntl.flock(self._descriptor, fcntl.LOCK_SH)
-            os.posix_fallocate(self._descriptor, 0, capacity)
-            self.view = memoryview(mmap.mmap(self._descriptor, capacity))
-        except OSError as error:
-            self._remove()
-            raise SharedMemoryError(
-                f"{capacity:,} bytes of shared memory are needed in {folder}, {_free(folder)} are free. Make it larger (containers: "
-                f"--shm-size) or push with transport='inline'. ({error.strerror})") from error
-
-    @property
-    def exists(self) -> bool:
-        """Whether another process can still open it."""
-        return self.path.exists()
+        super().__init__(capacity, folder)
 
     def close(self) -> None:
         """The mapping itself is freed with its last view, which a traceback may still hold."""
         del self.view
         self._remove()
 
-    def _remove(self) -> None:
-        os.close(self._descriptor)
-        if self._owner == os.getpid():  # a forked child must not remove its parent's file
-            self.path.unlink(missing_ok=True)
-            _live.discard(self.path)
-
-
-def remove_leftovers(folder: Path = FOLDER) -> int:
-    """Removes files of processes that have ended. Returns their number."""
-    removed = 0
-    for path in folder.glob("rollout-*"):
-        name = _NAME.fullmatch(path.name)
-        if name and not _lives(int(name[1])) and _unlocked(path):
-            path.unlink(missing_ok=True)
-            removed += 1
-    return removed
-
-
-def _lives(pid: int) -> bool:
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
-        return False
-    except OSError:  # hidden, or just ended
-        return Path(f"/proc/{pid}").exists()
-    # A zombie counts as ended too: in containers it may stay for long.
-    return stat.rpartition(")")[2].split()[0] not in "ZX"
-
-
-def _unlocked(path: Path) -> bool:
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError:  # another user's, or just removed
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
-
-
-def _free(folder: Path) -> str:
-    try:
-        status = os.statvfs(folder)
-    except OSError:
-        return "not known how many"
-    return f"{status.f_bavail * status.f_frsize:,}"
-
-
-@atexit.register
-def _remove_live() -> None:
-    for path in _live:
-        if path.name.startswith(f"rollout-{os.getpid()}-"):  # a forked child must not remove it
-            path.unlink(missing_ok=True)
+    def _allocate(self, descriptor: int) -> None:
+        super()._allocate(descriptor)
+        self.view = memoryview(mmap.mmap(descriptor, self.capacity))

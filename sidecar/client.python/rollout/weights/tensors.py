@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Union
 
@@ -19,6 +19,7 @@ DType = Literal["BF16", "F16", "F32"]
 
 ITEM_BYTES: Mapping[DType, int] = {"BF16": 2, "F16": 2, "F32": 4}
 
+_INDEX_BYTES = 4
 _PIECE_BYTES = 1 << 20  # fits a core's cache, so that what was just copied is hashed from the cache
 
 
@@ -33,7 +34,24 @@ class BFloat16:
             raise TypeError(f"the bits of bfloat16 are uint16, not {self.bits.dtype}")
 
 
-Weights = Union["torch.nn.Module", "Mapping[str, torch.Tensor]", "Mapping[str, NDArray[Any] | BFloat16]"]
+@dataclass(frozen=True)
+class SparseTensor:
+    """Some elements of a tensor; the others keep their values in the sidecar. For ``Rollout.push_weights``, in place of a tensor."""
+
+    shape: Sequence[int]
+    """Of the full tensor."""
+
+    indices: NDArray[Any] | torch.Tensor
+    """Integers into the flattened tensor, strictly ascending. Read at each push."""
+
+    values: NDArray[Any] | BFloat16 | torch.Tensor
+    """As many, one-dimensional too. Read at each push."""
+
+
+Weights = Union["torch.nn.Module", "Mapping[str, torch.Tensor | SparseTensor]", "Mapping[str, NDArray[Any] | BFloat16 | SparseTensor]"]
+
+CopyRows = Callable[[int, int, memoryview], None]
+"""Copies rows [first, end) to a destination of exactly their size, row-major, converted to the type that is sent."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +61,24 @@ class TensorSource:
     name: str
     dtype: DType
     shape: tuple[int, ...]
-    copy_rows: Callable[[int, int, memoryview], None]
-    """Copies rows [first, end) to a destination of exactly their size, row-major, converted to the type."""
+    copy_rows: CopyRows
+    """Of a sparse tensor, a row is a value."""
+
+    sparse_count: int | None = None
+    """How many of its elements are sent; None: all."""
+
+    copy_indices: CopyRows | None = None
+    """The indices of those elements, as uint32."""
 
     @property
     def bytes(self) -> int:
-        return ITEM_BYTES[self.dtype] * math.prod(self.shape)
+        """Length of what is sent."""
+        return sum(part.rows * part.row_bytes for part in self._parts())
 
     @property
     def piece_bytes(self) -> int:
         """Bytes of the largest piece that ``copy_to`` writes at once: whole rows, about a mebibyte where they are short enough."""
-        return min(self.bytes, self._piece_rows() * self._row_bytes())
+        return max(min(part.rows, part.piece_rows) * part.row_bytes for part in self._parts())
 
     def copy_to(self, place: Callable[[int, int], memoryview], done: Callable[[memoryview], object]) -> None:
         """Copies the tensor piece by piece in ascending order.
@@ -62,27 +87,43 @@ class TensorSource:
             place: Returns the memory for bytes [start, start + size) of the tensor.
             done: Called with that memory when they have been written.
         """
-        if self.bytes == 0:
-            return
-        rows, step, row_bytes = self._rows(), self._piece_rows(), self._row_bytes()
-        for first in range(0, rows, step):
-            end = min(first + step, rows)
-            destination = place(first * row_bytes, (end - first) * row_bytes)
-            self.copy_rows(first, end, destination)
-            done(destination)
+        start = 0
+        for part in self._parts():
+            for first in range(0, part.rows if part.row_bytes else 0, part.piece_rows):
+                size = (min(first + part.piece_rows, part.rows) - first) * part.row_bytes
+                destination = place(start, size)
+                part.copy_rows(first, first + size // part.row_bytes, destination)
+                done(destination)
+                start += size
 
-    def _rows(self) -> int:
-        return self.shape[0] if self.shape else 1
+    def _parts(self) -> list[_Part]:
+        item = ITEM_BYTES[self.dtype]
+        if self.sparse_count is None or self.copy_indices is None:
+            rows = self.shape[0] if self.shape else 1
+            return [_Part(rows, item * math.prod(self.shape[1:]), self.copy_rows)]
+        return [_Part(self.sparse_count, _INDEX_BYTES, self.copy_indices), _Part(self.sparse_count, item, self.copy_rows)]
 
-    def _row_bytes(self) -> int:
-        return self.bytes // max(1, self._rows())
 
-    def _piece_rows(self) -> int:
-        return max(1, _PIECE_BYTES // max(1, self._row_bytes()))
+@dataclass(frozen=True)
+class _Part:
+    """Rows of the same length that are sent one after another."""
+
+    rows: int
+    row_bytes: int
+    copy_rows: CopyRows
+
+    @property
+    def piece_rows(self) -> int:
+        return max(1, _PIECE_BYTES // max(1, self.row_bytes))
 
 
 def sources(weights: Weights, dtype: Literal["bfloat16"] | None) -> list[TensorSource]:
-    """The tensors of a module, a state dict or a dict of arrays, in its order. Raises TypeError listing all that cannot be served."""
+    """The tensors of a module, a state dict or a dict of arrays, in its order.
+
+    Raises:
+        TypeError: Tensors that cannot be served; lists all of them.
+        ValueError: Indices that do not ascend or leave their tensor; lists all of them.
+    """
     if dtype not in ("bfloat16", None):
         raise ValueError(f"dtype={dtype!r}: expected 'bfloat16', or None to send them as they are")
     torch = sys.modules.get("torch")  # a caller with a torch tensor has imported it
@@ -92,21 +133,58 @@ def sources(weights: Weights, dtype: Literal["bfloat16"] | None) -> list[TensorS
         raise TypeError(f"weights: expected a torch module, a state dict or a dict of arrays, got {type(weights).__name__}")
     found: list[TensorSource] = []
     problems: list[str] = []
+    misplaced: list[str] = []
     for name, value in weights.items():
         try:
-            if torch is not None and isinstance(value, torch.Tensor):
-                found.append(_from_torch(name, value, dtype))
-            elif isinstance(value, (np.ndarray, BFloat16)):
-                found.append(_from_numpy(name, value, dtype))
-            else:
-                problems.append(f"{name!r} is a {type(value).__name__}")
+            found.append(_from_sparse(name, value, dtype) if isinstance(value, SparseTensor) else _from_values(name, value, dtype))
         except TypeError as error:
             problems.append(f"{name!r} {error}")
+        except ValueError as error:
+            misplaced.append(f"{name!r}: {error}")
     if problems:
         raise TypeError(f"weights: only floating-point tensors can be served: {'; '.join(problems)}")
+    if misplaced:
+        raise ValueError(f"weights: sparse {'; '.join(misplaced)}")
     if not found:
         raise TypeError("weights: an update without tensors")
     return found
+
+
+def _from_values(name: str, value: Any, dtype: Literal["bfloat16"] | None) -> TensorSource:
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(value, torch.Tensor):
+        return _from_torch(name, value, dtype)
+    if isinstance(value, (np.ndarray, BFloat16)):
+        return _from_numpy(name, value, dtype)
+    raise TypeError(f"is a {type(value).__name__}")
+
+
+def _from_sparse(name: str, tensor: SparseTensor, dtype: Literal["bfloat16"] | None) -> TensorSource:
+    values = _from_values(name, tensor.values, dtype)
+    torch = sys.modules.get("torch")
+    given = tensor.indices
+    indices = given.detach().cpu().numpy() if torch is not None and isinstance(given, torch.Tensor) else np.asarray(given)
+    if indices.dtype.kind not in "iu":
+        raise TypeError(f"has indices of {indices.dtype}")
+    if indices.ndim != 1 or values.shape != indices.shape:
+        raise ValueError(f"values of shape {list(values.shape)} for indices of shape {list(indices.shape)}, both must be flat and as many")
+    elements = math.prod(tensor.shape)
+    _check_indices(indices, elements)
+
+    def copy_indices(first: int, end: int, destination: memoryview) -> None:
+        np.frombuffer(destination, "<u4")[...] = indices[first:end]
+
+    return TensorSource(name, values.dtype, tuple(tensor.shape), values.copy_rows, len(indices), copy_indices)
+
+
+def _check_indices(indices: NDArray[Any], elements: int) -> None:
+    """The sidecar checks them too, but in place that is after the weights in service have been touched."""
+    for wrong, say in (
+        (np.append(False, indices[1:] <= indices[:-1]), lambda i: f"index {i} is {indices[i]} after {indices[i - 1]}, they must ascend"),
+        ((indices < 0) | (indices >= elements), lambda i: f"index {i} is {indices[i]}, the tensor has {elements} elements"),
+    ):
+        if wrong.any():
+            raise ValueError(say(int(wrong.argmax())))
 
 
 def _from_torch(name: str, tensor: torch.Tensor, dtype: Literal["bfloat16"] | None) -> TensorSource:
