@@ -92,7 +92,8 @@ class TransportTests(SidecarTests):
         self.assertNotEqual(self.samples(), full)
         names = list(sparse)
         for how in (
-            {}, {"transport": "inline"}, {"max_shared_memory_bytes": 9999}, {"max_shared_memory_bytes": 4000, "mode": "in_place"}, {"partial": True},
+            {}, {"transport": "inline"}, {"max_shared_memory_bytes": 9999}, {"max_shared_memory_bytes": 4000, "mode": "in_place"},
+            {"partial": True},
         ):
             with self.subTest(how):
                 self.rollout.push_weights(old)
@@ -134,7 +135,8 @@ class TransportTests(SidecarTests):
             ([2, 1 << 32], f"index 1 is {1 << 32}"), ([1, 2, (1 << 32) + 5], "index 2 is"),
         ):
             with self.subTest(indices), self.assertRaisesRegex(ValueError, says):
-                self.rollout.push_weights({names[0]: SparseTensor(shape, np.array(indices), values[len(indices)])}, partial=True, mode="in_place")
+                sparse = SparseTensor(shape, np.array(indices), values[len(indices)])
+                self.rollout.push_weights({names[0]: sparse}, partial=True, mode="in_place")
         with self.assertRaises(ValueError) as every:
             self.rollout.push_weights(
                 {names[0]: SparseTensor(shape, np.array([2, 1]), values[2]), names[1]: SparseTensor(shape, np.array([1, 2, 3]), values[2])})
@@ -218,8 +220,8 @@ class TransportTests(SidecarTests):
         sparse = {name: SparseTensor(tensor.bits.shape, np.arange(9), rollout.BFloat16(np.zeros(9, np.uint16)))}
         folder = self.temporary_folder()
         for weights, how, at in (
-            (other_weights("qwen3"), {"max_shared_memory_bytes": 50_000}, 5), (other_weights("qwen3"), {"transport": "file", "folder": folder}, 1),
-            (other_weights("qwen3"), {"transport": "inline"}, 1), (sparse, {"partial": True}, 1),
+            (other_weights("qwen3"), {"max_shared_memory_bytes": 50_000}, 5), (other_weights("qwen3"), {"transport": "inline"}, 1),
+            (other_weights("qwen3"), {"transport": "file", "folder": folder}, 1), (sparse, {"partial": True}, 1),
         ):
             messages = []
 
@@ -312,10 +314,9 @@ class RingTests(SidecarTests):
         """The sidecar reads a window as late as the ring allows: when no other one can be written before. None is overwritten unread."""
         draw = random.Random(os.environ.get("ROLLOUT_TEST_SEED", 1))
         cases = [([1_000_000], 400_000), ([999_999], 999_997), ([30], 14), ([30], 59), ([3], 1), ([12], 4), ([5, 0, 300, 0], 33)]
-        cases += [
-            ([draw.choice([0, 1, draw.randint(2, 400), draw.randint(2, 90_000)]) for _ in range(draw.randint(1, 6))] + [9], draw.randint(1, 90_000))
-            for _ in range(40)
-        ]
+        for _ in range(40):
+            sizes = [draw.choice([0, 1, draw.randint(2, 400), draw.randint(2, 90_000)]) for _ in range(draw.randint(1, 6))]
+            cases.append(([*sizes, 9], draw.randint(1, 90_000)))
         for sizes, capacity in cases:
             offset = 0
             for size in sizes:
@@ -355,8 +356,8 @@ class RingTests(SidecarTests):
     def test_what_is_asked_of_the_sidecar_is_what_is_used(self) -> None:
         self.lend(1 << 20)
         for how, asked in (
-            ({}, 800_000), ({"max_shared_memory_bytes": 70_000}, 70_000), ({"max_shared_memory_bytes": 1 << 40}, 800_000), ({"transport": "inline"}, 0),
-            ({"transport": "file", "folder": self.temporary_folder()}, 0),
+            ({}, 800_000), ({"max_shared_memory_bytes": 70_000}, 70_000), ({"max_shared_memory_bytes": 1 << 40}, 800_000),
+            ({"transport": "inline"}, 0), ({"transport": "file", "folder": self.temporary_folder()}, 0),
         ):
             self.push([400_000], **how)
             self.assertEqual(self.weights.begun[-1].segment_bytes, asked)

@@ -265,8 +265,8 @@ class Rollout:
             partial: ``weights`` has some of the model's tensors; the others stay. Without it a missing tensor is an error.
             transport: shared_memory: through the sidecar's own memory, or where that cannot be opened (it is in another container, or
                 another user's) through a file in /dev/shm; kept from push to push. inline: in the gRPC stream, from any machine, slower.
-                file: through a safetensors file in ``folder``, which is removed afterwards; no sparse tensors. auto: shared_memory where the
-                sidecar is on this machine and its memory can be opened, else inline. The result says which, and why.
+                file: through a safetensors file in ``folder``, which is removed afterwards; no sparse tensors. auto: shared_memory where
+                the sidecar is on this machine and its memory can be opened, else inline. The result says which, and why.
             folder: For transport='file': one that trainer and sidecar both see.
             max_shared_memory_bytes: Most shared memory to use. A larger payload reuses it as a ring, as it does where the machine has less
                 memory free. None: as much as the payload has.
