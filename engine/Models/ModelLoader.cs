@@ -1,13 +1,12 @@
 using System.Buffers;
-using System.IO.Hashing;
 using Rollout.Kernels;
 
 namespace Rollout.Engine;
 
-/// <summary>Fills a weight set from a Hugging Face folder: all cores read, hash and pack, tensor by tensor.</summary>
+/// <summary>Fills a weight set from a Hugging Face folder: all cores read, hash and pack.</summary>
 internal static class ModelLoader
 {
-    /// <summary>Bytes read at once, where a matrix's rows are not longer.</summary>
+    /// <summary>Bytes read at once.</summary>
     private const int FileChunk = 1024 * 1024;
 
     /// <summary>Every tensor of the checkpoint by name, as <see cref="RolloutEngine.Describe"/> lists it.</summary>
@@ -18,38 +17,29 @@ internal static class ModelLoader
         List<(LoadEntry Entry, CheckpointTensor Source)> work = Match(checkpoint, plan);
         long total = work.Sum(item => item.Source.Info.Bytes);
         long done = 0;
-        DescribedWeight[] described = new DescribedWeight[work.Count];
-        AllCores.ForEach([.. Enumerable.Range(0, work.Count).OrderByDescending(i => work[i].Source.Info.Bytes)], i =>
+        Dictionary<IncomingTensor, CheckpointTensor> sources = work.ToDictionary(
+            item => new IncomingTensor(Sent(item.Entry, item.Source), item.Entry, backend, weights), item => item.Source);
+        IncomingTensor[] tensors = [.. sources.Keys];
+        AllCores.ForEach([.. tensors.SelectMany(tensor => tensor.Ranges).OrderByDescending(range => range.Bytes)], range =>
         {
-            (LoadEntry entry, CheckpointTensor source) = work[i];
-            DType type = source.Info.DType!.Value;
-            XxHash128 hash = new();
-            int chunkBytes = ChunkBytes(entry, type, backend);
-            byte[] buffer = ArrayPool<byte>.Shared.Rent(chunkBytes);
-            for (long at = 0; at < source.Info.Bytes; at += chunkBytes)
+            byte[] buffer = ArrayPool<byte>.Shared.Rent(FileChunk);
+            while (range.Taken < range.Bytes)
             {
-                Span<byte> chunk = buffer.AsSpan(0, (int)Math.Min(chunkBytes, source.Info.Bytes - at));
-                source.Read(at, chunk);
-                hash.Append(chunk);
-                entry.Write(backend, weights, at / type.Size(), chunk, type);
+                Span<byte> chunk = buffer.AsSpan(0, range.PieceBytes(FileChunk));
+                sources[range.Tensor].Read(range.Start + range.Taken, chunk);
+                range.Take(chunk);
                 progress?.Report((double)Interlocked.Add(ref done, chunk.Length) / total);
             }
 
             ArrayPool<byte>.Shared.Return(buffer);
-            described[i] = new DescribedWeight(entry.Source, type, entry.Shape, hash.GetCurrentHash());
         });
         weights.HoldsAll(version: 0);
-        return described;
+        return [.. tensors.Select(tensor => tensor.Describe(tensor.Digest()))];
     }
 
-    /// <summary>Whole rows of a matrix, and as many as the device stores fastest where they are not too long for that.</summary>
-    private static int ChunkBytes(LoadEntry entry, DType type, Backend backend)
-    {
-        if (entry.RowElements == 1) return FileChunk;
-        int row = (int)entry.RowElements * type.Size();
-        int unit = row * backend.WriteRows <= FileChunk ? row * backend.WriteRows : row;
-        return Math.Max(1, FileChunk / unit) * unit;
-    }
+    /// <summary>A tensor of the checkpoint as if it were sent alone.</summary>
+    private static ManifestTensor Sent(LoadEntry entry, CheckpointTensor source)
+        => new(entry.Source, source.Info.DType!.Value, entry.Shape, Offset: 0);
 
     private static string WrongShape(LoadEntry entry, IReadOnlyList<long> found)
         => $"tensor '{entry.Source}' has shape {LoadEntry.Format(found)}, config.json says {LoadEntry.Format(entry.Shape)}";
@@ -82,5 +72,5 @@ internal static class ModelLoader
 /// <param name="Name">Hugging Face name.</param>
 /// <param name="Type">Of the bytes that came; how they are stored is the backend's matter.</param>
 /// <param name="Shape">Full shape.</param>
-/// <param name="Digest">XxHash128 of the bytes that came, 16 bytes; empty once single elements were changed.</param>
+/// <param name="Digest"><see cref="TensorDigest"/> of the bytes that came, 16 bytes; empty once single elements were changed.</param>
 public sealed record DescribedWeight(string Name, DType Type, IReadOnlyList<long> Shape, byte[] Digest);

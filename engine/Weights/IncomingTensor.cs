@@ -1,6 +1,3 @@
-using System.Buffers.Binary;
-using System.Diagnostics;
-using System.IO.Hashing;
 using System.Runtime.InteropServices;
 using Rollout.Kernels;
 
@@ -9,30 +6,25 @@ namespace Rollout.Engine;
 /// <summary>One tensor of a payload being written to its place in a weight set: hashed as sent, stored in the device's layout.</summary>
 internal sealed class IncomingTensor
 {
+    /// <summary>Of a tensor sent whole, about what one core takes: large tensors are cut for all cores.</summary>
+    private const long MostRangeBytes = 4 << 20;
+
     private readonly ManifestTensor _tensor;
     private readonly Backend _backend;
     private readonly WeightSet _destination;
-    private readonly int _elementSize;
     private readonly uint[]? _indices; // of the values that follow; null: all elements, in order
-    private readonly long _indexBytes;
-    private XxHash128? _hash; // only while the tensor is partly received, because there may be many tensors
-    private UInt128 _digest;
-    private readonly int _unitBytes; // what the device stores at once: a row of a matrix, or a single element
-    private byte[]? _split;          // a unit whose bytes came in several pieces
-    private int _splitLength;
+    private readonly byte[] _pieces;   // digests
 
     public IncomingTensor(ManifestTensor tensor, LoadEntry entry, Backend backend, WeightSet set)
     {
         _tensor = tensor;
         _backend = backend;
         _destination = set;
-        _elementSize = tensor.Type.Size();
         Entry = entry;
         Bytes = tensor.Bytes;
-        _unitBytes = tensor.SparseCount is null ? (int)entry.RowElements * _elementSize : _elementSize;
-        if (tensor.SparseCount is not { } count) return;
-        _indices = new uint[count];
-        _indexBytes = count * sizeof(uint);
+        _pieces = new byte[TensorDigest.Pieces(Bytes) * TensorDigest.Length];
+        if (tensor.SparseCount is { } count) _indices = new uint[count];
+        Ranges = Cut();
     }
 
     public string Name => _tensor.Name;
@@ -44,103 +36,43 @@ internal sealed class IncomingTensor
 
     public long Bytes { get; }
 
-    public long Taken { get; private set; }
+    public int ElementBytes => _tensor.Type.Size();
 
-    /// <summary>Stopwatch ticks spent on hashing and storing.</summary>
-    public long ApplyTicks { get; private set; }
+    /// <summary>Bytes of the indices that come first; 0 where all elements are sent.</summary>
+    public long IndexBytes => (_indices?.Length ?? 0L) * sizeof(uint);
 
-    /// <summary>XxHash128 of the bytes sent, in its canonical byte order. Valid once all bytes have been taken.</summary>
-    public byte[] Digest()
-    {
-        byte[] digest = new byte[16];
-        BinaryPrimitives.WriteUInt128BigEndian(digest, Bytes == 0 ? XxHash128.HashToUInt128([]) : _digest);
-        return digest;
-    }
+    /// <summary>What the device stores at once: a row of a matrix, or a single element.</summary>
+    public int UnitBytes => _indices is null ? (int)Entry.RowElements * ElementBytes : ElementBytes;
+
+    /// <summary>What the device stores fastest at once.</summary>
+    public long FastBytes => _indices is null && Entry.RowElements > 1 ? _backend.WriteRows * (long)UnitBytes : 1;
+
+    /// <summary>Its bytes in ascending order, in parts that may be taken in any order and at the same time: at least one.</summary>
+    public IReadOnlyList<IncomingRange> Ranges { get; }
+
+    public long Taken => Ranges.Sum(range => range.Taken);
+
+    /// <summary>Stopwatch ticks spent on hashing and storing, summed over cores.</summary>
+    public long ApplyTicks => Ranges.Sum(range => range.ApplyTicks);
+
+    /// <summary><see cref="TensorDigest"/> of the bytes sent. Valid once all bytes have been taken.</summary>
+    public byte[] Digest() => TensorDigest.OfPieces(_pieces);
 
     /// <summary>The description of the tensor once served. A tensor sent in part has no known digest.</summary>
     public DescribedWeight Describe(byte[] digest)
         => new(_tensor.Name, _tensor.Type, _tensor.Shape, _tensor.SparseCount is null ? digest : []);
 
-    /// <summary>How many bytes to take at once, at most <paramref name="most"/>: whole units of what the device stores fastest.</summary>
-    public int PieceBytes(int most)
-    {
-        long unit = _indices is null && Entry.RowElements > 1 ? _backend.WriteRows * Entry.RowElements * _elementSize : 1;
-        return (int)Math.Min(Bytes - Taken, unit > most ? most : (Taken / unit * unit) + (most / unit * unit) - Taken);
-    }
+    // ---- For its ranges.
 
-    /// <summary>Takes the tensor's next bytes, in any pieces.</summary>
-    /// <exception cref="UpdateFailedException">The indices of a sparse tensor do not ascend or leave the tensor.</exception>
-    public void Take(ReadOnlySpan<byte> bytes)
-    {
-        if (bytes.IsEmpty) return;
-        long started = Stopwatch.GetTimestamp();
-        Hash(bytes);
-        if (Taken < _indexBytes)
-        {
-            ReadOnlySpan<byte> own = bytes[..(int)Math.Min(bytes.Length, _indexBytes - Taken)];
-            own.CopyTo(MemoryMarshal.AsBytes(_indices.AsSpan())[(int)Taken..]);
-            Taken += own.Length;
-            bytes = bytes[own.Length..];
-            if (Taken == _indexBytes) CheckIndices();
-        }
+    /// <summary>Hashes the bytes from one on, where a piece begins.</summary>
+    public PieceHasher Hasher(long position) => new(_pieces, Bytes, position);
 
-        long element = (Taken - _indexBytes) / _elementSize;
-        Taken += bytes.Length;
-        if (!Entry.Tied) StoreWhole(element, bytes);
-        ApplyTicks += Stopwatch.GetTimestamp() - started;
-    }
+    /// <summary>Takes bytes of the indices, the first being the tensor's byte <paramref name="position"/>.</summary>
+    public void TakeIndices(long position, ReadOnlySpan<byte> bytes)
+        => bytes.CopyTo(MemoryMarshal.AsBytes(_indices.AsSpan())[(int)position..]);
 
-    private void Hash(ReadOnlySpan<byte> bytes)
-    {
-        bool last = Taken + bytes.Length == Bytes;
-        if (last && _hash is null)
-        {
-            _digest = XxHash128.HashToUInt128(bytes);
-            return;
-        }
-
-        _hash ??= new XxHash128();
-        _hash.Append(bytes);
-        if (!last) return;
-        _digest = _hash.GetCurrentHashAsUInt128();
-        _hash = null;
-    }
-
-    /// <summary>Stores whole units and keeps what is left of a split one for the next call.</summary>
-    private void StoreWhole(long element, ReadOnlySpan<byte> bytes)
-    {
-        element -= _splitLength / _elementSize;
-        if (_splitLength > 0)
-        {
-            int rest = Math.Min(_unitBytes - _splitLength, bytes.Length);
-            bytes[..rest].CopyTo(_split.AsSpan(_splitLength));
-            _splitLength += rest;
-            bytes = bytes[rest..];
-            if (_splitLength < _unitBytes) return;
-            Store(element, _split);
-            element += _unitBytes / _elementSize;
-            _splitLength = 0;
-        }
-
-        int whole = bytes.Length / _unitBytes * _unitBytes;
-        if (whole > 0) Store(element, bytes[..whole]);
-        _splitLength = bytes.Length - whole;
-        if (_splitLength > 0) bytes[whole..].CopyTo(_split ??= new byte[_unitBytes]);
-    }
-
-    private void Store(long element, ReadOnlySpan<byte> values)
-    {
-        if (_indices is null)
-        {
-            Entry.Write(_backend, _destination, element, values, _tensor.Type);
-            return;
-        }
-
-        ReadOnlySpan<uint> indices = _indices.AsSpan((int)element, values.Length / _elementSize);
-        Entry.WriteElements(_backend, _destination, indices, values, _tensor.Type);
-    }
-
-    private void CheckIndices()
+    /// <exception cref="UpdateFailedException">The indices do not ascend or leave the tensor.</exception>
+    public void CheckIndices()
     {
         for (int i = 0; i < _indices!.Length; i++)
         {
@@ -149,6 +81,31 @@ internal sealed class IncomingTensor
             if (i > 0 && _indices[i] <= _indices[i - 1])
                 throw Wrong($"index {i} is {_indices[i]} after {_indices[i - 1]}, they must ascend");
         }
+    }
+
+    /// <summary>Stores whole units, the first element being <paramref name="element"/>: of the tensor, or of those sent.</summary>
+    public void Store(long element, ReadOnlySpan<byte> values)
+    {
+        if (_indices is null)
+        {
+            Entry.Write(_backend, _destination, element, values, _tensor.Type);
+            return;
+        }
+
+        ReadOnlySpan<uint> indices = _indices.AsSpan((int)element, values.Length / ElementBytes);
+        Entry.WriteElements(_backend, _destination, indices, values, _tensor.Type);
+    }
+
+    /// <summary>Ranges begin where a piece of the digest begins and the device stores fastest.</summary>
+    private IncomingRange[] Cut()
+    {
+        if (_indices is not null || Bytes <= MostRangeBytes) return [new IncomingRange(this, 0, Bytes)];
+        // A piece's length is a power of two: the least common multiple lacks the factors of two that both have.
+        long step = FastBytes / Math.Min(FastBytes & -FastBytes, TensorDigest.PieceBytes) * TensorDigest.PieceBytes;
+        step *= Math.Max(1, MostRangeBytes / step);
+        IncomingRange[] ranges = new IncomingRange[(Bytes + step - 1) / step];
+        for (int i = 0; i < ranges.Length; i++) ranges[i] = new IncomingRange(this, i * step, Math.Min(step, Bytes - i * step));
+        return ranges;
     }
 
     private UpdateFailedException Wrong(string what) => new(UpdateFailure.Protocol, $"sparse tensor '{Name}': {what}");

@@ -1,7 +1,7 @@
 namespace Rollout.Engine;
 
-/// <summary>A position in the payload that advances through its tensors and the alignment gaps between them.</summary>
-internal sealed class PayloadCursor(IReadOnlyList<IncomingTensor> tensors, int first, long position)
+/// <summary>A position in the payload that advances through its tensors' ranges and the alignment gaps between them.</summary>
+internal sealed class PayloadCursor(IReadOnlyList<IncomingRange> ranges, int first, long position)
 {
     /// <summary>Fits a core's L2 cache together with the packed result.</summary>
     public const int MostPieceBytes = 512 * 1024;
@@ -11,8 +11,8 @@ internal sealed class PayloadCursor(IReadOnlyList<IncomingTensor> tensors, int f
     /// <summary>The next payload byte.</summary>
     public long Position { get; private set; } = position;
 
-    /// <summary>The tensor that byte belongs to, or else the next one; null after the last.</summary>
-    public IncomingTensor? Tensor => _current < tensors.Count ? tensors[_current] : null;
+    /// <summary>The range that byte belongs to, or else the next one; null after the last.</summary>
+    public IncomingRange? Range => _current < ranges.Count ? ranges[_current] : null;
 
     /// <summary>
     /// How many bytes before <paramref name="end"/> to take next: several small tensors, or whole units of a large one.
@@ -20,7 +20,7 @@ internal sealed class PayloadCursor(IReadOnlyList<IncomingTensor> tensors, int f
     public int PieceBytes(long end)
     {
         long left = end - Position;
-        return left <= MostPieceBytes ? (int)left : Tensor!.PieceBytes(MostPieceBytes);
+        return left <= MostPieceBytes ? (int)left : Range!.PieceBytes(MostPieceBytes);
     }
 
     /// <summary>Passes the next bytes to the tensors they belong to.</summary>
@@ -28,18 +28,18 @@ internal sealed class PayloadCursor(IReadOnlyList<IncomingTensor> tensors, int f
     {
         while (!bytes.IsEmpty)
         {
-            if (Tensor is not { } tensor)
+            if (Range is not { } range)
             {
                 Position += bytes.Length;
                 return;
             }
 
-            int gap = (int)Math.Min(bytes.Length, tensor.Start + tensor.Taken - Position);
-            ReadOnlySpan<byte> own = bytes.Slice(gap, (int)Math.Min(bytes.Length - gap, tensor.Bytes - tensor.Taken));
-            tensor.Take(own);
+            int gap = (int)Math.Min(bytes.Length, range.Start + range.Taken - Position);
+            ReadOnlySpan<byte> own = bytes.Slice(gap, (int)Math.Min(bytes.Length - gap, range.Bytes - range.Taken));
+            range.Take(own);
             Position += gap + own.Length;
             bytes = bytes[(gap + own.Length)..];
-            if (tensor.Taken == tensor.Bytes) _current++;
+            if (range.Taken == range.Bytes) _current++;
         }
     }
 
@@ -65,23 +65,23 @@ internal sealed class PayloadCursor(IReadOnlyList<IncomingTensor> tensors, int f
     /// <summary>A part of the payload that one core reads from its first byte to its last.</summary>
     private readonly record struct Lot(PayloadCursor Cursor, long End);
 
-    /// <summary>All bytes before <paramref name="end"/>, cut between tensors into parts of a few pieces or of one large tensor.</summary>
+    /// <summary>All bytes before <paramref name="end"/>, cut between ranges into lots of a few small ones or of a large one.</summary>
     private IEnumerable<Lot> Lots(long end)
     {
         int first = _current;
-        while (first < tensors.Count && tensors[first].Start < end)
+        while (first < ranges.Count && ranges[first].Start < end)
         {
-            long start = tensors[first].Start + tensors[first].Taken;
+            long start = ranges[first].Start + ranges[first].Taken;
             int next = first + 1;
-            while (next < tensors.Count && tensors[next].Start + tensors[next].Bytes - start <= MostPieceBytes) next++;
-            long lotEnd = tensors[next - 1].Start + tensors[next - 1].Bytes;
-            yield return new Lot(new PayloadCursor(tensors, first, start), Math.Min(end, lotEnd));
+            while (next < ranges.Count && ranges[next].Start + ranges[next].Bytes - start <= MostPieceBytes) next++;
+            long lotEnd = ranges[next - 1].Start + ranges[next - 1].Bytes;
+            yield return new Lot(new PayloadCursor(ranges, first, start), Math.Min(end, lotEnd));
             first = next;
         }
     }
 
     private void SkipComplete()
     {
-        while (Tensor is { } tensor && tensor.Taken == tensor.Bytes) _current++;
+        while (Range is { } range && range.Taken == range.Bytes) _current++;
     }
 }

@@ -39,7 +39,7 @@ public sealed class WeightUpdate : IDisposable
         _preflightSeconds = preflightSeconds;
         _incoming = [.. Manifest.Tensors.Select(
             tensor => new IncomingTensor(tensor, plan[tensor.Name], engine.Backend, update.Destination))];
-        _cursor = new PayloadCursor(_incoming, 0, 0);
+        _cursor = new PayloadCursor([.. _incoming.SelectMany(tensor => tensor.Ranges)], 0, 0);
     }
 
     public UpdateManifest Manifest => _active.Manifest;
@@ -151,7 +151,7 @@ public sealed class WeightUpdate : IDisposable
         return result;
     }
 
-    /// <summary>The combined digest of weights.proto: XxHash128 over the tensors' digests in manifest order.</summary>
+    /// <summary>The combined digest of weights.proto: XXH3-128 over the tensors' digests in manifest order.</summary>
     public static byte[] Combine(IEnumerable<byte[]> digests)
     {
         XxHash128 hash = new();

@@ -2,6 +2,7 @@ using System.Buffers.Binary;
 using System.IO.Hashing;
 using Google.Protobuf;
 using Rollout.Engine;
+using Rollout.Kernels;
 using Rollout.V1;
 
 namespace Rollout.Load;
@@ -36,7 +37,7 @@ internal sealed class UpdatePayload
             entry.Shape.AddRange(tensor.Shape.Select(dimension => (ulong)dimension));
             manifest.Add(entry);
             int length = checked((int)(sizeof(ushort) * tensor.Shape.Aggregate(1L, (product, dimension) => product * dimension)));
-            digests.Append(XxHash128.Hash(bytes.AsSpan(offset, length)));
+            digests.Append(TensorDigest.Of(bytes.AsSpan(offset, length)));
             offset += length;
         }
 

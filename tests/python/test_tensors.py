@@ -228,13 +228,31 @@ class LayoutTests(unittest.TestCase):
     @unittest.skipIf(xxhash is None, "xxhash is not installed")
     def test_digests_have_the_canonical_byte_order(self) -> None:
         """The values that xxHash's own test vectors give."""
+        self.assertEqual(xxhash.xxh3_128_digest(b"abc").hex(), "06b05ab6733a618578af5f94892f3950")
         digest = TensorDigest()
-        self.assertEqual(digest.digest().hex(), "99aa06d3014798d86001c324468d497f")
+        self.assertEqual(digest.digest(), combine([]))
         digest.update(memoryview(b"a"))
         digest.update(memoryview(b"bc"))
-        self.assertEqual(digest.digest().hex(), "06b05ab6733a618578af5f94892f3950")
+        self.assertEqual(digest.digest(), xxhash.xxh3_128_digest(xxhash.xxh3_128_digest(b"abc")))
         self.assertEqual(combine([digest.digest()] * 2), xxhash.xxh3_128_digest(digest.digest() * 2))
         self.assertEqual(combine([digest.digest(), b""]), b"")
+
+    @unittest.skipIf(xxhash is None, "xxhash is not installed")
+    def test_the_digest_of_a_tensor_is_as_defined(self) -> None:
+        """The test vectors of DEFINITIONS.md."""
+        for length, expected in (
+            (0, "99aa06d3014798d86001c324468d497f"),
+            (1, "d4bb14079dface434a09d02574c507f7"),
+            (131_072, "7b8c03a20d3d9943c5e068d15eab05ae"),
+            (131_073, "69ace5a8cdf84f681035e1c21cbc9d3a"),
+            (1_000_003, "0248dbd5dc7476f99f672cc9bf9ef022"),
+        ):
+            tensor = memoryview(((np.arange(length, dtype=np.int64) * 31 + 7) % 251).astype(np.uint8).tobytes())
+            for cut in (1 << 20, 131_072, 99_991, 240):
+                digest = TensorDigest()
+                for at in range(0, length, cut):
+                    digest.update(tensor[at : at + cut])
+                self.assertEqual(digest.digest().hex(), expected, (length, cut))
 
 
 class CheckpointTests(unittest.TestCase):

@@ -7,6 +7,7 @@ using Grpc.Core;
 using Grpc.Net.Client;
 using Rollout.Client;
 using Rollout.Engine;
+using Rollout.Kernels;
 using V1 = Rollout.V1;
 
 // A trainer that a test can kill at a chosen step of an update. At every step it prints a line and waits for one; its last line says how
@@ -70,7 +71,7 @@ async Task<string> PushAsync()
     {
         int offset = (int)(tensor.Offset - file.DataStart);
         file.Read(tensor, 0, payload.AsSpan(offset, (int)tensor.Bytes));
-        digests.Append(XxHash128.Hash(payload.AsSpan(offset, (int)tensor.Bytes)));
+        digests.Append(TensorDigest.Of(payload.AsSpan(offset, (int)tensor.Bytes)));
         begin.Manifest.Add(new V1.ManifestTensor { Name = tensor.Name, Dtype = V1.TensorDType.Bf16, Offset = (ulong)offset });
         begin.Manifest[^1].Shape.Add(tensor.Shape.Select(dimension => (ulong)dimension));
     }

@@ -24,7 +24,7 @@ public sealed class FileSource(SafeFileHandle file, long fileOffset, long payloa
                 Span<byte> piece = buffer.AsSpan(0, part.PieceBytes(end));
                 int read = RandomAccess.Read(file, piece, fileOffset - PayloadOffset + part.Position);
                 if (read == 0)
-                    throw new UpdateFailedException(UpdateFailure.Source, $"the file ends inside tensor '{part.Tensor!.Name}'");
+                    throw new UpdateFailedException(UpdateFailure.Source, $"the file ends inside tensor '{part.Range!.Tensor.Name}'");
                 part.Take(piece[..read]);
             }
         }

@@ -170,7 +170,7 @@ class DescribedTensor:
 
     shape: tuple[int, ...]
     digest: str
-    """XxHash128 of the bytes as last sent, 32 hexadecimal digits; empty where none is known."""
+    """That of the bytes as last sent (DEFINITIONS.md), 32 hexadecimal digits; empty where none is known."""
 
 
 @dataclass(frozen=True)

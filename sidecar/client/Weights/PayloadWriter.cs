@@ -1,5 +1,4 @@
 using System.Buffers;
-using System.IO.Hashing;
 
 namespace Rollout.Client;
 
@@ -12,7 +11,7 @@ internal sealed class PayloadWriter(PayloadLayout layout, IReadOnlyList<TensorSo
     public const int Piece = 1 << 20;
 
     private readonly byte[] _digests = new byte[tensors.Count * WeightDigest.Length];
-    private readonly XxHash128?[] _hashes = new XxHash128?[tensors.Count]; // of partly copied tensors
+    private readonly TensorHasher?[] _hashers = new TensorHasher?[tensors.Count]; // of partly copied tensors
 
     /// <summary>Length of the payload.</summary>
     public long Bytes => layout.PayloadBytes;
@@ -25,7 +24,7 @@ internal sealed class PayloadWriter(PayloadLayout layout, IReadOnlyList<TensorSo
         for (int i = 0; i < tensors.Count; i++)
         {
             if (layout.Sizes[i] == 0)
-                XxHash128.Hash([], DigestOf(i));
+                new TensorHasher(0).Finish(DigestOf(i));
         }
 
         return WeightDigest.Combine(_digests);
@@ -112,12 +111,12 @@ internal sealed class PayloadWriter(PayloadLayout layout, IReadOnlyList<TensorSo
         tensors[tensor].CopyTo(at, destination);
         if (!hash)
             return;
-        XxHash128 digest = _hashes[tensor] ??= new XxHash128();
-        digest.Append(destination);
+        TensorHasher hasher = _hashers[tensor] ??= new TensorHasher(layout.Sizes[tensor]);
+        hasher.Append(destination);
         if (at + destination.Length < layout.Sizes[tensor])
             return;
-        digest.GetHashAndReset(DigestOf(tensor));
-        _hashes[tensor] = null;
+        hasher.Finish(DigestOf(tensor));
+        _hashers[tensor] = null;
     }
 
     private Span<byte> DigestOf(int tensor) => _digests.AsSpan(tensor * WeightDigest.Length, WeightDigest.Length);

@@ -116,7 +116,7 @@ public sealed record PushResult
 {
     public required ulong Version { get; init; }
 
-    /// <summary>XxHash128 over the tensors' digests in the order they were given, 32 hexadecimal digits; "" where not known.</summary>
+    /// <summary>XXH3-128 over the tensors' digests in the order they were given, 32 hexadecimal digits; "" where not known.</summary>
     public required string Digest { get; init; }
 
     public required long PayloadBytes { get; init; }

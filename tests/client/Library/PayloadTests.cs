@@ -140,6 +140,27 @@ public sealed class PayloadTests
         Assert.Equal(WeightDigest.Show(XxHash128.Hash(both)), WeightDigest.Show(WeightDigest.Combine(both)));
     }
 
+    /// <summary>The test vectors of DEFINITIONS.md.</summary>
+    [Theory]
+    [InlineData(0, "99aa06d3014798d86001c324468d497f")]
+    [InlineData(1, "d4bb14079dface434a09d02574c507f7")]
+    [InlineData(131_072, "7b8c03a20d3d9943c5e068d15eab05ae")]
+    [InlineData(131_073, "69ace5a8cdf84f681035e1c21cbc9d3a")]
+    [InlineData(1_000_003, "0248dbd5dc7476f99f672cc9bf9ef022")]
+    public void The_digest_of_a_tensor_is_as_defined(int length, string expected)
+    {
+        byte[] tensor = [.. Enumerable.Range(0, length).Select(i => (byte)((i * 31L + 7) % 251))];
+        foreach (int cut in (int[])[1 << 20, 131_072, 99_991, 240])
+        {
+            TensorHasher hasher = new(length);
+            foreach (byte[] part in tensor.Chunk(cut))
+                hasher.Append(part);
+            byte[] digest = new byte[WeightDigest.Length];
+            hasher.Finish(digest);
+            Assert.Equal(expected, WeightDigest.Show(digest));
+        }
+    }
+
     /// <summary>Both ways of writing give the bytes of the layout and the same digest, for any sizes.</summary>
     [Fact]
     public void Stream_and_shared_memory_carry_the_same_payload()
@@ -184,7 +205,7 @@ public sealed class PayloadTests
                     written = File.ReadAllBytes(file.Path);
                 }
 
-                byte[] digest = XxHash128.Hash([.. contents.SelectMany(bytes => XxHash128.Hash(bytes))]);
+                byte[] digest = XxHash128.Hash([.. contents.SelectMany(FakeWeights.DigestOf)]);
                 return end == layout.PayloadBytes && streamed.AsSpan().SequenceEqual(expected)
                     && written.AsSpan(0, expected.Length).SequenceEqual(expected)
                     && stream.Digest().AsSpan().SequenceEqual(digest) && shared.Digest().AsSpan().SequenceEqual(digest);

@@ -1,5 +1,4 @@
 using System.Diagnostics;
-using System.IO.Hashing;
 using System.Runtime.InteropServices;
 using CsCheck;
 using Rollout.Kernels;
@@ -261,7 +260,7 @@ public sealed class PartialUpdateTests
                 }
 
                 Manifest.Add(new ManifestTensor(name, DType.BFloat16, tensors.Shapes[name], offset, count));
-                digests.Add(XxHash128.Hash(bytes.GetBuffer().AsSpan((int)offset, (int)(bytes.Length - offset))));
+                digests.Add(TensorDigest.Of(bytes.GetBuffer().AsSpan((int)offset, (int)(bytes.Length - offset))));
             }
 
             Bytes = bytes.ToArray();

@@ -1,4 +1,3 @@
-using System.IO.Hashing;
 using Microsoft.Win32.SafeHandles;
 using Rollout.Kernels;
 using Rollout.Native;
@@ -39,7 +38,7 @@ internal sealed class UpdatePayload : IDisposable
             payload._tensors.Add(new ManifestTensor(name, DType.BFloat16, tensor.Info.Shape, stream.Length));
             stream.Write(bytes);
             written.Add((new TensorDeclaration(name, DType.BFloat16, tensor.Info.Shape), bytes));
-            digests.Add(XxHash128.Hash(bytes));
+            digests.Add(TensorDigest.Of(bytes));
         }
 
         SafetensorsWriter.Write(Path.Combine(folder, "model.safetensors"), written);

@@ -22,7 +22,8 @@ public sealed class IncomingTensorTests
 
         PlainTensor whole = PlainTensor.Random(new Random(1), 2048 * 65, DType.Float32);
         IncomingTensor value = Incoming(new ManifestTensor(Attention + "v_proj.weight", DType.Float32, [2048, 65], 0), backend, weights);
-        foreach (byte[] piece in whole.Bytes.Chunk(99_999)) value.Take(piece);
+        PayloadCursor cursor = new(value.Ranges, 0, 0);
+        foreach (byte[] piece in whole.Bytes.Chunk(99_999)) cursor.Take(piece);
         Assert.Equal(whole.Digest(), value.Digest());
         float[] held = new float[2048 * 65];
         backend.ReadWeight(qkv, queries + 2048 * 65, held);
@@ -43,7 +44,7 @@ public sealed class IncomingTensorTests
                 BinaryPrimitives.WriteSingleLittleEndian(bytes.AsSpan((indices.Length + i) * 4), i + 1);
             }
 
-            foreach (byte[] piece in bytes.Chunk(3)) sparse.Take(piece);
+            foreach (byte[] piece in bytes.Chunk(3)) sparse.Ranges[0].Take(piece);
             float[] one = new float[1];
             for (int i = 0; i < indices.Length; i++)
             {
@@ -76,7 +77,7 @@ public sealed class IncomingTensorTests
             void Take(uint[] indices, int cut = 1)
             {
                 ManifestTensor tensor = new(name, DType.BFloat16, shape, 0, indices.Length);
-                IncomingTensor incoming = new(tensor, model.Plan[name], backend, weights);
+                IncomingRange incoming = new IncomingTensor(tensor, model.Plan[name], backend, weights).Ranges[0];
                 byte[] bytes = [.. indices.SelectMany(BitConverter.GetBytes), .. new byte[indices.Length * 2]];
                 incoming.Take(bytes.AsSpan(0, cut));
                 if (cut < indices.Length * 4) incoming.Take(bytes.AsSpan(cut)); // else no value has come, and the indices are wrong already
@@ -91,12 +92,13 @@ public sealed class IncomingTensorTests
         using WeightSet weights = WeightSet.Allocate(backend, s_large.Plan);
         ManifestTensor tensor = new("model.layers.0.self_attn.q_proj.weight", DType.BFloat16, [1 << 25, 65], 0);
         IncomingTensor incoming = Incoming(tensor, backend, weights);
+        PayloadCursor cursor = new(incoming.Ranges, 0, 0);
         byte[] piece = new byte[(64 << 20) + 1];
         long taken = 0;
         while (taken < tensor.Bytes)
         {
             int length = (int)Math.Min(piece.Length, tensor.Bytes - taken);
-            incoming.Take(piece.AsSpan(0, length));
+            cursor.Take(piece.AsSpan(0, length));
             taken += length;
             Assert.Equal(taken, incoming.Taken);
         }
@@ -110,6 +112,41 @@ public sealed class IncomingTensorTests
         }
 
         Assert.Equal((1L << 25) * 65, next);
+    }
+
+    /// <summary>A large tensor is cut for all cores, at pieces of its digest and at what the device stores fastest.</summary>
+    [Fact]
+    public void Ranges_of_a_tensor_come_in_any_order_and_cuts()
+    {
+        Random random = new(3);
+        using CpuBackend backend = new(1);
+        foreach ((long rows, long inputs, DType type) in ((long, long, DType)[])[
+            (9_001, 896, DType.BFloat16), (40_007, 100, DType.Float32), (203, 32_768, DType.BFloat16),
+            (5_000_001, 1, DType.Float16)])
+        {
+            LoadPlan plan = new();
+            WeightSlot slot = inputs == 1 ? plan.Vector("w", ("t", (int)rows)) : plan.Matrix("w", (int)inputs, ("t", (int)rows));
+            using WeightSet weights = WeightSet.Allocate(backend, plan);
+            PlainTensor whole = PlainTensor.Random(random, (int)(rows * inputs), type);
+            IncomingTensor tensor = new(new ManifestTensor("t", type, plan["t"].Shape, 0), plan["t"], backend, weights);
+            Assert.True(tensor.Ranges.Count > 1, $"{rows} rows");
+            IncomingRange[] order = [.. tensor.Ranges];
+            random.Shuffle(order);
+            Parallel.ForEach(order, range =>
+            {
+                int from = (int)range.Start, cut = 1 + (from * 7 % 900_000);
+                foreach (byte[] part in whole.Bytes[from..(int)(from + range.Bytes)].Chunk(cut)) range.Take(part);
+            });
+            Assert.Equal(whole.Bytes.Length, tensor.Taken);
+            Assert.Equal(whole.Digest(), tensor.Digest());
+            float[] held = new float[rows * inputs];
+            backend.ReadWeight(weights[slot], 0, held);
+            for (int i = 0; i < held.Length; i++)
+            {
+                float value = inputs == 1 ? whole[i] : PlainModel.Rounded(whole[i]);
+                if (!value.Equals(held[i])) Assert.Fail($"{rows} rows, element {i} is {held[i]}, sent was {value}");
+            }
+        }
     }
 
     private static IncomingTensor Incoming(ManifestTensor tensor, Backend backend, WeightSet weights)

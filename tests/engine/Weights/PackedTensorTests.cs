@@ -23,10 +23,11 @@ public sealed class PackedTensorTests
         PlainTensor whole = PlainTensor.Random(random, experts * rows * Inputs, DType.Float32);
         ManifestTensor sent = new("experts", DType.Float32, [experts, rows, Inputs], 0);
         IncomingTensor tensor = new(sent, plan["experts"], backend, weights);
+        PayloadCursor cursor = new(tensor.Ranges, 0, 0);
         for (int at = 0; at < whole.Bytes.Length;)
         {
             int piece = Math.Min(whole.Bytes.Length - at, random.Next(1, 2 * rows * Inputs * sizeof(float)));
-            tensor.Take(whole.Bytes.AsSpan(at, piece));
+            cursor.Take(whole.Bytes.AsSpan(at, piece));
             at += piece;
         }
 
@@ -41,7 +42,7 @@ public sealed class PackedTensorTests
         IncomingTensor sparse = new(
             new ManifestTensor("experts", DType.Float32, [experts, rows, Inputs], 0, indices.Length), plan["experts"], backend, weights);
         byte[] bytes = [.. indices.SelectMany(BitConverter.GetBytes), .. values.Bytes];
-        foreach (byte[] piece in bytes.Chunk(random.Next(1, bytes.Length))) sparse.Take(piece);
+        foreach (byte[] piece in bytes.Chunk(random.Next(1, bytes.Length))) sparse.Ranges[0].Take(piece);
         for (int i = 0; i < indices.Length; i++) expected[indices[i]] = values[i];
         AssertHold(expected);
 

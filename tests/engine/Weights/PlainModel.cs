@@ -1,5 +1,4 @@
 using System.Buffers.Binary;
-using System.IO.Hashing;
 using Rollout.Kernels;
 using Xunit;
 
@@ -18,7 +17,7 @@ internal sealed record PlainTensor(DType Type, byte[] Bytes)
         _ => BitConverter.Int32BitsToSingle(BinaryPrimitives.ReadUInt16LittleEndian(Bytes.AsSpan(element * 2)) << 16),
     };
 
-    public byte[] Digest() => XxHash128.Hash(Bytes);
+    public byte[] Digest() => TensorDigest.Of(Bytes);
 
     /// <summary>Values that convert badly among any bits: ties between two bf16, subnormals, infinities, NaN of every kind.</summary>
     public static PlainTensor Random(Random random, int elements, DType? given = null)

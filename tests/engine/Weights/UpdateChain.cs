@@ -1,4 +1,3 @@
-using System.IO.Hashing;
 using System.Runtime.InteropServices;
 using Microsoft.Win32.SafeHandles;
 using Rollout.Kernels;
@@ -186,7 +185,7 @@ internal sealed class UpdateChain : IAsyncDisposable
                 if (indices is not null) bytes.Write(MemoryMarshal.AsBytes<uint>(indices));
                 bytes.Write(values.Bytes);
                 Tensors.Add(new ManifestTensor(name, values.Type, model.Shapes[source], offset, indices?.Length));
-                digests.Add(XxHash128.Hash(bytes.GetBuffer().AsSpan((int)offset, (int)(bytes.Length - offset))));
+                digests.Add(TensorDigest.Of(bytes.GetBuffer().AsSpan((int)offset, (int)(bytes.Length - offset))));
                 Borders.AddRange([offset, offset + 4L * (indices?.Length ?? 0), bytes.Length]);
                 if (bytes.Length > offset) LastByte = bytes.Length;
                 if (!(tied && name == Head)) _changes.Add((name, values, indices));

@@ -158,7 +158,7 @@ internal sealed class Sending(Scope scope)
         _manifest.Add(entry);
         _tensors.Add((new TensorDeclaration(name, DType.BFloat16, shape), values));
         _payload.Write(sent);
-        _digest.Append(XxHash128.Hash(sent));
+        _digest.Append(TensorDigest.Of(sent));
     }
 
     public BeginUpdate Begin(ulong from, ulong to, string owner = "trainer") => new()

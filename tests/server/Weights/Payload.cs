@@ -120,7 +120,7 @@ internal sealed class Payload
         Manifest.Add(tensor);
         _tensors.Add((declared, values));
         _bytes.Write(sent);
-        _digest.Append(XxHash128.Hash(sent));
+        _digest.Append(TensorDigest.Of(sent));
     }
 
     private Payload Seal()

@@ -1,4 +1,4 @@
-"""XxHash128 of each tensor's bytes, and over their concatenation in manifest order: what the sidecar compares before it commits.
+"""Digests of weights as protos/rollout/v1/DEFINITIONS.md defines them: what the sidecar compares before it commits.
 
 Needs the package xxhash. Without it nothing is hashed here, the digest that is sent is empty, and bytes that change in transit are not
 detected.
@@ -16,21 +16,42 @@ except ImportError:
     xxhash = None
 
 DIGEST_BYTES = 16
+PIECE_BYTES = 131072
+"""A tensor's digest is that of the digests of its pieces; all but the last have this length."""
 
 
 class TensorDigest:
-    """Of one tensor, piece by piece."""
+    """Of one tensor, whose bytes come in order, in any cuts."""
 
     def __init__(self) -> None:
-        self._hash = None if xxhash is None else xxhash.xxh3_128()
+        self._pieces = bytearray()  # digests
+        self._partial: Any = None  # hash of a piece whose bytes come in several calls
+        self._left = PIECE_BYTES  # bytes that it lacks
 
-    def update(self, piece: memoryview) -> None:
-        if self._hash is not None:
-            self._hash.update(piece)
+    def update(self, part: memoryview) -> None:
+        if xxhash is None:
+            return
+        at = 0
+        while at < len(part):
+            own = part[at : at + self._left]
+            at += len(own)
+            if len(own) == PIECE_BYTES:
+                self._pieces += xxhash.xxh3_128_digest(own)
+                continue
+            if self._partial is None:
+                self._partial = xxhash.xxh3_128()
+            self._partial.update(own)
+            self._left -= len(own)
+            if self._left == 0:
+                self._pieces += self._partial.digest()
+                self._partial, self._left = None, PIECE_BYTES
 
     def digest(self) -> bytes:
         """Sixteen bytes, most significant first; empty without xxhash."""
-        return b"" if self._hash is None else bytes(self._hash.digest())
+        if xxhash is None:
+            return b""
+        last = b"" if self._partial is None else self._partial.digest()
+        return bytes(xxhash.xxh3_128_digest(bytes(self._pieces) + last))
 
 
 def combine(digests: Iterable[bytes]) -> bytes:

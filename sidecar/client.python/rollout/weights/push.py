@@ -57,7 +57,7 @@ class PushResult:
 
     version: int
     digest: str
-    """XxHash128 over the digests of the tensors in their order, 32 hexadecimal digits; empty where not known."""
+    """XXH3-128 over the digests of the tensors in their order, 32 hexadecimal digits; empty where not known."""
 
     payload_bytes: int
     mode: Mode
