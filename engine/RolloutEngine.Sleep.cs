@@ -17,7 +17,9 @@ public enum MemoryTags
 
 /// <param name="Tag">One tag.</param>
 /// <param name="AllocatedBytes">Address space.</param>
-/// <param name="FreedBytes">Measured decrease of the memory in use: a GPU's, or this process's, where pages never touched do not count.</param>
+/// <param name="FreedBytes">
+/// Measured decrease of the memory in use: a GPU's, or this process's, where pages never touched do not count.
+/// </param>
 /// <param name="FreeBytesBefore">Free on the device, or on the machine, as its driver says.</param>
 /// <param name="FreeBytesAfter">The same afterwards.</param>
 /// <param name="HostBytes">Of the host's memory, which keeps the content meanwhile.</param>

@@ -17,6 +17,7 @@ internal static class JsonFile
     {
         try
         {
+            RegularFile.ThrowIfNot(path);
             long length = new FileInfo(path).Length;
             if (length > MostBytes)
                 throw new InvalidModelException(path, $"the file has {length} bytes; at most {MostBytes} are read");

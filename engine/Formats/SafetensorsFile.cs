@@ -58,6 +58,7 @@ public sealed class SafetensorsFile : IDisposable
         SafeFileHandle? handle = null;
         try
         {
+            RegularFile.ThrowIfNot(path);
             handle = File.OpenHandle(path);
             SafetensorsFile file = new(path, handle, ReadHeader(path, handle));
             handle = null;

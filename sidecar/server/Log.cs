@@ -77,7 +77,8 @@ internal static partial class Log
     [LoggerMessage(EventId = 301, Level = LogLevel.Information, Message = "Resumed")]
     public static partial void Resumed(ILogger logger);
 
-    [LoggerMessage(EventId = 302, Level = LogLevel.Information, Message = "{Tag} sleeps: {Freed} bytes freed of {Allocated} allocated; the host keeps {Kept}")]
+    [LoggerMessage(EventId = 302, Level = LogLevel.Information,
+        Message = "{Tag} sleeps: {Freed} bytes freed of {Allocated} allocated; the host keeps {Kept}")]
     public static partial void Slept(ILogger logger, string tag, long freed, long allocated, long kept);
 
     [LoggerMessage(EventId = 303, Level = LogLevel.Information, Message = "Woken up; asleep now: {Asleep}")]

@@ -1,5 +1,6 @@
 using System.Diagnostics;
 using System.Net;
+using System.Net.Sockets;
 using System.Text.Json;
 using Microsoft.AspNetCore.Connections;
 using Microsoft.AspNetCore.Hosting.Server;
@@ -46,7 +47,7 @@ internal static class ServerApp
         await using WebApplication app = Build(options, host, ToConsole);
         ILogger logger = app.Services.GetRequiredService<ILoggerFactory>().CreateLogger("Rollout.Server");
         if (options.Socket is not null && SocketFile.RemoveStale(options.Socket)) Log.StaleSocketRemoved(logger, options.Socket);
-        await StartAsync(app);
+        await StartAsync(app, options);
         try
         {
             await LoadAsync(options, app, host, logger);
@@ -80,6 +81,7 @@ internal static class ServerApp
         builder.Logging.SetMinimumLevel(LogLevel.Information);
         builder.Logging.AddFilter("Microsoft", LogLevel.Warning);
         builder.Logging.AddFilter("Grpc", LogLevel.Warning);
+        builder.Logging.AddFilter("Microsoft.Extensions.Hosting", LogLevel.None); // what fails there is thrown, and reported once
         log(builder.Logging);
         builder.Services.Configure<HostOptions>(hosting => hosting.ShutdownTimeout = s_drainWithin);
 
@@ -143,15 +145,17 @@ internal static class ServerApp
         log.Services.Configure<ConsoleLoggerOptions>(console => console.LogToStandardErrorThreshold = LogLevel.Trace);
     }
 
-    private static async Task StartAsync(WebApplication app)
+    private static async Task StartAsync(WebApplication app, ServeOptions options)
     {
         try
         {
             await app.StartAsync();
         }
-        catch (IOException e)
+        catch (Exception e) when (e is IOException or SocketException)
         {
-            throw new FailureException(e.Message); // the address is in use, or not one of this machine
+            // In use, not an address of this machine, or a port that needs privileges: the exception says which, but not always where.
+            object?[] addresses = [options.Socket, options.Listen, options.Metrics];
+            throw new FailureException($"cannot listen on {string.Join(" or ", addresses.Where(a => a is not null))}: {e.Message}");
         }
     }
 

@@ -15,10 +15,6 @@ internal sealed class SafetensorsTransport : ITransport
         if (!Path.IsPathFullyQualified(source.Path) || source.Path.Contains('\0'))
             throw Refused(source.Path, "the path must be absolute");
         if (!File.Exists(source.Path)) throw Refused(source.Path, "there is no such file");
-        // Checked before opening, because opening a pipe blocks until another process writes to it, past any deadline.
-        FileInfo file = new(source.Path);
-        if ((file.ResolveLinkTarget(returnFinalTarget: true) as FileInfo ?? file).Length == 0)
-            throw Refused(source.Path, "it is empty, or not a regular file");
         if (source.PayloadOffset > long.MaxValue) throw Refused(source.Path, $"payload_offset {source.PayloadOffset} is past any payload");
         SafetensorsFile checkpoint = Open(source.Path);
         try

@@ -1,3 +1,4 @@
+using System.Diagnostics;
 using Rollout.Kernels;
 using Xunit;
 
@@ -6,6 +7,8 @@ namespace Rollout.Engine.Tests;
 public sealed class CheckpointTests : IDisposable
 {
     private readonly TemporaryFolder _folder = new();
+
+    private static CancellationToken Cancelled => TestContext.Current.CancellationToken;
 
     public void Dispose() => _folder.Dispose();
 
@@ -19,6 +22,29 @@ public sealed class CheckpointTests : IDisposable
         byte[] bytes = new byte[128];
         norm.Read(0, bytes);
         Assert.Contains(bytes, b => b != 0);
+    }
+
+    /// <summary>Opening a pipe would wait for ever, and a device has no end.</summary>
+    [Theory]
+    [InlineData("config.json")]
+    [InlineData("model.safetensors")]
+    [InlineData("tokenizer.json")]
+    public async Task A_pipe_or_a_device_in_the_folder_is_refused_at_once(string name)
+    {
+        foreach (string file in (string[])["config.json", "model.safetensors"])
+            File.Copy(Path.Combine(GoldenFiles.Get("qwen3"), file), _folder[file]);
+        foreach ((string program, string[] arguments) in ((string, string[])[])
+            [("mkfifo", [_folder[name]]), ("ln", ["-s", "/dev/zero", _folder[name]]), ("ln", ["-s", _folder["pipe"], _folder[name]])])
+        {
+            using (Process pipe = Process.Start("mkfifo", [_folder["pipe"]])) await pipe.WaitForExitAsync(Cancelled);
+            File.Delete(_folder[name]);
+            using (Process made = Process.Start(program, arguments)) await made.WaitForExitAsync(Cancelled);
+            Task<InvalidModelException> refused = Assert.ThrowsAsync<InvalidModelException>(async () =>
+                await RolloutEngine.Load(_folder.Path, new CpuBackend(1), new EngineOptions()).DisposeAsync());
+            InvalidModelException error = await refused.WaitAsync(TimeSpan.FromSeconds(10), Cancelled);
+            Assert.Contains("it is empty, or not a regular file", error.Message, StringComparison.Ordinal);
+            File.Delete(_folder["pipe"]);
+        }
     }
 
     [Fact]

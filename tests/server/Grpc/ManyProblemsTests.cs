@@ -56,7 +56,8 @@ public sealed class ManyProblemsTests(SharedServer shared)
         Rejected rejected = call.ResponseStream.Current.Rejected;
         Assert.InRange(clock.Elapsed.TotalSeconds, 0, 5);
         Assert.Equal(
-            ("manifest['transformer.h.0.attn']", "the model has no such tensor"), (rejected.Problems[0].Field, rejected.Problems[0].Message));
+            ("manifest['transformer.h.0.attn']", "the model has no such tensor"),
+            (rejected.Problems[0].Field, rejected.Problems[0].Message));
         Assert.Equal((21, ""), (rejected.Problems.Count, rejected.Problems[20].Field));
         Assert.Matches("^and (19|20)[0-9]{3} more$", rejected.Problems[20].Message);
     }

@@ -1,4 +1,5 @@
 using System.Diagnostics;
+using System.Net;
 using System.Net.Sockets;
 using Grpc.Core;
 using Grpc.Health.V1;
@@ -55,10 +56,10 @@ public sealed class ShutdownTests
     [Fact]
     public async Task While_the_model_is_loaded_the_server_says_so_and_can_be_stopped()
     {
-        // A pipe without a writer, so that loading does not end.
         using TemporaryFolder model = new();
-        File.Copy(Path.Combine(Golden.Folder("qwen3"), "config.json"), model["config.json"]);
-        using (Process pipe = Process.Start("mkfifo", [model["model.safetensors"]])) await pipe.WaitForExitAsync();
+        foreach (string file in (string[])["config.json", "model.safetensors"])
+            File.Copy(Path.Combine(Golden.Folder("qwen3"), file), model[file]);
+        using LeasedFile held = new(model["model.safetensors"]);
         await using ServerProcess server = ServerProcess.Launch(model.Path);
         while (!server.Log.Contains("Listening", StringComparison.Ordinal)) await Task.Delay(20, new CancellationTokenSource(30_000).Token);
 
@@ -116,6 +117,24 @@ public sealed class ShutdownTests
         Assert.Equal(1, second.ExitCode);
         Assert.False(File.Exists(folder["s"]));
         Assert.Contains("in use", second.Errors, StringComparison.Ordinal);
+    }
+
+    /// <summary>One line and exit code 1, whatever the reason is and whichever address it concerns.</summary>
+    [Fact]
+    public async Task An_address_that_cannot_be_listened_on_is_one_line()
+    {
+        using Socket taken = new(AddressFamily.InterNetwork, SocketType.Stream, ProtocolType.Tcp);
+        taken.Bind(new IPEndPoint(IPAddress.Loopback, 0));
+        taken.Listen();
+        string inUse = $"{taken.LocalEndPoint}";
+        foreach ((string option, string address) in ((string, string)[])
+            [("--listen", "10.9.8.7:5000"), ("--listen", "[fe80::1]:5000"), ("--listen", inUse), ("--metrics", inUse)])
+        {
+            Cli.Result result = await Cli.RunAsync("serve", "--model", Golden.Folder("qwen3"), option, address);
+            Assert.Equal((1, ""), (result.ExitCode, result.Output));
+            Assert.StartsWith("rollout: cannot listen on ", Assert.Single(result.Errors.TrimEnd().Split('\n')), StringComparison.Ordinal);
+            Assert.Contains(address, result.Errors, StringComparison.Ordinal);
+        }
     }
 
     [Fact]
