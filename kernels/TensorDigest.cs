@@ -8,6 +8,9 @@ namespace Rollout.Kernels;
 /// </summary>
 public static class TensorDigest
 {
+    /// <summary>The name of this algorithm in the weights protocol.</summary>
+    public const string Algorithm = "xxh3-128-tree-131072";
+
     /// <summary>Of a digest.</summary>
     public const int Length = 16;
 

@@ -97,6 +97,7 @@ class FakeWeights:
     def __init__(self, version: int = 7) -> None:
         self.version = version
         self.mode = 1
+        self.digest_algorithm = "xxh3-128-tree-131072"
         self.poisoned = self.updating = False
         self.tensors: dict[str, bytes] = {}
         self.begun: list[Any] = []
@@ -112,7 +113,9 @@ class FakeWeights:
 
     def describe(self) -> Any:
         digests = {name: digest_of(content) for name, content in self.tensors.items()}
-        return wire.DescribeReply(version=self.version, tensors=[{"name": name, "dtype": 1, "digest": d} for name, d in digests.items()])
+        return wire.DescribeReply(
+            version=self.version, tensors=[{"name": name, "dtype": 1, "digest": d} for name, d in digests.items()],
+            digest_algorithm=self.digest_algorithm)
 
     def update(self, requests: Iterator[Any]) -> Iterator[Any]:
         self.updating, in_place, begin, payload = True, False, None, bytearray()

@@ -15,8 +15,9 @@ from fake_sidecar import FakeSidecar, FakeWeights, Proxy
 from support import eventually, own_files
 
 import rollout
-from rollout import RolloutError, RolloutTimeoutError, UnavailableError, UpdateOutcome, WeightUpdateFailed
+from rollout import RolloutError, RolloutTimeoutError, UnavailableError, UpdateOutcome, WeightDigestError, WeightUpdateFailed
 from rollout import _wire as wire
+from rollout.weights.digest import xxhash
 
 PATIENCE = 60
 TRANSPORTS = ("shared_memory", "inline", "file")
@@ -308,6 +309,23 @@ class LostPushTests(LostTests):
         with self.assertRaises(WeightUpdateFailed) as failed:
             client.push_weights(WEIGHTS)
         self.assertIs(failed.exception.outcome, UpdateOutcome.UNKNOWN)
+
+    @unittest.skipIf(xxhash is None, "xxhash is not installed")
+    def test_digests_of_another_algorithm_are_not_compared(self) -> None:
+        _, weights, proxy, client = self.connect()
+        weights.digest_algorithm = "xxh3-128-tree-4096"
+
+        def breaks(step, _):
+            if step == "commit":
+                proxy.cut()
+                raise Cut
+
+        weights.done = breaks
+        with self.assertRaisesRegex(WeightUpdateFailed, "'xxh3-128-tree-4096', this client as 'xxh3-128-tree-131072'") as failed:
+            client.push_weights(WEIGHTS)
+        self.assertNotIsInstance(failed.exception, WeightDigestError)
+        self.assertIs(failed.exception.outcome, UpdateOutcome.UNKNOWN)
+        self.assertEqual(client.describe().digest_algorithm, "xxh3-128-tree-4096")
 
     def test_digests_that_cannot_be_asked_for_at_once_are_asked_for_again(self) -> None:
         fake, weights, proxy, client = self.connect()

@@ -181,12 +181,16 @@ class WeightsDescription:
     tensors: Mapping[str, DescribedTensor]
     """By their names in the Hugging Face checkpoint."""
 
+    digest_algorithm: str
+    """How the sidecar computes digests; this client knows "xxh3-128-tree-131072" (DEFINITIONS.md). Empty: a sidecar older than the
+    name."""
+
     @staticmethod
     def from_wire(reply: Any) -> WeightsDescription:
         return WeightsDescription(reply.version, {
             tensor.name: DescribedTensor(wire.TENSOR_DTYPE.name(tensor.dtype).upper(), tuple(tensor.shape), tensor.digest.hex())
             for tensor in reply.tensors
-        })
+        }, reply.digest_algorithm)
 
 
 def state(reply: Any) -> EngineState:

@@ -8,6 +8,9 @@ namespace Rollout.Client;
 /// </summary>
 internal static class WeightDigest
 {
+    /// <summary>The name of this algorithm in the weights protocol.</summary>
+    public const string Algorithm = "xxh3-128-tree-131072";
+
     public const int Length = 16;
 
     /// <summary>A tensor's digest is that of the digests of its pieces; all but the last have this length.</summary>

@@ -170,7 +170,7 @@ internal sealed class WeightPush(
             {
                 SidecarStatus status = await client.StatusAsync(ResolveWithin - asking.Elapsed);
                 if (status.Version == NewVersion)
-                    return await ConfirmedAsync(digest, timings, ResolveWithin - asking.Elapsed);
+                    return await ConfirmedAsync(cause, digest, timings, ResolveWithin - asking.Elapsed);
                 if (status.Version != BaseVersion)
                     break; // Another trainer has pushed since, over ours or over the old one.
                 if (status.State == EngineState.Poisoned)
@@ -189,13 +189,23 @@ internal sealed class WeightPush(
         throw Broken(cause, UpdateOutcome.Unknown);
     }
 
-    private async Task<PushResult> ConfirmedAsync(byte[] digest, PushTimings timings, TimeSpan timeout)
+    private async Task<PushResult> ConfirmedAsync(RpcException cause, byte[] digest, PushTimings timings, TimeSpan timeout)
     {
         // The same number may be another trainer's update; the digests distinguish them.
         WeightsDescription served = await client.DescribeWeightsAsync(timeout);
         if (served.Version != NewVersion)
             throw new RolloutUnavailableException($"version {NewVersion} has been replaced by {served.Version}");
         string received = CombinedDigest(served);
+        if (digest.Length > 0 && received.Length > 0 && served.DigestAlgorithm != WeightDigest.Algorithm)
+        {
+            throw new WeightUpdateFailedException(
+                $"version {NewVersion} is served, but whether it is this push is not known: the sidecar computes digests as "
+                + $"'{served.DigestAlgorithm}', this client as '{WeightDigest.Algorithm}'", UpdateOutcome.Unknown, cause)
+            {
+                StatusCode = cause.StatusCode,
+            };
+        }
+
         if (received.Length > 0)
             ThrowIfDifferent(NewVersion, digest, received);
         return new PushResult

@@ -1,9 +1,15 @@
 namespace Rollout.Client;
 
 /// <summary>The weights being served.</summary>
-public sealed record WeightsDescription(ulong Version, IReadOnlyList<DescribedTensor> Tensors)
+/// <param name="Version">Of the weights.</param>
+/// <param name="Tensors">All of them.</param>
+/// <param name="DigestAlgorithm">
+/// How the sidecar computes digests; this client knows "xxh3-128-tree-131072" (DEFINITIONS.md). "": a sidecar older than the name.
+/// </param>
+public sealed record WeightsDescription(ulong Version, IReadOnlyList<DescribedTensor> Tensors, string DigestAlgorithm)
 {
-    internal static WeightsDescription From(V1.DescribeReply reply) => new(reply.Version, [.. reply.Tensors.Select(DescribedTensor.From)]);
+    internal static WeightsDescription From(V1.DescribeReply reply)
+        => new(reply.Version, [.. reply.Tensors.Select(DescribedTensor.From)], reply.DigestAlgorithm);
 }
 
 /// <param name="Name">The Hugging Face checkpoint's.</param>

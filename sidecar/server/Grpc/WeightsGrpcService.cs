@@ -1,6 +1,7 @@
 using Google.Protobuf;
 using Grpc.Core;
 using Rollout.Engine;
+using Rollout.Kernels;
 using Rollout.Server.Hosting;
 using Rollout.Server.Weights;
 using Rollout.V1;
@@ -16,7 +17,7 @@ internal sealed class WeightsGrpcService(EngineHost host, SharedSegment segment,
     {
         RolloutEngine engine = host.Engine;
         (ulong version, IReadOnlyList<DescribedWeight> weights) = engine.Describe();
-        DescribeReply reply = new() { Version = version };
+        DescribeReply reply = new() { Version = version, DigestAlgorithm = TensorDigest.Algorithm };
         foreach (DescribedWeight weight in weights)
         {
             DescribedTensor tensor = new()

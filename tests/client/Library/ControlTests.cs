@@ -152,7 +152,7 @@ public sealed class ControlTests : FakeSidecarTests
         Fake.Weights.Version = 1UL << 40;
         Fake.Weights.Tensors["a.weight"] = [1, 2, 3, 4];
         WeightsDescription described = await Client.DescribeWeightsAsync(cancellationToken: Token);
-        Assert.Equal(1UL << 40, described.Version);
+        Assert.Equal((1UL << 40, "xxh3-128-tree-131072"), (described.Version, described.DigestAlgorithm));
         DescribedTensor tensor = Assert.Single(described.Tensors);
         Assert.Equal(("a.weight", TensorDType.BF16, 2L), (tensor.Name, tensor.DType, tensor.Shape.Single()));
         Assert.Equal(WeightDigest.Show(FakeWeights.DigestOf([1, 2, 3, 4])), tensor.Digest);

@@ -79,12 +79,14 @@ internal sealed class FakeWeights
         return new() { State = state, Version = Version, Updating = _updating };
     }
 
+    public string DigestAlgorithm { get; set; } = "xxh3-128-tree-131072";
+
     /// <summary>Of a tensor, as DEFINITIONS.md defines it.</summary>
     public static byte[] DigestOf(byte[] tensor) => XxHash128.Hash([.. tensor.Chunk(131072).SelectMany(piece => XxHash128.Hash(piece))]);
 
     public V1.DescribeReply Describe()
     {
-        DescribeReply reply = new() { Version = Version };
+        DescribeReply reply = new() { Version = Version, DigestAlgorithm = DigestAlgorithm };
         foreach ((string name, byte[] bytes) in Tensors)
         {
             reply.Tensors.Add(new V1.DescribedTensor

@@ -259,6 +259,30 @@ public sealed class LostUpdateTests : FakeSidecarTests
         Assert.Equal(UpdateOutcome.Unknown, error.Outcome);
     }
 
+    [Theory]
+    [InlineData(true)]
+    [InlineData(false)]
+    public async Task Digests_of_another_algorithm_are_not_compared(bool verify)
+    {
+        Fake.Weights.DigestAlgorithm = "xxh3-128-tree-4096";
+        Fake.Weights.CommitBeforeBreaking = true;
+        Fake.Weights.BreakAtCommit = context =>
+        {
+            FakeSidecar.Cut(context);
+            throw new IOException("cut");
+        };
+        Task<PushResult> push = PushAsync(new PushOptions { VerifyDigest = verify });
+        if (!verify)
+        {
+            Assert.True((await push).ConfirmedByStatus);
+            return;
+        }
+
+        WeightUpdateFailedException error = await Assert.ThrowsAsync<WeightUpdateFailedException>(() => push);
+        Assert.Equal((UpdateOutcome.Unknown, StatusCode.Unavailable), (error.Outcome, error.StatusCode));
+        Assert.Contains("'xxh3-128-tree-4096', this client as 'xxh3-128-tree-131072'", error.Message, StringComparison.Ordinal);
+    }
+
     private Task<PushResult> PushAsync(PushOptions options) => PushAsync(_publisher, options);
 
     private static Task<PushResult> PushAsync(WeightPublisher publisher, PushOptions options) =>

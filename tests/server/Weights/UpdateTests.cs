@@ -64,7 +64,7 @@ public sealed class UpdateTests : IAsyncLifetime
         Assert.All(after, sample => Assert.Equal(5u, sample.OldestKvVersion));
 
         DescribeReply described = await _server.Weights.DescribeAsync(new DescribeRequest());
-        Assert.Equal(5u, described.Version);
+        Assert.Equal((5u, "xxh3-128-tree-131072"), (described.Version, described.DigestAlgorithm));
         DescribeReply loaded = await fresh.Weights.DescribeAsync(new DescribeRequest());
         Assert.Equal(loaded.Tensors.ToDictionary(t => t.Name, t => t.Digest), described.Tensors.ToDictionary(t => t.Name, t => t.Digest));
     }

@@ -15,6 +15,9 @@ try:
 except ImportError:
     xxhash = None
 
+ALGORITHM = "xxh3-128-tree-131072"
+"""The name of this algorithm in the weights protocol."""
+
 DIGEST_BYTES = 16
 PIECE_BYTES = 131072
 """A tensor's digest is that of the digests of its pieces; all but the last have this length."""

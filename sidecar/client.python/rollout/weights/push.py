@@ -13,7 +13,7 @@ from .. import _wire as wire
 from ..control import Status, WeightsDescription
 from ..errors import RolloutError, UpdateOutcome, WeightDigestError, WeightUpdateFailed, WeightUpdateRejected, from_rpc, from_status
 from .call import StreamEnded, UpdateCall
-from .digest import combine
+from .digest import ALGORITHM, combine
 from .layout import PayloadLayout
 from .payload import Payload
 from .senders import Mode, Sender, Transport
@@ -182,6 +182,10 @@ class WeightPush:
         # The same number may be another trainer's update; the digests distinguish them.
         known = [served.tensors[tensor.name].digest if tensor.name in served.tensors else "" for tensor in self.tensors]
         received = combine(bytes.fromhex(digest) for digest in known)
+        if received and self._payload.digest() and served.digest_algorithm != ALGORITHM:
+            raise WeightUpdateFailed(
+                f"version {served.version} is served, but whether it is this push is not known: the sidecar computes digests as "
+                f"'{served.digest_algorithm}', this client as '{ALGORITHM}'", UpdateOutcome.UNKNOWN)
         if received:
             self._check_digest(served.version, received)
         return self._result(received, confirmed_by_status=True)
