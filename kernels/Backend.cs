@@ -51,6 +51,9 @@ public abstract partial class Backend : IDisposable
     /// </summary>
     public abstract int StepsInFlight { get; }
 
+    /// <summary>Memory of other processes on the same GPU; null on a CPU.</summary>
+    public virtual Cuda.CudaPeers? Peers => null;
+
     /// <summary>Tokens of a step when the operator does not say: enough to fill the device.</summary>
     public virtual int StepTokens => 512;
 

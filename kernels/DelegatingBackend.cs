@@ -27,6 +27,8 @@ public abstract class DelegatingBackend(Backend inner) : Backend
 
     public override int StepTokens => inner.StepTokens;
 
+    public override Cuda.CudaPeers? Peers => inner.Peers;
+
     public override IEnumerable<StepLayout> Rehearsals(StepLayout room) => inner.Rehearsals(room);
 
     protected override void DisposeCore() => inner.Dispose();

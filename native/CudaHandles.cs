@@ -86,6 +86,14 @@ internal sealed class DeviceBuffer : CudaHandle
 
     public nuint Pointer => (nuint)Value;
 
+    /// <summary>Whether <see cref="Share"/> can share the memory at an address: not so where it is mapped to reserved addresses.</summary>
+    public static unsafe bool CanShare(nuint pointer)
+    {
+        int can;
+        Driver.cuPointerGetAttribute(&can, CUpointer_attribute.CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE, pointer).ThrowIfFailed();
+        return can != 0;
+    }
+
     /// <summary>A handle by which another process of this machine can open these bytes, as long as this one keeps them.</summary>
     public CUipcMemHandle Share()
     {
@@ -106,7 +114,19 @@ internal sealed class PeerBuffer : CudaHandle
         Driver.cuIpcOpenMemHandle_v2(out nuint pointer, handle, Driver.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS)
             .ThrowIfFailed("memory of another process");
         Own((nint)pointer);
+        CUresult result = Driver.cuMemGetAddressRange_v2(out nuint start, out nuint bytes, pointer);
+        if (result != CUresult.CUDA_SUCCESS || start != pointer)
+        {
+            Dispose();
+            result.ThrowIfFailed("memory of another process", nameof(Driver.cuMemGetAddressRange_v2));
+            throw new CudaException("The driver opened memory of another process inside its allocation.");
+        }
+
+        Bytes = (long)bytes;
     }
+
+    /// <summary>Of the whole allocation.</summary>
+    public long Bytes { get; }
 
     public nuint Pointer => (nuint)Value;
 
@@ -152,10 +172,35 @@ internal sealed class CudaEvent : CudaHandle
     /// <param name="context">Of the streams whose work it marks.</param>
     /// <param name="timed">Whether <see cref="SecondsSince"/> will be used.</param>
     public CudaEvent(CudaContext context, bool timed = false)
+        : this(context, timed ? 0 : Driver.CU_EVENT_DISABLE_TIMING)
+    {
+    }
+
+    /// <summary>Opens an event of another process.</summary>
+    /// <exception cref="CudaException">It was destroyed, or belongs to this process.</exception>
+    public CudaEvent(CudaContext context, CUipcEventHandle handle)
         : base(context)
     {
-        Driver.cuEventCreate(out nint @event, timed ? 0 : Driver.CU_EVENT_DISABLE_TIMING).ThrowIfFailed();
+        Driver.cuIpcOpenEventHandle(out nint @event, handle).ThrowIfFailed("event of another process");
         Own(@event);
+    }
+
+    private CudaEvent(CudaContext context, uint flags)
+        : base(context)
+    {
+        Driver.cuEventCreate(out nint @event, flags).ThrowIfFailed();
+        Own(@event);
+    }
+
+    /// <summary>One that other processes of this machine can wait for: see <see cref="Share"/>.</summary>
+    public static CudaEvent CreateShared(CudaContext context) =>
+        new(context, Driver.CU_EVENT_DISABLE_TIMING | Driver.CU_EVENT_INTERPROCESS);
+
+    /// <summary>A handle by which another process of this machine can open it, as long as this one keeps it.</summary>
+    public CUipcEventHandle Share()
+    {
+        Driver.cuIpcGetEventHandle(out CUipcEventHandle handle, Value).ThrowIfFailed();
+        return handle;
     }
 
     /// <summary>The device's time from an earlier event to this one; both must have been reached.</summary>

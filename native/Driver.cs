@@ -7,6 +7,7 @@ internal static unsafe partial class Driver
 {
     public const uint CU_STREAM_NON_BLOCKING = 1;
     public const uint CU_EVENT_DISABLE_TIMING = 2;
+    public const uint CU_EVENT_INTERPROCESS = 4;
     public const uint CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS = 1;
 
     static Driver() => CudaLibraries.ResolveFor(typeof(Driver).Assembly);
@@ -70,6 +71,12 @@ internal static unsafe partial class Driver
     public static partial CUresult cuMemFree_v2(nuint pointer);
 
     [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuMemGetAddressRange_v2(out nuint start, out nuint bytes, nuint pointer);
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuPointerGetAttribute(void* value, CUpointer_attribute attribute, nuint pointer);
+
+    [LibraryImport(CudaLibraries.Driver)]
     public static partial CUresult cuMemAllocHost_v2(out void* pointer, nuint bytes);
 
     [LibraryImport(CudaLibraries.Driver)]
@@ -114,7 +121,7 @@ internal static unsafe partial class Driver
     [LibraryImport(CudaLibraries.Driver)]
     public static partial CUresult cuMemUnmap(nuint pointer, nuint bytes);
 
-    // ---- Memory of another process.
+    // ---- Memory and events of another process.
 
     [LibraryImport(CudaLibraries.Driver)]
     public static partial CUresult cuIpcGetMemHandle(out CUipcMemHandle handle, nuint pointer);
@@ -124,6 +131,12 @@ internal static unsafe partial class Driver
 
     [LibraryImport(CudaLibraries.Driver)]
     public static partial CUresult cuIpcCloseMemHandle(nuint pointer);
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuIpcGetEventHandle(out CUipcEventHandle handle, nint @event);
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuIpcOpenEventHandle(out nint @event, CUipcEventHandle handle);
 
     // ---- Streams and events.
 
@@ -218,6 +231,12 @@ internal enum CUdevice_attribute
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76,
     CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97,
     CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED = 102,
+}
+
+internal enum CUpointer_attribute
+{
+    /// <summary>Whether cuIpcGetMemHandle can share the memory; an int.</summary>
+    CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE = 10,
 }
 
 internal enum CUfunction_attribute
@@ -320,6 +339,13 @@ internal struct CUlaunchAttributeValue
 /// <summary>64 bytes by which another process of the machine opens an allocation.</summary>
 [StructLayout(LayoutKind.Sequential, Size = 64)]
 internal unsafe struct CUipcMemHandle
+{
+    public fixed byte Reserved[64];
+}
+
+/// <summary>64 bytes by which another process of the machine opens an event.</summary>
+[StructLayout(LayoutKind.Sequential, Size = 64)]
+internal unsafe struct CUipcEventHandle
 {
     public fixed byte Reserved[64];
 }

@@ -26,38 +26,6 @@ public sealed unsafe partial class CudaBackend
         }
     }
 
-    /// <summary>As <see cref="Backend.WriteWeight"/>, of elements in device memory, another process's included.</summary>
-    internal void WriteWeight(Weight destination, long element, nuint source, int count, DType type)
-    {
-        ThrowIfDisposed();
-        Own(destination);
-        Checks.Elements(destination, element, count, nameof(count));
-        CudaWeight weight = (CudaWeight)destination;
-        lock (Device.Copies)
-        {
-            BeginWrite(weight);
-            nuint to = At(weight, element);
-            if (IsStored(weight, type))
-            {
-                nuint bytes = (nuint)count * (nuint)type.Size();
-                Driver.cuMemcpyDtoDAsync_v2(to, source, bytes, Device.Beside.Value).ThrowIfFailed((long)bytes);
-            }
-            else
-            {
-                Convert(weight, to, source, count, type);
-            }
-
-            Device.Beside.Synchronize();
-        }
-    }
-
-    /// <summary>Digests of tensors on the device: see <see cref="CudaDigest"/>.</summary>
-    internal CudaDigest CreateDigest(Func<byte[], byte[]> onHost, int pieceBytes = 16 << 20)
-    {
-        ThrowIfDisposed();
-        return new CudaDigest(Device, _kernels, onHost, pieceBytes);
-    }
-
     protected override void WriteWeightElementsCore(
         Weight destination, long element, ReadOnlySpan<uint> indices, ReadOnlySpan<byte> values, DType type)
     {
@@ -105,9 +73,11 @@ public sealed unsafe partial class CudaBackend
     private void BeginWrite(CudaWeight weight)
     {
         Device.MakeCurrent();
-        if (weight.LastStep > Interlocked.Read(ref _stepsDone))
+        if (MayBeRead(weight))
             Device.Stream.Synchronize();
     }
+
+    private bool MayBeRead(CudaWeight weight) => weight.LastStep > Interlocked.Read(ref _stepsDone);
 
     /// <summary>Whether the weight stores elements of the type unconverted.</summary>
     private bool IsStored(CudaWeight weight, DType type) => type == (weight.IsVector || StoresFp32 ? DType.Float32 : DType.BFloat16);

@@ -46,6 +46,8 @@ public sealed unsafe partial class CudaBackend : Backend
         _commands = new CudaCommands(Device, _kernels, _matMul);
         _staging = Device.Allocate(StagingBytes);
         _stagedIndices = Device.Allocate(StagingBytes);
+        _apply = new CudaApply(Device, _kernels);
+        Peers = new CudaPeers(this);
         Name = $"cuda:{ordinal} {Device.Name}, {WeightFormats.NameOf(format)}";
     }
 
@@ -101,6 +103,7 @@ public sealed unsafe partial class CudaBackend : Backend
         _partials?.Dispose();
         _counters?.Dispose();
         _sampling?.Dispose();
+        _apply.Dispose();
         _staging.Dispose();
         _stagedIndices.Dispose();
         _matMul.Dispose();

@@ -17,6 +17,7 @@ internal sealed unsafe class CudaCommands : IDisposable
     private Command[] _commands = new Command[256];
     private Argument[] _arguments = new Argument[2048]; // of all commands, one after another
     private int _count, _argumentCount;
+    private long _graphs;
 
     public CudaCommands(CudaDevice device, CudaKernels kernels, CudaMatMul matMul)
     {
@@ -27,6 +28,9 @@ internal sealed unsafe class CudaCommands : IDisposable
 
     /// <summary>Lists that were launched as graphs.</summary>
     public long GraphLaunches { get; private set; }
+
+    /// <summary>Graphs that were made.</summary>
+    public long Graphs => Interlocked.Read(ref _graphs);
 
     /// <summary>Adds a kernel's launch. Arguments are those of its source, in order.</summary>
     public void Launch(nint function, Grid grid, int threads, int sharedBytes, params ReadOnlySpan<Argument> arguments) =>
@@ -59,7 +63,11 @@ internal sealed unsafe class CudaCommands : IDisposable
     public void Record()
     {
         if (_count > 0 && Find() is null)
+        {
             _recorded.Add(new Recorded([.. Commands], [.. Arguments], Capture()));
+            Interlocked.Increment(ref _graphs);
+        }
+
         Clear();
     }
 

@@ -10,6 +10,7 @@ internal sealed unsafe class CudaDevice : IDisposable
 
     private readonly CudaContext _context;
     private readonly Lock _copies = new();
+    private long _allocations;
 
     /// <exception cref="CudaException">
     /// There is no such device, or a library is missing: the message says what was looked for and where.
@@ -24,6 +25,8 @@ internal sealed unsafe class CudaDevice : IDisposable
         byte* name = stackalloc byte[256];
         Driver.cuDeviceGetName(name, 256, device).ThrowIfFailed($"device {ordinal}");
         Name = Marshal.PtrToStringUTF8((nint)name) ?? "";
+        Driver.cuDeviceGetUuid_v2(out CUuuid uuid, device).ThrowIfFailed($"device {ordinal}");
+        Uuid = MemoryMarshal.AsBytes(new ReadOnlySpan<CUuuid>(ref uuid)).ToArray();
         Ordinal = ordinal;
         int major = Attribute(CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR);
         Architecture = $"sm_{major}{Attribute(CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)}";
@@ -58,6 +61,9 @@ internal sealed unsafe class CudaDevice : IDisposable
 
     /// <summary>The product: "NVIDIA H200".</summary>
     public string Name { get; }
+
+    /// <summary>16 bytes that identify the device, however processes number devices.</summary>
+    public byte[] Uuid { get; }
 
     /// <summary>What code is compiled for: "sm_90".</summary>
     public string Architecture { get; }
@@ -118,11 +124,19 @@ internal sealed unsafe class CudaDevice : IDisposable
         s_current = this;
     }
 
+    /// <summary>Allocations on the device so far.</summary>
+    public long Allocations => Interlocked.Read(ref _allocations);
+
     public DeviceBuffer Allocate(long bytes)
     {
         MakeCurrent();
-        return new DeviceBuffer(_context, bytes);
+        DeviceBuffer buffer = new(_context, bytes);
+        CountAllocation();
+        return buffer;
     }
+
+    /// <summary>For memory that is not from <see cref="Allocate"/>.</summary>
+    public void CountAllocation() => Interlocked.Increment(ref _allocations);
 
     /// <inheritdoc cref="DeviceRange(CudaContext, int, long)"/>
     public DeviceRange Reserve(long bytes)
@@ -142,6 +156,20 @@ internal sealed unsafe class CudaDevice : IDisposable
     {
         MakeCurrent();
         return new PeerBuffer(_context, handle);
+    }
+
+    /// <inheritdoc cref="CudaEvent(CudaContext, CUipcEventHandle)"/>
+    public CudaEvent Open(CUipcEventHandle handle)
+    {
+        MakeCurrent();
+        return new CudaEvent(_context, handle);
+    }
+
+    /// <inheritdoc cref="CudaEvent.CreateShared(CudaContext)"/>
+    public CudaEvent CreateSharedEvent()
+    {
+        MakeCurrent();
+        return CudaEvent.CreateShared(_context);
     }
 
     /// <inheritdoc cref="NcclCommunicator(CudaContext, ncclUniqueId, int, int, TimeSpan)"/>

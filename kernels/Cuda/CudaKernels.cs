@@ -6,8 +6,11 @@ namespace Rollout.Kernels.Cuda;
 internal sealed unsafe class CudaKernels : IDisposable
 {
     private static readonly Dictionary<string, string> s_headers =
-        new[] { "attention.cuh", "common.cuh", "copy.cuh", "logits.cuh", "merge.cuh", "mma.cuh", "ring.cuh", "rope.cuh", "truncation.cuh" }
-            .ToDictionary(header => header, Source);
+        new[]
+        {
+            "attention.cuh", "common.cuh", "copy.cuh", "elements.cuh", "logits.cuh", "merge.cuh", "mma.cuh", "ring.cuh", "rope.cuh",
+            "truncation.cuh", "xxh3.cuh",
+        }.ToDictionary(header => header, Source);
 
     private readonly CudaDevice _device;
     private readonly bool _storesFp32;
@@ -20,7 +23,7 @@ internal sealed unsafe class CudaKernels : IDisposable
         _device = device;
         _storesFp32 = storesFp32;
         CudaModule step = Compile("step.cu"), sampling = Compile("sampling.cu");
-        CudaModule weights = Compile("weights.cu"), digest = Compile("digest.cu");
+        CudaModule weights = Compile("weights.cu"), apply = Compile("apply.cu");
         Embed = Function(step, "embed");
         RmsNorm = Function(step, "rms_norm");
         RmsNormAdd = Function(step, "rms_norm_add");
@@ -37,8 +40,7 @@ internal sealed unsafe class CudaKernels : IDisposable
         ScatterVector = Function(weights, "scatter_vector");
         FillPattern = Function(weights, "fill_pattern");
         CompareRows = Function(weights, "compare_rows");
-        DigestSums = Function(digest, "digest_sums");
-        DigestChain = Function(digest, "digest_chain");
+        Apply = Function(apply, "apply");
     }
 
     public nint Embed { get; }
@@ -73,9 +75,7 @@ internal sealed unsafe class CudaKernels : IDisposable
 
     public nint CompareRows { get; }
 
-    public nint DigestSums { get; }
-
-    public nint DigestChain { get; }
+    public nint Apply { get; }
 
     /// <summary>Attention for heads of this dimension, for items of this many row tiles; compiled when first used.</summary>
     public AttentionKernel Attend(int headDim, int rowTiles)

@@ -46,6 +46,7 @@ internal sealed class CudaStorage : IDisposable
             return;
         _device.MakeCurrent();
         _range.Map();
+        _device.CountAllocation();
         _device.Zero(_range.Pointer, Bytes);
     }
 

@@ -44,10 +44,12 @@ internal sealed class RandomWeights : IDisposable
     public void Fill(Weight weight)
     {
         long elements = (long)weight.Outputs * weight.Inputs;
+        DeviceBytes pattern = new(_pattern);
         for (long at = 0; at < elements;)
         {
             int from = (int)(_next % _elements), count = (int)Math.Min(_elements - from, elements - at);
-            _backend.WriteWeight(weight, at, _pattern.Pointer + ((nuint)from * sizeof(ushort)), count, DType.BFloat16);
+            WeightRange store = new(0, count, weight, at);
+            _backend.Peers.Apply([new DeviceTensor(pattern, from * (long)sizeof(ushort), count * (long)sizeof(ushort), DType.BFloat16, [store])]);
             at += count;
             _next += count;
         }

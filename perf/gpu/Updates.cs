@@ -37,36 +37,29 @@ internal static class Updates
         LoadEntry[] entries = [.. plan.Entries.Where(entry => !entry.Tied)];
         long bytes = entries.Sum(entry => entry.Elements) * sizeof(ushort);
         using CudaBackend backend = new();
-        using CudaDigest digest = backend.CreateDigest(XxHash128.Hash);
         using Process other = await StartAsync(stage, bytes);
         try
         {
             Shared inside = await ReadAsync(other), all = await ReadAsync(other);
-            using PeerBuffer small = Open(backend, inside);
+            using DeviceBytes small = Open(backend, inside);
             stage.Try(Ipc, "a tensor inside an allocation", () =>
             {
-                Check(backend, digest, small, inside);
+                Check(backend, small, inside);
                 stage.Write(Ipc, "a tensor inside an allocation", "result",
                     $"{inside.Who}: {inside.Bytes} bytes at offset {inside.Offset}, SHA-256 and XXH3-128 equal");
             });
-            using PeerBuffer large = Open(backend, all);
+            using DeviceBytes large = Open(backend, all);
             stage.Try(Ipc, "a whole model", () =>
             {
-                Check(backend, digest, large, all);
-                Measure("digest as one tensor, GB/s", [(large.Pointer + (nuint)all.Offset, all.Bytes)]);
-                long at = 0;
-                (nuint, long)[] tensors = [.. entries.Select(entry =>
-                {
-                    (nuint Pointer, long Bytes) tensor = (large.Pointer + (nuint)(all.Offset + at), entry.Elements * sizeof(ushort));
-                    at += tensor.Bytes;
-                    return tensor;
-                })];
-                Measure("digest tensor by tensor, GB/s", tensors);
+                Check(backend, large, all);
+                Measure("digest as one tensor, GB/s", [new DeviceTensor(large, all.Offset, all.Bytes, DType.BFloat16, [])]);
+                Measure("digest tensor by tensor, GB/s", Tensors(large, all.Offset, entries, weights: null));
 
-                void Measure(string column, (nuint, long)[] digested)
+                void Measure(string column, IReadOnlyList<DeviceTensor> tensors)
                 {
+                    _ = backend.Peers.Apply(tensors); // memory for the table is taken at the first
                     long start = Stopwatch.GetTimestamp();
-                    _ = digest.Of(digested);
+                    _ = backend.Peers.Apply(tensors);
                     stage.Write(Ipc, "a whole model", column, bytes / Stopwatch.GetElapsedTime(start).TotalSeconds / 1e9);
                 }
             });
@@ -79,16 +72,8 @@ internal static class Updates
                 {
                     foreach ((Weight from, Weight to) in one.All.Zip(two.All)) backend.CopyWeight(from, to);
                 }));
-                Report(stage, $"memory of another process ({all.Who}), tensor by tensor", bytes, Times(times, () =>
-                {
-                    nuint at = large.Pointer + (nuint)all.Offset;
-                    foreach (LoadEntry entry in entries)
-                    {
-                        LoadPiece piece = entry.Pieces[0];
-                        backend.WriteWeight(two[piece.Slot], piece.Destination, at, (int)piece.Elements, DType.BFloat16);
-                        at += (nuint)(entry.Elements * sizeof(ushort));
-                    }
-                }));
+                IReadOnlyList<DeviceTensor> tensors = Tensors(large, all.Offset, entries, two);
+                Report(stage, $"memory of another process ({all.Who}), digests included", bytes, Times(times, () => backend.Peers.Apply(tensors)));
             });
             stage.Try("Weight updates", "one copy", () =>
             {
@@ -210,17 +195,32 @@ internal static class Updates
         throw new InvalidOperationException("the other process ended before it had shared its memory");
     }
 
-    private static PeerBuffer Open(CudaBackend backend, Shared shared)
-        => backend.Device.Open(MemoryMarshal.Read<CUipcMemHandle>(Convert.FromHexString(shared.Handle)));
+    private static DeviceBytes Open(CudaBackend backend, Shared shared) => backend.Peers.Open(Convert.FromHexString(shared.Handle));
 
-    private static void Check(CudaBackend backend, CudaDigest digest, PeerBuffer peer, Shared shared)
+    /// <summary>Tensors of bf16 that stand one after the other, to be stored, or hashed alone where there are no weights.</summary>
+    private static IReadOnlyList<DeviceTensor> Tensors(DeviceBytes memory, long offset, LoadEntry[] entries, WeightSet? weights)
+    {
+        List<DeviceTensor> tensors = [];
+        foreach (LoadEntry entry in entries)
+        {
+            WeightRange[] stores = weights is null ? []
+                : [.. entry.Pieces.Select(piece => new WeightRange(piece.First, piece.Elements, weights[piece.Slot], piece.Destination))];
+            tensors.Add(new DeviceTensor(memory, offset, entry.Elements * sizeof(ushort), DType.BFloat16, stores));
+            offset += entry.Elements * sizeof(ushort);
+        }
+
+        return tensors;
+    }
+
+    private static void Check(CudaBackend backend, DeviceBytes memory, Shared shared)
     {
         byte[] read = new byte[shared.Bytes];
-        backend.Device.Download(peer.Pointer + (nuint)shared.Offset, read);
+        backend.Device.Download(memory.Pointer + (nuint)shared.Offset, read);
         if (!Convert.ToHexString(SHA256.HashData(read)).Equals(shared.Sha256, StringComparison.OrdinalIgnoreCase))
             throw new InvalidOperationException("the bytes read are not those that were shared");
-        if (!digest.Of([(peer.Pointer + (nuint)shared.Offset, shared.Bytes)])[0].AsSpan().SequenceEqual(XxHash128.Hash(read)))
-            throw new InvalidOperationException("the device's XXH3-128 is not the host's");
+        byte[] found = backend.Peers.Apply([new DeviceTensor(memory, shared.Offset, shared.Bytes, DType.BFloat16, [])]);
+        byte[] wanted = [.. read.Chunk(CudaApply.PieceBytes).SelectMany(piece => XxHash128.Hash(piece))];
+        if (!found.AsSpan().SequenceEqual(wanted)) throw new InvalidOperationException("the device's XXH3-128 is not the host's");
     }
 
     private static double[] Times(int count, Action work)

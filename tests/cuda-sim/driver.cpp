@@ -3,6 +3,7 @@
 // Work that waits for other processes (NCCL) runs on another thread, and the next use of its stream waits for it.
 #include "sim.h"
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
@@ -15,6 +16,7 @@
 #include <set>
 #include <string>
 #include <sys/mman.h>
+#include <thread>
 #include <utility>
 #include <unistd.h>
 #include <vector>
@@ -22,6 +24,7 @@
 extern "C" {
 struct CUuuid { unsigned char bytes[16]; };
 struct CUipcMemHandle { char reserved[64]; };
+struct CUipcEventHandle { char reserved[64]; };
 struct CUmemLocation { int type, id; };
 struct CUmemAllocationProp { int type, handle_types; CUmemLocation location; void* meta; unsigned char flags[8]; };
 struct CUmemAccessDesc { CUmemLocation location; int flags; };
@@ -76,15 +79,23 @@ struct Stream
     std::shared_future<void> beside; // valid while work runs on another thread
     uint64_t nanoseconds = 0;        // time of its matmuls, as their algorithms say
 };
+// What other processes see of an allocation or an event that they may open, in a file that they map.
+struct Exported
+{
+    std::atomic<uint64_t> generation;     // 0: freed; a handle names one
+    std::atomic<uint64_t> recorded, done; // times that the event was recorded, and reached
+};
 struct Event
 {
     unsigned flags;
+    Exported* exported; // of an event between processes
+    Exported* imported; // the other process's entries, where it is that one's
     std::shared_future<void> beside;
     std::shared_ptr<Queue> queue; // of the stream that it was recorded on, up to this point
     uint64_t until;
     std::shared_ptr<uint64_t> nanoseconds;
 };
-constexpr unsigned DisableTiming = 2;
+constexpr unsigned DisableTiming = 2, Interprocess = 4;
 using Work = std::vector<std::function<int()>>;
 struct Graph { Work work; };
 struct Executable { std::shared_ptr<Work> work; }; // a launch in flight outlives it
@@ -97,7 +108,8 @@ struct Function
     std::vector<unsigned> sizes;
     unsigned dynamic_bytes;
 };
-std::map<void*, size_t> s_mapped; // memory of other processes
+struct Mapped { std::string handle; size_t bytes; int opened; };
+std::map<void*, Mapped> s_mapped; // memory of other processes
 std::map<void*, Context*> s_owners; // of allocations and of mapped memory
 
 // Memory that is mapped to reserved addresses. Its contents are stored there: it is mapped at one place only.
@@ -106,8 +118,64 @@ std::map<void*, Physical*> s_maps;
 size_t s_physical_bytes;
 constexpr size_t Granularity = 512; // small, so that an access past a tensor's end is soon past its memory's
 
-struct Handle { int pid, file; size_t offset, bytes; char magic[8]; };
+// Of an allocation or an event: the process, its files, and the entry in them.
+struct Handle { int pid, exports, file, entry; uint64_t generation; size_t offset, bytes; char magic[8]; };
 static_assert(sizeof(Handle) <= sizeof(CUipcMemHandle), "fits");
+
+constexpr int MostExports = 4096;
+constexpr size_t ExportsBytes = MostExports * sizeof(Exported);
+constexpr char MemoryMagic[8] = "rollout", EventMagic[8] = "event";
+Exported* s_exports;
+int s_exports_file;
+uint64_t s_generation;
+std::map<void*, int> s_exported; // allocations that have been exported: their entries
+
+// A free entry, or -1.
+int add_export()
+{
+    if (s_exports == nullptr)
+    {
+        s_exports_file = memfd_create("cuda-sim-exports", MFD_CLOEXEC);
+        void* p = s_exports_file >= 0 && ftruncate(s_exports_file, ExportsBytes) == 0
+            ? mmap(nullptr, ExportsBytes, PROT_READ | PROT_WRITE, MAP_SHARED, s_exports_file, 0) : MAP_FAILED;
+        if (p == MAP_FAILED)
+            return -1;
+        s_exports = (Exported*)p;
+    }
+
+    for (int i = 0; i < MostExports; i++)
+    {
+        if (s_exports[i].generation != 0)
+            continue;
+        s_exports[i].recorded = s_exports[i].done = 0;
+        s_exports[i].generation = ++s_generation;
+        return i;
+    }
+
+    return -1;
+}
+
+int open_of(int pid, int file)
+{
+    return open(("/proc/" + std::to_string(pid) + "/fd/" + std::to_string(file)).c_str(), O_RDWR | O_CLOEXEC);
+}
+
+// The entries of another process, mapped; null where the handle's is gone, or is of another kind.
+Exported* open_exports(const Handle& h, const char* magic)
+{
+    if (memcmp(h.magic, magic, 8) != 0 || h.entry < 0 || h.entry >= MostExports)
+        return nullptr;
+    int file = open_of(h.pid, h.exports);
+    void* p = file >= 0 ? mmap(nullptr, ExportsBytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0) : MAP_FAILED;
+    if (file >= 0)
+        close(file);
+    if (p == MAP_FAILED)
+        return nullptr;
+    if (((Exported*)p)[h.entry].generation == h.generation)
+        return (Exported*)p;
+    munmap(p, ExportsBytes);
+    return nullptr;
+}
 
 uint64_t s_bytes; // set by cuSimBytes
 
@@ -199,6 +267,29 @@ void drain_all()
 {
     for (Queue* queue : std::set<Queue*>(s_queues))
         drain(*queue);
+}
+
+// Destroyed before everything above.
+struct Ending
+{
+    bool has_begun = false;
+    ~Ending()
+    {
+        std::lock_guard<std::recursive_mutex> hold(s_gate);
+        has_begun = true;
+    }
+} s_ending;
+
+// Another process may wait for this work, which nobody here does: it is done a while later.
+void do_later(std::shared_ptr<Queue> queue, uint64_t until)
+{
+    std::thread([queue, until]
+    {
+        usleep(20'000);
+        std::lock_guard<std::recursive_mutex> hold(s_gate);
+        if (!s_ending.has_begun)
+            drain(*queue, until);
+    }).detach();
 }
 
 // Memory of a copy, which may have been freed by the time it is done.
@@ -433,6 +524,12 @@ int cuMemFree_v2(void* pointer)
     if (s_owners[pointer] != current())
         return InvalidContext;
     drain_all(); // the only way of freeing memory that waits
+    if (auto exported = s_exported.find(pointer); exported != s_exported.end())
+    {
+        s_exports[exported->second].generation = 0;
+        s_exported.erase(exported);
+    }
+
     release(pointer);
     s_owners.erase(pointer);
     return Success;
@@ -446,6 +543,23 @@ size_t cuSimPinnedBytes()
     for (auto& [pointer, bytes] : s_pinned)
         sum += bytes;
     return sum;
+}
+
+int cuMemGetAddressRange_v2(void** start, size_t* bytes, void* pointer)
+{
+    SIM_ENTER;
+    return allocation_of(pointer, start, bytes) ? Success : InvalidValue;
+}
+
+int cuPointerGetAttribute(void* value, int attribute, void* pointer)
+{
+    SIM_ENTER;
+    int file;
+    size_t offset, bytes;
+    if (attribute != 10 || !holds(pointer, 1))
+        return InvalidValue;
+    *(int*)value = arena_offset(pointer, &file, &offset, &bytes);
+    return Success;
 }
 
 int cuMemAllocHost_v2(void** pointer, size_t bytes)
@@ -621,14 +735,29 @@ int cuMemUnmap(void* pointer, size_t bytes)
     return Success;
 }
 
-// ---- Memory of another process: a piece of its file.
+// ---- Memory and events of another process: a piece of its file, and an entry of what it exports.
 
 int cuIpcGetMemHandle(CUipcMemHandle* handle, void* pointer)
 {
     SIM_ENTER;
-    Handle h = {getpid(), 0, 0, 0, "rollout"};
+    Handle h = {getpid(), 0, 0, 0, 0, 0, 0, ""};
     if (!arena_offset(pointer, &h.file, &h.offset, &h.bytes))
         return InvalidValue;
+    void* start;
+    size_t bytes;
+    allocation_of(pointer, &start, &bytes);
+    if (s_exported.count(start) == 0)
+    {
+        int entry = add_export();
+        if (entry < 0)
+            return OutOfMemory;
+        s_exported[start] = entry;
+    }
+
+    h.exports = s_exports_file;
+    h.entry = s_exported[start];
+    h.generation = s_exports[h.entry].generation;
+    memcpy(h.magic, MemoryMagic, sizeof h.magic);
     memset(handle, 0, sizeof *handle);
     memcpy(handle, &h, sizeof h);
     return Success;
@@ -639,12 +768,25 @@ int cuIpcOpenMemHandle_v2(void** pointer, CUipcMemHandle handle, unsigned)
     SIM_ENTER;
     Handle h;
     memcpy(&h, &handle, sizeof h);
-    if (memcmp(h.magic, "rollout", 8) != 0)
+    if (memcmp(h.magic, MemoryMagic, 8) != 0)
         return InvalidValue;
     if (h.pid == getpid())
         return InvalidContext; // a driver's result in the process that created it
-    std::string path = "/proc/" + std::to_string(h.pid) + "/fd/" + std::to_string(h.file);
-    int file = open(path.c_str(), O_RDWR | O_CLOEXEC);
+    std::string name((const char*)&handle, sizeof handle);
+    for (auto& [start, mapped] : s_mapped)
+    {
+        if (mapped.handle != name || s_owners[start] != current())
+            continue;
+        mapped.opened++;
+        *pointer = start;
+        return Success;
+    }
+
+    Exported* exports = open_exports(h, MemoryMagic);
+    if (exports == nullptr)
+        return InvalidValue;
+    munmap(exports, ExportsBytes);
+    int file = open_of(h.pid, h.file);
     if (file < 0)
         return InvalidValue;
     size_t skipped = h.offset % 4096;
@@ -653,7 +795,8 @@ int cuIpcOpenMemHandle_v2(void** pointer, CUipcMemHandle handle, unsigned)
     if (p == MAP_FAILED)
         return OutOfMemory;
     *pointer = p + skipped;
-    s_mapped[*pointer] = h.bytes;
+    s_mapped[*pointer] = {name, h.bytes, 1};
+    counters.mapped = s_mapped.size();
     s_owners[*pointer] = current();
     adopt(*pointer, h.bytes);
     return Success;
@@ -665,11 +808,42 @@ int cuIpcCloseMemHandle(void* pointer)
     auto it = s_mapped.find(pointer);
     if (it == s_mapped.end())
         return InvalidValue;
+    if (--it->second.opened > 0)
+        return Success;
+    drain_all(); // work that was submitted may read it
     size_t skipped = (uintptr_t)pointer % 4096;
-    munmap((char*)pointer - skipped, it->second + skipped);
+    munmap((char*)pointer - skipped, it->second.bytes + skipped);
     disown(pointer);
     s_mapped.erase(it);
     s_owners.erase(pointer);
+    counters.mapped = s_mapped.size();
+    return Success;
+}
+
+int cuIpcGetEventHandle(CUipcEventHandle* handle, void* event)
+{
+    SIM_ENTER;
+    const Event& e = *(Event*)event;
+    if (e.exported == nullptr || e.imported != nullptr)
+        return InvalidValue;
+    Handle h = {getpid(), s_exports_file, 0, (int)(e.exported - s_exports), e.exported->generation, 0, 0, ""};
+    memcpy(h.magic, EventMagic, sizeof h.magic);
+    memset(handle, 0, sizeof *handle);
+    memcpy(handle, &h, sizeof h);
+    return Success;
+}
+
+int cuIpcOpenEventHandle(void** event, CUipcEventHandle handle)
+{
+    SIM_ENTER;
+    Handle h;
+    memcpy(&h, &handle, sizeof h);
+    if (h.pid == getpid() && memcmp(h.magic, EventMagic, 8) == 0)
+        return InvalidContext;
+    Exported* exports = open_exports(h, EventMagic);
+    if (exports == nullptr)
+        return InvalidValue;
+    *event = new Event{DisableTiming | Interprocess, exports + h.entry, exports, {}, nullptr, 0, std::make_shared<uint64_t>(0)};
     return Success;
 }
 
@@ -712,10 +886,13 @@ int cuStreamWaitEvent(void* stream, void* event, unsigned)
         return InvalidValue;
     Event& e = *(Event*)event;
     ((Stream*)stream)->beside = e.beside;
-    return submit(stream, [queue = e.queue, until = e.until]
+    return submit(stream, [queue = e.queue, until = e.until, exported = e.imported != nullptr ? e.exported : nullptr]
     {
         if (queue != nullptr)
             drain(*queue, until);
+        // Nothing of this process is done meanwhile, which the other process does not need.
+        while (exported != nullptr && exported->done < exported->recorded)
+            usleep(100);
         return (int)Success;
     });
 }
@@ -723,13 +900,37 @@ int cuStreamWaitEvent(void* stream, void* event, unsigned)
 int cuEventCreate(void** event, unsigned flags)
 {
     SIM_ENTER;
-    *event = new Event{flags, {}, nullptr, 0, std::make_shared<uint64_t>(0)};
+    Exported* exported = nullptr;
+    if ((flags & Interprocess) != 0)
+    {
+        if ((flags & DisableTiming) == 0)
+            return InvalidValue;
+        int entry = add_export();
+        if (entry < 0)
+            return OutOfMemory;
+        exported = s_exports + entry;
+    }
+
+    *event = new Event{flags, exported, nullptr, {}, nullptr, 0, std::make_shared<uint64_t>(0)};
     return Success;
 }
 
 int cuEventDestroy_v2(void* event)
 {
-    delete (Event*)event;
+    std::lock_guard<std::recursive_mutex> hold(s_gate);
+    Event* e = (Event*)event;
+    if (e->imported != nullptr)
+    {
+        drain_all(); // work that was submitted may wait for it
+        munmap(e->imported, ExportsBytes);
+    }
+    else if (e->exported != nullptr)
+    {
+        drain_all();
+        e->exported->generation = 0;
+    }
+
+    delete e;
     return Success;
 }
 
@@ -743,12 +944,17 @@ int cuEventRecord(void* event, void* stream)
     e.beside = s != nullptr ? s->beside : std::shared_future<void>();
     e.nanoseconds = std::make_shared<uint64_t>(0);
     e.queue = s != nullptr ? s->queue : nullptr;
-    int result = submit(stream, [s, nanoseconds = e.nanoseconds]
+    uint64_t times = e.exported != nullptr ? ++e.exported->recorded : 0;
+    int result = submit(stream, [s, nanoseconds = e.nanoseconds, exported = e.exported, times]
     {
         *nanoseconds = s != nullptr ? s->nanoseconds : 0;
+        if (exported != nullptr && exported->done < times)
+            exported->done = times;
         return (int)Success;
     });
     e.until = s != nullptr ? s->queue->submitted : 0;
+    if (e.exported != nullptr && s != nullptr && s->recording == nullptr)
+        do_later(s->queue, e.until);
     return result;
 }
 
@@ -771,6 +977,8 @@ int cuEventQuery(void* event)
     const Event& e = *(Event*)event;
     if (e.beside.valid() && e.beside.wait_for(std::chrono::seconds(0)) != std::future_status::ready)
         return NotReady;
+    if (e.imported != nullptr && e.exported->done < e.exported->recorded)
+        return NotReady;
     if (e.queue != nullptr)
         drain(*e.queue, e.until); // repeated polling waits
     return ready();
@@ -781,6 +989,9 @@ int cuEventSynchronize(void* event)
     std::shared_future<void> beside = ((Event*)event)->beside;
     if (beside.valid())
         beside.wait();
+    const Event& e = *(Event*)event;
+    while (e.imported != nullptr && e.exported->done < e.exported->recorded)
+        usleep(100);
     SIM_ENTER;
     counters.synchronisations++;
     if (((Event*)event)->queue != nullptr)

@@ -345,12 +345,12 @@ bool release(void* pointer)
 
 bool arena_offset(const void* pointer, int* file, size_t* offset, size_t* bytes)
 {
-    auto it = s_allocations.find((uintptr_t)pointer);
-    if (it == s_allocations.end() || (char*)pointer >= s_arena + ReservedFrom)
+    const Range* r = find((uintptr_t)pointer);
+    if (r == nullptr || r->start < (uintptr_t)s_arena || r->start >= (uintptr_t)s_arena + ReservedFrom)
         return false;
     *file = s_arena_file;
-    *offset = it->first - (uintptr_t)s_arena;
-    *bytes = it->second;
+    *offset = r->start - (uintptr_t)s_arena;
+    *bytes = r->end - r->start;
     return true;
 }
 

@@ -33,7 +33,8 @@ bool reserved(const void* pointer, size_t bytes); // and without memory
 void back(void* pointer, size_t bytes);          // memory for reserved addresses
 void unback(void* pointer);
 void fill(void* pointer, unsigned char value, size_t bytes);
-bool arena_offset(const void* pointer, int* file, size_t* offset, size_t* bytes); // of an allocation, for another process to map
+// Of the allocation that holds an address, for another process to map; false where its memory is mapped to reserved addresses.
+bool arena_offset(const void* pointer, int* file, size_t* offset, size_t* bytes);
 void adopt(void* pointer, size_t bytes);         // memory of another process, mapped here
 void disown(void* pointer);
 void allow_reads(const char* start, const char* end);
@@ -68,6 +69,7 @@ struct Counters
     uint64_t launches, host_to_device_bytes, device_to_host_bytes, synchronisations, allocations, matmul_weight_bytes, staged_bytes, graphs;
     uint64_t early_launches; // of kernels that may start before those before them have ended
     uint64_t read_bytes; // of device memory, by kernels; staged_bytes among them
+    uint64_t mapped; // allocations of other processes that are open now
 };
 extern Counters counters;
 }

@@ -1,19 +1,8 @@
-// Writes elements of a checkpoint to storage. TYPE of the source: 0 bfloat16, 1 fp16, 2 fp32. Matrices are stored as `stored`, vectors as
+// Writes elements of a checkpoint to storage. TYPE of the source: see elements.cuh. Matrices are stored as `stored`, vectors as
 // fp32. Also kernels for testing matmuls: inputs to multiply, and a comparison of the resulting rows.
-#include "common.cuh"
+#include "elements.cuh"
 
 #define THREADS 256
-
-__device__ __forceinline__ float half_to_float(u32 half)
-{
-    u32 sign = (half & 0x8000u) << 16, exponent = half >> 10 & 0x1fu, fraction = half & 0x3ffu;
-    if (exponent == 31)
-        return __uint_as_float(sign | 0x7f800000u | fraction << 13);
-    if (exponent != 0)
-        return __uint_as_float(sign | (exponent + 112u) << 23 | fraction << 13);
-    float magnitude = (float)fraction * (1.0f / (1 << 24)); // exact: at most 10 bits
-    return __uint_as_float(sign | __float_as_uint(magnitude));
-}
 
 __device__ __forceinline__ float element_of(const void* source, long long i, int type)
 {

@@ -12,6 +12,7 @@ public sealed class BindingsTests
     {
         Assert.Equal(16, Unsafe.SizeOf<CUuuid>());
         Assert.Equal(64, Unsafe.SizeOf<CUipcMemHandle>());
+        Assert.Equal(64, Unsafe.SizeOf<CUipcEventHandle>());
         Assert.Equal(56, Unsafe.SizeOf<CUlaunchConfig>());
         Assert.Equal(24, (int)Marshal.OffsetOf<CUlaunchConfig>(nameof(CUlaunchConfig.SharedMemBytes)));
         Assert.Equal(32, (int)Marshal.OffsetOf<CUlaunchConfig>(nameof(CUlaunchConfig.hStream)));
@@ -39,9 +40,11 @@ public sealed class BindingsTests
         Assert.Equal(52, (int)Marshal.OffsetOf<SampleQuery>(nameof(SampleQuery.AlternativesCount)));
         Assert.Equal(sizeof(int) * CudaAttentionPlan.ItemNumbers, Unsafe.SizeOf<CudaAttentionPlan.Item>());
         Assert.Equal(24, (int)Marshal.OffsetOf<CudaAttentionPlan.Item>(nameof(CudaAttentionPlan.Item.Last)));
-        Assert.Equal(40, Unsafe.SizeOf<CudaDigest.Piece>());
-        Assert.Equal(24, (int)Marshal.OffsetOf<CudaDigest.Piece>(nameof(CudaDigest.Piece.Blocks)));
-        Assert.Equal(36, (int)Marshal.OffsetOf<CudaDigest.Piece>(nameof(CudaDigest.Piece.Last)));
+        Assert.Equal(24, Unsafe.SizeOf<CudaApply.Piece>());
+        Assert.Equal(12, (int)Marshal.OffsetOf<CudaApply.Piece>(nameof(CudaApply.Piece.Type)));
+        Assert.Equal(20, (int)Marshal.OffsetOf<CudaApply.Piece>(nameof(CudaApply.Piece.Stores)));
+        Assert.Equal(24, Unsafe.SizeOf<CudaApply.Store>());
+        Assert.Equal(16, (int)Marshal.OffsetOf<CudaApply.Store>(nameof(CudaApply.Store.IsVector)));
         Assert.Equal(12, Unsafe.SizeOf<SampleResult>());
         Assert.Equal(8, (int)Marshal.OffsetOf<SampleResult>(nameof(SampleResult.SamplingLogProb)));
     }

@@ -378,7 +378,8 @@ public sealed class CudaOrderTests : IDisposable
                     _backend.Device.Upload(_source.Pointer, fp32);
                 }
 
-                _backend.WriteWeight(table, 0, _source.Pointer, Elements, DType.Float32);
+                DeviceBytes all = new(_source);
+                _backend.Apply([new DeviceTensor(all, 0, all.Bytes, DType.Float32, [new WeightRange(0, Elements, table, 0)])]);
                 break;
         }
     }

@@ -72,7 +72,6 @@ public sealed class PeersTests
         SimulatedDevice.Require();
         const int Rows = 24, Columns = 40, FirstRow = 16;
         using CudaBackend backend = new(0, format);
-        using CudaDigest digest = backend.CreateDigest(System.IO.Hashing.XxHash128.Hash);
         using DeviceBuffer letterbox = backend.Device.AllocateZeroed(65); // a handle, and whether it is written
         using OtherProcess trainer = OtherProcess.Run($"{nameof(PeersTests)}.{nameof(Shares_a_tensor)}",
             (HandleVariable, Hex(letterbox.Share())),
@@ -84,13 +83,14 @@ public sealed class PeersTests
         byte[] bytes = Pattern(7)[..(Rows * Columns * type.Size())];
         using Weight fused = backend.AllocateWeight(48, Columns), expected = backend.AllocateWeight(48, Columns);
         nuint place;
-        using (PeerBuffer peer = backend.Device.Open(Of<CUipcMemHandle>(Convert.ToHexString(handle))))
+        using (DeviceBytes peer = backend.Peers.Open(handle))
         {
             place = peer.Pointer;
-            Assert.Equal(System.IO.Hashing.XxHash128.Hash(bytes), digest.Of([(peer.Pointer, bytes.Length)])[0]);
-            backend.WriteWeight(fused, FirstRow * Columns, peer.Pointer, Rows * Columns, type);
+            Assert.Equal(bytes.Length, peer.Bytes);
+            WeightRange store = new(0, Rows * Columns, fused, FirstRow * Columns);
+            Assert.Equal(
+                System.IO.Hashing.XxHash128.Hash(bytes), backend.Peers.Apply([new DeviceTensor(peer, 0, bytes.Length, type, [store])]));
         }
-
 
         // The mapping has been released: the other process's memory is not accessible any more.
         Assert.Throws<CudaException>(() => backend.Device.Download(place, new byte[1]));

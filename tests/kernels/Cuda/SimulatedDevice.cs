@@ -89,12 +89,12 @@ internal static class SimulatedDevice
     /// <summary>As in sim.h.</summary>
     public readonly record struct Counters(
         long Launches, long HostToDeviceBytes, long DeviceToHostBytes, long Synchronisations, long Allocations, long MatMulWeightBytes,
-        long StagedBytes, long Graphs, long EarlyLaunches, long ReadBytes)
+        long StagedBytes, long Graphs, long EarlyLaunches, long ReadBytes, long Mapped)
     {
         public static Counters operator -(Counters a, Counters b) => new(
             a.Launches - b.Launches, a.HostToDeviceBytes - b.HostToDeviceBytes, a.DeviceToHostBytes - b.DeviceToHostBytes,
             a.Synchronisations - b.Synchronisations, a.Allocations - b.Allocations, a.MatMulWeightBytes - b.MatMulWeightBytes,
-            a.StagedBytes - b.StagedBytes, a.Graphs - b.Graphs, a.EarlyLaunches - b.EarlyLaunches, a.ReadBytes - b.ReadBytes);
+            a.StagedBytes - b.StagedBytes, a.Graphs - b.Graphs, a.EarlyLaunches - b.EarlyLaunches, a.ReadBytes - b.ReadBytes, a.Mapped - b.Mapped);
     }
 
     private static string? Build()

@@ -60,7 +60,7 @@ public sealed class SimulatedDeviceTests
         const int Bytes = Rows * Columns * sizeof(float);
         Assert.Equal(
             new(Launches: 1, Bytes, Rows * sizeof(float), Synchronisations: 1, Allocations: 2, 0, 0, 0,
-            EarlyLaunches: 1, ReadBytes: Bytes), spent);
+            EarlyLaunches: 1, ReadBytes: Bytes, Mapped: 0), spent);
     }
 
     [Theory]
