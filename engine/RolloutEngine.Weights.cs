@@ -1,4 +1,5 @@
 using System.Diagnostics;
+using Rollout.Kernels.Cuda;
 
 namespace Rollout.Engine;
 
@@ -21,11 +22,12 @@ public sealed partial class RolloutEngine
         ThrowIfDown();
         Metrics.Started();
         long started = Stopwatch.GetTimestamp();
+        CudaCounts before = Backend.Peers?.Counts ?? default;
         ActiveUpdate? update = null;
         try
         {
             update = _weights.Begin(manifest, alsoWrong ?? [], State);
-            return new WeightUpdate(this, update, _transformer.Weights, Stopwatch.GetElapsedTime(started).TotalSeconds);
+            return new WeightUpdate(this, update, _transformer.Weights, Stopwatch.GetElapsedTime(started).TotalSeconds, before);
         }
         catch (Exception e)
         {

@@ -2,6 +2,7 @@ using System.Buffers;
 using System.Diagnostics.CodeAnalysis;
 using System.Globalization;
 using Rollout.Kernels;
+using Rollout.Kernels.Cuda;
 
 namespace Rollout.Engine;
 
@@ -57,6 +58,20 @@ public sealed record LoadEntry(string Source, IReadOnlyList<long> Shape, IReadOn
         for (int i = 0; i < Shape.Count; i++)
             if (shape[i] != Shape[i]) return false;
         return true;
+    }
+
+    /// <summary>Where elements of the tensor go, counted from <paramref name="element"/>; nowhere where it is tied.</summary>
+    internal IReadOnlyList<WeightRange> Places(WeightSet weights, long element, long count)
+    {
+        List<WeightRange> places = new(Pieces.Count);
+        foreach (LoadPiece piece in Pieces)
+        {
+            long from = Math.Max(element, piece.First), to = Math.Min(element + count, piece.First + piece.Elements);
+            if (from >= to) continue;
+            places.Add(new WeightRange(from - element, to - from, weights[piece.Slot], piece.Destination + from - piece.First));
+        }
+
+        return places;
     }
 
     /// <summary>Stores elements of the tensor, whole rows, the first of them being <paramref name="element"/>.</summary>

@@ -1,5 +1,6 @@
 using System.Diagnostics;
 using Rollout.Kernels;
+using Rollout.Kernels.Cuda;
 
 namespace Rollout.Engine;
 
@@ -22,6 +23,12 @@ internal sealed class IncomingRange(IncomingTensor tensor, long first, long byte
 
     public long Taken { get; private set; }
 
+    /// <summary>Of them, those that the device took.</summary>
+    public long TakenOnDevice { get; private set; }
+
+    /// <summary>Whether bytes of it came through the host: then the others must too, since rows are stored whole.</summary>
+    public bool IsOnHost => Taken > TakenOnDevice;
+
     /// <summary>Stopwatch ticks spent on hashing and storing.</summary>
     public long ApplyTicks { get; private set; }
 
@@ -37,6 +44,12 @@ internal sealed class IncomingRange(IncomingTensor tensor, long first, long byte
     public void Take(ReadOnlySpan<byte> bytes)
     {
         if (bytes.IsEmpty) return;
+        if (TakenOnDevice > 0)
+        {
+            throw new UpdateFailedException(
+                UpdateFailure.Protocol, $"the first bytes of tensor '{Tensor.Name}' came in device memory: send it whole in one way");
+        }
+
         long started = Stopwatch.GetTimestamp();
         _hasher ??= Tensor.Hasher(first);
         _hasher.Append(bytes);
@@ -54,6 +67,22 @@ internal sealed class IncomingRange(IncomingTensor tensor, long first, long byte
         if (Taken == Bytes) _hasher = null;
         if (!Tensor.Entry.Tied) StoreWhole(element, bytes);
         ApplyTicks += Stopwatch.GetTimestamp() - started;
+    }
+
+    /// <summary>The tensor's bytes that are in device memory, the first being the range's byte <paramref name="position"/>.</summary>
+    public DeviceTensor OnDevice(DeviceBytes memory, long offset, long position, long bytes)
+        => Tensor.OnDevice(memory, offset, (first + position) / Tensor.ElementBytes, bytes);
+
+    /// <summary>Records that the device has stored and hashed the next bytes.</summary>
+    /// <param name="digests">Of their pieces.</param>
+    /// <param name="bytes">Up to the end of a piece.</param>
+    /// <param name="ticks">Spent on it.</param>
+    public void TakeOnDevice(ReadOnlySpan<byte> digests, long bytes, long ticks)
+    {
+        Tensor.TakeDigests(first + Taken, digests);
+        Taken += bytes;
+        TakenOnDevice += bytes;
+        ApplyTicks += ticks;
     }
 
     /// <summary>Stores whole units and keeps what is left of a split one for the next call.</summary>

@@ -1,5 +1,6 @@
 using System.Runtime.InteropServices;
 using Rollout.Kernels;
+using Rollout.Kernels.Cuda;
 
 namespace Rollout.Engine;
 
@@ -38,6 +39,9 @@ internal sealed class IncomingTensor
 
     public int ElementBytes => _tensor.Type.Size();
 
+    /// <summary>Whether some of its elements are sent, and not all.</summary>
+    public bool IsSparse => _indices is not null;
+
     /// <summary>Bytes of the indices that come first; 0 where all elements are sent.</summary>
     public long IndexBytes => (_indices?.Length ?? 0L) * sizeof(uint);
 
@@ -52,6 +56,9 @@ internal sealed class IncomingTensor
 
     public long Taken => Ranges.Sum(range => range.Taken);
 
+    /// <summary>Bytes that the device took itself.</summary>
+    public long TakenOnDevice => Ranges.Sum(range => range.TakenOnDevice);
+
     /// <summary>Stopwatch ticks spent on hashing and storing, summed over cores.</summary>
     public long ApplyTicks => Ranges.Sum(range => range.ApplyTicks);
 
@@ -63,6 +70,14 @@ internal sealed class IncomingTensor
         => new(_tensor.Name, _tensor.Type, _tensor.Shape, _tensor.SparseCount is null ? digest : []);
 
     // ---- For its ranges.
+
+    /// <summary>Elements that are in device memory, from <paramref name="element"/> of the tensor on, and where they go.</summary>
+    public DeviceTensor OnDevice(DeviceBytes memory, long offset, long element, long bytes)
+        => new(memory, offset, bytes, _tensor.Type, Entry.Places(_destination, element, bytes / ElementBytes));
+
+    /// <summary>Records the digests of pieces, the first beginning at a byte of the tensor.</summary>
+    public void TakeDigests(long position, ReadOnlySpan<byte> digests)
+        => digests.CopyTo(_pieces.AsSpan((int)(position / TensorDigest.PieceBytes) * TensorDigest.Length));
 
     /// <summary>Hashes the bytes from one on, where a piece begins.</summary>
     public PieceHasher Hasher(long position) => new(_pieces, Bytes, position);

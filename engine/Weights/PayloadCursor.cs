@@ -44,6 +44,25 @@ internal sealed class PayloadCursor(IReadOnlyList<IncomingRange> ranges, int fir
     }
 
     /// <summary>
+    /// What the ranges still lack of the bytes before <paramref name="end"/>, in order: how many of each, from its next one on.
+    /// </summary>
+    public IEnumerable<(IncomingRange Range, long Bytes)> Left(long end)
+    {
+        for (int i = _current; i < ranges.Count && ranges[i].Start < end; i++)
+        {
+            long bytes = Math.Min(end - ranges[i].Start, ranges[i].Bytes) - ranges[i].Taken;
+            if (bytes > 0) yield return (ranges[i], bytes);
+        }
+    }
+
+    /// <summary>Advances, once the ranges have taken all bytes before that.</summary>
+    public void MoveTo(long end)
+    {
+        Position = end;
+        SkipComplete();
+    }
+
+    /// <summary>
     /// Takes all bytes before <paramref name="end"/>, on all cores. A pool thread waits for them and not the caller's, which may serve a
     /// connection.
     /// </summary>
@@ -58,8 +77,7 @@ internal sealed class PayloadCursor(IReadOnlyList<IncomingRange> ranges, int fir
         // Largest first, so that the cores finish together.
         Lot[] lots = [.. Lots(end).OrderByDescending(lot => lot.End - lot.Cursor.Position)];
         AllCores.ForEach(lots, lot => read(lot.Cursor, lot.End));
-        Position = end;
-        SkipComplete();
+        MoveTo(end);
     }
 
     /// <summary>A part of the payload that one core reads from its first byte to its last.</summary>

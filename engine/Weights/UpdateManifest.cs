@@ -144,4 +144,25 @@ public sealed record CommitResult
 
     /// <summary>How long no step could run: during the swap, or for an update in place from its first byte to the commit.</summary>
     public required double StallSeconds { get; init; }
+
+    public required UpdateCounts Counts { get; init; }
+}
+
+/// <summary>What an update cost, from the check of its manifest to its commit.</summary>
+public sealed record UpdateCounts
+{
+    /// <summary>Kernels that read the payload in device memory.</summary>
+    public required long Launches { get; init; }
+
+    /// <summary>Of memory on the device, for any purpose.</summary>
+    public required long DeviceAllocations { get; init; }
+
+    /// <summary>For steps on the new weights.</summary>
+    public required long GraphsCaptured { get; init; }
+
+    /// <summary>Payload bytes that the device read where they stood, each once.</summary>
+    public required long DeviceBytes { get; init; }
+
+    /// <summary>Payload bytes that passed through the host.</summary>
+    public required long HostBytes { get; init; }
 }

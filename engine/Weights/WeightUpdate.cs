@@ -1,6 +1,7 @@
 using System.Diagnostics;
 using System.IO.Hashing;
 using Rollout.Kernels;
+using Rollout.Kernels.Cuda;
 
 namespace Rollout.Engine;
 
@@ -21,6 +22,7 @@ public sealed class WeightUpdate : IDisposable
     private readonly IncomingTensor[] _incoming;
     private readonly PayloadCursor _cursor;
     private readonly double _preflightSeconds;
+    private readonly CudaCounts _before;
     private readonly long _ready = Stopwatch.GetTimestamp();
     private bool _open;
     private Task _rehearsed = Task.CompletedTask;
@@ -32,8 +34,10 @@ public sealed class WeightUpdate : IDisposable
     /// <param name="update">The update, which has begun.</param>
     /// <param name="plan">Where each tensor goes.</param>
     /// <param name="preflightSeconds">Duration of the preflight.</param>
-    internal WeightUpdate(RolloutEngine engine, ActiveUpdate update, LoadPlan plan, double preflightSeconds)
+    /// <param name="before">What the device had done before it.</param>
+    internal WeightUpdate(RolloutEngine engine, ActiveUpdate update, LoadPlan plan, double preflightSeconds, CudaCounts before)
     {
+        _before = before;
         _engine = engine;
         _active = update;
         _preflightSeconds = preflightSeconds;
@@ -146,9 +150,24 @@ public sealed class WeightUpdate : IDisposable
             ApplySeconds = Stopwatch.GetElapsedTime(0, _incoming.Sum(tensor => tensor.ApplyTicks)).TotalSeconds,
             SwapSeconds = Stopwatch.GetElapsedTime(committing).TotalSeconds,
             StallSeconds = stall,
+            Counts = Count(),
         };
         _engine.Metrics.Committed(result, Manifest.PayloadBytes);
         return result;
+    }
+
+    private UpdateCounts Count()
+    {
+        CudaCounts now = _engine.Backend.Peers?.Counts ?? default;
+        long device = _incoming.Sum(tensor => tensor.TakenOnDevice);
+        return new UpdateCounts
+        {
+            Launches = now.Launches - _before.Launches,
+            DeviceAllocations = now.Allocations - _before.Allocations,
+            GraphsCaptured = now.Graphs - _before.Graphs,
+            DeviceBytes = device,
+            HostBytes = _incoming.Sum(tensor => tensor.Bytes) - device,
+        };
     }
 
     /// <summary>The combined digest of weights.proto: XXH3-128 over the tensors' digests in manifest order.</summary>

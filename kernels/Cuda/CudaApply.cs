@@ -4,18 +4,14 @@ using System.Runtime.InteropServices;
 namespace Rollout.Kernels.Cuda;
 
 /// <summary>
-/// The kernel of apply.cu and its table: which pieces of which tensors to read, and where their elements go. Memory grows to the largest
-/// table and is kept.
+/// The kernel of apply.cu and its table: which pieces of which tensors to read (see <see cref="TensorDigest"/>), and where their elements
+/// go. Memory grows to the largest table and is kept.
 /// </summary>
 /// <param name="device">Where the tensors and the weights are.</param>
 /// <param name="kernels">Of that device.</param>
 internal sealed unsafe class CudaApply(CudaDevice device, CudaKernels kernels) : IDisposable
 {
-    /// <summary>Of every piece but a tensor's last.</summary>
-    public const int PieceBytes = 131072;
-
     private const int Threads = 256;
-    private const int DigestBytes = 16;
     private const long LeastBytes = 64 << 10;
 
     private readonly List<Piece> _pieces = [];
@@ -54,9 +50,9 @@ internal sealed unsafe class CudaApply(CudaDevice device, CudaKernels kernels) :
     public void Add(nuint source, long bytes, DType type, ReadOnlySpan<Range> ranges)
     {
         int first = 0;
-        for (long at = 0; at < bytes; at += PieceBytes)
+        for (long at = 0; at < bytes; at += TensorDigest.PieceBytes)
         {
-            uint length = (uint)Math.Min(PieceBytes, bytes - at);
+            uint length = (uint)Math.Min(TensorDigest.PieceBytes, bytes - at);
             long element = at / type.Size(), end = element + (length / type.Size());
             uint firstStore = (uint)_stores.Count;
             for (int r = first; r < ranges.Length && ranges[r].First < end; r++)
@@ -101,7 +97,7 @@ internal sealed unsafe class CudaApply(CudaDevice device, CudaKernels kernels) :
             return [];
         ReadOnlySpan<byte> pieces = MemoryMarshal.AsBytes(CollectionsMarshal.AsSpan(_pieces));
         ReadOnlySpan<byte> stores = MemoryMarshal.AsBytes(CollectionsMarshal.AsSpan(_stores));
-        long table = pieces.Length + (long)stores.Length, digests = (long)_pieces.Count * DigestBytes;
+        long table = pieces.Length + (long)stores.Length, digests = (long)_pieces.Count * TensorDigest.Length;
         Reserve(ref _table, table);
         Reserve(ref _digests, digests);
         if (_pinned is null || _pinned.Bytes < Math.Max(table, digests))

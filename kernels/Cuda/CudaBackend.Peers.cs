@@ -48,17 +48,41 @@ public sealed partial class CudaBackend
         }
     }
 
+    /// <inheritdoc cref="CudaPeers.Read"/>
+    internal void Read(DeviceBytes memory, long offset, Span<byte> destination)
+    {
+        ThrowIfDisposed();
+        Check(memory, offset, destination.Length);
+        HashSet<CudaHandle> open = [];
+        lock (Device.Copies)
+        {
+            KeepOpen(memory.Handle, open);
+            try
+            {
+                Device.Download(memory.Pointer + (nuint)offset, destination, Device.Beside);
+            }
+            finally
+            {
+                memory.Handle.DangerousRelease();
+            }
+        }
+    }
+
+    private static void Check(DeviceBytes memory, long offset, long bytes)
+    {
+        if (offset < 0 || offset > memory.Bytes || bytes > memory.Bytes - offset)
+        {
+            throw new ArgumentOutOfRangeException(
+                nameof(offset), offset, $"{bytes} bytes are not all in an allocation of {memory.Bytes}.");
+        }
+    }
+
     private void Check(in DeviceTensor part)
     {
         int size = part.Type.Size();
         if (part.Bytes <= 0 || part.Bytes % size != 0)
             throw new ArgumentOutOfRangeException(nameof(part), part.Bytes, $"Needed: whole elements of {size} bytes.");
-        if (part.Offset < 0 || part.Offset > part.Memory.Bytes || part.Bytes > part.Memory.Bytes - part.Offset)
-        {
-            throw new ArgumentOutOfRangeException(
-                nameof(part), part.Offset, $"{part.Bytes} bytes are not all in an allocation of {part.Memory.Bytes}.");
-        }
-
+        Check(part.Memory, part.Offset, part.Bytes);
         long elements = part.Bytes / size, next = 0;
         foreach (WeightRange store in part.Stores)
         {

@@ -50,9 +50,12 @@ public sealed class CudaPeers
     /// Stores parts of tensors of a checkpoint as <see cref="Backend.WriteWeight"/> does, and hashes them: in one launch and one pass over
     /// their bytes. Waits for the result.
     /// </summary>
-    /// <returns>Of each part in order, and of each of its pieces in order, the XXH3-128: 16 bytes in canonical order.</returns>
+    /// <returns>Of each part in order, and of each of its pieces in order, the digest: see <see cref="TensorDigest"/>.</returns>
     /// <exception cref="ArgumentException">A part lies outside its memory, or elements outside their weight.</exception>
     public byte[] Apply(IReadOnlyList<DeviceTensor> parts) => _backend.Apply(parts);
+
+    /// <summary>Copies bytes to the host.</summary>
+    public void Read(DeviceBytes memory, long offset, Span<byte> destination) => _backend.Read(memory, offset, destination);
 }
 
 /// <summary>Memory on the GPU that tensors can be read from. Closing it does not disturb an operation that reads it.</summary>

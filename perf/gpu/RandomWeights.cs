@@ -49,7 +49,8 @@ internal sealed class RandomWeights : IDisposable
         {
             int from = (int)(_next % _elements), count = (int)Math.Min(_elements - from, elements - at);
             WeightRange store = new(0, count, weight, at);
-            _backend.Peers.Apply([new DeviceTensor(pattern, from * (long)sizeof(ushort), count * (long)sizeof(ushort), DType.BFloat16, [store])]);
+            _backend.Peers.Apply(
+                [new DeviceTensor(pattern, from * (long)sizeof(ushort), count * (long)sizeof(ushort), DType.BFloat16, [store])]);
             at += count;
             _next += count;
         }

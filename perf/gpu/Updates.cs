@@ -73,7 +73,8 @@ internal static class Updates
                     foreach ((Weight from, Weight to) in one.All.Zip(two.All)) backend.CopyWeight(from, to);
                 }));
                 IReadOnlyList<DeviceTensor> tensors = Tensors(large, all.Offset, entries, two);
-                Report(stage, $"memory of another process ({all.Who}), digests included", bytes, Times(times, () => backend.Peers.Apply(tensors)));
+                string row = $"memory of another process ({all.Who}), digests included";
+                Report(stage, row, bytes, Times(times, () => backend.Peers.Apply(tensors)));
             });
             stage.Try("Weight updates", "one copy", () =>
             {
@@ -219,7 +220,7 @@ internal static class Updates
         if (!Convert.ToHexString(SHA256.HashData(read)).Equals(shared.Sha256, StringComparison.OrdinalIgnoreCase))
             throw new InvalidOperationException("the bytes read are not those that were shared");
         byte[] found = backend.Peers.Apply([new DeviceTensor(memory, shared.Offset, shared.Bytes, DType.BFloat16, [])]);
-        byte[] wanted = [.. read.Chunk(CudaApply.PieceBytes).SelectMany(piece => XxHash128.Hash(piece))];
+        byte[] wanted = [.. read.Chunk(TensorDigest.PieceBytes).SelectMany(piece => XxHash128.Hash(piece))];
         if (!found.AsSpan().SequenceEqual(wanted)) throw new InvalidOperationException("the device's XXH3-128 is not the host's");
     }
 

@@ -8,12 +8,20 @@ using Grpc.Net.Client;
 using Rollout.Client;
 using Rollout.Engine;
 using Rollout.Kernels;
+using Rollout.Trainer;
 using V1 = Rollout.V1;
 
 // A trainer that a test can kill at a chosen step of an update. At every step it prints a line and waits for one; its last line says how
 // the update ended.
-//   trainer push    SOCKET CHECKPOINT (inline|shm|file) (staged|inplace) MESSAGES   the protocol by hand, in so many messages
+//   trainer push    SOCKET CHECKPOINT (inline|shm|file|ipc) (staged|inplace) MESSAGES   the protocol by hand, in so many messages
 //   trainer publish SOCKET CHECKPOINT (inline|shm|file) (staged|inplace) SECONDS [FOLDER]   by the client library, with this timeout
+//   trainer hold FILE DEVICE   see DeviceHolder
+if (args[0] == "hold")
+{
+    DeviceHolder.Run(args[1], int.Parse(args[2], CultureInfo.InvariantCulture));
+    return;
+}
+
 string socket = args[1];
 string checkpoint = args[2];
 string transport = args[3];
@@ -80,6 +88,8 @@ async Task<string> PushAsync()
     begin.BaseVersion = (await new V1.ControlService.ControlServiceClient(channel).StatusAsync(new V1.StatusRequest())).Version;
     begin.NewVersion = begin.BaseVersion + 1;
     using FileStream? shm = transport == "shm" ? SharedMemory(payload) : null;
+    using DeviceBucket? bucket = transport == "ipc" ? new DeviceBucket(0, payload.Length) : null;
+    bucket?.Write(payload);
     using AsyncDuplexStreamingCall<V1.UpdateRequest, V1.UpdateReply> call = new V1.WeightsService.WeightsServiceClient(channel).Update();
     Step("opened");
     await call.RequestStream.WriteAsync(new V1.UpdateRequest { Begin = begin });
@@ -88,8 +98,8 @@ async Task<string> PushAsync()
     int messages = transport == "file" ? 1 : number;
     for (int i = 0; i < messages; i++)
     {
-        int from = (int)((long)payload.Length * i / messages);
-        int length = (int)((long)payload.Length * (i + 1) / messages) - from;
+        int from = Border((long)payload.Length * i / messages);
+        int length = Border((long)payload.Length * (i + 1) / messages) - from;
         await call.RequestStream.WriteAsync(transport switch
         {
             "inline" => new V1.UpdateRequest
@@ -106,6 +116,18 @@ async Task<string> PushAsync()
                     Bytes = (ulong)length,
                 },
             },
+            "ipc" => new V1.UpdateRequest
+            {
+                CudaIpc = new V1.CudaIpc
+                {
+                    Allocations = { bucket!.Allocation },
+                    Ranges =
+                    {
+                        new V1.CudaRange { Offset = DeviceBucket.Offset + (ulong)from, PayloadOffset = (ulong)from, Bytes = (ulong)length },
+                    },
+                    ReadyEvent = bucket.ReadyEvent,
+                },
+            },
             _ => new V1.UpdateRequest { File = new V1.CheckpointFile { Path = checkpoint } },
         });
         // Chunks are answered when all have come, everything else one by one.
@@ -119,6 +141,10 @@ async Task<string> PushAsync()
     V1.UpdateReply end = await RepliedAsync(V1.UpdateReply.StepOneofCase.Committed);
     Step("committed");
     return $"committed {end.Committed.Version}";
+
+    // Parts in device memory end with a tensor.
+    int Border(long at) => transport != "ipc" || at == payload.Length ? (int)at
+        : (int)(tensors.First(tensor => tensor.Offset - file.DataStart + tensor.Bytes > at).Offset - file.DataStart);
 
     async Task<V1.UpdateReply> RepliedAsync(V1.UpdateReply.StepOneofCase wanted)
     {

@@ -36,7 +36,11 @@ internal sealed class WeightsGrpcService(EngineHost host, SharedSegment segment,
     public override async Task Update(
         IAsyncStreamReader<UpdateRequest> requestStream, IServerStreamWriter<UpdateReply> responseStream, ServerCallContext context)
     {
-        using UpdateTransaction transaction = new(host.Admitting, segment, requestStream, responseStream, logger);
+        OpenMemory memory = OpenMemory.Of(context.GetHttpContext());
+        using UpdateTransaction transaction = new(host.Admitting, segment, memory, requestStream, responseStream, logger);
         await transaction.RunAsync(context.CancellationToken, host.Stopping);
     }
+
+    public override Task<ReleaseMemoryReply> ReleaseMemory(ReleaseMemoryRequest request, ServerCallContext context)
+        => Task.FromResult(new ReleaseMemoryReply { Closed = (uint)OpenMemory.Of(context.GetHttpContext()).Release() });
 }

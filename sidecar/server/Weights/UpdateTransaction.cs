@@ -18,8 +18,8 @@ namespace Rollout.Server.Weights;
 /// One deadline covers all of it, including waiting for the client. Disposing it ends the engine's update.
 /// </summary>
 internal sealed class UpdateTransaction(
-    RolloutEngine engine, SharedSegment shared, IAsyncStreamReader<UpdateRequest> requests, IServerStreamWriter<UpdateReply> replies,
-    ILogger logger)
+    RolloutEngine engine, SharedSegment shared, OpenMemory memory, IAsyncStreamReader<UpdateRequest> requests,
+    IServerStreamWriter<UpdateReply> replies, ILogger logger)
     : IDisposable
 {
     /// <summary>How long a client may take from opening the stream to begin.</summary>
@@ -63,6 +63,7 @@ internal sealed class UpdateTransaction(
                 mode.ToString(), milliseconds);
             _segment = shared.Lend(begin.SegmentBytes, () => engine.Backend.AvailableBytes);
             Ready ready = new() { StagingBytes = (ulong)_update.StagingBytes, Mode = mode, Segment = ToWire(_segment) };
+            if (engine.Backend.Peers is { } peers) ready.DeviceUuid = ByteString.CopyFrom(peers.DeviceUuid.Span);
             await ReplyAsync(new UpdateReply { Ready = ready }, linked.Token);
 
             // :: 2 and 3
@@ -182,7 +183,8 @@ internal sealed class UpdateTransaction(
         UpdateRequest.StepOneofCase.Chunk => new InlineTransport(),
         UpdateRequest.StepOneofCase.SharedMemory => new SharedMemoryTransport(_segment),
         UpdateRequest.StepOneofCase.File => new SafetensorsTransport(),
-        _ => new DeviceTransport(engine),
+        UpdateRequest.StepOneofCase.CudaIpc => new CudaIpcTransport(engine.Backend, memory),
+        _ => new NcclTransport(engine.Backend),
     };
 
     private async Task CommitAsync(ByteString digest, CancellationToken cancellation)
@@ -200,7 +202,22 @@ internal sealed class UpdateTransaction(
             StallSeconds = result.StallSeconds,
         };
         Log.UpdateCommitted(logger, result.Version, result.TransferSeconds, result.SwapSeconds, result.StallSeconds);
-        Committed committed = new() { Version = result.Version, Digest = ByteString.CopyFrom(result.Digest), Timings = timings };
+        V1.UpdateCounts counts = new()
+        {
+            HandlesOpened = (ulong)_transports.Values.OfType<CudaIpcTransport>().Sum(transport => transport.Opened),
+            Launches = (ulong)result.Counts.Launches,
+            DeviceAllocations = (ulong)result.Counts.DeviceAllocations,
+            GraphsCaptured = (ulong)result.Counts.GraphsCaptured,
+            DeviceBytes = (ulong)result.Counts.DeviceBytes,
+            HostBytes = (ulong)result.Counts.HostBytes,
+        };
+        Committed committed = new()
+        {
+            Version = result.Version,
+            Digest = ByteString.CopyFrom(result.Digest),
+            Timings = timings,
+            Counts = counts,
+        };
         await EndAsync(new UpdateReply { Committed = committed });
     }
 

@@ -10,7 +10,7 @@ namespace Rollout.Kernels.Tests.Cuda;
 /// </summary>
 public sealed class CudaApplyTests
 {
-    private const int PieceBytes = CudaApply.PieceBytes;
+    private const int PieceBytes = TensorDigest.PieceBytes;
 
     // ---- Digests.
 
@@ -190,7 +190,7 @@ public sealed class CudaApplyTests
                 Assert.True(expected[i].AsSpan().SequenceEqual(digests.AsSpan(16 * i, 16)), $"tensor or piece {i}, seed {seed}");
         }
 
-        /// <summary>A weight with the place in it, and its twin, which the host writes: they must be equal, to the bit and all around.</summary>
+        /// <summary>A weight with the place in it, and its twin, which the host writes: both are equal in the end, all of them.</summary>
         public CudaApply.Range Place(
             Place place, int skipped, byte[] values, DType type, List<Action> checks, List<IDisposable> owned)
         {

@@ -94,7 +94,8 @@ internal static class SimulatedDevice
         public static Counters operator -(Counters a, Counters b) => new(
             a.Launches - b.Launches, a.HostToDeviceBytes - b.HostToDeviceBytes, a.DeviceToHostBytes - b.DeviceToHostBytes,
             a.Synchronisations - b.Synchronisations, a.Allocations - b.Allocations, a.MatMulWeightBytes - b.MatMulWeightBytes,
-            a.StagedBytes - b.StagedBytes, a.Graphs - b.Graphs, a.EarlyLaunches - b.EarlyLaunches, a.ReadBytes - b.ReadBytes, a.Mapped - b.Mapped);
+            a.StagedBytes - b.StagedBytes, a.Graphs - b.Graphs, a.EarlyLaunches - b.EarlyLaunches,
+            a.ReadBytes - b.ReadBytes, a.Mapped - b.Mapped);
     }
 
     private static string? Build()

@@ -21,13 +21,14 @@ internal sealed class TrainerProcess : IAsyncDisposable
     /// <param name="server">The server to push to.</param>
     /// <param name="how">"push" or "publish"; see the program.</param>
     /// <param name="folder">The folder whose model.safetensors is pushed.</param>
-    /// <param name="route">inline, shm or file.</param>
+    /// <param name="route">inline, shm, file or ipc.</param>
     /// <param name="mode">staged or inplace.</param>
     /// <param name="number">Number of messages of a push, or timeout in seconds of a publish.</param>
     /// <param name="under">A shell command that sets limits before the program starts, or nothing.</param>
     /// <param name="disk">Folder for files.</param>
+    /// <param name="variables">Of its environment, beside this process's.</param>
     public static TrainerProcess Start(ServerProcess server, string how, string folder, string route, string mode, int number,
-        string under = "", string disk = "")
+        string under = "", string disk = "", IEnumerable<(string Name, string Value)>? variables = null)
     {
         string host = Environment.GetEnvironmentVariable("DOTNET_HOST_PATH") ?? "dotnet";
         string count = number.ToString(CultureInfo.InvariantCulture);
@@ -40,8 +41,33 @@ internal sealed class TrainerProcess : IAsyncDisposable
         start.RedirectStandardError = true;
         // A limit on file sizes would also apply to the memory that .NET maps twice for W^X.
         if (under.Length > 0) start.Environment["DOTNET_EnableWriteXorExecute"] = "0";
+        foreach ((string name, string value) in variables ?? []) start.Environment[name] = value;
         return new TrainerProcess(Process.Start(start)!);
     }
+
+    /// <summary>One that only has a buffer on a simulated device, as large as a file: see DeviceHolder.</summary>
+    public static TrainerProcess Hold(string file, int device, IEnumerable<(string Name, string Value)> variables)
+    {
+        ProcessStartInfo start = new(
+            Environment.GetEnvironmentVariable("DOTNET_HOST_PATH") ?? "dotnet",
+            ["exec", s_program, "hold", file, device.ToString(CultureInfo.InvariantCulture)])
+        {
+            RedirectStandardInput = true,
+            RedirectStandardOutput = true,
+            RedirectStandardError = true,
+        };
+        foreach ((string name, string value) in variables) start.Environment[name] = value;
+        return new TrainerProcess(Process.Start(start)!);
+    }
+
+    /// <summary>Gives it a line, if there is one, and returns its next.</summary>
+    public async Task<string> AskAsync(string? line = null)
+    {
+        if (line is not null) await TellAsync(line);
+        return await LineAsync() ?? throw new InvalidOperationException(await _process.StandardError.ReadToEndAsync());
+    }
+
+    public Task TellAsync(string line) => _process.StandardInput.WriteLineAsync(line);
 
     /// <summary>Lets it go on until it waits at this step.</summary>
     public async Task ToAsync(string step)

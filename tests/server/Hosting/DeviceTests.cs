@@ -1,4 +1,3 @@
-using System.Diagnostics;
 using Rollout.Kernels.Tests.Cuda;
 
 namespace Rollout.Server.Tests;
@@ -34,19 +33,8 @@ public sealed class DeviceTests
     [InlineData("20000000")] // enough for all but keys and values
     public async Task A_device_that_has_too_little_memory_is_told_in_one_sentence(string bytes)
     {
-        string folder = Path.GetFullPath(Path.Combine(Golden.Folder("qwen3"), "..", "..", "cuda-sim"));
-        ProcessStartInfo script = new("sh", [Path.Combine(folder, "build.sh")])
-        {
-            RedirectStandardError = true,
-            RedirectStandardOutput = true,
-        };
-        using Process build = Process.Start(script)!;
-        await build.StandardError.ReadToEndAsync();
-        await build.WaitForExitAsync();
-        Assert.SkipWhen(build.ExitCode != 0, "the simulated CUDA device needs g++");
         Cli.Result result = await Cli.RunAsync(
-            [("ROLLOUT_CUDA_PATH", Path.Combine(folder, "obj")), ("XDG_CACHE_HOME", Path.Combine(folder, "obj", "cache")),
-                ("ROLLOUT_SIM_BYTES", bytes)],
+            [.. await SimulatedCuda.RequireAsync(), ("ROLLOUT_SIM_BYTES", bytes)],
             ["generate", "--model", Golden.Folder("qwen3"), "--ids", "5,6", "--max-tokens", "4", "--device", "cuda"]);
         Assert.Equal(1, result.ExitCode);
         Assert.Matches(

@@ -215,25 +215,32 @@ public sealed class ModeTests : IAsyncLifetime
     {
         static ByteString Zeros(int count) => ByteString.CopyFrom(new byte[count]);
         CudaAllocation allocation = new() { Kind = CudaHandleKind.Legacy, Handle = Zeros(64), DeviceUuid = Zeros(16) };
-        (string Name, UpdateRequest Request)[] sound =
+        CudaRange range = new() { Bytes = 16 };
+        (string Reason, UpdateRequest Request)[] sound =
         [
-            ("cuda_ipc", new() { CudaIpc = new CudaIpc { Allocations = { allocation } } }),
-            ("nccl", new() { Nccl = new Nccl { UniqueId = Zeros(128), WorldSize = 2, Rank = 1 } }),
+            ("cuda_ipc needs a CUDA device", new() { CudaIpc = new CudaIpc { Allocations = { allocation }, Ranges = { range } } }),
+            ("does not receive nccl", new() { Nccl = new Nccl { UniqueId = Zeros(128), WorldSize = 2, Rank = 1 } }),
         ];
-        foreach ((string name, UpdateRequest request) in sound)
+        foreach ((string reason, UpdateRequest request) in sound)
         {
             RpcException refused = await Calls.FailsAsync(
                 () => _server.UpdateAsync([s_reversed.Begin(0, 1), request]), StatusCode.Unimplemented);
-            Assert.Contains($"{name} needs a CUDA device", refused.Status.Detail, StringComparison.Ordinal);
+            Assert.Contains(reason, refused.Status.Detail, StringComparison.Ordinal);
             Assert.Contains("cpu", refused.Status.Detail, StringComparison.Ordinal);
         }
 
-        CudaAllocation shortHandle = new(allocation) { Handle = Zeros(63) };
-        CudaAllocation shortDevice = new(allocation) { DeviceUuid = Zeros(1) };
         (string Reason, UpdateRequest Request)[] malformed =
         [
-            ("allocations[1]: handle has 63 bytes", new() { CudaIpc = new CudaIpc { Allocations = { allocation, shortHandle } } }),
-            ("allocations[0]: device_uuid has 1 bytes", new() { CudaIpc = new CudaIpc { Allocations = { shortDevice } } }),
+            ("allocations[1]: handle has 63 bytes", Ipc([allocation, new(allocation) { Handle = Zeros(63) }], [range])),
+            ("allocations[0]: device_uuid has 1 bytes", Ipc([new(allocation) { DeviceUuid = Zeros(1) }], [range])),
+            ("allocations[0]: kind must be LEGACY", Ipc([new(allocation) { Kind = CudaHandleKind.Unspecified }], [range])),
+            ("names no ranges", Ipc([allocation], [])),
+            ("ranges[1] is in allocation 1 of 1", Ipc([allocation], [range, new() { Allocation = 1, PayloadOffset = 16, Bytes = 1 }])),
+            ("ranges[0] has 0 bytes", Ipc([allocation], [new()])),
+            ("past any payload", Ipc([allocation], [new() { PayloadOffset = 1, Bytes = long.MaxValue }])),
+            ("ranges[1] begins at payload byte 15, the one before it ends at 16",
+                Ipc([allocation], [range, new() { PayloadOffset = 15, Bytes = 1 }])),
+            ("ready_event has 3 bytes", new() { CudaIpc = new(Ipc([allocation], [range]).CudaIpc) { ReadyEvent = Zeros(3) } }),
             ("unique_id has 0 bytes", new() { Nccl = new Nccl() }),
             ("device_uuid has 17 bytes", new() { Nccl = new Nccl { UniqueId = Zeros(128), DeviceUuid = Zeros(17) } }),
         ];
@@ -242,6 +249,9 @@ public sealed class ModeTests : IAsyncLifetime
             UpdateReply last = (await _server.UpdateAsync([s_reversed.Begin(0, 1), request]))[^1];
             Assert.Contains(reason, last.Failed.Reason, StringComparison.Ordinal);
         }
+
+        static UpdateRequest Ipc(CudaAllocation[] allocations, CudaRange[] ranges)
+            => new() { CudaIpc = new CudaIpc { Allocations = { allocations }, Ranges = { ranges } } };
 
         StatusReply status = await StatusAsync();
         Assert.Equal((EngineState.Running, false), (status.State, status.Updating));

@@ -204,6 +204,7 @@ public sealed class TransactionEndTests : IDisposable
             [begin], // by now for a version that is not served
         ];
         using SharedSegment segment = new();
+        using OpenMemory memory = new();
         List<UpdateReply.StepOneofCase> seen = [];
         foreach (UpdateRequest[] requests in ends)
         {
@@ -216,7 +217,7 @@ public sealed class TransactionEndTests : IDisposable
                 Assert.NotNull(segment.Lend(1000, () => 0));
                 segment.GiveBack();
             });
-            using UpdateTransaction transaction = new(server.Engine, segment, new Requests(requests), replies, server.Log);
+            using UpdateTransaction transaction = new(server.Engine, segment, memory, new Requests(requests), replies, server.Log);
             await transaction.RunAsync(CancellationToken.None, CancellationToken.None);
             seen.Add(last!.StepCase);
         }
