@@ -104,6 +104,9 @@ class FakeWeights:
         self.segment: Any = None  # lent with Ready
         self.behind = 0  # windows of shared memory that it leaves unread while more are to come
         self.windows: list[Any] = []
+        self.device_uuid = b""
+        self.read_device: Callable[[Any, int, int], bytes] | None = None  # of an allocation: offset, bytes
+        self.ipc: list[Any] = []
         self.arrived: Hook | None = None  # called with the step's name and the request when a message has arrived
         self.done: Hook | None = None  # ... and when it has been handled, before it is answered
         self.says: Callable[[], Any] | None = None  # replaces the status reply
@@ -132,7 +135,7 @@ class FakeWeights:
                     problem = {"field": "base_version", "message": f"{self.version} is served"}
                     fits = begin.base_version == self.version
                     lent = self.segment if begin.segment_bytes > 0 else None
-                    reply = {"ready": {"mode": self.mode, "segment": lent}} if fits else {"rejected": {"problems": [problem]}}
+                    reply = {"ready": {"mode": self.mode, "segment": lent, "device_uuid": self.device_uuid}} if fits else {"rejected": {"problems": [problem]}}
                 elif step == "chunk":
                     payload[request.chunk.offset : request.chunk.offset + len(request.chunk.data)] = request.chunk.data
                     reply = {"progress": {"payload_bytes": request.chunk.offset + len(request.chunk.data)}}
@@ -146,6 +149,17 @@ class FakeWeights:
                         content = Path(window.path).read_bytes()[window.offset : window.offset + window.bytes]
                         payload[window.payload_offset : _end(window)] = content
                         reply = {"progress": {"payload_bytes": _end(window)}}
+                elif step == "cuda_ipc":
+                    self.ipc.append(request.cuda_ipc)
+                    unread.append(request.cuda_ipc)
+                    reply = {}
+                    left = 0 if _is_last(request.cuda_ipc, begin) else self.behind
+                    while len(unread) > left:
+                        message = unread.pop(0)
+                        for part in message.ranges:
+                            content = self.read_device(message.allocations[part.allocation], part.offset, part.bytes)
+                            payload[part.payload_offset : _end(part)] = content
+                        reply = {"progress": {"payload_bytes": _end(message.ranges[-1])}}
                 elif step == "file":
                     content = Path(request.file.path).read_bytes()
                     payload[:] = content[8 + int.from_bytes(content[:8], "little") :]
@@ -177,6 +191,17 @@ class FakeWeights:
 
 def _end(window: Any) -> int:
     return int(window.payload_offset + window.bytes)
+
+
+def _is_last(message: Any, begin: Any) -> bool:
+    return _end(message.ranges[-1]) == max(_bytes_end(tensor) for tensor in begin.manifest)
+
+
+def _bytes_end(tensor: Any) -> int:
+    size = {1: 2, 2: 2, 3: 4}[tensor.dtype]
+    for dimension in tensor.shape:
+        size *= dimension
+    return int(tensor.offset + size) if size else 0
 
 
 class Proxy:

@@ -241,9 +241,10 @@ class Rollout:
         policy: Literal["recompute", "keep", "drain", "abort"] = "recompute",
         mode: Literal["auto", "staged", "in_place"] = "auto",
         partial: bool = False,
-        transport: Literal["auto", "shared_memory", "inline", "file"] = "auto",
+        transport: Literal["auto", "cuda_ipc", "shared_memory", "inline", "file"] = "auto",
         folder: str | PathLike[str] | None = None,
         max_shared_memory_bytes: int | None = None,
+        verify: bool | None = None,
         dtype: Literal["bfloat16"] | None = "bfloat16",
         owner: str | None = None,
         timeout: float = 600.0,
@@ -251,9 +252,9 @@ class Rollout:
         """Makes these weights the ones the next token is drawn from: all of them or none.
 
         Args:
-            weights: A torch module (parameters and persistent buffers), a state dict of torch tensors, or a dict of NumPy arrays; full tensors
-                under the Hugging Face checkpoint's names, or a SparseTensor of some elements. A tensor tied under two names may be given
-                under both. Read during the call only.
+            weights: A torch module (parameters and persistent buffers), a state dict of torch tensors, or a dict of NumPy arrays or of GPU
+                arrays with ``__cuda_array_interface__``; full tensors under the Hugging Face checkpoint's names, or a SparseTensor of some
+                elements. A tensor tied under two names may be given under both. Read during the call only.
             version: Must be greater than the one they replace. None: one more than it.
             base_version: The version they replace; the sidecar refuses the push where it serves another. None: the one this client pushed last,
                 so that a push by a second trainer is detected; before the first push, and after a failed one, the version it serves.
@@ -263,13 +264,18 @@ class Rollout:
             mode: staged: into a second set of weights; a failure leaves the old ones. in_place: over them; a failure poisons the engine.
                 auto: staged where there is memory for it.
             partial: ``weights`` has some of the model's tensors; the others stay. Without it a missing tensor is an error.
-            transport: shared_memory: through the sidecar's own memory, or where that cannot be opened (it is in another container, or
-                another user's) through a file in /dev/shm; kept from push to push. inline: in the gRPC stream, from any machine, slower.
-                file: through a safetensors file in ``folder``, which is removed afterwards; no sparse tensors. auto: shared_memory where
-                the sidecar is on this machine and its memory can be opened, else inline. The result says which, and why.
+            transport: cuda_ipc: the sidecar reads tensors where they are, on the GPU that it runs on too; only those that must be
+                converted or cannot be named to it (PyTorch's expandable segments) are copied there first. shared_memory: through the
+                sidecar's own memory, or where that cannot be opened (it is in another container, or another user's) through a file in
+                /dev/shm; kept from push to push. inline: in the gRPC stream, from any machine, slower. file: through a safetensors file
+                in ``folder``, which is removed afterwards; no sparse tensors. auto: cuda_ipc where all tensors are on the sidecar's GPU,
+                shared_memory where the sidecar is on this machine and its memory can be opened, else inline. The result says which, and
+                why.
             folder: For transport='file': one that trainer and sidecar both see.
-            max_shared_memory_bytes: Most shared memory to use. A larger payload reuses it as a ring, as it does where the machine has less
-                memory free. None: as much as the payload has.
+            max_shared_memory_bytes: Most shared memory to use. A larger payload reuses it as a ring, as it does where the machine has
+                less memory free. None: as much as the payload has.
+            verify: Let the sidecar commit only if it received what was sent. None: checked where the bytes pass through the host's memory
+                and xxhash is installed. True: also on the GPU, by copying everything to the host to hash it. False: never.
             dtype: bfloat16: floating-point tensors are rounded to it, to nearest, ties to even. None: sent as they are.
             owner: Named in the error that a second updater gets. None: host name and process id.
             timeout: Of the whole push, in seconds. The sidecar gets the same deadline and drops the update when it passes.
@@ -279,12 +285,23 @@ class Rollout:
             ValueError: An argument nobody knows, or indices of sparse tensors that do not ascend or leave their tensor.
             WeightUpdateRejected: Names, shapes, types or versions are wrong; lists everything found. No byte was sent.
             WeightUpdateFailed: It began and did not succeed; ``outcome`` says which weights are served.
+            CudaError: The GPU's driver failed, or has no memory.
             PayloadFileError: ``folder`` is missing or has no room; SharedMemoryError where it is /dev/shm that has none.
             StateError: Another update is in progress (the message names its owner), or the engine's state allows none.
         """
         return self._publisher.push(
             weights, version=version, base_version=base_version, policy=policy, mode=mode, partial=partial, transport=transport,
-            folder=folder, max_shared_memory_bytes=max_shared_memory_bytes, dtype=dtype, owner=owner, timeout=timeout)
+            folder=folder, max_shared_memory_bytes=max_shared_memory_bytes, verify=verify, dtype=dtype, owner=owner, timeout=timeout)
+
+    def release_memory(self, *, timeout: float | None = _CONTROL_TIMEOUT) -> int:
+        """Lets the sidecar close the GPU memory that pushes have named, and frees the buckets of this client.
+
+        Memory that the trainer frees, as ``torch.cuda.empty_cache()`` does, is free for others only after this or the next push.
+
+        Returns:
+            The number of allocations that the sidecar had open.
+        """
+        return self._publisher.release_memory(timeout)
 
     @staticmethod
     def _call(call: wire.UnaryCall, request: Any, timeout: float | None) -> Any:

@@ -154,6 +154,10 @@ class SharedMemoryError(PayloadFileError):
     """As PayloadFileError, for /dev/shm."""
 
 
+class CudaError(RolloutError):
+    """A call of the CUDA driver failed in this process, or there is no driver."""
+
+
 class SidecarError(RolloutError):
     """The sidecar's process could not be started, or ended before it was ready.
 

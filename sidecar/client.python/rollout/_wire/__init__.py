@@ -52,6 +52,7 @@ MEMORY_TAG = Enum("MemoryTag", "MEMORY_TAG_")
 TENSOR_DTYPE = Enum("TensorDType", "TENSOR_DTYPE_")
 UPDATE_POLICY = Enum("UpdatePolicy", "UPDATE_POLICY_")
 UPDATE_MODE = Enum("UpdateMode", "UPDATE_MODE_")
+CUDA_HANDLE_KIND = Enum("CudaHandleKind", "CUDA_HANDLE_KIND_")
 
 TokenIds = _message("TokenIds")
 GenerateRequest = _message("GenerateRequest")
@@ -82,8 +83,13 @@ ManifestTensor = _message("ManifestTensor")
 Chunk = _message("Chunk")
 SharedMemory = _message("SharedMemory")
 CheckpointFile = _message("CheckpointFile")
+CudaIpc = _message("CudaIpc")
+CudaAllocation = _message("CudaAllocation")
+CudaRange = _message("CudaRange")
 Commit = _message("Commit")
 AbortUpdate = _message("AbortUpdate")
+ReleaseMemoryRequest = _message("ReleaseMemoryRequest")
+ReleaseMemoryReply = _message("ReleaseMemoryReply")
 
 
 class UnaryCall(Protocol):
@@ -126,4 +132,5 @@ class Calls:
         self.sleep = unary("ControlService/Sleep", SleepRequest, SleepReply)
         self.wake_up = unary("ControlService/WakeUp", WakeUpRequest, WakeUpReply)
         self.describe = unary("WeightsService/Describe", DescribeRequest, DescribeReply)
+        self.release_memory = unary("WeightsService/ReleaseMemory", ReleaseMemoryRequest, ReleaseMemoryReply)
         self.update = stream("WeightsService/Update", UpdateRequest, UpdateReply)

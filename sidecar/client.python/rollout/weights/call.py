@@ -13,7 +13,7 @@ from ..errors import Problem, UpdateOutcome, WeightUpdateFailed, WeightUpdateRej
 
 _ABORT_WITHIN = 1.0
 _POLL = 0.05
-_PAYLOAD = {"chunk", "shared_memory", "file"}
+_PAYLOAD = {"chunk", "shared_memory", "file", "cuda_ipc"}
 
 
 class StreamEnded(Exception):

@@ -12,14 +12,16 @@ from .tensors import TensorSource
 class Payload:
     """The tensors' bytes at their offsets: copied out of the trainer once, piece by piece, and hashed while they are in the cache."""
 
-    def __init__(self, layout: PayloadLayout, tensors: Sequence[TensorSource]) -> None:
+    def __init__(self, layout: PayloadLayout, tensors: Sequence[TensorSource], hashed: bool) -> None:
         self.bytes = layout.payload_bytes
         self.piece_bytes = max(tensor.piece_bytes for tensor in tensors)
         """Of the largest piece."""
 
         self._tensors = tensors
         self._offsets = layout.offsets
-        self._digests: list[bytes] = []
+        self._hashed = hashed
+        self.digests: list[bytes] = []
+        """Of the tensors, once they have been copied; empty where they are not hashed."""
 
     def copy_to(self, place: Callable[[int, int], memoryview], done: Callable[[int, memoryview], object]) -> None:
         """Copies everything but the gaps between tensors, in ascending order.
@@ -37,12 +39,14 @@ class Payload:
                 return place(start, size)
 
             def written(piece: memoryview, digest: TensorDigest = digest) -> None:
-                digest.update(piece)
+                if self._hashed:
+                    digest.update(piece)
                 done(start, piece)
 
             tensor.copy_to(placed, written)
-            self._digests.append(digest.digest())
+            if self._hashed:
+                self.digests.append(digest.digest())
 
     def digest(self) -> bytes:
-        """Of all tensors, once they have been copied; empty without xxhash."""
-        return combine(self._digests)
+        """Of all tensors, once they have been copied; empty where they are not hashed."""
+        return combine(self.digests) if self.digests else b""

@@ -7,22 +7,26 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import grpc
 
 from .. import _wire as wire
 from ..address import on_this_machine
-from ..errors import from_rpc
-from . import safetensors
+from ..errors import RolloutError, from_rpc
+from . import cuda, digest, safetensors
+from .cuda import Device
+from .cuda_ipc import CudaIpcSender, DeviceMemory, device_of
 from .layout import ALIGNMENT, PayloadLayout
 from .payload_file import free_bytes, remove_leftovers
 from .push import PushResult, WeightPush
 from .senders import FileSender, InlineSender, Sender, SharedMemorySender, Transport
 from .shared_memory import FOLDER, Segment, SharedMemoryFile
-from .tensors import Weights, sources
+from .tensors import TensorSource, Weights, sources
 
 _STATUS_TIMEOUT = 30.0
+_FIRST_SEGMENT = 64 << 20
 _LEAST_RING = 4 << 20  # with less shared memory a ring is not worthwhile: the error then says what to do
 
 
@@ -41,6 +45,8 @@ class Publisher:
         self._segment: Segment | None = None
         self._file: SharedMemoryFile | None = None  # where the sidecar's own memory cannot be reached
         self._file_for = 0  # bytes it was made for; the file may be smaller
+        self._device_memory: DeviceMemory | None = None
+        self._sidecars_gpu: bytes | None = None  # its uuid, or empty where it has none, as it said last
         self._served: int | None = None
         remove_leftovers(FOLDER)
 
@@ -56,11 +62,14 @@ class Publisher:
         transport: Literal["auto"] | Transport,
         folder: str | os.PathLike[str] | None,
         max_shared_memory_bytes: int | None,
+        verify: bool | None,
         dtype: Literal["bfloat16"] | None,
         owner: str | None,
         timeout: float,
     ) -> PushResult:
         _check_transport(transport, folder, max_shared_memory_bytes)
+        if verify and digest.xxhash is None:
+            raise ValueError("verify=True needs the package xxhash")
         if timeout <= 0:
             raise ValueError(f"timeout={timeout!r}: expected seconds, more than 0")
         begin = wire.BeginUpdate(
@@ -76,27 +85,40 @@ class Publisher:
             if self._layout is None or not self._layout.fits(tensors, alignment):
                 self._layout = PayloadLayout(tensors, alignment)
             layout = self._layout
-            file = None
+            choice = _Choice(transport, layout.payload_bytes, max_shared_memory_bytes)
             if folder is not None:
                 header = safetensors.header(layout, tensors)
-                file = FileSender(header, layout.payload_bytes, folder, "transport='file' was asked for")
-                stack.callback(file.close)
+                choice.file = FileSender(header, layout.payload_bytes, folder, "transport='file' was asked for")
+                stack.callback(choice.file.close)
             if base_version is None:
                 base_version = self._served if self._served is not None else self._ask(min(timeout, _STATUS_TIMEOUT))
             begin.base_version = base_version
             begin.new_version = base_version + 1 if version is None else version
-            most = max(1, layout.payload_bytes if max_shared_memory_bytes is None else min(layout.payload_bytes, max_shared_memory_bytes))
-            begin.segment_bytes = most if transport == "shared_memory" or transport == "auto" and self._is_near() else 0
+            if transport == "cuda_ipc" or transport == "auto" and any(tensor.on_device is not None for tensor in tensors):
+                self._prepare_device(choice, tensors, layout, verify, stack, timeout)
+            if transport == "cuda_ipc" and choice.ipc is None:
+                raise ValueError(f"transport='cuda_ipc': {choice.why_not_ipc}")
+            begin.segment_bytes = self._segment_bytes(choice)
             # Until this push has succeeded it is not known what is served.
             self._served = None
             result = WeightPush(
                 self._calls, layout, tensors, begin,
-                sender=lambda ready: file or self._sender(ready, transport, most, layout.payload_bytes),
+                sender=lambda ready: self._sender(ready, choice),
+                hashed=verify is not False,
                 timeout=max(0.001, deadline - time.monotonic()),
                 resolve_within=self.resolve_within,
             ).run()
             self._served = result.version
             return result
+
+    def release_memory(self, timeout: float | None) -> int:
+        """See ``Rollout.release_memory``."""
+        with self._one_at_a_time:
+            closed = self._release(timeout)
+            if self._device_memory is not None:
+                self._device_memory.close()
+            self._device_memory = None
+            return closed
 
     def close(self) -> None:
         """Waits for a push in progress, then frees the shared memory."""
@@ -104,7 +126,9 @@ class Publisher:
             for memory in (self._segment, self._file):
                 if memory is not None:
                     memory.close()
-            self._segment = self._file = None
+            if self._device_memory is not None:
+                self._device_memory.close()
+            self._segment = self._file = self._device_memory = None
 
     def _ask(self, timeout: float) -> int:
         try:
@@ -112,30 +136,76 @@ class Publisher:
         except grpc.RpcError as error:
             raise from_rpc(error) from error
 
+    def _release(self, timeout: float | None) -> int:
+        try:
+            return int(self._calls.release_memory(wire.ReleaseMemoryRequest(), timeout=timeout).closed)
+        except grpc.RpcError as error:
+            raise from_rpc(error) from error
+
+    def _prepare_device(
+        self, choice: _Choice, tensors: Sequence[TensorSource], layout: PayloadLayout, verify: bool | None, stack: contextlib.ExitStack,
+        timeout: float,
+    ) -> None:
+        device, choice.why_not_ipc = device_of(tensors)
+        if device is None:
+            return
+        stack.enter_context(device.current())
+        if self._device_memory is not None and self._device_memory.device is not device:
+            self._device_memory.close()
+            self._device_memory = None
+        self._device_memory = memory = self._device_memory or DeviceMemory(device)
+        choice.ipc = CudaIpcSender(memory, tensors, layout.offsets, verify is True, f"all tensors are on the sidecar's {device.name}")
+        choice.device = device
+        if memory.begin(choice.ipc.bucket_bytes):
+            self._release(timeout)
+
+    def _segment_bytes(self, choice: _Choice) -> int:
+        """How much shared memory to ask the sidecar for."""
+        if choice.transport != "shared_memory" and not (choice.transport == "auto" and self._is_near()):
+            return 0
+        if choice.device is None:
+            return choice.most
+        # None where the weights probably stay on the GPU; before it is known where the sidecar is, only as much as makes a good ring.
+        if self._sidecars_gpu is None:
+            return min(choice.most, _FIRST_SEGMENT)
+        return 0 if self._sidecars_gpu == choice.device.uuid else choice.most
+
     def _is_near(self) -> bool:
         if self._near is None:
             self._near = on_this_machine(self._address)
         return self._near
 
-    def _sender(self, ready: Any, transport: Literal["auto"] | Transport, most: int, payload_bytes: int) -> Sender:
-        """
-        Args:
-            most: Bytes of shared memory to use.
-        """
-        if transport == "inline":
+    def _sender(self, ready: Any, choice: _Choice) -> Sender:
+        self._sidecars_gpu = bytes(ready.device_uuid)
+        if choice.file is not None:
+            return choice.file
+        if choice.ipc is not None and choice.device is not None:
+            if ready.device_uuid == choice.device.uuid:
+                return choice.ipc
+            theirs = f"the sidecar on {cuda.name(ready.device_uuid)}" if ready.device_uuid else "the sidecar has none"
+            choice.why_not_ipc = f"the tensors are on {choice.device.name}, {theirs}"
+            if choice.transport == "cuda_ipc":
+                raise RolloutError(f"transport='cuda_ipc' was asked for, but {choice.why_not_ipc}")
+        sender = self._through_host(ready, choice)
+        if choice.why_not_ipc:
+            sender.reason = f"{choice.why_not_ipc}: copied to the host; {sender.reason}"
+        return sender
+
+    def _through_host(self, ready: Any, choice: _Choice) -> Sender:
+        if choice.transport == "inline":
             return InlineSender("transport='inline' was asked for")
-        asked = "transport='shared_memory' was asked for, and " if transport == "shared_memory" else ""
+        asked = "transport='shared_memory' was asked for, and " if choice.transport == "shared_memory" else ""
         segment = self._lent(ready.segment) if ready.HasField("segment") else None
         if segment is not None:
-            return _through(segment, min(len(segment.view), most), payload_bytes, f"{asked}the sidecar's memory can be opened here")
-        if transport == "auto" and not self._is_near():
+            return _through(segment, min(len(segment.view), choice.most), choice, f"{asked}the sidecar's memory can be opened here")
+        if choice.transport == "auto" and not self._is_near():
             return InlineSender(f"the sidecar at {self._address} is on another machine")
         why = "the sidecar's memory cannot be opened here: it is in another container or another user's" \
             if ready.HasField("segment") else "the sidecar has no memory to lend"
-        if transport == "auto":
+        if choice.transport == "auto":
             return InlineSender(why)
-        file = self._own_file(most)
-        return _through(file, min(file.capacity, most), payload_bytes, f"{asked}{why}: through {file.path}")
+        file = self._own_file(choice.most)
+        return _through(file, min(file.capacity, choice.most), choice, f"{asked}{why}: through {file.path}")
 
     def _lent(self, segment: Any) -> Segment | None:
         if self._segment is None or self._segment.name != segment.name:
@@ -155,16 +225,34 @@ class Publisher:
         return self._file
 
 
-def _through(memory: Segment | SharedMemoryFile, capacity: int, payload_bytes: int, reason: str) -> Sender:
-    if capacity < payload_bytes:
-        reason += f"; {capacity:,} bytes of it for a payload of {payload_bytes:,}, used as a ring"
+class _Choice:
+    """What is known of one push when its way is chosen."""
+
+    def __init__(self, transport: Literal["auto"] | Transport, payload_bytes: int, max_shared_memory_bytes: int | None) -> None:
+        self.transport = transport
+        self.payload_bytes = payload_bytes
+        self.most = max(1, payload_bytes if max_shared_memory_bytes is None else min(payload_bytes, max_shared_memory_bytes))
+        """Bytes of shared memory to use."""
+
+        self.file: FileSender | None = None
+        self.ipc: CudaIpcSender | None = None
+        self.device: Device | None = None
+        """That all tensors are on, where ``ipc`` can be used."""
+
+        self.why_not_ipc = ""
+        """Where some tensors are on a GPU and it cannot."""
+
+
+def _through(memory: Segment | SharedMemoryFile, capacity: int, choice: _Choice, reason: str) -> Sender:
+    if capacity < choice.payload_bytes:
+        reason += f"; {capacity:,} bytes of it for a payload of {choice.payload_bytes:,}, used as a ring"
     return SharedMemorySender(memory, capacity, reason)
 
 
 def _check_transport(
     transport: Literal["auto"] | Transport, folder: str | os.PathLike[str] | None, max_shared_memory_bytes: int | None,
 ) -> None:
-    known = ("auto", "shared_memory", "inline", "file")
+    known = ("auto", "cuda_ipc", "shared_memory", "inline", "file")
     if transport not in known:
         raise ValueError(f"transport={transport!r}: expected one of {', '.join(map(repr, known))}")
     if (transport == "file") != (folder is not None):

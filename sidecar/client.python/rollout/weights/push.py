@@ -83,6 +83,9 @@ class WeightPush:
     sender: Callable[[Any], Sender]
     """Chooses the way for the payload, once the sidecar has answered Ready."""
 
+    hashed: bool
+    """Bytes that pass through the host's memory."""
+
     timeout: float
     resolve_within: float
     _mode: Mode = "staged"
@@ -91,7 +94,7 @@ class WeightPush:
     _commit_sent: bool = False
 
     def run(self) -> PushResult:
-        self._payload = Payload(self.layout, self.tensors)
+        self._payload = Payload(self.layout, self.tensors, self.hashed)
         self._started = self._lapped = time.monotonic()
         self.begin.manifest.extend(self.layout.manifest)
         self.begin.payload_bytes = self.layout.payload_bytes
@@ -127,11 +130,11 @@ class WeightPush:
 
         # :: Step 2: the bytes leave the trainer.
         self._chosen = self.sender(ready)
-        self._chosen.send(call, self._payload, self._mode)
+        end = self._chosen.send(call, self._payload, self._mode)
         self._timings.write = self._lap()
 
         # :: Step 3: wait until the sidecar has read them. That keeps the commit, during which an answer may be lost, short.
-        call.received(self.layout.payload_bytes)
+        call.received(end)
         self._timings.transfer = self._lap()
 
         # :: Step 4: commit, if it has received what we sent.

@@ -11,7 +11,7 @@ from .payload import Payload
 from .payload_file import PayloadFile
 from .shared_memory import Segment, SharedMemoryFile
 
-Transport = Literal["shared_memory", "inline", "file"]
+Transport = Literal["cuda_ipc", "shared_memory", "inline", "file"]
 Mode = Literal["staged", "in_place"]
 
 _CHUNK_BYTES = 1 << 20
@@ -26,13 +26,16 @@ class Sender(Protocol):
     reason: str
     """Why it is this one; for ``PushResult.reason``."""
 
-    def send(self, call: UpdateCall, payload: Payload, mode: Mode) -> None:
+    def send(self, call: UpdateCall, payload: Payload, mode: Mode) -> int:
         """Copies the payload out of the trainer and tells the sidecar where it is; returns when all is written and sent.
 
         Args:
             call: The update, whose manifest has been accepted.
             payload: Its bytes.
             mode: In place, the sidecar runs no step from the first message on.
+
+        Returns:
+            The end of what was sent: the sidecar reports that byte when it has read all.
         """
 
 
@@ -44,7 +47,7 @@ class InlineSender:
     def __init__(self, reason: str) -> None:
         self.reason = reason
 
-    def send(self, call: UpdateCall, payload: Payload, mode: Mode) -> None:
+    def send(self, call: UpdateCall, payload: Payload, mode: Mode) -> int:
         scratch = memoryview(bytearray(payload.piece_bytes))
         sent = 0
 
@@ -61,6 +64,7 @@ class InlineSender:
 
         payload.copy_to(lambda start, size: scratch[:size], done)
         send(bytes(payload.bytes - sent))  # where the last tensors have no elements
+        return payload.bytes
 
 
 class FileSender:
@@ -74,7 +78,7 @@ class FileSender:
         self._header = header
         self._file = PayloadFile(len(header) + payload_bytes, folder)
 
-    def send(self, call: UpdateCall, payload: Payload, mode: Mode) -> None:
+    def send(self, call: UpdateCall, payload: Payload, mode: Mode) -> int:
         scratch = memoryview(bytearray(payload.piece_bytes))
         # Closed before the sidecar is told: that is when a network file system shows it to others.
         with open(self._file.path, "r+b") as file:
@@ -86,6 +90,7 @@ class FileSender:
             file.write(self._header)
             payload.copy_to(lambda start, size: scratch[:size], done)
         call.send(file=wire.CheckpointFile(path=str(self._file.path)))
+        return payload.bytes
 
     def close(self) -> None:
         """Removes the file."""
@@ -107,7 +112,7 @@ class SharedMemorySender:
         self._memory = memory
         self._capacity = capacity
 
-    def send(self, call: UpdateCall, payload: Payload, mode: Mode) -> None:
+    def send(self, call: UpdateCall, payload: Payload, mode: Mode) -> int:
         windows = _Windows(call, self._memory, self._capacity, payload.bytes, mode)
         scratch: memoryview | None = None
         split = False
@@ -132,6 +137,7 @@ class SharedMemorySender:
 
         payload.copy_to(place, done)
         windows.finish()
+        return payload.bytes
 
 
 class _Windows:

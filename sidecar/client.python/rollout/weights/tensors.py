@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Union
 
 import numpy as np
 from numpy.typing import NDArray
+
+from . import device_tensors
+from .device_tensors import DeviceArray, OnDevice
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +21,7 @@ DType = Literal["BF16", "F16", "F32"]
 """Type of the elements as they are sent, little-endian; with safetensors' names."""
 
 ITEM_BYTES: Mapping[DType, int] = {"BF16": 2, "F16": 2, "F32": 4}
+_SENT: Mapping[str, DType] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # names of PyTorch's types
 
 _INDEX_BYTES = 4
 _PIECE_BYTES = 1 << 20  # fits a core's cache, so that what was just copied is hashed from the cache
@@ -69,6 +73,14 @@ class TensorSource:
 
     copy_indices: CopyRows | None = None
     """The indices of those elements, as uint32."""
+
+    on_device: OnDevice | None = None
+    """Where it is on a GPU."""
+
+    @property
+    def item_bytes(self) -> int:
+        """Length of an element."""
+        return ITEM_BYTES[self.dtype]
 
     @property
     def bytes(self) -> int:
@@ -154,9 +166,39 @@ def _from_values(name: str, value: Any, dtype: Literal["bfloat16"] | None) -> Te
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(value, torch.Tensor):
         return _from_torch(name, value, dtype)
+    if device_tensors.is_on_device(value.bits if isinstance(value, BFloat16) else value):
+        return _from_device(name, value, dtype)
     if isinstance(value, (np.ndarray, BFloat16)):
         return _from_numpy(name, value, dtype)
     raise TypeError(f"is a {type(value).__name__}")
+
+
+def _from_device(name: str, value: Any, dtype: Literal["bfloat16"] | None) -> TensorSource:
+    """Of what is not PyTorch's own."""
+    if getattr(value, "is_cuda", False) is True:
+        own = device_tensors.dtype_name(value)
+        sent = "bfloat16" if dtype == "bfloat16" else own
+        if not own.startswith(("float", "bfloat")) or sent not in _SENT:
+            raise TypeError(f"holds {own}")
+        tensor = value.reshape(1) if len(value.shape) == 0 else value
+        return TensorSource(
+            name, _SENT[sent], tuple(value.shape),
+            lambda first, end, destination: device_tensors.copy_rows_of_torch(tensor, sent, first, end, destination),
+            on_device=device_tensors.of_torch(tensor, sent))
+
+    array = DeviceArray.of(value.bits if isinstance(value, BFloat16) else value)
+    shape = array.shape
+    array = replace(array, shape=shape or (1,))
+
+    def on_host(first: int, end: int) -> TensorSource:
+        rows = array.rows(first, end)
+        return _from_numpy(name, BFloat16(rows) if array.is_bfloat16 or isinstance(value, BFloat16) else rows, dtype)
+
+    sent_as = on_host(0, 0).dtype
+    is_as_sent = array.dtype == {"BF16": "<u2", "F16": "<f2", "F32": "<f4"}[sent_as]
+    return TensorSource(
+        name, sent_as, shape, lambda first, end, destination: on_host(first, end).copy_rows(0, end - first, destination),
+        on_device=device_tensors.of_array(array, is_as_sent))
 
 
 def _from_sparse(name: str, tensor: SparseTensor, dtype: Literal["bfloat16"] | None) -> TensorSource:
@@ -195,12 +237,13 @@ def _from_torch(name: str, tensor: torch.Tensor, dtype: Literal["bfloat16"] | No
         raise TypeError(f"holds {tensor.dtype}")
     sent = torch.bfloat16 if dtype == "bfloat16" else tensor.dtype
     values = tensor.detach() if tensor.dim() > 0 else tensor.detach().reshape(1)
+    on_device = device_tensors.of_torch(values, str(sent).removeprefix("torch.")) if values.is_cuda else None
 
     def copy_rows(first: int, end: int, destination: memoryview) -> None:
         # The only copy, for any strides, type and device.
         torch.frombuffer(destination, dtype=sent).view(values[first:end].shape).copy_(values[first:end])
 
-    return TensorSource(name, kept[sent], tuple(tensor.shape), copy_rows)
+    return TensorSource(name, kept[sent], tuple(tensor.shape), copy_rows, on_device=on_device)
 
 
 def _from_numpy(name: str, array: NDArray[Any] | BFloat16, dtype: Literal["bfloat16"] | None) -> TensorSource:
