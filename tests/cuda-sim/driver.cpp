@@ -111,6 +111,8 @@ struct Function
 struct Mapped { std::string handle; size_t bytes; int opened; };
 std::map<void*, Mapped> s_mapped; // memory of other processes
 std::map<void*, Context*> s_owners; // of allocations and of mapped memory
+std::map<void*, uint64_t> s_ids;    // of allocations, where they were asked for
+uint64_t s_last_id;
 
 // Memory that is mapped to reserved addresses. Its contents are stored there: it is mapped at one place only.
 struct Physical { size_t bytes; void* at; bool accessible, released; };
@@ -532,6 +534,7 @@ int cuMemFree_v2(void* pointer)
 
     release(pointer);
     s_owners.erase(pointer);
+    s_ids.erase(pointer);
     return Success;
 }
 
@@ -555,11 +558,26 @@ int cuPointerGetAttribute(void* value, int attribute, void* pointer)
 {
     SIM_ENTER;
     int file;
+    void* start;
     size_t offset, bytes;
-    if (attribute != 10 || !holds(pointer, 1))
+    if (!allocation_of(pointer, &start, &bytes))
         return InvalidValue;
-    *(int*)value = arena_offset(pointer, &file, &offset, &bytes);
-    return Success;
+    switch (attribute)
+    {
+        case 7: // BUFFER_ID: never given to two allocations, even at the same address
+            if (s_ids.count(start) == 0)
+                s_ids[start] = ++s_last_id;
+            *(uint64_t*)value = s_ids[start];
+            return Success;
+        case 9: // DEVICE_ORDINAL
+            *(int*)value = (int)(s_owners[start] - s_contexts);
+            return Success;
+        case 10: // IS_LEGACY_CUDA_IPC_CAPABLE
+            *(int*)value = arena_offset(pointer, &file, &offset, &bytes);
+            return Success;
+        default:
+            return InvalidValue;
+    }
 }
 
 int cuMemAllocHost_v2(void** pointer, size_t bytes)
@@ -728,6 +746,7 @@ int cuMemUnmap(void* pointer, size_t bytes)
     if (p->accessible)
         unback(pointer);
     s_owners.erase(pointer);
+    s_ids.erase(pointer);
     s_maps.erase(it);
     p->at = nullptr;
     p->accessible = false;
