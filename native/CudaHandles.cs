@@ -154,11 +154,24 @@ internal sealed unsafe class PinnedBuffer : CudaHandle
 /// <summary>A stream. It does not wait for the legacy default stream, which frameworks use.</summary>
 internal sealed class CudaStream : CudaHandle
 {
-    public CudaStream(CudaContext context)
+    /// <param name="context">Of the device.</param>
+    /// <param name="first">Whether its kernels go before those of other streams that have begun and wait for multiprocessors.</param>
+    public CudaStream(CudaContext context, bool first = false)
         : base(context)
     {
-        Driver.cuStreamCreate(out nint stream, Driver.CU_STREAM_NON_BLOCKING).ThrowIfFailed();
+        Driver.cuCtxGetStreamPriorityRange(out int least, out int greatest).ThrowIfFailed();
+        Driver.cuStreamCreateWithPriority(out nint stream, Driver.CU_STREAM_NON_BLOCKING, first ? greatest : least).ThrowIfFailed();
         Own(stream);
+    }
+
+    /// <summary>A smaller number goes first.</summary>
+    public int Priority
+    {
+        get
+        {
+            Driver.cuStreamGetPriority(Value, out int priority).ThrowIfFailed();
+            return priority;
+        }
     }
 
     public void Synchronize() => Driver.cuStreamSynchronize(Value).ThrowIfFailed();

@@ -141,7 +141,13 @@ internal static unsafe partial class Driver
     // ---- Streams and events.
 
     [LibraryImport(CudaLibraries.Driver)]
-    public static partial CUresult cuStreamCreate(out nint stream, uint flags);
+    public static partial CUresult cuCtxGetStreamPriorityRange(out int least, out int greatest);
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuStreamCreateWithPriority(out nint stream, uint flags, int priority);
+
+    [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuStreamGetPriority(nint stream, out int priority);
 
     [LibraryImport(CudaLibraries.Driver)]
     public static partial CUresult cuStreamDestroy_v2(nint stream);

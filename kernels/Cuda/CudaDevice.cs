@@ -41,7 +41,7 @@ internal sealed unsafe class CudaDevice : IDisposable
         }
         _context = new CudaContext(device);
         MakeCurrent();
-        Stream = new CudaStream(_context);
+        Stream = new CudaStream(_context, first: true); // a step waits for a part of an update at most, not for all that is queued
         Beside = new CudaStream(_context);
 
         int Attribute(CUdevice_attribute attribute)

@@ -50,6 +50,7 @@ enum
     NotFound = 500, NotReady = 600, LaunchFailed = 719, InvalidHandle = 400, CaptureUnsupported = 900, CaptureInvalidated = 901,
 };
 
+constexpr int GreatestPriority = -5;
 constexpr int StartsEarly = 6; // CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 constexpr int Major = 9, Minor = 0, Multiprocessors = 8, L2Bytes = 64 * 1024;
 constexpr int MostDevices = 8;
@@ -78,6 +79,7 @@ struct Stream
     bool invalidated = false; // a call failed while it recorded
     std::shared_future<void> beside; // valid while work runs on another thread
     uint64_t nanoseconds = 0;        // time of its matmuls, as their algorithms say
+    int priority = 0;                // reported, and without an effect
 };
 // What other processes see of an allocation or an event that they may open, in a file that they map.
 struct Exported
@@ -868,12 +870,29 @@ int cuIpcOpenEventHandle(void** event, CUipcEventHandle handle)
 
 // ---- Streams, events, graphs.
 
-int cuStreamCreate(void** stream, unsigned)
+int cuCtxGetStreamPriorityRange(int* least, int* greatest)
+{
+    SIM_ENTER;
+    *least = 0;
+    *greatest = GreatestPriority;
+    return Success;
+}
+
+int cuStreamCreateWithPriority(void** stream, unsigned, int priority)
 {
     SIM_ENTER;
     auto queue = std::make_shared<Queue>();
     s_queues.insert(queue.get());
-    *stream = new Stream{current(), queue, nullptr, false, {}, 0};
+    *stream = new Stream{current(), queue, nullptr, false, {}, 0, std::clamp(priority, GreatestPriority, 0)};
+    return Success;
+}
+
+int cuStreamCreate(void** stream, unsigned flags) { return cuStreamCreateWithPriority(stream, flags, 0); }
+
+int cuStreamGetPriority(void* stream, int* priority)
+{
+    SIM_ENTER_STREAM(stream);
+    *priority = stream != nullptr ? ((Stream*)stream)->priority : 0;
     return Success;
 }
 

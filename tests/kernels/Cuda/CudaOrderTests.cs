@@ -30,6 +30,11 @@ public sealed class CudaOrderTests : IDisposable
         _backend.Dispose();
     }
 
+    /// <summary>Else a step would wait for all of an update that is queued, however large.</summary>
+    [Fact]
+    public void Steps_go_before_what_runs_beside_them() =>
+        Assert.True(_backend.Device.Stream.Priority < _backend.Device.Beside.Priority);
+
     [Theory, MemberData(nameof(Writes))]
     public void A_step_reads_what_was_written_before_it(string how)
     {
