@@ -1,5 +1,6 @@
 using System.Buffers.Binary;
 using Rollout.Kernels;
+using Rollout.Kernels.Cuda;
 using Xunit;
 
 namespace Rollout.Engine.Tests;
@@ -147,6 +148,41 @@ public sealed class IncomingTensorTests
                 if (!value.Equals(held[i])) Assert.Fail($"{rows} rows, element {i} is {held[i]}, sent was {value}");
             }
         }
+    }
+
+    /// <summary>Parts that a device takes have places that follow each other, and digests at their pieces' own places.</summary>
+    [Fact]
+    public void A_device_takes_ranges_in_any_cuts_between_pieces()
+    {
+        const int Rows = 9_001, Inputs = 896, Piece = TensorDigest.PieceBytes;
+        Random random = new(5);
+        using CpuBackend backend = new(1);
+        LoadPlan plan = new();
+        WeightSlot slot = plan.Matrix("w", Inputs, ("other", 7), ("t", Rows));
+        using WeightSet weights = WeightSet.Allocate(backend, plan);
+        PlainTensor whole = PlainTensor.Random(random, Rows * Inputs, DType.BFloat16);
+        byte[] digests = [.. whole.Bytes.Chunk(Piece).SelectMany(piece => System.IO.Hashing.XxHash128.Hash(piece))];
+        IncomingTensor tensor = new(new ManifestTensor("t", DType.BFloat16, plan["t"].Shape, 0), plan["t"], backend, weights);
+        Assert.True(tensor.Ranges.Count > 1);
+        long next = 0;
+        foreach (IncomingRange range in tensor.Ranges)
+        {
+            while (range.Taken < range.Bytes)
+            {
+                int from = (int)(range.Start + range.Taken);
+                int count = (int)Math.Min(range.Bytes - range.Taken, random.Next(1, 9) * (long)Piece);
+                WeightRange place = Assert.Single(range.OnDevice(null!, from, range.Taken, count).Stores);
+                Assert.Equal(new WeightRange(0, count / 2, weights[slot], (7 * Inputs) + next), place);
+                next += place.Count;
+                range.TakeOnDevice(digests.AsSpan(from / Piece * 16, TensorDigest.Pieces(count) * 16), count, ticks: 1);
+                if (range.Taken == range.Bytes) continue;
+                string reason = Assert.Throws<UpdateFailedException>(() => range.Take(new byte[2])).Message;
+                Assert.Equal("the first bytes of tensor 't' came in device memory: send it whole in one way", reason);
+            }
+        }
+
+        Assert.Equal((whole.Bytes.Length, whole.Bytes.Length), (tensor.Taken, tensor.TakenOnDevice));
+        Assert.Equal(whole.Digest(), tensor.Digest());
     }
 
     private static IncomingTensor Incoming(ManifestTensor tensor, Backend backend, WeightSet weights)
