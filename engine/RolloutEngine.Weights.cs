@@ -6,7 +6,10 @@ namespace Rollout.Engine;
 /// <summary>Weight updates: their actions on the loop run between two steps.</summary>
 public sealed partial class RolloutEngine
 {
-    /// <summary>The tensors being served, as they were last sent.</summary>
+    /// <summary>
+    /// The tensors being served. Where single elements have changed since the last call, hashes the pieces of 128 KiB that they are in, on
+    /// the caller's thread and beside the running steps.
+    /// </summary>
     public (ulong Version, IReadOnlyList<DescribedWeight> Weights) Describe() => _weights.Describe();
 
     /// <summary>Checks the manifest and begins an update. There is at most one at a time.</summary>
@@ -48,14 +51,15 @@ public sealed partial class RolloutEngine
     }, cancellation);
 
     /// <summary>Completes when the update is in service. Returns the seconds during which no step could run.</summary>
-    internal async Task<double> CommitAsync(ActiveUpdate update, IReadOnlyList<DescribedWeight> described, CancellationToken cancellation)
+    internal async Task<double> CommitAsync(ActiveUpdate update, IReadOnlyList<ServedTensor> sent, CancellationToken cancellation)
     {
         double stall = 0;
+        IReadOnlyList<ServedTensor> tensors = _weights.After(update, sent);
         await AtStepBoundaryAsync(update.Manifest.Policy, () =>
         {
             long started = update.WritingSince ?? Stopwatch.GetTimestamp();
             Rehearse(update.Destination); // first, since it may fail
-            _weights.Commit(update, described);
+            _weights.Commit(update, tensors);
             if (update.Manifest.Policy == UpdatePolicy.Abort) AbortBegun();
             _scheduler.WeightsChanged(Version, update.Manifest.Policy);
             stall = Stopwatch.GetElapsedTime(started).TotalSeconds;

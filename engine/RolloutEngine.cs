@@ -43,14 +43,14 @@ public sealed partial class RolloutEngine : IAsyncDisposable
     private volatile MemoryTags _asleep;
 
     private RolloutEngine(string name, ModelSpec model, Transformer transformer, Tokenizer? tokenizer, Backend backend,
-        EngineOptions options, WeightSet weights, IReadOnlyList<DescribedWeight> described)
+        EngineOptions options, WeightSet weights, IReadOnlyList<ServedTensor> tensors)
     {
         ModelName = name;
         Model = model;
         Tokenizer = tokenizer;
         Backend = backend;
         _options = options;
-        _weights = new ServedWeights(backend, transformer.Weights, weights, described);
+        _weights = new ServedWeights(backend, transformer.Weights, weights, tensors);
 
         ArgumentOutOfRangeException.ThrowIfNegative(options.MaxContext);
         ArgumentOutOfRangeException.ThrowIfLessThan(options.MaxSequences, 1);
@@ -154,14 +154,14 @@ public sealed partial class RolloutEngine : IAsyncDisposable
         if (tokenizer is null && File.Exists(Path.Combine(modelFolder, "tokenizer.json"))) tokenizer = Tokenizer.Load(modelFolder);
         Transformer transformer = new(model);
         WeightSet weights = WeightSet.Allocate(backend, transformer.Weights);
-        IReadOnlyList<DescribedWeight> described = ModelLoader.Load(checkpoint, transformer.Weights, backend, weights, progress);
+        IReadOnlyList<ServedTensor> tensors = ModelLoader.Load(checkpoint, transformer.Weights, backend, weights, progress);
         string name = Path.GetFileName(Path.TrimEndingDirectorySeparator(Path.GetFullPath(modelFolder)));
-        return new RolloutEngine(name, model, transformer, tokenizer, backend, options, weights, described);
+        return new RolloutEngine(name, model, transformer, tokenizer, backend, options, weights, tensors);
     }
 
     /// <summary>As <see cref="Load"/>, with weights that are on the device already.</summary>
     internal static RolloutEngine Start(string name, ModelSpec model, Backend backend, EngineOptions options, WeightSet weights)
-        => new(name, model, new Transformer(model), tokenizer: null, backend, options, weights, described: []);
+        => new(name, model, new Transformer(model), tokenizer: null, backend, options, weights, tensors: []);
 
     // ---- The loop.
 

@@ -28,6 +28,9 @@ public static class TensorDigest
         return OfPieces(pieces);
     }
 
+    /// <summary>The digest of one piece.</summary>
+    public static void OfPiece(ReadOnlySpan<byte> piece, Span<byte> digest) => XxHash128.Hash(piece, digest);
+
     /// <summary>The digest of a tensor whose pieces have these digests, one after the other.</summary>
     public static byte[] OfPieces(ReadOnlySpan<byte> digests) => XxHash128.Hash(digests);
 }
@@ -54,7 +57,7 @@ public sealed class PieceHasher(byte[] digests, long bytes, long position)
             _position += own.Length;
             if (own.Length == end - begin)
             {
-                XxHash128.Hash(own, digest);
+                TensorDigest.OfPiece(own, digest);
                 continue;
             }
 

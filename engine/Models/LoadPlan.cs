@@ -88,6 +88,19 @@ public sealed record LoadEntry(string Source, IReadOnlyList<long> Shape, IReadOn
         }
     }
 
+    /// <summary>Reads elements of the tensor, any number of them, the first being <paramref name="element"/>.</summary>
+    internal void Read(Backend backend, WeightSet weights, long element, Span<float> values)
+    {
+        long end = element + values.Length;
+        foreach (LoadPiece piece in Pieces)
+        {
+            long from = Math.Max(element, piece.First);
+            int count = (int)Math.Max(0, Math.Min(end, piece.First + piece.Elements) - from);
+            if (count == 0) continue;
+            backend.ReadWeight(weights[piece.Slot], piece.Destination + from - piece.First, values.Slice((int)(from - element), count));
+        }
+    }
+
     /// <summary>Stores single elements of the tensor, their indices ascending.</summary>
     internal void WriteElements(Backend backend, WeightSet weights, ReadOnlySpan<uint> indices, ReadOnlySpan<byte> values, DType type)
     {

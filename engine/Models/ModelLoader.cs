@@ -11,7 +11,7 @@ internal static class ModelLoader
 
     /// <summary>Every tensor of the checkpoint by name, as <see cref="RolloutEngine.Describe"/> lists it.</summary>
     /// <exception cref="InvalidModelException">Tensors are missing, have another shape or a type that is not served.</exception>
-    public static IReadOnlyList<DescribedWeight> Load(
+    public static IReadOnlyList<ServedTensor> Load(
         Checkpoint checkpoint, LoadPlan plan, Backend backend, WeightSet weights, IProgress<double>? progress)
     {
         List<(LoadEntry Entry, CheckpointTensor Source)> work = Match(checkpoint, plan);
@@ -34,7 +34,7 @@ internal static class ModelLoader
             ArrayPool<byte>.Shared.Return(buffer);
         });
         weights.HoldsAll(version: 0);
-        return [.. tensors.Select(tensor => tensor.Describe(tensor.Digest()))];
+        return [.. tensors.Select(tensor => tensor.Served(tensor.Digest()))];
     }
 
     /// <summary>A tensor of the checkpoint as if it were sent alone.</summary>
@@ -67,10 +67,3 @@ internal static class ModelLoader
         return work;
     }
 }
-
-/// <summary>A tensor as it was last loaded or pushed.</summary>
-/// <param name="Name">Hugging Face name.</param>
-/// <param name="Type">Of the bytes that came; how they are stored is the backend's matter.</param>
-/// <param name="Shape">Full shape.</param>
-/// <param name="Digest"><see cref="TensorDigest"/> of the bytes that came, 16 bytes; empty once single elements were changed.</param>
-public sealed record DescribedWeight(string Name, DType Type, IReadOnlyList<long> Shape, byte[] Digest);

@@ -65,9 +65,10 @@ internal sealed class IncomingTensor
     /// <summary><see cref="TensorDigest"/> of the bytes sent. Valid once all bytes have been taken.</summary>
     public byte[] Digest() => TensorDigest.OfPieces(_pieces);
 
-    /// <summary>The description of the tensor once served. A tensor sent in part has no known digest.</summary>
-    public DescribedWeight Describe(byte[] digest)
-        => new(_tensor.Name, _tensor.Type, _tensor.Shape, _tensor.SparseCount is null ? digest : []);
+    /// <summary>The tensor once served. Of a tensor sent in part, only which pieces of the whole one change.</summary>
+    public ServedTensor Served(byte[] digest) => _indices is null
+        ? new ServedTensor(new DescribedWeight(_tensor.Name, _tensor.Type, _tensor.Shape, digest), _pieces, [])
+        : new ServedTensor(new DescribedWeight(_tensor.Name, _tensor.Type, _tensor.Shape, []), null, ChangedPieces());
 
     // ---- For its ranges.
 
@@ -121,6 +122,29 @@ internal sealed class IncomingTensor
         IncomingRange[] ranges = new IncomingRange[(Bytes + step - 1) / step];
         for (int i = 0; i < ranges.Length; i++) ranges[i] = new IncomingRange(this, i * step, Math.Min(step, Bytes - i * step));
         return ranges;
+    }
+
+    /// <summary>
+    /// Pieces of the whole tensor that elements are sent of. The end of each is searched in growing steps: no index of most is read, and
+    /// those that are lie near each other.
+    /// </summary>
+    private int[] ChangedPieces()
+    {
+        int most = TensorDigest.PieceBytes / ElementBytes;
+        List<int> pieces = [];
+        ReadOnlySpan<uint> left = _indices;
+        while (!left.IsEmpty)
+        {
+            int piece = (int)(left[0] / (uint)most);
+            pieces.Add(piece);
+            long end = (piece + 1L) * most, reach = 1;
+            while (reach < left.Length && left[(int)reach] < end) reach *= 2;
+            ReadOnlySpan<uint> near = left[..(int)Math.Min(reach, left.Length)];
+            int at = end > uint.MaxValue ? near.Length : near.BinarySearch((uint)end);
+            left = left[(at < 0 ? ~at : at)..];
+        }
+
+        return [.. pieces];
     }
 
     private UpdateFailedException Wrong(string what) => new(UpdateFailure.Protocol, $"sparse tensor '{Name}': {what}");

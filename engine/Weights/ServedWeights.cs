@@ -7,13 +7,18 @@ namespace Rollout.Engine;
 /// The weights in service, the spare set, the update in progress, if there is one, and whether the weights can be trusted. The loop reads
 /// <see cref="Current"/> and commits; everything else may be called from any thread.
 /// </summary>
-internal sealed class ServedWeights(Backend backend, LoadPlan plan, WeightSet loaded, IReadOnlyList<DescribedWeight> described)
+internal sealed class ServedWeights(Backend backend, LoadPlan plan, WeightSet loaded, IReadOnlyList<ServedTensor> tensors)
     : IDisposable
 {
+    private const int MostRehashes = 3; // where an update comes in between
+
     private readonly Lock _lock = new();
+    private readonly Lock _rehashing = new(); // one at a time; who waits finds the work done
+    private readonly Lock _memory = new();    // held to free memory, and while a piece of the weights is read
     private WeightSet _current = loaded;
     private WeightSet? _spare; // allocated at the first staged update
-    private IReadOnlyList<DescribedWeight> _described = described;
+    private IReadOnlyList<ServedTensor> _tensors = tensors;
+    private long _changes; // how often what Current refers to has changed, or an update in place was allowed to change it
     private ulong _version;
     private volatile ActiveUpdate? _active;
     private volatile ActiveUpdate? _writtenBy;
@@ -45,9 +50,35 @@ internal sealed class ServedWeights(Backend backend, LoadPlan plan, WeightSet lo
         }
     }
 
+    /// <summary>
+    /// The tensors in service. Pieces that single elements have changed in are hashed first, without holding up a commit; where commits
+    /// keep coming in between, or the weights cannot be read now, their tensors have no digest this time.
+    /// </summary>
     public (ulong Version, IReadOnlyList<DescribedWeight> Weights) Describe()
     {
-        lock (_lock) return (_version, _described);
+        lock (_rehashing)
+        {
+            for (int i = 0; ; i++)
+            {
+                IReadOnlyList<ServedTensor> tensors;
+                WeightSet weights;
+                long changes;
+                lock (_lock)
+                {
+                    bool readable = _writtenBy is null && _poison is null && !_asleep;
+                    (tensors, weights, changes) = (_tensors, _current, _changes);
+                    if (i == MostRehashes || !readable || !tensors.Any(tensor => tensor.IsStale)) return (_version, Descriptions(tensors));
+                }
+
+                if (Rehashed(tensors, weights, changes) is not { } rehashed) continue;
+                lock (_lock)
+                {
+                    if (_changes != changes) continue;
+                    _tensors = rehashed;
+                    return (_version, Descriptions(rehashed));
+                }
+            }
+        }
     }
 
     /// <param name="manifest">What is going to be sent.</param>
@@ -99,19 +130,38 @@ internal sealed class ServedWeights(Backend backend, LoadPlan plan, WeightSet lo
             ThrowUnlessActive(update);
             update.WritingSince = Stopwatch.GetTimestamp();
             _writtenBy = update;
+            _changes++;
         }
     }
 
+    /// <summary>What will be in service once the update has committed: computed before, so that no step waits for it.</summary>
+    public IReadOnlyList<ServedTensor> After(ActiveUpdate update, IReadOnlyList<ServedTensor> sent)
+    {
+        IReadOnlyList<ServedTensor> tensors;
+        lock (_lock) tensors = _tensors; // only this update can commit; others that are hashed meanwhile are hashed again
+        if (!update.Manifest.Tensors.Any(tensor => tensor.SparseCount is not null))
+            return update.Manifest.Partial ? With(tensors, sent) : sent;
+        Dictionary<string, ServedTensor> byName = tensors.ToDictionary(tensor => tensor.Name);
+        ServedTensor[] changed = [.. sent.Zip(update.Manifest.Tensors, (tensor, manifest)
+            => manifest.SparseCount is null || !byName.TryGetValue(tensor.Name, out ServedTensor? old)
+                ? tensor
+                : old.With(tensor, HoldsExactly(tensor.Description)))];
+        return update.Manifest.Partial ? With(tensors, changed) : changed;
+    }
+
     /// <summary>Called by the loop between two steps: puts the update's weights in service.</summary>
+    /// <param name="update">The update.</param>
+    /// <param name="tensors">From <see cref="After"/>.</param>
     /// <exception cref="UpdateFailedException">It has ended already.</exception>
-    public void Commit(ActiveUpdate update, IReadOnlyList<DescribedWeight> described)
+    public void Commit(ActiveUpdate update, IReadOnlyList<ServedTensor> tensors)
     {
         lock (_lock)
         {
             ThrowUnlessActive(update);
             if (update.Mode == UpdateMode.Staged) (_spare, _current) = (_current, _spare!);
             foreach (LoadPiece piece in PiecesOf(update.Manifest.Tensors)) _current.Holds(piece.Slot, update.Manifest.NewVersion);
-            _described = update.Manifest.Partial ? Merge(_described, described) : described;
+            _tensors = tensors;
+            _changes++;
             Volatile.Write(ref _version, update.Manifest.NewVersion);
             _poison = null; // while poisoned, only a full update can commit
             _active = _writtenBy = null;
@@ -151,9 +201,14 @@ internal sealed class ServedWeights(Backend backend, LoadPlan plan, WeightSet lo
         {
             if (_active is { } update) throw new EngineStateException(state, $"'{update.Manifest.Owner}' is updating the weights");
             long bytes = _current.Bytes + (_spare?.Bytes ?? 0);
-            if (keep) _current.MoveToHost();
-            else _current.Discard();
-            _spare?.Dispose();
+            _changes++;
+            lock (_memory)
+            {
+                if (keep) _current.MoveToHost();
+                else _current.Discard();
+                _spare?.Dispose();
+            }
+
             _spare = null;
             _asleep = true;
             _onHost = keep;
@@ -175,9 +230,13 @@ internal sealed class ServedWeights(Backend backend, LoadPlan plan, WeightSet lo
 
     public void Dispose()
     {
-        // An update may still be writing to one of them; that one is freed when the process ends.
-        if (_active is not { Mode: UpdateMode.InPlace }) _current.Dispose();
-        if (_active is not { Mode: UpdateMode.Staged }) _spare?.Dispose();
+        lock (_lock) (_changes, _asleep) = (_changes + 1, true); // nothing is read any more
+        lock (_memory)
+        {
+            // An update may still be writing to one of them; that one is freed when the process ends.
+            if (_active is not { Mode: UpdateMode.InPlace }) _current.Dispose();
+            if (_active is not { Mode: UpdateMode.Staged }) _spare?.Dispose();
+        }
     }
 
     /// <exception cref="NoRoomException">Staging was requested and there is no memory for it.</exception>
@@ -204,16 +263,49 @@ internal sealed class ServedWeights(Backend backend, LoadPlan plan, WeightSet lo
 
     private IEnumerable<LoadPiece> PiecesOf(IEnumerable<ManifestTensor> tensors) => tensors.SelectMany(tensor => plan[tensor.Name].Pieces);
 
-    private DescribedWeight[] Merge(IReadOnlyList<DescribedWeight> old, IReadOnlyList<DescribedWeight> changed)
-    {
-        Dictionary<string, DescribedWeight> byName = changed.ToDictionary(weight => weight.Name);
-        return [.. old.Select(weight => byName.GetValueOrDefault(weight.Name) ?? Follow(weight))];
+    private static DescribedWeight[] Descriptions(IReadOnlyList<ServedTensor> tensors) => [.. tensors.Select(tensor => tensor.Description)];
 
-        // A tied head that this update does not send has the bytes, and so the digest, of its original.
-        DescribedWeight Follow(DescribedWeight weight)
-            => plan[weight.Name] is { Tied: true } tied && byName.TryGetValue(tied.TiedTo, out DescribedWeight? original)
-                ? original with { Name = weight.Name }
-                : weight;
+    /// <summary>The tensors, some of which are replaced.</summary>
+    private ServedTensor[] With(IReadOnlyList<ServedTensor> old, IEnumerable<ServedTensor> changed)
+    {
+        Dictionary<string, ServedTensor> byName = changed.ToDictionary(tensor => tensor.Name);
+        return [.. old.Select(tensor => byName.GetValueOrDefault(tensor.Name) ?? Follow(tensor))];
+
+        // A tied head that is not among them has the bytes, and so the digest, of its original.
+        ServedTensor Follow(ServedTensor tensor)
+            => plan[tensor.Name] is { Tied: true } tied && byName.TryGetValue(tied.TiedTo, out ServedTensor? original)
+                ? original with { Description = original.Description with { Name = tensor.Name } }
+                : tensor;
+    }
+
+    /// <summary>Whether every weight of a tensor holds all values of its type, so that what was sent can be read back.</summary>
+    private bool HoldsExactly(DescribedWeight tensor) => plan[tensor.Name].Pieces.All(piece =>
+        tensor.Type == DType.BFloat16 // a matrix of int8 does not take single elements
+        || (tensor.Type == DType.Float32
+            && (plan.Weights[piece.Slot.Index].IsVector || backend.WeightFormat == WeightFormat.Float32)));
+
+    /// <summary>The tensors, all digests of which are known that can be; null where the weights changed meanwhile.</summary>
+    private ServedTensor[]? Rehashed(IReadOnlyList<ServedTensor> tensors, WeightSet weights, long changes)
+    {
+        List<ServedTensor> rehashed = [];
+        foreach (ServedTensor tensor in tensors.Where(tensor => tensor.IsStale && !plan[tensor.Name].Tied))
+        {
+            if (tensor.Rehashed((element, values) => TryRead(weights, changes, plan[tensor.Name], element, values)) is not { } known)
+                return null;
+            rehashed.Add(known);
+        }
+
+        return With(tensors, rehashed);
+    }
+
+    private bool TryRead(WeightSet weights, long changes, LoadEntry entry, long element, Span<float> values)
+    {
+        lock (_memory)
+        {
+            if (Volatile.Read(ref _changes) != changes) return false; // a set that is not in service may be written, or freed
+            entry.Read(backend, weights, element, values);
+            return true;
+        }
     }
 
     /// <summary>Weights of which the update sends every element.</summary>

@@ -138,8 +138,8 @@ public sealed class WeightUpdate : IDisposable
         // If it was cancelled or failed, the commit fails in the same way and reports it.
         await _rehearsed.WaitAsync(cancellation).ConfigureAwait(ConfigureAwaitOptions.SuppressThrowing);
         long committing = Stopwatch.GetTimestamp();
-        DescribedWeight[] described = [.. _incoming.Select((tensor, i) => tensor.Describe(digests[i]))];
-        double stall = await _engine.CommitAsync(_active, described, cancellation).ConfigureAwait(false);
+        ServedTensor[] sent = [.. _incoming.Select((tensor, i) => tensor.Served(digests[i]))];
+        double stall = await _engine.CommitAsync(_active, sent, cancellation).ConfigureAwait(false);
         _ended = true;
         CommitResult result = new()
         {

@@ -310,6 +310,21 @@ class LostPushTests(LostTests):
             client.push_weights(WEIGHTS)
         self.assertIs(failed.exception.outcome, UpdateOutcome.UNKNOWN)
 
+    def test_digests_of_a_sparse_push_are_not_compared_with_what_is_described(self) -> None:
+        """The sidecar describes whole tensors."""
+        _, weights, proxy, client = self.connect()
+
+        def breaks(step, _):
+            if step == "commit":
+                weights.tensors["b"] = bytes(2000)
+                proxy.cut()
+                raise Cut
+
+        weights.done = breaks
+        sparse = rollout.SparseTensor((1000,), np.array([3, 7]), np.array([1, 2], np.float32))
+        result = client.push_weights({**WEIGHTS, "b": sparse}, partial=True)
+        self.assertEqual((result.version, result.confirmed_by_status, result.digest), (8, True, ""))
+
     @unittest.skipIf(xxhash is None, "xxhash is not installed")
     def test_digests_of_another_algorithm_are_not_compared(self) -> None:
         _, weights, proxy, client = self.connect()

@@ -103,9 +103,11 @@ class TransportTests(SidecarTests):
                     self.assertNotEqual(self.samples(), full)
                     whole = {name: new[name] for name in names[3::4]}  # whole tensors and sparse ones in one push
                     self.rollout.push_weights({**{name: sparse[name] for name in names[1::4]}, **whole}, partial=True)
-                    self.assertEqual(digests(self.rollout)[names[3]], digest_of(new[names[3]]))
                 self.assertEqual(self.samples(), full)
-                self.assertEqual(digests(self.rollout)[names[0]], "")  # it was changed, not sent
+                # Of the whole tensors, also where single elements were sent. Without xxhash there is nothing to compare with.
+                described = digests(self.rollout)
+                for name in names if digest.xxhash else []:
+                    self.assertEqual(described[name], digest_of(new[name]), name)
 
     @needs_torch
     def test_sparse_tensors_of_torch_and_of_other_types(self) -> None:

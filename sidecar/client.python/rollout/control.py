@@ -170,7 +170,8 @@ class DescribedTensor:
 
     shape: tuple[int, ...]
     digest: str
-    """That of the bytes as last sent (DEFINITIONS.md), 32 hexadecimal digits; empty where none is known."""
+    """Of the whole tensor's bytes in the type that it was last sent in (DEFINITIONS.md), 32 hexadecimal digits; empty where none is known:
+    after single elements were pushed of a tensor that the sidecar stores in another precision."""
 
 
 @dataclass(frozen=True)

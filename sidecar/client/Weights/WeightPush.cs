@@ -219,9 +219,14 @@ internal sealed class WeightPush(
         };
     }
 
-    /// <summary>Digest of our tensors as the sidecar last received them; "" where it does not know all of them.</summary>
+    /// <summary>
+    /// Digest of our tensors as the sidecar serves them; "" where it does not know all of them, or where what we sent are single elements:
+    /// it describes whole tensors.
+    /// </summary>
     private string CombinedDigest(WeightsDescription served)
     {
+        if (layout.Manifest.Any(tensor => tensor.HasSparseCount))
+            return "";
         Dictionary<string, string> digests = served.Tensors.ToDictionary(tensor => tensor.Name, tensor => tensor.Digest);
         List<byte> all = new();
         foreach (V1.ManifestTensor tensor in layout.Manifest)

@@ -15,7 +15,10 @@ public sealed record WeightsDescription(ulong Version, IReadOnlyList<DescribedTe
 /// <param name="Name">The Hugging Face checkpoint's.</param>
 /// <param name="DType">As stored by the engine; other types are converted.</param>
 /// <param name="Shape">Of the full tensor.</param>
-/// <param name="Digest">That of the bytes as last sent (DEFINITIONS.md), 32 hexadecimal digits; "" where none is known.</param>
+/// <param name="Digest">
+/// Of the whole tensor's bytes in the type that it was last sent in (DEFINITIONS.md), 32 hexadecimal digits; "" where none is known: after
+/// single elements were pushed of a tensor that the sidecar stores in another precision.
+/// </param>
 public sealed record DescribedTensor(string Name, TensorDType DType, IReadOnlyList<long> Shape, string Digest)
 {
     internal static DescribedTensor From(V1.DescribedTensor tensor) => new(

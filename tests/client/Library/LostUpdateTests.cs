@@ -259,6 +259,23 @@ public sealed class LostUpdateTests : FakeSidecarTests
         Assert.Equal(UpdateOutcome.Unknown, error.Outcome);
     }
 
+    /// <summary>The sidecar describes whole tensors.</summary>
+    [Fact]
+    public async Task Digests_of_a_sparse_push_are_not_compared_with_what_is_described()
+    {
+        Fake.Weights.CommitBeforeBreaking = true;
+        Fake.Weights.BreakAtCommit = context =>
+        {
+            Fake.Weights.Tensors["t1"] = new byte[2000];
+            FakeSidecar.Cut(context);
+            throw new IOException("cut");
+        };
+        TensorSource sparse = TensorSource.Sparse("t1", TensorDType.BF16, [1000], new uint[] { 3, 7 }, new byte[] { 1, 2, 3, 4 });
+        PushOptions options = new() { Partial = true };
+        PushResult pushed = await _publisher.PushAsync([.. Tensors(), sparse], options: options, cancellationToken: Token);
+        Assert.Equal((8ul, true, ""), (pushed.Version, pushed.ConfirmedByStatus, pushed.Digest));
+    }
+
     [Theory]
     [InlineData(true)]
     [InlineData(false)]

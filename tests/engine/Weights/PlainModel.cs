@@ -19,6 +19,14 @@ internal sealed record PlainTensor(DType Type, byte[] Bytes)
 
     public byte[] Digest() => TensorDigest.Of(Bytes);
 
+    /// <summary>The tensor with other values of the same type at some elements.</summary>
+    public PlainTensor With(uint[] indices, PlainTensor values)
+    {
+        (byte[] bytes, int size) = ([.. Bytes], Type.Size());
+        for (int i = 0; i < indices.Length; i++) values.Bytes.AsSpan(i * size, size).CopyTo(bytes.AsSpan((int)indices[i] * size));
+        return new PlainTensor(Type, bytes);
+    }
+
     /// <summary>Values that convert badly among any bits: ties between two bf16, subnormals, infinities, NaN of every kind.</summary>
     public static PlainTensor Random(Random random, int elements, DType? given = null)
     {

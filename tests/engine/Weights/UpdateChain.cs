@@ -13,8 +13,8 @@ internal sealed class UpdateChain : IAsyncDisposable
     private readonly PlainModel _model;
     private readonly Random _random;
     private readonly CpuBackend _backend = new(1);
-    private Dictionary<string, float[]> _values;
-    private Dictionary<string, (DType Type, string Digest)> _described;
+    private readonly Dictionary<string, float[]> _values;
+    private readonly Dictionary<string, PlainTensor> _sent; // whole tensors in the type last sent; empty where it is not known
     private bool _poisoned;
     private ulong _version;
 
@@ -24,7 +24,7 @@ internal sealed class UpdateChain : IAsyncDisposable
         _random = new Random(seed);
         Dictionary<string, PlainTensor> tensors = model.RandomTensors(_random);
         _values = tensors.ToDictionary(tensor => tensor.Key, tensor => PlainModel.Values(tensor.Value));
-        _described = tensors.ToDictionary(tensor => tensor.Key, tensor => (tensor.Value.Type, Convert.ToHexString(tensor.Value.Digest())));
+        _sent = tensors;
         using TemporaryFolder folder = new();
         model.Save(folder, tensors, _random);
         Engine = RolloutEngine.Load(folder.Path, _backend, options);
@@ -92,7 +92,7 @@ internal sealed class UpdateChain : IAsyncDisposable
         if (commits)
         {
             (_version, _poisoned) = (manifest.NewVersion, false);
-            payload.Apply(_values, _described);
+            payload.Apply(_values, _sent, name => _model.Plan.Weights[_model.Plan[name].Pieces[0].Slot.Index].IsVector);
         }
         else
         {
@@ -110,8 +110,10 @@ internal sealed class UpdateChain : IAsyncDisposable
         Assert.Equal(Engine.Version, version);
         Dictionary<string, (DType, string)> found = described.ToDictionary(
             weight => weight.Name, weight => (weight.Type, Convert.ToHexString(weight.Digest)));
-        if (_model.Spec.TiedHead && found.Remove(Head, out (DType, string) head)) Assert.Equal(_described[Embedding], head);
-        Assert.Equal(_described.OrderBy(weight => weight.Key), found.OrderBy(weight => weight.Key));
+        Dictionary<string, (DType, string)> expected = _sent.ToDictionary(tensor => tensor.Key,
+            tensor => (tensor.Value.Type, tensor.Value.Bytes.Length == 0 ? "" : Convert.ToHexString(tensor.Value.Digest())));
+        if (_model.Spec.TiedHead && found.Remove(Head, out (DType, string) head)) Assert.Equal(expected[Embedding], head);
+        Assert.Equal(expected.OrderBy(weight => weight.Key), found.OrderBy(weight => weight.Key));
     }
 
     /// <summary>Sends the first bytes by message, file and shared memory in turn, cut near borders of tensors and anywhere else.</summary>
@@ -208,14 +210,17 @@ internal sealed class UpdateChain : IAsyncDisposable
         /// <summary>The end of the last tensor; what follows is gap.</summary>
         public long LastByte { get; }
 
-        public void Apply(Dictionary<string, float[]> values, Dictionary<string, (DType Type, string Digest)> described)
+        public void Apply(Dictionary<string, float[]> values, Dictionary<string, PlainTensor> whole, Func<string, bool> isVector)
         {
             foreach ((string name, PlainTensor sent, uint[]? indices) in _changes)
             {
                 float[] all = indices is null ? new float[sent.Elements] : values[name];
                 for (int i = 0; i < sent.Elements; i++) all[indices is null ? i : (int)indices[i]] = sent[i];
                 values[name] = all;
-                described[name] = (sent.Type, indices is null ? Convert.ToHexString(sent.Digest()) : "");
+                bool exact = sent.Type == DType.BFloat16 || (sent.Type == DType.Float32 && isVector(name));
+                if (indices is null) whole[name] = sent;
+                else if (!exact || whole[name].Type != sent.Type) whole[name] = new PlainTensor(sent.Type, []);
+                else if (whole[name].Bytes.Length > 0) whole[name] = whole[name].With(indices, sent);
             }
         }
 
