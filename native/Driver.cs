@@ -42,6 +42,9 @@ internal static unsafe partial class Driver
     public static partial CUresult cuDeviceGetAttribute(out int value, CUdevice_attribute attribute, int device);
 
     [LibraryImport(CudaLibraries.Driver)]
+    public static partial CUresult cuDevicePrimaryCtxGetState(int device, out uint flags, out int active);
+
+    [LibraryImport(CudaLibraries.Driver)]
     public static partial CUresult cuDevicePrimaryCtxRetain(out nint context, int device);
 
     [LibraryImport(CudaLibraries.Driver)]
@@ -241,6 +244,9 @@ internal enum CUdevice_attribute
 
 internal enum CUpointer_attribute
 {
+    /// <summary>Of the device that has the memory; an int.</summary>
+    CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL = 9,
+
     /// <summary>Whether cuIpcGetMemHandle can share the memory; an int.</summary>
     CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE = 10,
 }

@@ -19,6 +19,11 @@ public static class TorchNative
 
     private static readonly Lock s_lock = new();
     private static bool s_loaded;
+    private static nint s_handle;
+    private static DataOf? s_dataOf;
+
+    /// <summary>THSTensor_data of TorchSharp's library, which has no public method for it.</summary>
+    private delegate nint DataOf(nint tensor);
 
     /// <summary>Whether this process uses the patched copy.</summary>
     public static bool IsMended { get; private set; }
@@ -36,6 +41,18 @@ public static class TorchNative
             s_loaded = true;
         }
     }
+
+    /// <summary>The address of a tensor's first element: on its device.</summary>
+    public static nint AddressOf(TorchSharp.torch.Tensor tensor)
+    {
+        EnsureLoaded();
+        lock (s_lock)
+            s_dataOf ??= Marshal.GetDelegateForFunctionPointer<DataOf>(NativeLibrary.GetExport(Library(), "THSTensor_data"));
+        return s_dataOf(tensor.Handle);
+    }
+
+    private static nint Library()
+        => s_handle != 0 ? s_handle : NativeLibrary.Load("LibTorchSharp", typeof(TorchSharp.torch).Assembly, searchPath: null);
 
     /// <summary>The library as the host would find it, or null: then TorchSharp's own search reports what is missing.</summary>
     internal static string? FindLibrary()
@@ -90,14 +107,14 @@ public static class TorchNative
 
         try
         {
-            NativeLibrary.Load(path);
+            s_handle = NativeLibrary.Load(path);
             return;
         }
         catch (DllNotFoundException error) when (error.Message.Contains($"version `{UnusedVersion}' not found", StringComparison.Ordinal))
         {
         }
 
-        nint handle = NativeLibrary.Load(MendSomewhere(path));
+        nint handle = s_handle = NativeLibrary.Load(MendSomewhere(path));
         IsMended = true;
         AssemblyLoadContext context = AssemblyLoadContext.GetLoadContext(typeof(TorchSharp.torch).Assembly) ?? AssemblyLoadContext.Default;
         // Called when the normal search has failed, by P/Invoke and by TorchSharp's own start-up.

@@ -3,15 +3,16 @@ using TorchSharp;
 
 namespace Rollout.Client.Torch;
 
-/// <summary>Pushes a TorchSharp module as a <see cref="WeightPublisher"/> pushes tensors.</summary>
+/// <summary>Pushes a TorchSharp module, or tensors in a GPU's memory, as a <see cref="WeightPublisher"/> pushes tensors.</summary>
 public static class TorchPublishing
 {
     // A module's tensors are listed once: names and shapes do not change, and values are read at each push.
-    private static readonly ConditionalWeakTable<torch.nn.Module, TensorSource[]> s_sources = [];
+    private static readonly ConditionalWeakTable<torch.nn.Module, TorchTensor[]> s_tensors = [];
 
     /// <summary>
     /// Makes the module's parameters and persistent buffers, rounded to bfloat16, the weights the next token is drawn from: all of them
-    /// or none. Names must be the Hugging Face checkpoint's; a module with these field names needs no renaming.
+    /// or none. Names must be the Hugging Face checkpoint's; a module with these field names needs no renaming. A module on the sidecar's
+    /// GPU is read there, by CUDA IPC.
     /// </summary>
     /// <param name="publisher">Reuse it for the whole training run, because it keeps the shared memory.</param>
     /// <param name="module">Read during the call only.</param>
@@ -24,16 +25,75 @@ public static class TorchPublishing
         PushOptions? options = null, CancellationToken cancellationToken = default)
     {
         ArgumentNullException.ThrowIfNull(publisher);
-        return publisher.PushAsync(s_sources.GetValue(module, Sources), newVersion, options, cancellationToken);
+        TorchTensor[] tensors = s_tensors.GetValue(module, Tensors);
+        TensorSource[] sources = [.. tensors.Select(tensor => new TensorSource(
+            tensor.Name, DTypeOf(tensor), tensor.Shape, (offset, destination) => tensor.CopyTo(destination, offset)))];
+        return tensors.All(tensor => tensor.IsOnGpu)
+            ? PushFromGpuAsync(publisher, tensors, sources, newVersion, options, cancellationToken)
+            : publisher.PushAsync(sources, newVersion, options, cancellationToken);
     }
 
-    private static TensorSource[] Sources(torch.nn.Module module)
-        => [.. TorchStateDict.Of(module, PublishedType.BFloat16).Select(tensor =>
-            new TensorSource(tensor.Name, DTypeOf(tensor), tensor.Shape, (offset, destination) => tensor.CopyTo(destination, offset)))];
+    /// <summary>Makes tensors that are in a GPU's memory, of any framework, the weights the next token is drawn from.</summary>
+    /// <param name="publisher">Reuse it for the whole training run, because it keeps what the sidecar has opened.</param>
+    /// <param name="tensors">Full tensors, all on one GPU, which must be the sidecar's.</param>
+    /// <param name="stream">The CUDA stream (CUstream or cudaStream_t) that has written them; 0: the legacy default stream.</param>
+    /// <param name="newVersion">Must be greater than the version being served; null: one more than it.</param>
+    /// <param name="options">Policy, timeout.</param>
+    /// <param name="cancellationToken">Until the commit is sent, cancelling leaves the old weights served.</param>
+    /// <exception cref="InvalidOperationException">The sidecar is not on the GPU that has the tensors.</exception>
+    /// <inheritdoc cref="PushAsync(WeightPublisher, torch.nn.Module, ulong?, PushOptions?, CancellationToken)"/>
+    public static Task<PushResult> PushAsync(this WeightPublisher publisher, IReadOnlyList<DeviceTensor> tensors, nint stream = 0,
+        ulong? newVersion = null, PushOptions? options = null, CancellationToken cancellationToken = default)
+    {
+        ArgumentNullException.ThrowIfNull(publisher);
+        options = (options ?? new PushOptions()) with { Transport = PushTransport.CudaIpc };
+        TensorSource[] sources = [.. tensors.Select(tensor => new TensorSource(tensor.Name, tensor.DType, tensor.Shape,
+            (_, _) => throw new InvalidOperationException($"'{tensor.Name}' is in a GPU's memory")))];
+        return publisher.PushFromAsync(sources, () => Sender(publisher, tensors, stream), newVersion, options, cancellationToken);
+    }
+
+    private static async Task<PushResult> PushFromGpuAsync(WeightPublisher publisher, TorchTensor[] tensors, TensorSource[] sources,
+        ulong? newVersion, PushOptions? options, CancellationToken cancellationToken)
+    {
+        List<IDisposable> copies = []; // of tensors that are not contiguous
+        try
+        {
+            return await publisher.PushFromAsync(
+                sources, () => Sender(publisher, OnDevice(), stream: 0), newVersion, options, cancellationToken);
+        }
+        finally
+        {
+            foreach (IDisposable copy in copies)
+                copy.Dispose();
+        }
+
+        DeviceTensor[] OnDevice() => [.. tensors.Zip(sources, (tensor, source) =>
+            new DeviceTensor(source.Name, source.DType, source.Shape, tensor.AddressOnDevice(copies)))];
+    }
+
+    private static CudaSender Sender(WeightPublisher publisher, IReadOnlyList<DeviceTensor> tensors, nint stream)
+    {
+        CudaSender sender = (CudaSender)(publisher.Device ??= new CudaSender());
+        sender.Use(tensors, stream);
+        return sender;
+    }
+
+    /// <summary>
+    /// On a GPU as they are: rounding them there would take memory, and the sidecar rounds matrices in the same way while it reads them.
+    /// It keeps vectors, such as norms, in 32 bits.
+    /// </summary>
+    private static TorchTensor[] Tensors(torch.nn.Module module)
+    {
+        IReadOnlyList<TorchTensor> asIs = TorchStateDict.Of(module, PublishedType.AsIs);
+        return asIs.All(tensor => tensor.IsOnGpu) ? [.. asIs] : [.. TorchStateDict.Of(module, PublishedType.BFloat16)];
+    }
 
     private static TensorDType DTypeOf(TorchTensor tensor) => tensor.DType switch
     {
         "BF16" => TensorDType.BF16,
-        _ => throw new NotSupportedException($"'{tensor.Name}' holds {tensor.DType}: only floating-point tensors can be served"),
+        "F16" => TensorDType.F16,
+        "F32" => TensorDType.F32,
+        _ => throw new NotSupportedException(
+            $"'{tensor.Name}' holds {tensor.DType}: only floating-point tensors of 16 or 32 bits can be served"),
     };
 }

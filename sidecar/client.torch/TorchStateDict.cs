@@ -41,6 +41,21 @@ public sealed class TorchTensor
     /// <summary>How many bytes <see cref="CopyTo"/> writes.</summary>
     public long ByteLength { get; }
 
+    /// <summary>Whether it is in a GPU's memory now.</summary>
+    public bool IsOnGpu => _tensor.device_type == DeviceType.CUDA;
+
+    /// <summary>The address, on its device, of its elements in row-major order and as they are.</summary>
+    /// <param name="copies">Gets the copy that was made where they were in another order: dispose it when it has been read.</param>
+    internal nint AddressOnDevice(ICollection<IDisposable> copies)
+    {
+        if (_tensor.is_contiguous())
+            return TorchNative.AddressOf(_tensor);
+        Tensor copy = _tensor.detach().contiguous();
+        copy.DetachFromDisposeScope();
+        copies.Add(copy);
+        return TorchNative.AddressOf(copy);
+    }
+
     /// <summary>
     /// Writes bytes of the tensor as it is now: row-major, little-endian, without gaps, for any strides and device. A tensor too large for
     /// a span can be copied in parts.

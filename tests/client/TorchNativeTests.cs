@@ -19,6 +19,15 @@ public sealed class TorchNativeTests
     }
 
     [Fact]
+    public unsafe void The_address_of_a_tensor_is_that_of_its_first_element()
+    {
+        using DisposeScope scope = torch.NewDisposeScope();
+        torch.Tensor tensor = torch.arange(20, torch.float32).reshape(4, 5);
+        Assert.Equal(new Span<float>((void*)TorchNative.AddressOf(tensor), 20), tensor.data<float>().ToArray());
+        Assert.Equal(TorchNative.AddressOf(tensor) + 2 * 5 * sizeof(float), TorchNative.AddressOf(tensor[2]));
+    }
+
+    [Fact]
     public void Finds_the_needs_of_the_real_library()
     {
         Assert.SkipUnless(OperatingSystem.IsLinux(), "the library is an ELF file on Linux only");

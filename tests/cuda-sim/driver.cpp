@@ -447,6 +447,16 @@ int cuDeviceGetAttribute(int* value, int attribute, int)
     }
 }
 
+int cuDevicePrimaryCtxGetState(int device, unsigned* flags, int* active)
+{
+    std::lock_guard<std::recursive_mutex> hold(s_gate);
+    if (device < 0 || device >= device_count())
+        return InvalidDevice;
+    *flags = 0;
+    *active = s_contexts[device].references > 0;
+    return Success;
+}
+
 int cuDevicePrimaryCtxRetain(void** context, int device)
 {
     std::lock_guard<std::recursive_mutex> hold(s_gate);

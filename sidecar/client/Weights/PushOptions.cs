@@ -19,6 +19,12 @@ public enum UpdatePolicy
 /// <summary>How the bytes are sent.</summary>
 public enum PushTransport
 {
+    /// <summary>
+    /// The fastest for where the tensors are: CUDA IPC from the memory of the sidecar's own GPU; else shared memory. The result says which
+    /// and why.
+    /// </summary>
+    Auto,
+
     /// <summary>Through a file in /dev/shm: trainer and sidecar share a machine (and in containers, /dev/shm).</summary>
     SharedMemory,
 
@@ -27,6 +33,11 @@ public enum PushTransport
 
     /// <summary>Through a safetensors file in <see cref="PushOptions.Folder"/>, on a disk that trainer and sidecar both see.</summary>
     File,
+
+    /// <summary>
+    /// The sidecar reads the tensors in the memory of the GPU that both use. Chosen by <see cref="Auto"/>; nothing passes through the host.
+    /// </summary>
+    CudaIpc,
 }
 
 /// <summary>Where the sidecar writes the bytes.</summary>
@@ -52,7 +63,7 @@ public sealed record PushOptions
 
     public UpdatePolicy Policy { get; init; } = UpdatePolicy.Recompute;
 
-    public PushTransport Transport { get; init; } = PushTransport.SharedMemory;
+    public PushTransport Transport { get; init; } = PushTransport.Auto;
 
     public UpdateMode Mode { get; init; } = UpdateMode.Auto;
 
@@ -70,7 +81,8 @@ public sealed record PushOptions
 
     /// <summary>
     /// Hash every byte that is sent, and let the sidecar commit only if it received the same. Without it, bytes that change in transit are
-    /// not detected; it saves the hashing, a few hundredths of a second per gigabyte.
+    /// not detected; it saves the hashing, a few hundredths of a second per gigabyte. Tensors that stay on a GPU are hashed by the sidecar
+    /// alone, which computes the digest of what it has read; its result has that.
     /// </summary>
     public bool VerifyDigest { get; init; } = true;
 
@@ -120,6 +132,12 @@ public sealed record PushResult
     public required string Digest { get; init; }
 
     public required long PayloadBytes { get; init; }
+
+    /// <summary>How the bytes were sent.</summary>
+    public required PushTransport Transport { get; init; }
+
+    /// <summary>Why they were sent so, in a sentence.</summary>
+    public required string TransportReason { get; init; }
 
     /// <summary>What the sidecar chose: staged or in place.</summary>
     public required UpdateMode Mode { get; init; }

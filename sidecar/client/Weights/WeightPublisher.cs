@@ -1,3 +1,5 @@
+using Grpc.Core;
+
 namespace Rollout.Client;
 
 /// <summary>
@@ -15,12 +17,16 @@ public sealed class WeightPublisher : IAsyncDisposable
     // With less shared memory a ring is not worthwhile: the error then says what to do.
     private const long LeastRing = 4 << 20;
 
+    private static readonly TimeSpan s_releaseWithin = TimeSpan.FromSeconds(5);
+
     private readonly RolloutClient _client;
     private readonly SemaphoreSlim _oneAtATime = new(1, 1);
     private PayloadLayout? _layout;
     private PayloadFile? _file; // where the sidecar's own memory cannot be reached
     private long _fileFor; // the payload it was made for; the file may be smaller
     private ulong? _served;
+    private bool _hostNeeded; // by the last push
+    private bool _usedDevice; // by any push
     private bool _disposed;
 
     /// <param name="client">Not disposed with the publisher.</param>
@@ -38,6 +44,9 @@ public sealed class WeightPublisher : IAsyncDisposable
     /// ring.
     /// </summary>
     public long? MaxSharedMemoryBytes { get; init; }
+
+    /// <summary>Sends tensors that are in a GPU's memory; kept from push to push, and disposed with the publisher.</summary>
+    internal IDeviceSender? Device { get; set; }
 
     /// <summary>Makes these tensors the weights the next token is drawn from: all of them or none.</summary>
     /// <param name="tensors">
@@ -61,14 +70,27 @@ public sealed class WeightPublisher : IAsyncDisposable
     /// </exception>
     /// <exception cref="IOException">/dev/shm has no room.</exception>
     /// <exception cref="RolloutException">The sidecar cannot be asked for its version.</exception>
-    public async Task<PushResult> PushAsync(
+    public Task<PushResult> PushAsync(
         IReadOnlyList<TensorSource> tensors,
         ulong? newVersion = null,
         PushOptions? options = null,
         CancellationToken cancellationToken = default)
+        => PushFromAsync(tensors, device: null, newVersion, options, cancellationToken);
+
+    /// <summary>As <see cref="PushAsync"/>, of tensors that are in a GPU's memory.</summary>
+    /// <param name="tensors">How to copy them to the host, where that is needed.</param>
+    /// <param name="device">What sends them from where they are, called when it is this push's turn; null: they are on the host.</param>
+    internal async Task<PushResult> PushFromAsync(
+        IReadOnlyList<TensorSource> tensors,
+        Func<IDeviceSender>? device,
+        ulong? newVersion,
+        PushOptions? options,
+        CancellationToken cancellationToken)
     {
         ArgumentNullException.ThrowIfNull(tensors);
         options ??= PushOptions.Default;
+        if (device is null && options.Transport == PushTransport.CudaIpc)
+            throw new ArgumentException("CUDA IPC needs tensors in a GPU's memory, and these are in the host's", nameof(options));
         ArgumentOutOfRangeException.ThrowIfLessThanOrEqual(options.Timeout, TimeSpan.Zero);
         ArgumentOutOfRangeException.ThrowIfLessThan(options.Parallelism, 1);
         if (options.Transport == PushTransport.File)
@@ -86,17 +108,22 @@ public sealed class WeightPublisher : IAsyncDisposable
             ulong baseVersion = options.BaseVersion ?? _served ?? await ServedAsync(options.Timeout, cancellationToken);
             // Until this push has succeeded it is not known what is served.
             _served = null;
-            IPayloadSender sender = Sender(options, _layout);
-            using FileSender? file = sender as FileSender;
+            bool onDevice = device is not null && options.Transport is PushTransport.Auto or PushTransport.CudaIpc;
+            IPayloadSender? host = HostSender(options, _layout);
+            using FileSender? file = host as FileSender;
+            IPayloadSender sender = onDevice ? new DeviceFirstSender(device!(), _layout, host) : host!;
             WeightPush push = new(_client, _layout, tensors, options, sender)
             {
                 BaseVersion = baseVersion,
                 NewVersion = newVersion ?? checked(baseVersion + 1),
                 Deadline = deadline,
                 ResolveWithin = ResolveWithin,
-                SegmentBytes = options.Transport == PushTransport.SharedMemory ? SharedBytes(_layout.PayloadBytes) : 0,
+                // Not before it is known that the device does not do.
+                SegmentBytes = host is SharedMemorySender && (!onDevice || _hostNeeded) ? SharedBytes(_layout.PayloadBytes) : 0,
             };
             PushResult result = await push.RunAsync(cancellationToken);
+            _hostNeeded = result.Transport == PushTransport.SharedMemory;
+            _usedDevice |= result.Transport == PushTransport.CudaIpc;
             _served = result.Version;
             return result;
         }
@@ -113,7 +140,23 @@ public sealed class WeightPublisher : IAsyncDisposable
         _disposed = true;
         _file?.Dispose();
         _file = null;
+        if (_usedDevice) await ReleaseAsync();
+        Device?.Dispose();
+        Device = null;
         _oneAtATime.Release();
+    }
+
+    /// <summary>Lets the sidecar close what it has opened of this process's memory, so that it can be freed.</summary>
+    private async Task ReleaseAsync()
+    {
+        try
+        {
+            await _client.Weights.ReleaseMemoryAsync(new V1.ReleaseMemoryRequest(), deadline: DateTime.UtcNow + s_releaseWithin);
+        }
+        catch (RpcException)
+        {
+            // It is gone, and its mappings with it; or it closes them when the connection ends.
+        }
     }
 
     private async Task<ulong> ServedAsync(TimeSpan timeout, CancellationToken cancellationToken)
@@ -122,12 +165,13 @@ public sealed class WeightPublisher : IAsyncDisposable
         return (await _client.StatusAsync(wait, cancellationToken)).Version;
     }
 
-    private IPayloadSender Sender(PushOptions options, PayloadLayout layout) => options.Transport switch
+    private IPayloadSender? HostSender(PushOptions options, PayloadLayout layout) => options.Transport switch
     {
-        PushTransport.SharedMemory =>
+        PushTransport.Auto or PushTransport.SharedMemory =>
             new SharedMemorySender(SharedBytes(layout.PayloadBytes), () => OwnSharedMemory(layout.PayloadBytes), options.Parallelism),
         PushTransport.Inline => new InlineSender(),
         PushTransport.File => new FileSender(layout, options.Folder!, options.Parallelism),
+        PushTransport.CudaIpc => null,
         _ => throw new ArgumentException($"unknown transport {options.Transport}"),
     };
 

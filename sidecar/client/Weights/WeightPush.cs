@@ -19,6 +19,7 @@ internal sealed class WeightPush(
     private readonly PayloadWriter _payload = new(layout, tensors, options.VerifyDigest);
     private bool _inPlace;
     private bool _commitSent;
+    private SentBy _sent;
 
     public required ulong BaseVersion { get; init; }
 
@@ -67,7 +68,7 @@ internal sealed class WeightPush(
         {
             try
             {
-                await sender.SendAsync(call, _payload, agreed.Ready, stop.Token);
+                _sent = await sender.SendAsync(call, _payload, agreed.Ready, stop.Token);
             }
             catch (OperationCanceledException) when (call.Ended.IsCancellationRequested)
             {
@@ -83,7 +84,7 @@ internal sealed class WeightPush(
 
         // :: Step 4: commit. From here on only the deadline ends the wait.
         cancellationToken.ThrowIfCancellationRequested();
-        byte[] digest = _payload.Digest();
+        byte[] digest = _sent.Hashed ? _payload.Digest() : [];
         _commitSent = true;
         V1.Committed committed;
         try
@@ -106,6 +107,8 @@ internal sealed class WeightPush(
             Version = committed.Version,
             Digest = received,
             PayloadBytes = layout.PayloadBytes,
+            Transport = _sent.Transport,
+            TransportReason = _sent.Reason,
             Mode = _inPlace ? UpdateMode.InPlace : UpdateMode.Staged,
             Timings = timings with
             {
@@ -213,6 +216,8 @@ internal sealed class WeightPush(
             Version = NewVersion,
             Digest = received,
             PayloadBytes = layout.PayloadBytes,
+            Transport = _sent.Transport,
+            TransportReason = _sent.Reason,
             Mode = _inPlace ? UpdateMode.InPlace : UpdateMode.Staged,
             Timings = timings with { Commit = Lap(), Total = _clock.Elapsed.TotalSeconds },
             ConfirmedByStatus = true,

@@ -1,5 +1,4 @@
 using System.Reflection;
-using System.Text.Json;
 using Xunit;
 
 namespace Rollout.Client.Tests;
@@ -7,7 +6,7 @@ namespace Rollout.Client.Tests;
 /// <summary>The client against the real program: what a trainer does from step to step.</summary>
 public sealed class RealSidecarTests : IAsyncLifetime
 {
-    private static readonly string s_model = GoldenFolder();
+    private static readonly string s_model = GoldenTensors.Folder("qwen3");
     private static readonly int[] s_prompt = [5, 6, 7, 8];
     private static readonly GenerateOptions s_greedy = new() { MaxTokens = 16, Temperature = 0, IgnoreEos = true };
 
@@ -42,7 +41,7 @@ public sealed class RealSidecarTests : IAsyncLifetime
     {
         PushOptions options = new() { Transport = transport, Mode = mode, Folder = _folder };
         await using WeightPublisher publisher = new(_client) { MaxSharedMemoryBytes = 100_000 }; // a ring
-        List<(TensorSource Source, byte[] Bytes)> tensors = Tensors();
+        List<(TensorSource Source, byte[] Bytes)> tensors = GoldenTensors.Of("qwen3");
         int[] original = await TokensAsync();
 
         PushResult full = await publisher.PushAsync(
@@ -59,7 +58,7 @@ public sealed class RealSidecarTests : IAsyncLifetime
         if (transport == PushTransport.File)
             return;
 
-        byte[] before = Tensors().Single(tensor => tensor.Source.Name == "model.norm.weight").Bytes;
+        byte[] before = GoldenTensors.Of("qwen3").Single(tensor => tensor.Source.Name == "model.norm.weight").Bytes;
         uint[] all = [.. Enumerable.Range(0, before.Length / 2).Select(i => (uint)i)];
         TensorSource sparse = TensorSource.Sparse(norm.Name, TensorDType.BF16, norm.Shape, all, before);
         PushResult last = await publisher.PushAsync([sparse], options: options with { Partial = true }, cancellationToken: Token);
@@ -97,7 +96,7 @@ public sealed class RealSidecarTests : IAsyncLifetime
         Assert.Contains("SLEEPING", refused.Message, StringComparison.Ordinal);
 
         Assert.Equal(MemoryTags.KvCache, await _client.WakeUpAsync(MemoryTags.Weights, cancellationToken: Token));
-        await publisher.PushAsync([.. Tensors().Select(tensor => tensor.Source)], cancellationToken: Token);
+        await publisher.PushAsync([.. GoldenTensors.Of("qwen3").Select(tensor => tensor.Source)], cancellationToken: Token);
         Assert.Equal(MemoryTags.None, await _client.WakeUpAsync(cancellationToken: Token));
         Assert.Equal(original, await TokensAsync());
     }
@@ -107,7 +106,7 @@ public sealed class RealSidecarTests : IAsyncLifetime
     {
         await using WeightPublisher publisher = new(_client);
         int[] original = await TokensAsync();
-        List<(TensorSource Source, byte[] Bytes)> tensors = Tensors();
+        List<(TensorSource Source, byte[] Bytes)> tensors = GoldenTensors.Of("qwen3");
         TensorSource lying = new(tensors[^1].Source.Name, TensorDType.BF16, tensors[^1].Source.Shape,
             (_, _) => throw new InvalidOperationException("the trainer's tensor is gone"));
         // A ring: with room for the whole payload, nothing would be sent before all is written, and the push would have no effect.
@@ -131,7 +130,7 @@ public sealed class RealSidecarTests : IAsyncLifetime
     [Fact]
     public async Task The_sidecars_memory_is_opened_only_where_the_path_leads_to_it()
     {
-        List<(TensorSource Source, byte[] Bytes)> tensors = Tensors();
+        List<(TensorSource Source, byte[] Bytes)> tensors = GoldenTensors.Of("qwen3");
         PayloadLayout layout = PayloadLayout.Of([.. tensors.Select(tensor => tensor.Source)]);
         UpdateCall call = new(_client.Weights, new Grpc.Core.CallOptions(deadline: DateTime.UtcNow.AddMinutes(1)));
         await using (call)
@@ -170,35 +169,5 @@ public sealed class RealSidecarTests : IAsyncLifetime
         await foreach (Sample sample in _client.GenerateAsync(s_prompt, s_greedy, cancellationToken: Token))
             return sample.Ids;
         throw new InvalidOperationException("no sample came");
-    }
-
-    /// <summary>The golden model's own weights.</summary>
-    private static List<(TensorSource Source, byte[] Bytes)> Tensors()
-    {
-        byte[] file = File.ReadAllBytes(Path.Combine(s_model, "model.safetensors"));
-        int header = (int)BitConverter.ToInt64(file);
-        using JsonDocument json = JsonDocument.Parse(file.AsMemory(8, header));
-        List<(TensorSource, byte[])> tensors = [];
-        foreach (JsonProperty tensor in json.RootElement.EnumerateObject().Where(entry => entry.Name != "__metadata__"))
-        {
-            long[] shape = [.. tensor.Value.GetProperty("shape").EnumerateArray().Select(length => length.GetInt64())];
-            int[] range = [.. tensor.Value.GetProperty("data_offsets").EnumerateArray().Select(offset => offset.GetInt32())];
-            byte[] bytes = file[(8 + header + range[0])..(8 + header + range[1])];
-            tensors.Add((TensorSource.FromMemory(tensor.Name, TensorDType.BF16, shape, bytes), bytes));
-        }
-
-        return tensors;
-    }
-
-    private static string GoldenFolder()
-    {
-        for (DirectoryInfo? at = new(AppContext.BaseDirectory); at is not null; at = at.Parent)
-        {
-            string folder = Path.Combine(at.FullName, "tests", "golden", "qwen3");
-            if (Directory.Exists(folder))
-                return folder;
-        }
-
-        throw new DirectoryNotFoundException("tests/golden/qwen3");
     }
 }

@@ -18,11 +18,12 @@ internal sealed class FileSender : IPayloadSender, IDisposable
         _parallelism = parallelism;
     }
 
-    public async Task SendAsync(UpdateCall call, PayloadWriter payload, V1.Ready ready, CancellationToken cancellationToken)
+    public async Task<SentBy> SendAsync(UpdateCall call, PayloadWriter payload, V1.Ready ready, CancellationToken cancellationToken)
     {
         _file.Write(_header, 0);
         await payload.WriteToAsync(_file, 0, payload.Bytes, _header.Length, _parallelism, cancellationToken);
         await call.SendAsync(new V1.UpdateRequest { File = new V1.CheckpointFile { Path = _file.Path } }, cancellationToken);
+        return new SentBy(PushTransport.File, "a file was asked for");
     }
 
     public void Dispose() => _file.Dispose();

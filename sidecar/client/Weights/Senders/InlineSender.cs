@@ -6,7 +6,7 @@ namespace Rollout.Client;
 /// <summary>In the stream itself: fills one piece while the one before it is being sent.</summary>
 internal sealed class InlineSender : IPayloadSender
 {
-    public async Task SendAsync(UpdateCall call, PayloadWriter payload, V1.Ready ready, CancellationToken cancellationToken)
+    public async Task<SentBy> SendAsync(UpdateCall call, PayloadWriter payload, V1.Ready ready, CancellationToken cancellationToken)
     {
         Task sending = Task.CompletedTask;
         try
@@ -25,5 +25,7 @@ internal sealed class InlineSender : IPayloadSender
         {
             await sending;
         }
+
+        return new SentBy(PushTransport.Inline, "the gRPC stream was asked for");
     }
 }

@@ -15,10 +15,11 @@ internal sealed class SharedMemorySender(long most, Func<PayloadFile> ownFile, i
     private const long SmallestWindow = 64 << 20; // from here on another message costs nothing noticeable
     private const long LargestWindow = 1 << 30;
 
-    public async Task SendAsync(UpdateCall call, PayloadWriter payload, V1.Ready ready, CancellationToken cancellationToken)
+    public async Task<SentBy> SendAsync(UpdateCall call, PayloadWriter payload, V1.Ready ready, CancellationToken cancellationToken)
     {
         using PayloadFile? lent = ready.Segment is null ? null : PayloadFile.TryOpen(ready.Segment, most);
         await SendAsync(call, payload, lent ?? ownFile(), ready.Mode, cancellationToken);
+        return new SentBy(PushTransport.SharedMemory, "the tensors are in this machine's memory");
     }
 
     private async Task SendAsync(
