@@ -123,7 +123,8 @@ public sealed partial class RolloutEngine : IAsyncDisposable
     {
         (long weights, long staging, long graphs) = _weights.MemoryInUse();
         return new MemoryInUse(
-            weights, staging, _asleep.HasFlag(MemoryTags.KvCache) ? 0 : _kv.Bytes, graphs, Nccl: 0, Backend.AvailableBytes);
+            weights, staging, _asleep.HasFlag(MemoryTags.KvCache) ? 0 : _kv.Bytes, graphs, Backend.Peers?.RanksBytes ?? 0,
+            Backend.AvailableBytes);
     }
 
     private EngineState State

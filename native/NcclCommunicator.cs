@@ -9,6 +9,8 @@ namespace Rollout.Native;
 /// </summary>
 internal sealed class NcclCommunicator : CudaHandle
 {
+    private static readonly TimeSpan s_spins = TimeSpan.FromMilliseconds(20);
+
     private readonly CudaEvent _done; // recorded after its work, to wait for it
 
     /// <summary>Waits until all ranks have joined.</summary>
@@ -17,9 +19,11 @@ internal sealed class NcclCommunicator : CudaHandle
     /// <param name="ranks">How many there are.</param>
     /// <param name="rank">Which of them this is.</param>
     /// <param name="deadline">From now.</param>
+    /// <param name="cancellation">Ends the wait.</param>
     /// <exception cref="CudaException">The library is missing, or NCCL refused.</exception>
     /// <exception cref="TimeoutException">A rank has not joined.</exception>
-    public NcclCommunicator(CudaContext context, ncclUniqueId id, int ranks, int rank, TimeSpan deadline)
+    public NcclCommunicator(
+        CudaContext context, ncclUniqueId id, int ranks, int rank, TimeSpan deadline, CancellationToken cancellation = default)
         : base(context)
     {
         Require();
@@ -35,7 +39,7 @@ internal sealed class NcclCommunicator : CudaHandle
             if (result != ncclResult.ncclInProgress)
                 result.ThrowIfFailed(asked, nameof(Nccl.ncclCommInitRankConfig));
         });
-        WaitUntilIdle(asked, start, deadline, $"NCCL: not all of {ranks} ranks joined");
+        WaitUntilIdle(asked, start, deadline, $"NCCL: not all of {ranks} ranks joined", cancellation);
     }
 
     /// <summary>The id of a new group. The process that created it has to run until all ranks have joined.</summary>
@@ -60,16 +64,19 @@ internal sealed class NcclCommunicator : CudaHandle
         ncclResult result = Nccl.ncclBroadcast(source, destination, (nuint)bytes, ncclDataType.ncclUint8, root, Value, stream.Value);
         if (result != ncclResult.ncclInProgress)
             result.ThrowIfFailed(asked, nameof(Nccl.ncclBroadcast));
-        WaitUntilIdle(asked, start, deadline, $"NCCL could not queue {asked}");
+        WaitUntilIdle(asked, start, deadline, $"NCCL could not queue {asked}", default);
     }
 
     /// <summary>
     /// Waits until the work queued on a stream is done. On failure the communicator is aborted, and the bytes that arrived must not be
     /// used.
     /// </summary>
+    /// <param name="stream">Of this device.</param>
+    /// <param name="deadline">From now.</param>
+    /// <param name="cancellation">Ends the wait, and the communicator.</param>
     /// <exception cref="CudaException">A rank died, or queued something else.</exception>
     /// <exception cref="TimeoutException">The deadline has passed.</exception>
-    public void Synchronize(CudaStream stream, TimeSpan deadline)
+    public void Synchronize(CudaStream stream, TimeSpan deadline, CancellationToken cancellation = default)
     {
         long start = Stopwatch.GetTimestamp();
         OrEnd(() =>
@@ -78,7 +85,7 @@ internal sealed class NcclCommunicator : CudaHandle
             while (!_done.IsReached)
             {
                 _ = IsIdle("a broadcast in flight");
-                Wait(start, deadline, "NCCL: a broadcast did not finish");
+                Wait(start, deadline, "NCCL: a broadcast did not finish", cancellation);
             }
         });
     }
@@ -103,11 +110,12 @@ internal sealed class NcclCommunicator : CudaHandle
             throw new CudaException(missing);
     }
 
-    private void WaitUntilIdle(string asked, long start, TimeSpan deadline, string what) => OrEnd(() =>
-    {
-        while (!IsIdle(asked))
-            Wait(start, deadline, what);
-    });
+    private void WaitUntilIdle(string asked, long start, TimeSpan deadline, string what, CancellationToken cancellation)
+        => OrEnd(() =>
+        {
+            while (!IsIdle(asked))
+                Wait(start, deadline, what, cancellation);
+        });
 
     /// <summary>On failure aborts the communicator, so that nothing waits in it any more.</summary>
     private void OrEnd(Action wait)
@@ -123,11 +131,17 @@ internal sealed class NcclCommunicator : CudaHandle
         }
     }
 
-    private static void Wait(long start, TimeSpan deadline, string what)
+    /// <summary>Between two questions. A sleep takes a millisecond at best, longer than a bucket takes between two GPUs.</summary>
+    private static void Wait(long start, TimeSpan deadline, string what, CancellationToken cancellation)
     {
-        if (Stopwatch.GetElapsedTime(start) > deadline)
+        cancellation.ThrowIfCancellationRequested();
+        TimeSpan waited = Stopwatch.GetElapsedTime(start);
+        if (waited > deadline)
             throw new TimeoutException($"{what} within {deadline.TotalSeconds:0.###} s.");
-        Thread.Sleep(1);
+        if (waited < s_spins)
+            Thread.SpinWait(100);
+        else
+            Thread.Sleep(1);
     }
 
     /// <summary>Whether the last call is done; throws when it failed on this or another rank.</summary>

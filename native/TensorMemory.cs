@@ -121,6 +121,23 @@ public sealed unsafe class TensorMemory : IDisposable
         return new DeviceBucket(this, new DeviceBuffer(_context, bytes));
     }
 
+    /// <summary>Joins a group of processes, to broadcast to their devices. Blocks until all have joined.</summary>
+    /// <param name="id">Of <see cref="TensorRanks.NewId"/>, the same for all ranks.</param>
+    /// <param name="ranks">How many there are, each on a device of its own.</param>
+    /// <param name="rank">Which of them this is.</param>
+    /// <param name="within">From now.</param>
+    /// <param name="cancellation">Ends the wait.</param>
+    /// <exception cref="CudaException">NCCL is missing, or refused.</exception>
+    /// <exception cref="TimeoutException">Not all have joined in time.</exception>
+    public TensorRanks Join(ReadOnlySpan<byte> id, int ranks, int rank, TimeSpan within, CancellationToken cancellation)
+    {
+        using Scope _ = new(this);
+        return new TensorRanks(this, new NcclCommunicator(
+            _context, MemoryMarshal.Read<ncclUniqueId>(id), ranks, rank, within, cancellation), new CudaStream(_context));
+    }
+
+    internal CudaEvent CreateEvent() => new(_context);
+
     public void Dispose()
     {
         if (_disposed)

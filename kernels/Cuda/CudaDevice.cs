@@ -172,11 +172,18 @@ internal sealed unsafe class CudaDevice : IDisposable
         return CudaEvent.CreateShared(_context);
     }
 
-    /// <inheritdoc cref="NcclCommunicator(CudaContext, ncclUniqueId, int, int, TimeSpan)"/>
-    public NcclCommunicator Connect(ncclUniqueId id, int ranks, int rank, TimeSpan deadline)
+    /// <inheritdoc cref="NcclCommunicator(CudaContext, ncclUniqueId, int, int, TimeSpan, CancellationToken)"/>
+    public NcclCommunicator Connect(ncclUniqueId id, int ranks, int rank, TimeSpan deadline, CancellationToken cancellation = default)
     {
         MakeCurrent();
-        return new NcclCommunicator(_context, id, ranks, rank, deadline);
+        return new NcclCommunicator(_context, id, ranks, rank, deadline, cancellation);
+    }
+
+    /// <summary>A stream of its own, for work that no step waits for.</summary>
+    public CudaStream CreateStream()
+    {
+        MakeCurrent();
+        return new CudaStream(_context);
     }
 
     /// <inheritdoc cref="CudaEvent(CudaContext, bool)"/>

@@ -3,8 +3,8 @@ using System.Runtime.InteropServices;
 namespace Rollout.Kernels.Cuda;
 
 /// <summary>
-/// Memory of other processes on the same GPU (CUDA IPC), and how weights are written from device memory, without a copy on the host.
-/// From any thread.
+/// Memory of other processes on the same GPU (CUDA IPC) and on others (NCCL), and how weights are written from device memory, without a
+/// copy on the host. From any thread.
 /// </summary>
 public sealed class CudaPeers
 {
@@ -12,6 +12,7 @@ public sealed class CudaPeers
     public const int HandleBytes = 64;
 
     private readonly CudaBackend _backend;
+    private volatile CudaRanks[] _ranks = []; // that were open when the last one joined
 
     internal CudaPeers(CudaBackend backend) => _backend = backend;
 
@@ -53,6 +54,24 @@ public sealed class CudaPeers
     /// <returns>Of each part in order, and of each of its pieces in order, the digest: see <see cref="TensorDigest"/>.</returns>
     /// <exception cref="ArgumentException">A part lies outside its memory, or elements outside their weight.</exception>
     public byte[] Apply(IReadOnlyList<DeviceTensor> parts) => _backend.Apply(parts);
+
+    /// <summary>Memory on the device that groups of ranks take.</summary>
+    public long RanksBytes => _ranks.Sum(ranks => ranks.Bytes);
+
+    /// <summary>Joins a group of processes that broadcast to each other's devices (NCCL). Blocks until all have joined.</summary>
+    /// <param name="id">ncclUniqueId, <see cref="CudaRanks.IdBytes"/>, the same for all ranks and used once.</param>
+    /// <param name="ranks">How many there are, each on a device of its own.</param>
+    /// <param name="rank">Which of them this is.</param>
+    /// <param name="cancellation">Ends the wait.</param>
+    /// <exception cref="CudaException">NCCL is missing, or refused.</exception>
+    /// <exception cref="TimeoutException">Not all have joined within a minute.</exception>
+    public CudaRanks Join(ReadOnlySpan<byte> id, int ranks, int rank, CancellationToken cancellation)
+    {
+        CudaRanks joined = new(_backend.Device, id, ranks, rank, cancellation);
+        lock (_backend.Device.Copies)
+            _ranks = [.. _ranks.Where(group => group.IsOpen), joined];
+        return joined;
+    }
 
     /// <summary>Copies bytes to the host.</summary>
     public void Read(DeviceBytes memory, long offset, Span<byte> destination) => _backend.Read(memory, offset, destination);

@@ -4,18 +4,24 @@ using Rollout.Native;
 namespace Rollout.Client.Torch;
 
 /// <summary>
-/// Tells a sidecar on the same GPU where tensors are (CUDA IPC). It reads them there; nothing is copied here. Allocations are named once
-/// each, however many tensors they hold. Memory that cannot be named, because it is mapped to reserved addresses (PyTorch's expandable
-/// segments), is packed into two buckets in turn.
+/// Sends tensors from a GPU's memory. A sidecar on the same GPU is told where they are (CUDA IPC) and reads them there: allocations are
+/// named once each, however many tensors they hold, and memory that cannot be named, because it is mapped to reserved addresses (PyTorch's
+/// expandable segments), is packed into two buckets in turn. To a sidecar on another GPU such buckets are broadcast (NCCL).
 /// </summary>
 internal sealed class CudaSender : IDeviceSender
 {
     /// <summary>Of a tensor whose bytes are split between buckets: the digest's pieces must not be cut.</summary>
     private const long SplitBytes = 131_072;
 
+    private const int Root = 0, Sidecar = 1, Ranks = 2;
+
     private const long MostBucketBytes = 256 << 20;
 
+    private static readonly TimeSpan s_joinWithin = TimeSpan.FromSeconds(60);
+
     private TensorMemory? _memory;
+    private TensorRanks? _ranks;
+    private byte[] _id = []; // of their group
     private DeviceBucket?[] _buckets = [null, null];
     private IReadOnlyList<DeviceTensor> _tensors = [];
     private nint _stream;
@@ -23,6 +29,9 @@ internal sealed class CudaSender : IDeviceSender
 
     /// <summary>For tests.</summary>
     internal long MaxBucketBytes { get; init; } = MostBucketBytes;
+
+    /// <summary>For tests: called before a bucket is broadcast.</summary>
+    internal Action<int>? BeforeBroadcast { get; init; }
 
     /// <summary>The tensors of the next push.</summary>
     /// <param name="tensors">At least one.</param>
@@ -40,32 +49,49 @@ internal sealed class CudaSender : IDeviceSender
             _problem = $"'{other.Name}' is not on the GPU that has '{tensors[0].Name}'";
     }
 
-    public string? WhyNot(V1.Ready ready)
+    public (PushTransport? Transport, string Reason) Choose(V1.Ready ready)
     {
         if (ready.DeviceUuid.IsEmpty)
-            return "the sidecar runs on a CPU";
+            return (null, "the sidecar runs on a CPU");
         if (_problem is not null)
-            return _problem;
-        return ready.DeviceUuid.Span.SequenceEqual(_memory!.DeviceUuid.Span) ? null
-            : $"the tensors are on GPU {Convert.ToHexStringLower(_memory.DeviceUuid.Span)}, the sidecar is on "
-                + Convert.ToHexStringLower(ready.DeviceUuid.Span);
+            return (null, _problem);
+        if (ready.DeviceUuid.Span.SequenceEqual(_memory!.DeviceUuid.Span))
+            return (PushTransport.CudaIpc, "trainer and sidecar use the same GPU");
+        string where = $"the tensors are on {Name(_memory.DeviceUuid.Span)}, the sidecar is on {Name(ready.DeviceUuid.Span)}";
+        return TensorRanks.WhyNone is { } none ? (null, $"{where}, and {none}") : (PushTransport.Nccl, where);
+
+        static string Name(ReadOnlySpan<byte> uuid) => $"GPU-{new Guid(uuid, bigEndian: true)}"; // as nvidia-smi writes it
     }
 
     public async Task<SentBy> SendAsync(UpdateCall call, PayloadLayout layout, V1.Ready ready, CancellationToken cancellationToken)
     {
-        if (_tensors.All(tensor => tensor.Shape.Contains(0) || _memory!.CanShare(tensor.Address)))
+        (PushTransport? transport, string reason) = Choose(ready);
+        if (transport == PushTransport.Nccl)
+        {
+            await BroadcastAsync(call, layout, ready, cancellationToken);
+        }
+        else if (_tensors.All(tensor => tensor.Shape.Contains(0) || _memory!.CanShare(tensor.Address)))
         {
             await call.SendAsync(new V1.UpdateRequest { CudaIpc = InPlace(layout) }, cancellationToken);
-            return new SentBy(PushTransport.CudaIpc, "trainer and sidecar use the same GPU", Hashed: false);
+        }
+        else
+        {
+            reason += "; the tensors' memory cannot be shared and was copied there";
+            await SendBucketsAsync(call, layout, cancellationToken);
         }
 
-        await SendBucketsAsync(call, layout, cancellationToken);
-        const string Reason = "trainer and sidecar use the same GPU; the tensors' memory cannot be shared and was copied there";
-        return new SentBy(PushTransport.CudaIpc, Reason, Hashed: false);
+        return new SentBy(transport!.Value, reason, Hashed: false);
+    }
+
+    public void Disconnect()
+    {
+        _ranks?.Dispose();
+        _ranks = null;
     }
 
     public void Dispose()
     {
+        Disconnect();
         foreach (DeviceBucket? bucket in _buckets)
             bucket?.Dispose();
         _buckets = [null, null];
@@ -111,20 +137,12 @@ internal sealed class CudaSender : IDeviceSender
 
     private async Task SendBucketsAsync(UpdateCall call, PayloadLayout layout, CancellationToken cancellationToken)
     {
-        long capacity = Math.Min(MaxBucketBytes, layout.PayloadBytes + SplitBytes);
         long[] ends = [0, 0]; // what must have been received before a bucket may be filled again
         int turn = 0;
-        foreach ((long from, long to) in Cuts(layout, capacity))
+        foreach ((long from, long to) in Cuts(layout, Capacity(layout)))
         {
             await call.ReceivedAsync(ends[turn], cancellationToken);
-            DeviceBucket bucket = Bucket(turn, capacity);
-            for (int i = 0; i < _tensors.Count; i++)
-            {
-                long start = (long)layout.Manifest[i].Offset, first = Math.Max(from, start), last = Math.Min(to, start + layout.Sizes[i]);
-                if (last > first)
-                    bucket.CopyFrom(first - from, _tensors[i].Address + (nint)(first - start), last - first, _stream);
-            }
-
+            DeviceBucket bucket = Fill(turn, layout, from, to);
             (nint allocation, long _) = _memory!.AllocationOf(bucket.Pointer);
             V1.CudaRange range = new()
             {
@@ -142,6 +160,66 @@ internal sealed class CudaSender : IDeviceSender
             ends[turn] = to;
             turn ^= 1;
         }
+    }
+
+    /// <summary>A bucket is filled while the one before is on its way.</summary>
+    private async Task BroadcastAsync(UpdateCall call, PayloadLayout layout, V1.Ready ready, CancellationToken cancellationToken)
+    {
+        (long From, long To)[] cuts = [.. Cuts(layout, Capacity(layout))];
+        if (cuts.Length == 0)
+            return;
+        bool joined = _ranks is not null && ready.NcclUniqueId.Span.SequenceEqual(_id);
+        if (!joined)
+        {
+            Disconnect();
+            _id = TensorRanks.NewId();
+        }
+
+        V1.Nccl message = new()
+        {
+            UniqueId = UnsafeByteOperations.UnsafeWrap(_id),
+            Rank = Sidecar,
+            Root = Root,
+            WorldSize = Ranks,
+            DeviceUuid = UnsafeByteOperations.UnsafeWrap(_memory!.DeviceUuid),
+            Buckets = { cuts.Select(cut => new V1.NcclBucket { PayloadOffset = (ulong)cut.From, Bytes = (ulong)(cut.To - cut.From) }) },
+        };
+        await call.SendAsync(new V1.UpdateRequest { Nccl = message }, cancellationToken);
+        try
+        {
+            if (!joined)
+                await Task.Run(() => _ranks = _memory.Join(_id, Ranks, Root, s_joinWithin, cancellationToken), CancellationToken.None);
+            for (int i = 0; i < cuts.Length; i++)
+            {
+                DeviceBucket bucket = Fill(i % 2, layout, cuts[i].From, cuts[i].To);
+                await Task.Run(() => _ranks!.Wait(cancellationToken), CancellationToken.None); // for the bucket before
+                BeforeBroadcast?.Invoke(i);
+                _ranks!.Broadcast(bucket, cuts[i].To - cuts[i].From, Root, _stream);
+            }
+
+            await Task.Run(() => _ranks!.Wait(cancellationToken), CancellationToken.None);
+        }
+        catch
+        {
+            cancellationToken.ThrowIfCancellationRequested(); // the sidecar says why
+            throw;
+        }
+    }
+
+    private long Capacity(PayloadLayout layout) => Math.Min(MaxBucketBytes, layout.PayloadBytes + SplitBytes);
+
+    /// <summary>Queues copying payload bytes [from, to) into a bucket.</summary>
+    private DeviceBucket Fill(int turn, PayloadLayout layout, long from, long to)
+    {
+        DeviceBucket bucket = Bucket(turn, Capacity(layout));
+        for (int i = 0; i < _tensors.Count; i++)
+        {
+            long start = (long)layout.Manifest[i].Offset, first = Math.Max(from, start), last = Math.Min(to, start + layout.Sizes[i]);
+            if (last > first)
+                bucket.CopyFrom(first - from, _tensors[i].Address + (nint)(first - start), last - first, _stream);
+        }
+
+        return bucket;
     }
 
     /// <summary>Parts of the payload of at most so many bytes, cut between tensors or between pieces of one.</summary>

@@ -12,7 +12,7 @@ public static class TorchPublishing
     /// <summary>
     /// Makes the module's parameters and persistent buffers, rounded to bfloat16, the weights the next token is drawn from: all of them
     /// or none. Names must be the Hugging Face checkpoint's; a module with these field names needs no renaming. A module on the sidecar's
-    /// GPU is read there, by CUDA IPC.
+    /// GPU is read there, by CUDA IPC; one on another GPU is broadcast to the sidecar's, by NCCL.
     /// </summary>
     /// <param name="publisher">Reuse it for the whole training run, because it keeps the shared memory.</param>
     /// <param name="module">Read during the call only.</param>
@@ -35,21 +35,21 @@ public static class TorchPublishing
 
     /// <summary>Makes tensors that are in a GPU's memory, of any framework, the weights the next token is drawn from.</summary>
     /// <param name="publisher">Reuse it for the whole training run, because it keeps what the sidecar has opened.</param>
-    /// <param name="tensors">Full tensors, all on one GPU, which must be the sidecar's.</param>
+    /// <param name="tensors">Full tensors, all on one GPU. They do not pass through the host.</param>
     /// <param name="stream">The CUDA stream (CUstream or cudaStream_t) that has written them; 0: the legacy default stream.</param>
     /// <param name="newVersion">Must be greater than the version being served; null: one more than it.</param>
     /// <param name="options">Policy, timeout.</param>
     /// <param name="cancellationToken">Until the commit is sent, cancelling leaves the old weights served.</param>
-    /// <exception cref="InvalidOperationException">The sidecar is not on the GPU that has the tensors.</exception>
+    /// <exception cref="InvalidOperationException">The sidecar cannot be reached from the GPU that has the tensors.</exception>
     /// <inheritdoc cref="PushAsync(WeightPublisher, torch.nn.Module, ulong?, PushOptions?, CancellationToken)"/>
     public static Task<PushResult> PushAsync(this WeightPublisher publisher, IReadOnlyList<DeviceTensor> tensors, nint stream = 0,
         ulong? newVersion = null, PushOptions? options = null, CancellationToken cancellationToken = default)
     {
         ArgumentNullException.ThrowIfNull(publisher);
-        options = (options ?? new PushOptions()) with { Transport = PushTransport.CudaIpc };
         TensorSource[] sources = [.. tensors.Select(tensor => new TensorSource(tensor.Name, tensor.DType, tensor.Shape,
             (_, _) => throw new InvalidOperationException($"'{tensor.Name}' is in a GPU's memory")))];
-        return publisher.PushFromAsync(sources, () => Sender(publisher, tensors, stream), newVersion, options, cancellationToken);
+        return publisher.PushFromAsync(
+            sources, () => Sender(publisher, tensors, stream), mayCopy: false, newVersion, options, cancellationToken);
     }
 
     private static async Task<PushResult> PushFromGpuAsync(WeightPublisher publisher, TorchTensor[] tensors, TensorSource[] sources,
@@ -59,7 +59,7 @@ public static class TorchPublishing
         try
         {
             return await publisher.PushFromAsync(
-                sources, () => Sender(publisher, OnDevice(), stream: 0), newVersion, options, cancellationToken);
+                sources, () => Sender(publisher, OnDevice(), stream: 0), mayCopy: true, newVersion, options, cancellationToken);
         }
         finally
         {

@@ -21,9 +21,10 @@ public sealed class TorchNativeTests
     [Fact]
     public unsafe void The_address_of_a_tensor_is_that_of_its_first_element()
     {
+        TorchNative.EnsureLoaded();
         using DisposeScope scope = torch.NewDisposeScope();
         torch.Tensor tensor = torch.arange(20, torch.float32).reshape(4, 5);
-        Assert.Equal(new Span<float>((void*)TorchNative.AddressOf(tensor), 20), tensor.data<float>().ToArray());
+        Assert.Equal(tensor.data<float>().ToArray(), new Span<float>((void*)TorchNative.AddressOf(tensor), 20).ToArray());
         Assert.Equal(TorchNative.AddressOf(tensor) + 2 * 5 * sizeof(float), TorchNative.AddressOf(tensor[2]));
     }
 

@@ -20,8 +20,8 @@ public enum UpdatePolicy
 public enum PushTransport
 {
     /// <summary>
-    /// The fastest for where the tensors are: CUDA IPC from the memory of the sidecar's own GPU; else shared memory. The result says which
-    /// and why.
+    /// The fastest for where the tensors are: CUDA IPC from the memory of the sidecar's own GPU, NCCL from that of another, shared memory
+    /// from the host's. The result says which and why.
     /// </summary>
     Auto,
 
@@ -38,6 +38,11 @@ public enum PushTransport
     /// The sidecar reads the tensors in the memory of the GPU that both use. Chosen by <see cref="Auto"/>; nothing passes through the host.
     /// </summary>
     CudaIpc,
+
+    /// <summary>
+    /// The tensors are broadcast from the trainer's GPU to the sidecar's, which is another one. Chosen by <see cref="Auto"/>.
+    /// </summary>
+    Nccl,
 }
 
 /// <summary>Where the sidecar writes the bytes.</summary>

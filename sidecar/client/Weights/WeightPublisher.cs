@@ -75,22 +75,28 @@ public sealed class WeightPublisher : IAsyncDisposable
         ulong? newVersion = null,
         PushOptions? options = null,
         CancellationToken cancellationToken = default)
-        => PushFromAsync(tensors, device: null, newVersion, options, cancellationToken);
+        => PushFromAsync(tensors, device: null, mayCopy: true, newVersion, options, cancellationToken);
 
     /// <summary>As <see cref="PushAsync"/>, of tensors that are in a GPU's memory.</summary>
     /// <param name="tensors">How to copy them to the host, where that is needed.</param>
+    /// <param name="mayCopy">Whether they may be copied to the host, where the sidecar cannot be reached from the device.</param>
     /// <param name="device">What sends them from where they are, called when it is this push's turn; null: they are on the host.</param>
     internal async Task<PushResult> PushFromAsync(
         IReadOnlyList<TensorSource> tensors,
         Func<IDeviceSender>? device,
+        bool mayCopy,
         ulong? newVersion,
         PushOptions? options,
         CancellationToken cancellationToken)
     {
         ArgumentNullException.ThrowIfNull(tensors);
         options ??= PushOptions.Default;
-        if (device is null && options.Transport == PushTransport.CudaIpc)
-            throw new ArgumentException("CUDA IPC needs tensors in a GPU's memory, and these are in the host's", nameof(options));
+        if (device is null && options.Transport is PushTransport.CudaIpc or PushTransport.Nccl)
+        {
+            throw new ArgumentException(
+                $"{options.Transport} needs tensors in a GPU's memory, and these are in the host's", nameof(options));
+        }
+
         ArgumentOutOfRangeException.ThrowIfLessThanOrEqual(options.Timeout, TimeSpan.Zero);
         ArgumentOutOfRangeException.ThrowIfLessThan(options.Parallelism, 1);
         if (options.Transport == PushTransport.File)
@@ -108,10 +114,10 @@ public sealed class WeightPublisher : IAsyncDisposable
             ulong baseVersion = options.BaseVersion ?? _served ?? await ServedAsync(options.Timeout, cancellationToken);
             // Until this push has succeeded it is not known what is served.
             _served = null;
-            bool onDevice = device is not null && options.Transport is PushTransport.Auto or PushTransport.CudaIpc;
-            IPayloadSender? host = HostSender(options, _layout);
+            bool onDevice = device is not null && options.Transport is PushTransport.Auto or PushTransport.CudaIpc or PushTransport.Nccl;
+            IPayloadSender? host = mayCopy ? HostSender(options, _layout) : null;
             using FileSender? file = host as FileSender;
-            IPayloadSender sender = onDevice ? new DeviceFirstSender(device!(), _layout, host) : host!;
+            IPayloadSender sender = onDevice ? new DeviceFirstSender(device!(), _layout, options.Transport, host) : host!;
             WeightPush push = new(_client, _layout, tensors, options, sender)
             {
                 BaseVersion = baseVersion,
@@ -121,9 +127,19 @@ public sealed class WeightPublisher : IAsyncDisposable
                 // Not before it is known that the device does not do.
                 SegmentBytes = host is SharedMemorySender && (!onDevice || _hostNeeded) ? SharedBytes(_layout.PayloadBytes) : 0,
             };
-            PushResult result = await push.RunAsync(cancellationToken);
+            PushResult result;
+            try
+            {
+                result = await push.RunAsync(cancellationToken);
+            }
+            catch
+            {
+                Device?.Disconnect();
+                throw;
+            }
+
             _hostNeeded = result.Transport == PushTransport.SharedMemory;
-            _usedDevice |= result.Transport == PushTransport.CudaIpc;
+            _usedDevice |= result.Transport is PushTransport.CudaIpc or PushTransport.Nccl;
             _served = result.Version;
             return result;
         }
@@ -171,7 +187,7 @@ public sealed class WeightPublisher : IAsyncDisposable
             new SharedMemorySender(SharedBytes(layout.PayloadBytes), () => OwnSharedMemory(layout.PayloadBytes), options.Parallelism),
         PushTransport.Inline => new InlineSender(),
         PushTransport.File => new FileSender(layout, options.Folder!, options.Parallelism),
-        PushTransport.CudaIpc => null,
+        PushTransport.CudaIpc or PushTransport.Nccl => null,
         _ => throw new ArgumentException($"unknown transport {options.Transport}"),
     };
 

@@ -16,7 +16,10 @@ internal sealed class CudaIpcTransport(Backend backend, OpenMemory memory) : ITr
     /// <summary>Allocations opened for this update: those of earlier ones are still open.</summary>
     public int Opened { get; private set; }
 
-    public PayloadSource SourceOf(UpdateRequest message, WeightUpdate update)
+    public ValueTask<PayloadSource> SourceOfAsync(UpdateRequest message, WeightUpdate update, CancellationToken cancellation)
+        => new(SourceOf(message, update));
+
+    private PayloadSource SourceOf(UpdateRequest message, WeightUpdate update)
     {
         CudaIpc ipc = message.CudaIpc;
         CheckFields(ipc);

@@ -6,7 +6,10 @@ namespace Rollout.Server.Weights;
 /// <summary>Chunks in the stream itself, stored directly from the message, whose memory is then reused for the next one.</summary>
 internal sealed class InlineTransport : ITransport
 {
-    public PayloadSource SourceOf(UpdateRequest message, WeightUpdate update)
+    public ValueTask<PayloadSource> SourceOfAsync(UpdateRequest message, WeightUpdate update, CancellationToken cancellation)
+        => new(SourceOf(message, update));
+
+    private static PayloadSource SourceOf(UpdateRequest message, WeightUpdate update)
     {
         Chunk chunk = message.Chunk;
         if (chunk.Offset > long.MaxValue)

@@ -15,6 +15,9 @@ internal sealed class OpenMemory : IDisposable
     private readonly Dictionary<ByteString, DeviceBytes> _opened = [];
     private bool _disposed;
 
+    /// <summary>What this connection receives from other devices by.</summary>
+    public OpenRanks Ranks { get; } = new();
+
     /// <summary>That of the request's connection.</summary>
     public static OpenMemory Of(HttpContext request)
     {
@@ -45,9 +48,13 @@ internal sealed class OpenMemory : IDisposable
         }
     }
 
-    /// <summary>Closes all of it. What an operation reads is closed when that ends. Returns the number of allocations.</summary>
+    /// <summary>
+    /// Closes all of it, and leaves the group of ranks. What an operation reads is closed when that ends. Returns the number of
+    /// allocations.
+    /// </summary>
     public int Release()
     {
+        Ranks.Leave();
         lock (_lock)
         {
             int count = _opened.Count;
@@ -61,5 +68,6 @@ internal sealed class OpenMemory : IDisposable
     {
         lock (_lock) _disposed = true;
         Release();
+        Ranks.Dispose();
     }
 }

@@ -9,7 +9,10 @@ namespace Rollout.Server.Weights;
 /// </summary>
 internal sealed class SafetensorsTransport : ITransport
 {
-    public PayloadSource SourceOf(UpdateRequest message, WeightUpdate update)
+    public ValueTask<PayloadSource> SourceOfAsync(UpdateRequest message, WeightUpdate update, CancellationToken cancellation)
+        => new(SourceOf(message, update));
+
+    private static PayloadSource SourceOf(UpdateRequest message, WeightUpdate update)
     {
         CheckpointFile source = message.File;
         if (!Path.IsPathFullyQualified(source.Path) || source.Path.Contains('\0'))

@@ -12,7 +12,10 @@ internal sealed class SharedMemoryTransport(SealedMemory? segment) : ITransport
 {
     private SharedMemoryFile? _file;
 
-    public PayloadSource SourceOf(UpdateRequest message, WeightUpdate update)
+    public ValueTask<PayloadSource> SourceOfAsync(UpdateRequest message, WeightUpdate update, CancellationToken cancellation)
+        => new(SourceOf(message, update));
+
+    private PayloadSource SourceOf(UpdateRequest message, WeightUpdate update)
     {
         SharedMemory window = message.SharedMemory;
         long left = update.Manifest.PayloadBytes - update.ReceivedBytes;

@@ -63,7 +63,12 @@ internal sealed class UpdateTransaction(
                 mode.ToString(), milliseconds);
             _segment = shared.Lend(begin.SegmentBytes, () => engine.Backend.AvailableBytes);
             Ready ready = new() { StagingBytes = (ulong)_update.StagingBytes, Mode = mode, Segment = ToWire(_segment) };
-            if (engine.Backend.Peers is { } peers) ready.DeviceUuid = ByteString.CopyFrom(peers.DeviceUuid.Span);
+            if (engine.Backend.Peers is { } peers)
+            {
+                ready.DeviceUuid = ByteString.CopyFrom(peers.DeviceUuid.Span);
+                ready.NcclUniqueId = memory.Ranks.Id;
+            }
+
             await ReplyAsync(new UpdateReply { Ready = ready }, linked.Token);
 
             // :: 2 and 3
@@ -165,7 +170,7 @@ internal sealed class UpdateTransaction(
         if (!chunk || ChunkBuffer.Behind(request.Chunk.Data) is null) RefuseUnknownFields(request);
         if (!_transports.TryGetValue(request.StepCase, out ITransport? transport))
             _transports.Add(request.StepCase, transport = Transport(request.StepCase));
-        using (PayloadSource source = transport.SourceOf(request, _update!))
+        using (PayloadSource source = await transport.SourceOfAsync(request, _update!, cancellation))
         {
             await _update!.OpenAsync(cancellation);
             await _update.ReadFromAsync(source, cancellation);
@@ -184,7 +189,7 @@ internal sealed class UpdateTransaction(
         UpdateRequest.StepOneofCase.SharedMemory => new SharedMemoryTransport(_segment),
         UpdateRequest.StepOneofCase.File => new SafetensorsTransport(),
         UpdateRequest.StepOneofCase.CudaIpc => new CudaIpcTransport(engine.Backend, memory),
-        _ => new NcclTransport(engine.Backend),
+        _ => new NcclTransport(engine.Backend, memory.Ranks),
     };
 
     private async Task CommitAsync(ByteString digest, CancellationToken cancellation)

@@ -31,7 +31,12 @@ public sealed class ControlTests : FakeSidecarTests
 
         reply.Memory = new V1.MemoryInUse
         {
-            Weights = 1UL << 40, Staging = 2UL << 40, KvCache = 3UL << 40, Graphs = 4UL << 40, Nccl = 5UL << 40, Free = 6UL << 40,
+            Weights = 1UL << 40,
+            Staging = 2UL << 40,
+            KvCache = 3UL << 40,
+            Graphs = 4UL << 40,
+            Nccl = 5UL << 40,
+            Free = 6UL << 40,
         };
         Fake.Weights.Says = _ => reply;
         SidecarStatus status = await Client.StatusAsync(cancellationToken: Token);

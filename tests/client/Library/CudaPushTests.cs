@@ -72,6 +72,97 @@ public sealed class CudaPushTests : IAsyncLifetime
         }
     }
 
+    /// <summary>The sidecar is on the second of two devices: NCCL, by a group that is joined once.</summary>
+    [Theory]
+    [InlineData(UpdateMode.Staged, 150_000)]
+    [InlineData(UpdateMode.InPlace, 150_000)]
+    [InlineData(UpdateMode.Staged, 256 << 20)]
+    public async Task From_another_device_tensors_are_broadcast(UpdateMode mode, long bucket)
+    {
+        await StartAsync("cuda:1");
+        List<(TensorSource Source, byte[] Bytes)> tensors = Changed(GoldenTensors.Of("qwen3"));
+        string original = await BitsAsync();
+        await using WeightPublisher host = new(_client);
+        PushResult sent = await host.PushAsync([.. tensors.Select(tensor => tensor.Source)], cancellationToken: Token);
+        string changed = await BitsAsync();
+        Assert.NotEqual(original, changed);
+        await host.PushAsync([.. GoldenTensors.Of("qwen3").Select(tensor => tensor.Source)], cancellationToken: Token);
+
+        PushOptions options = new() { Mode = mode };
+        await using (WeightPublisher publisher = new(_client) { Device = new CudaSender { MaxBucketBytes = bucket } })
+        {
+            DeviceTensor[] onDevice = Upload(tensors, shareable: true);
+            for (ulong version = 3; version < 6; version++)
+            {
+                PushResult pushed = await publisher.PushAsync(onDevice, options: options, cancellationToken: Token);
+                Assert.Equal((version, PushTransport.Nccl, sent.Digest), (pushed.Version, pushed.Transport, pushed.Digest));
+                Assert.StartsWith("the tensors are on GPU-", pushed.TransportReason, StringComparison.Ordinal);
+                Assert.Equal((changed, 1), (await BitsAsync(), SimulatedDevice.Communicators));
+                Assert.InRange((await _client.StatusAsync(cancellationToken: Token)).Memory.Nccl, 1, 1 << 20);
+            }
+
+            // The sidecar has left the group, as one that was restarted would have: a new one is joined.
+            await _client.Weights.ReleaseMemoryAsync(new V1.ReleaseMemoryRequest(), cancellationToken: Token);
+            Assert.Equal(0, (await _client.StatusAsync(cancellationToken: Token)).Memory.Nccl);
+            Assert.Equal(6ul, (await publisher.PushAsync(onDevice, options: options, cancellationToken: Token)).Version);
+            Assert.Equal(1, SimulatedDevice.Communicators);
+            InvalidOperationException refused = await Assert.ThrowsAsync<InvalidOperationException>(() => publisher.PushAsync(
+                onDevice, options: options with { Transport = PushTransport.CudaIpc }, cancellationToken: Token));
+            Assert.StartsWith("CudaIpc cannot be used: the tensors are on GPU-", refused.Message, StringComparison.Ordinal);
+        }
+
+        Assert.Equal(0, SimulatedDevice.Communicators);
+        Assert.Equal(changed, await BitsAsync());
+    }
+
+    /// <summary>A trainer whose sidecar dies, or stops, in the middle of a broadcast is not left waiting, and keeps nothing.</summary>
+    [Theory]
+    [InlineData("KILL")]
+    [InlineData("STOP")]
+    public async Task A_broadcast_ends_when_the_sidecar_is_gone(string signal)
+    {
+        await StartAsync("cuda:1");
+        DeviceTensor[] onDevice = Upload(GoldenTensors.Of("qwen3"), shareable: true);
+        int broadcasts = 0;
+        await using WeightPublisher publisher = new(_client)
+        {
+            Device = new CudaSender
+            {
+                MaxBucketBytes = 150_000,
+                BeforeBroadcast = i =>
+                {
+                    broadcasts++;
+                    if (i == 2)
+                        Signal(signal);
+                },
+            },
+        };
+        PushOptions options = new() { Timeout = TimeSpan.FromSeconds(3) };
+        await Assert.ThrowsAnyAsync<RolloutException>(() => publisher.PushAsync(onDevice, options: options, cancellationToken: Token)
+            .WaitAsync(TimeSpan.FromSeconds(20), Token));
+        Assert.InRange(broadcasts, 3, 5);
+        Assert.Equal(0, SimulatedDevice.Communicators);
+        if (signal == "KILL")
+            return;
+        Signal("CONT");
+
+        // The sidecar goes on, and serves what it did: it has noticed that the trainer gave up.
+        for (SidecarStatus status = await _client.StatusAsync(cancellationToken: Token); status.Updating || status.Memory.Nccl > 0;)
+        {
+            await Task.Delay(20, Token);
+            status = await _client.StatusAsync(cancellationToken: Token);
+        }
+
+        Assert.Equal(0ul, (await _client.StatusAsync(cancellationToken: Token)).Version);
+        await BitsAsync();
+    }
+
+    private void Signal(string name)
+    {
+        using System.Diagnostics.Process kill = System.Diagnostics.Process.Start("kill", [$"-{name}", $"{_sidecar!.ProcessId}"]);
+        kill.WaitForExit();
+    }
+
     /// <summary>A trainer that computes in fp32 sends fp32; the sidecar rounds matrices as the trainer would, and keeps vectors.</summary>
     [Fact]
     public async Task Matrices_of_32_bits_are_rounded_by_the_sidecar()
@@ -127,7 +218,7 @@ public sealed class CudaPushTests : IAsyncLifetime
         await using WeightPublisher publisher = new(_client);
         InvalidOperationException refused = await Assert.ThrowsAsync<InvalidOperationException>(
             () => publisher.PushAsync(onDevice, cancellationToken: Token));
-        Assert.Equal($"CUDA IPC was asked for, and cannot be used: {NoIpc}", refused.Message);
+        Assert.Equal($"a GPU's transport cannot be used: {NoIpc}", refused.Message);
         Assert.Equal(0ul, (await _client.StatusAsync(cancellationToken: Token)).Version);
 
         // Where the tensors can also be copied to the host, that is what happens, from the second push on by the sidecar's own memory.
@@ -135,7 +226,8 @@ public sealed class CudaPushTests : IAsyncLifetime
         publisher.Device = sender;
         for (ulong version = 1; version < 4; version++)
         {
-            PushResult pushed = await publisher.PushFromAsync([.. tensors.Select(tensor => tensor.Source)], Use, null, null, Token);
+            PushResult pushed = await publisher.PushFromAsync(
+                [.. tensors.Select(tensor => tensor.Source)], Use, mayCopy: true, null, null, Token);
             Assert.Equal(
                 (version, PushTransport.SharedMemory, NoIpc), (pushed.Version, pushed.Transport, pushed.TransportReason));
         }
@@ -190,6 +282,7 @@ public sealed class CudaPushTests : IAsyncLifetime
     private async Task StartAsync(string device)
     {
         SimulatedDevice.RequireSimulated();
+        Environment.SetEnvironmentVariable("ROLLOUT_SIM_DEVICES", "2"); // the sidecar's; this process reads its variables at its start
         string program = typeof(CudaPushTests).Assembly.GetCustomAttributes<AssemblyMetadataAttribute>()
             .Single(attribute => attribute.Key == "RolloutProgram").Value!;
         SidecarOptions options = new()

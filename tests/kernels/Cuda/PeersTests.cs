@@ -17,6 +17,8 @@ public sealed class PeersTests
 
     private static readonly TimeSpan s_deadline = TimeSpan.FromSeconds(30);
 
+    private static CancellationToken Cancelled => TestContext.Current.CancellationToken;
+
     // ---- CUDA IPC.
 
     [Fact]
@@ -138,7 +140,7 @@ public sealed class PeersTests
         using CudaDevice device = new(0);
         ncclUniqueId id = NcclCommunicator.NewId();
         using OtherProcess one = Rank(1, 3, id, "broadcast"), two = Rank(2, 3, id, "broadcast");
-        using (NcclCommunicator communicator = device.Connect(id, 3, 0, s_deadline))
+        using (NcclCommunicator communicator = device.Connect(id, 3, 0, s_deadline, Cancelled))
             Broadcasts(device, communicator, 0);
         await one.Succeeded();
         await two.Succeeded();
@@ -176,7 +178,7 @@ public sealed class PeersTests
         using CudaDevice device = new(0);
         int before = SimulatedDevice.Communicators;
         TimeoutException error = Assert.Throws<TimeoutException>(
-            () => device.Connect(NcclCommunicator.NewId(), 2, 0, TimeSpan.FromSeconds(0.1)));
+            () => device.Connect(NcclCommunicator.NewId(), 2, 0, TimeSpan.FromSeconds(0.1), Cancelled));
         Assert.Equal("NCCL: not all of 2 ranks joined within 0.1 s.", error.Message);
         Assert.Equal(before, SimulatedDevice.Communicators);
     }
@@ -188,7 +190,7 @@ public sealed class PeersTests
         SimulatedDevice.RequireSimulated();
         using CudaDevice device = new(0);
         int before = SimulatedDevice.Communicators;
-        CudaException error = Assert.Throws<CudaException>(() => device.Connect(NcclCommunicator.NewId(), 1025, 0, s_deadline));
+        CudaException error = Assert.Throws<CudaException>(() => device.Connect(NcclCommunicator.NewId(), 1025, 0, s_deadline, Cancelled));
         Assert.Equal("ncclCommInitRankConfig (rank 0 of 1025): internal error", error.Message);
         Assert.Equal(before, SimulatedDevice.Communicators);
     }
@@ -212,7 +214,7 @@ public sealed class PeersTests
         using CudaDevice device = new(0);
         using NcclCommunicator communicator = device.Connect(
             Of<ncclUniqueId>(Environment.GetEnvironmentVariable(HandleVariable)!),
-            int.Parse(ranks[1], CultureInfo.InvariantCulture), rank, s_deadline);
+            int.Parse(ranks[1], CultureInfo.InvariantCulture), rank, s_deadline, Cancelled);
         switch (Environment.GetEnvironmentVariable(WhatVariable))
         {
             case "broadcast":
@@ -228,7 +230,7 @@ public sealed class PeersTests
                 using (DeviceBuffer buffer = device.AllocateZeroed(10))
                 {
                     communicator.Broadcast(buffer.Pointer, buffer.Pointer, 10, 1, device.Stream, s_deadline);
-                    communicator.Synchronize(device.Stream, s_deadline);
+                    communicator.Synchronize(device.Stream, s_deadline, Cancelled);
                 }
 
                 break;
@@ -254,7 +256,7 @@ public sealed class PeersTests
 
         for (int i = 0; i < roots.Length; i++)
             communicator.Broadcast(buffers[i].Pointer, buffers[i].Pointer, Bytes, roots[i], device.Stream, s_deadline);
-        communicator.Synchronize(device.Stream, s_deadline);
+        communicator.Synchronize(device.Stream, s_deadline, Cancelled);
         for (int i = 0; i < roots.Length; i++)
         {
             byte[] read = new byte[Bytes];
@@ -274,7 +276,7 @@ public sealed class PeersTests
         {
             ncclUniqueId id = NcclCommunicator.NewId();
             Peer = Rank(1, 2, id, what);
-            Communicator = _device.Connect(id, 2, 0, s_deadline);
+            Communicator = _device.Connect(id, 2, 0, s_deadline, Cancelled);
             _buffer = _device.AllocateZeroed(Bytes);
         }
 
@@ -286,7 +288,7 @@ public sealed class PeersTests
         public void Receive(TimeSpan deadline)
         {
             Communicator.Broadcast(_buffer.Pointer, _buffer.Pointer, Bytes, 1, _device.Stream, s_deadline);
-            Communicator.Synchronize(_device.Stream, deadline);
+            Communicator.Synchronize(_device.Stream, deadline, Cancelled);
         }
 
         public void GoesOn()

@@ -197,6 +197,16 @@ public sealed class CudaIpcTests(CudaServer server) : IClassFixture<CudaServer>,
         Assert.NotEqual(here, there);
         await FailsAsync($"allocations[0] is on device {there}, and this server runs on {here}, cuda:0", [other.All(s_reversed)]);
 
+        Nccl nccl = new()
+        {
+            UniqueId = ByteString.CopyFrom(new byte[128]),
+            DeviceUuid = holder.Handles.Allocations[0].DeviceUuid,
+            WorldSize = 2,
+            Rank = 1,
+            Buckets = { new NcclBucket { Bytes = all } },
+        };
+        await FailsAsync("two ranks on one device, and the sender is on this server's: send cuda_ipc", [new UpdateRequest { Nccl = nccl }]);
+
         byte[] flipped = [.. s_reversed.Bytes];
         flipped[s_reversed.Manifest[3].Offset] ^= 1;
         await holder.WriteAsync(flipped);

@@ -69,7 +69,7 @@ public sealed class ModeTests : IAsyncLifetime
             ("aborted", [abort]),
             ("gap", [chunks[^1]]),
             ("too early", [s_reversed.Commit()]),
-            ("device", [new UpdateRequest { Nccl = new Nccl { UniqueId = ByteString.CopyFrom(new byte[128]) } }]),
+            ("device", [new UpdateRequest { Nccl = Ranks(new NcclBucket { Bytes = 16 }) }]),
         ];
         ulong version = 0;
         foreach ((string name, UpdateRequest[] end) in ends)
@@ -207,16 +207,27 @@ public sealed class ModeTests : IAsyncLifetime
         }
     }
 
+    /// <summary>A message without faults, but for the buckets given.</summary>
+    private static Nccl Ranks(params NcclBucket[] buckets) => new()
+    {
+        UniqueId = ByteString.CopyFrom(new byte[128]),
+        DeviceUuid = ByteString.CopyFrom(new byte[16]),
+        WorldSize = 2,
+        Rank = 1,
+        Buckets = { buckets },
+    };
+
     [Fact]
     public async Task Device_transports_are_refused_with_what_is_missing_or_malformed()
     {
         static ByteString Zeros(int count) => ByteString.CopyFrom(new byte[count]);
         CudaAllocation allocation = new() { Kind = CudaHandleKind.Legacy, Handle = Zeros(64), DeviceUuid = Zeros(16) };
         CudaRange range = new() { Bytes = 16 };
+        Nccl ranks = Ranks(new NcclBucket { Bytes = 16 });
         (string Reason, UpdateRequest Request)[] sound =
         [
             ("cuda_ipc needs a CUDA device", new() { CudaIpc = new CudaIpc { Allocations = { allocation }, Ranges = { range } } }),
-            ("does not receive nccl", new() { Nccl = new Nccl { UniqueId = Zeros(128), WorldSize = 2, Rank = 1 } }),
+            ("nccl needs a CUDA device", new() { Nccl = Ranks(new NcclBucket { Bytes = 16 }) }),
         ];
         foreach ((string reason, UpdateRequest request) in sound)
         {
@@ -238,8 +249,19 @@ public sealed class ModeTests : IAsyncLifetime
             ("ranges[1] begins at payload byte 15, the one before it ends at 16",
                 Ipc([allocation], [range, new() { PayloadOffset = 15, Bytes = 1 }])),
             ("ready_event has 3 bytes", new() { CudaIpc = new(Ipc([allocation], [range]).CudaIpc) { ReadyEvent = Zeros(3) } }),
-            ("unique_id has 0 bytes", new() { Nccl = new Nccl() }),
-            ("device_uuid has 17 bytes", new() { Nccl = new Nccl { UniqueId = Zeros(128), DeviceUuid = Zeros(17) } }),
+            ("unique_id has 0 bytes", new() { Nccl = new Nccl(ranks) { UniqueId = ByteString.Empty } }),
+            ("device_uuid has 17 bytes", new() { Nccl = new Nccl(ranks) { DeviceUuid = Zeros(17) } }),
+            ("world_size must be between 2 and 4096, it is 1", new() { Nccl = new Nccl(ranks) { WorldSize = 1 } }),
+            ("rank 2 is not one of 2", new() { Nccl = new Nccl(ranks) { Rank = 2 } }),
+            ("root 7 is not one of 2", new() { Nccl = new Nccl(ranks) { Root = 7 } }),
+            ("root and rank are both 1", new() { Nccl = new Nccl(ranks) { Root = 1 } }),
+            ("names no buckets", new() { Nccl = Ranks() }),
+            ("buckets[0] has 0 bytes", new() { Nccl = Ranks(new NcclBucket()) }),
+            ("buckets[0] has 1073741825 bytes", new() { Nccl = Ranks(new NcclBucket { Bytes = (1 << 30) + 1 }) }),
+            ("buckets[1] begins at payload byte 7", new()
+            {
+                Nccl = Ranks(new NcclBucket { Bytes = 8 }, new NcclBucket { PayloadOffset = 7, Bytes = 8 }),
+            }),
         ];
         foreach ((string reason, UpdateRequest request) in malformed)
         {

@@ -17,26 +17,39 @@ internal interface IPayloadSender
 }
 
 /// <summary>
-/// Sends tensors that are in the memory of a GPU, where the sidecar can reach that. Kept by a publisher from push to push.
+/// Sends tensors that are in the memory of a GPU, where the sidecar can be reached from there. Kept by a publisher from push to push.
 /// </summary>
 internal interface IDeviceSender : IDisposable
 {
-    /// <summary>Null where the sidecar can read the tensors on the device; else why it cannot, in a sentence.</summary>
-    string? WhyNot(V1.Ready ready);
+    /// <summary>CUDA IPC or NCCL, and why; null where only the host is left, and why.</summary>
+    (PushTransport? Transport, string Reason) Choose(V1.Ready ready);
 
-    /// <summary>Tells the sidecar where the payload is; the sidecar's progress says when it has been read.</summary>
+    /// <summary>Sends the payload as chosen; the sidecar's progress says when it has been read.</summary>
     Task<SentBy> SendAsync(UpdateCall call, PayloadLayout layout, V1.Ready ready, CancellationToken cancellationToken);
+
+    /// <summary>A push has failed, at any point: connections between the devices may be broken, and are not kept.</summary>
+    void Disconnect();
 }
 
-/// <summary>On the device where the sidecar can reach it there, else through the host; without a host sender, not at all.</summary>
-internal sealed class DeviceFirstSender(IDeviceSender device, PayloadLayout layout, IPayloadSender? host) : IPayloadSender
+/// <summary>From the device where that can be done, else through the host, or not at all.</summary>
+/// <param name="device">Of the tensors.</param>
+/// <param name="layout">The payload.</param>
+/// <param name="wanted">A transport, or Auto.</param>
+/// <param name="host">Null: the tensors must not pass through the host.</param>
+internal sealed class DeviceFirstSender(IDeviceSender device, PayloadLayout layout, PushTransport wanted, IPayloadSender? host)
+    : IPayloadSender
 {
     public async Task<SentBy> SendAsync(UpdateCall call, PayloadWriter payload, V1.Ready ready, CancellationToken cancellationToken)
     {
-        if (device.WhyNot(ready) is not { } why)
+        (PushTransport? transport, string reason) = device.Choose(ready);
+        if (transport is not null && (wanted == PushTransport.Auto || wanted == transport))
             return await device.SendAsync(call, layout, ready, cancellationToken);
-        if (host is null)
-            throw new InvalidOperationException($"CUDA IPC was asked for, and cannot be used: {why}");
-        return await host.SendAsync(call, payload, ready, cancellationToken) with { Reason = why };
+        if (host is null || wanted != PushTransport.Auto)
+        {
+            string what = wanted == PushTransport.Auto ? "a GPU's transport" : $"{wanted}";
+            throw new InvalidOperationException($"{what} cannot be used: {reason}");
+        }
+
+        return await host.SendAsync(call, payload, ready, cancellationToken) with { Reason = reason };
     }
 }
