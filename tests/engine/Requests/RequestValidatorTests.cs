@@ -46,6 +46,8 @@ public sealed class RequestValidatorTests
             (s_good with { MaxTokens = 41 }, "MaxTokens"),
             (s_good with { MaxTokens = int.MaxValue }, "MaxTokens"),
             (s_good with { MaxTokens = -1, MinTokens = -1 }, "MaxTokens MinTokens"),
+            (s_good with { MaxTokens = -1, PromptLogProbs = true }, "MaxTokens"),
+            (s_good with { MaxTokens = 1, Prompt = new int[Context] }, "MaxTokens"),
             (s_good with { MaxTokens = 0 }, "MaxTokens"),
             (s_good with { MaxTokens = 0, PromptLogProbs = true, N = 2 }, "N"),
             (s_good with { MinTokens = 41 }, "MinTokens"),
