@@ -4,7 +4,7 @@ using Rollout.Kernels.Cuda;
 
 namespace Rollout.Engine;
 
-/// <summary>One tensor of a payload being written to its place in a weight set: hashed as sent, stored in the device's layout.</summary>
+/// <summary>One tensor of a payload, or a slice of one, being written to its place in a weight set: hashed as sent, stored in the device's layout.</summary>
 internal sealed class IncomingTensor
 {
     /// <summary>Of a tensor sent whole, about what one core takes: large tensors are cut for all cores.</summary>
@@ -15,6 +15,7 @@ internal sealed class IncomingTensor
     private readonly WeightSet _destination;
     private readonly uint[]? _indices; // of the values that follow; null: all elements, in order
     private readonly byte[] _pieces;   // digests
+    private readonly long _firstElement; // of the tensor's: where a slice begins
 
     public IncomingTensor(ManifestTensor tensor, LoadEntry entry, Backend backend, WeightSet set)
     {
@@ -23,12 +24,15 @@ internal sealed class IncomingTensor
         _destination = set;
         Entry = entry;
         Bytes = tensor.Bytes;
+        _firstElement = tensor.FirstRow * tensor.RowElements;
         _pieces = new byte[TensorDigest.Pieces(Bytes) * TensorDigest.Length];
         if (tensor.SparseCount is { } count) _indices = new uint[count];
         Ranges = Cut();
     }
 
     public string Name => _tensor.Name;
+
+    public long FirstRow => _tensor.FirstRow;
 
     public LoadEntry Entry { get; }
 
@@ -65,16 +69,21 @@ internal sealed class IncomingTensor
     /// <summary><see cref="TensorDigest"/> of the bytes sent. Valid once all bytes have been taken.</summary>
     public byte[] Digest() => TensorDigest.OfPieces(_pieces);
 
-    /// <summary>The tensor once served. Of a tensor sent in part, only which pieces of the whole one change.</summary>
-    public ServedTensor Served(byte[] digest) => _indices is null
-        ? new ServedTensor(new DescribedWeight(_tensor.Name, _tensor.Type, _tensor.Shape, digest), _pieces, [])
-        : new ServedTensor(new DescribedWeight(_tensor.Name, _tensor.Type, _tensor.Shape, []), null, ChangedPieces());
+    /// <summary>
+    /// The tensor once served. Of one sent in part, only which pieces of the whole one change; of one sent in slices, that all do.
+    /// </summary>
+    public ServedTensor Served(byte[] digest)
+    {
+        DescribedWeight description = new(_tensor.Name, _tensor.Type, _tensor.Shape, _tensor.IsWhole ? digest : []);
+        if (_indices is not null) return new ServedTensor(description, null, ChangedPieces());
+        return _tensor.IsWhole ? new ServedTensor(description, _pieces, []) : ServedTensor.NotHashed(description);
+    }
 
     // ---- For its ranges.
 
-    /// <summary>Elements that are in device memory, from <paramref name="element"/> of the tensor on, and where they go.</summary>
+    /// <summary>Elements that are in device memory, from <paramref name="element"/> of those sent on, and where they go.</summary>
     public DeviceTensor OnDevice(DeviceBytes memory, long offset, long element, long bytes)
-        => new(memory, offset, bytes, _tensor.Type, Entry.Places(_destination, element, bytes / ElementBytes));
+        => new(memory, offset, bytes, _tensor.Type, Entry.Places(_destination, _firstElement + element, bytes / ElementBytes));
 
     /// <summary>Records the digests of pieces, the first beginning at a byte of the tensor.</summary>
     public void TakeDigests(long position, ReadOnlySpan<byte> digests)
@@ -99,12 +108,12 @@ internal sealed class IncomingTensor
         }
     }
 
-    /// <summary>Stores whole units, the first element being <paramref name="element"/>: of the tensor, or of those sent.</summary>
+    /// <summary>Stores whole units, the first element being <paramref name="element"/> of those sent.</summary>
     public void Store(long element, ReadOnlySpan<byte> values)
     {
         if (_indices is null)
         {
-            Entry.Write(_backend, _destination, element, values, _tensor.Type);
+            Entry.Write(_backend, _destination, _firstElement + element, values, _tensor.Type);
             return;
         }
 

@@ -22,6 +22,14 @@ internal sealed record ServedTensor(DescribedWeight Description, byte[]? Pieces,
 {
     public string Name => Description.Name;
 
+    /// <summary>A tensor that came in slices: every piece is to be hashed.</summary>
+    public static ServedTensor NotHashed(DescribedWeight description)
+    {
+        long elements = description.Shape.Aggregate(1L, (product, length) => product * length);
+        int pieces = TensorDigest.Pieces(elements * description.Type.Size());
+        return new ServedTensor(description, new byte[pieces * TensorDigest.Length], [.. Enumerable.Range(0, pieces)]);
+    }
+
     /// <summary>Whether the digest is not known but can be computed from the weights.</summary>
     public bool IsStale => Pieces is not null && Changed.Length > 0;
 

@@ -139,14 +139,19 @@ internal sealed class ServedWeights(Backend backend, LoadPlan plan, WeightSet lo
     {
         IReadOnlyList<ServedTensor> tensors;
         lock (_lock) tensors = _tensors; // only this update can commit; others that are hashed meanwhile are hashed again
-        if (!update.Manifest.Tensors.Any(tensor => tensor.SparseCount is not null))
+        if (update.Manifest.Tensors.All(tensor => tensor.IsWhole))
             return update.Manifest.Partial ? With(tensors, sent) : sent;
         Dictionary<string, ServedTensor> byName = tensors.ToDictionary(tensor => tensor.Name);
-        ServedTensor[] changed = [.. sent.Zip(update.Manifest.Tensors, (tensor, manifest)
-            => manifest.SparseCount is null || !byName.TryGetValue(tensor.Name, out ServedTensor? old)
-                ? tensor
-                : old.With(tensor, HoldsExactly(tensor.Description)))];
+        ServedTensor[] changed = [.. sent.Zip(update.Manifest.Tensors, After).DistinctBy(tensor => tensor.Name)];
         return update.Manifest.Partial ? With(tensors, changed) : changed;
+
+        ServedTensor After(ServedTensor tensor, ManifestTensor manifest)
+        {
+            if (manifest.IsWhole) return tensor;
+            bool exact = HoldsExactly(tensor.Description);
+            if (manifest.SparseCount is null) return exact ? tensor : tensor with { Pieces = null, Changed = [] };
+            return byName.TryGetValue(tensor.Name, out ServedTensor? old) ? old.With(tensor, exact) : tensor;
+        }
     }
 
     /// <summary>Called by the loop between two steps: puts the update's weights in service.</summary>
@@ -261,7 +266,9 @@ internal sealed class ServedWeights(Backend backend, LoadPlan plan, WeightSet lo
         foreach (LoadPiece piece in PiecesOf(update.Manifest.Tensors)) update.Destination.Changing(piece.Slot);
     }
 
-    private IEnumerable<LoadPiece> PiecesOf(IEnumerable<ManifestTensor> tensors) => tensors.SelectMany(tensor => plan[tensor.Name].Pieces);
+    /// <summary>Of each tensor once, however many slices it has.</summary>
+    private IEnumerable<LoadPiece> PiecesOf(IEnumerable<ManifestTensor> tensors)
+        => tensors.Select(tensor => tensor.Name).Distinct().SelectMany(name => plan[name].Pieces);
 
     private static DescribedWeight[] Descriptions(IReadOnlyList<ServedTensor> tensors) => [.. tensors.Select(tensor => tensor.Description)];
 
@@ -280,7 +287,7 @@ internal sealed class ServedWeights(Backend backend, LoadPlan plan, WeightSet lo
 
     /// <summary>Whether every weight of a tensor holds all values of its type, so that what was sent can be read back.</summary>
     private bool HoldsExactly(DescribedWeight tensor) => plan[tensor.Name].Pieces.All(piece =>
-        tensor.Type == DType.BFloat16 // a matrix of int8 does not take single elements
+        (tensor.Type == DType.BFloat16 && (plan.Weights[piece.Slot.Index].IsVector || backend.WeightFormat != WeightFormat.Int8))
         || (tensor.Type == DType.Float32
             && (plan.Weights[piece.Slot.Index].IsVector || backend.WeightFormat == WeightFormat.Float32)));
 

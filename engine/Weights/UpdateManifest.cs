@@ -31,7 +31,9 @@ public enum UpdateMode
     InPlace,
 }
 
-/// <summary>One tensor of an update: its Hugging Face name, the type and full shape, and where in the payload its bytes are.</summary>
+/// <summary>
+/// One tensor of an update, or a slice of one: its Hugging Face name, the type and full shape, and where in the payload its bytes are.
+/// </summary>
 /// <param name="Name">The checkpoint's.</param>
 /// <param name="Type">Of the bytes sent.</param>
 /// <param name="Shape">Of the full tensor.</param>
@@ -42,19 +44,38 @@ public enum UpdateMode
 /// </param>
 public readonly record struct ManifestTensor(string Name, DType Type, IReadOnlyList<long> Shape, long Offset, long? SparseCount = null)
 {
+    /// <summary>The first index of dimension 0 that is sent; 0 unless a slice is.</summary>
+    public long FirstRow { get; init; }
+
+    /// <summary>
+    /// How many indices of dimension 0 are sent: a slice, of which one tensor may have several, anywhere in the manifest. Null: all.
+    /// </summary>
+    public long? Rows { get; init; }
+
     /// <summary>Of the full tensor.</summary>
-    public long Elements
+    public long Elements => Shape.Count == 0 ? 1 : Shape[0] * RowElements;
+
+    /// <summary>At one index of dimension 0: of a vector, 1.</summary>
+    public long RowElements
     {
         get
         {
             long product = 1;
-            for (int i = 0; i < Shape.Count; i++) product *= Shape[i];
+            for (int i = 1; i < Shape.Count; i++) product *= Shape[i];
             return product;
         }
     }
 
+    /// <summary>Whether every element is sent with it.</summary>
+    public bool IsWhole => SparseCount is null && (Rows is null || Rows == Shape[0]);
+
+    /// <summary>Of the bytes that are sent: a slice's own.</summary>
+    public IReadOnlyList<long> SentShape => Rows is { } rows ? [rows, .. Shape.Skip(1)] : Shape;
+
     /// <summary>In the payload.</summary>
-    public long Bytes => SparseCount is { } count ? count * (sizeof(uint) + Type.Size()) : Elements * Type.Size();
+    public long Bytes => SparseCount is { } count
+        ? count * (sizeof(uint) + Type.Size())
+        : (Rows is { } rows ? rows * RowElements : Elements) * Type.Size();
 }
 
 /// <summary>Everything the preflight checks before a byte is sent.</summary>

@@ -21,15 +21,22 @@ internal static class UpdatePreflight
         if (poison is not null && !manifest.IsFull)
             problems.Add(new(nameof(manifest.Tensors), $"only a full update, every tensor whole, can follow: {poison}"));
 
-        HashSet<string> seen = new(manifest.Tensors.Count);
+        Dictionary<string, List<ManifestTensor>> named = new(manifest.Tensors.Count);
+        HashSet<string> wrong = [];
         long end = 0;
         string? before = null;
         foreach (ManifestTensor tensor in manifest.Tensors)
         {
-            if (!seen.Add(tensor.Name)) problems.Add(new(Field(tensor.Name), "named twice"));
+            if (!named.TryGetValue(tensor.Name, out List<ManifestTensor>? slices)) named.Add(tensor.Name, slices = []);
+            slices.Add(tensor);
             int found = problems.Found;
             CheckTensor(tensor, plan, format, problems);
-            if (problems.Found > found) continue; // its length is not known
+            if (problems.Found > found)
+            {
+                wrong.Add(tensor.Name);
+                continue; // its length is not known
+            }
+
             if (tensor.Offset < end)
             {
                 problems.Add(new(Field(tensor.Name), before is null
@@ -44,11 +51,21 @@ internal static class UpdatePreflight
             before = tensor.Name;
         }
 
+        foreach ((string name, List<ManifestTensor> slices) in named)
+        {
+            if (slices.Count > 1 && slices.Exists(slice => slice.Rows is null)) problems.Add(new(Field(name), "named twice"));
+            else if (!wrong.Contains(name)) CheckSlices(name, slices, problems);
+        }
+
         foreach (LoadEntry entry in plan.Entries)
         {
-            if (entry.Tied && seen.Contains(entry.Source) && !seen.Contains(entry.TiedTo))
+            bool isNamed = named.TryGetValue(entry.Source, out List<ManifestTensor>? slices);
+            if (!manifest.Partial && !entry.Tied && !isNamed) problems.Add(new(Field(entry.Source), "missing"));
+            if (!entry.Tied || !isNamed) continue;
+            if (!named.TryGetValue(entry.TiedTo, out List<ManifestTensor>? originals))
                 problems.Add(new(Field(entry.Source), $"is tied to '{entry.TiedTo}': send that too, or only that"));
-            if (!manifest.Partial && !entry.Tied && !seen.Contains(entry.Source)) problems.Add(new(Field(entry.Source), "missing"));
+            else if (!Cuts(slices!).SequenceEqual(Cuts(originals))) // their bytes are compared slice by slice
+                problems.Add(new(Field(entry.Source), $"is tied to '{entry.TiedTo}': send both in the same slices, or only that"));
         }
 
         // Gaps are for alignment; a payload that is mostly gaps is a mistake that would cost memory.
@@ -75,6 +92,19 @@ internal static class UpdatePreflight
             return;
         }
 
+        if (tensor.Rows is not { } rows)
+        {
+            if (tensor.FirstRow != 0) problems.Add(new(Field(tensor.Name), $"first row {tensor.FirstRow}, and no number of rows"));
+        }
+        else if (tensor.SparseCount is not null)
+        {
+            problems.Add(new(Field(tensor.Name), "a slice cannot be sparse"));
+        }
+        else if (rows < 1 || tensor.FirstRow < 0 || tensor.FirstRow > entry.Shape[0] - rows)
+        {
+            problems.Add(new(Field(tensor.Name), $"{rows} rows from row {tensor.FirstRow} on cannot be sent: it has {entry.Shape[0]}"));
+        }
+
         if (tensor.SparseCount is not { } count) return;
         if (format == WeightFormat.Int8 && entry.RowElements > 1)
             problems.Add(new(Field(tensor.Name), "is stored as int8, where elements share a scale with their row: send it whole"));
@@ -84,6 +114,27 @@ internal static class UpdatePreflight
             problems.Add(new(Field(tensor.Name), $"{count} of its {entry.Elements} elements cannot be sent"));
         if (entry.Tied) problems.Add(new(Field(tensor.Name), $"is tied to '{entry.TiedTo}': send it whole or not at all"));
     }
+
+    /// <summary>The slices of a tensor have one type and are all of it, each row once.</summary>
+    private static void CheckSlices(string name, List<ManifestTensor> slices, ProblemList problems)
+    {
+        if (slices.Exists(slice => slice.Type != slices[0].Type))
+            problems.Add(new(Field(name), $"its slices differ in dtype: {string.Join(", ", slices.Select(slice => slice.Type).Distinct())}"));
+        long next = 0;
+        foreach (ManifestTensor slice in slices.OrderBy(slice => slice.FirstRow))
+        {
+            long end = slice.FirstRow + (slice.Rows ?? slice.Shape[0]);
+            if (slice.FirstRow > next) problems.Add(new(Field(name), $"rows {next} to {slice.FirstRow - 1} are in no slice"));
+            if (slice.FirstRow < next)
+                problems.Add(new(Field(name), $"rows {slice.FirstRow} to {Math.Min(next, end) - 1} are in two slices"));
+            next = Math.Max(next, end);
+        }
+
+        if (next < slices[0].Shape[0]) problems.Add(new(Field(name), $"rows {next} to {slices[0].Shape[0] - 1} are in no slice"));
+    }
+
+    private static IEnumerable<(long FirstRow, long Rows)> Cuts(List<ManifestTensor> slices)
+        => slices.Select(slice => (slice.FirstRow, slice.Rows ?? slice.Shape[0])).Order();
 
     private static string Field(string tensor) => $"{nameof(UpdateManifest.Tensors)}['{tensor}']";
 }

@@ -213,7 +213,8 @@ public sealed class WeightUpdate : IDisposable
         for (int i = 0; i < _incoming.Length; i++)
         {
             if (_incoming[i].Entry.TiedTo is not { } name) continue;
-            int original = Array.FindIndex(_incoming, other => other.Name == name);
+            long first = _incoming[i].FirstRow; // the original came in the same slices
+            int original = Array.FindIndex(_incoming, other => other.Name == name && other.FirstRow == first);
             if (digests[original].AsSpan().SequenceEqual(digests[i])) continue;
             string tied = $"the model ties '{_incoming[i].Name}' to '{_incoming[original].Name}'";
             throw Fail(UpdateFailure.Digest, $"{tied}, but their bytes differ");

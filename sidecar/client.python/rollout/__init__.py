@@ -32,7 +32,7 @@ from .errors import (
 from .generation import PromptInfo, Sample, TopLogprobs, VersionSpan
 from .sidecar import Sidecar
 from .weights.push import PushResult, PushTimings
-from .weights.tensors import BFloat16, SparseTensor
+from .weights.tensors import BFloat16, SparseTensor, TensorSlice
 
 __all__ = [
     "Aborted",
@@ -61,6 +61,7 @@ __all__ = [
     "SparseTensor",
     "StateError",
     "Status",
+    "TensorSlice",
     "TopLogprobs",
     "UnavailableError",
     "UpdateOutcome",

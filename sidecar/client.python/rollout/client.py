@@ -254,7 +254,7 @@ class Rollout:
         Args:
             weights: A torch module (parameters and persistent buffers), a state dict of torch tensors, or a dict of NumPy arrays or of GPU
                 arrays with ``__cuda_array_interface__``; full tensors under the Hugging Face checkpoint's names, or a SparseTensor of some
-                elements. A tensor tied under two names may be given under both. Read during the call only.
+                elements, or the TensorSlices (one, or a list) that together are the tensor. A tensor tied under two names may be given under both. Read during the call only.
             version: Must be greater than the one they replace. None: one more than it.
             base_version: The version they replace; the sidecar refuses the push where it serves another. None: the one this client pushed last,
                 so that a push by a second trainer is detected; before the first push, and after a failed one, the version it serves.

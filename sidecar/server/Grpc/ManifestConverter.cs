@@ -69,7 +69,12 @@ internal static class ManifestConverter
         if (tensor.Offset > long.MaxValue)
             problems.Add(new($"manifest['{tensor.Name}']", $"offset {tensor.Offset} is more than any file can hold"));
         long? sparse = tensor.HasSparseCount ? (long)Math.Min(tensor.SparseCount, long.MaxValue) : null;
-        return new Engine.ManifestTensor(tensor.Name, type, Shape(tensor, problems), (long)(tensor.Offset & long.MaxValue), sparse);
+        return new Engine.ManifestTensor(tensor.Name, type, Shape(tensor, problems), (long)(tensor.Offset & long.MaxValue), sparse)
+        {
+            // Values too large for the engine's type are past the end of any tensor, which the preflight reports.
+            FirstRow = (long)Math.Min(tensor.FirstRow, long.MaxValue),
+            Rows = tensor.Rows == 0 ? null : (long)Math.Min(tensor.Rows, long.MaxValue),
+        };
     }
 
     private static long[] Shape(V1.ManifestTensor tensor, ProblemList problems)

@@ -69,8 +69,8 @@ internal sealed class SafetensorsTransport : ITransport
             if (tensor.SparseCount is not null) problems.Add($"'{tensor.Name}' is sparse in the manifest: a file has whole tensors");
             if (info.DType != tensor.Type)
                 problems.Add($"'{tensor.Name}' is {info.DTypeName}, in the manifest {tensor.Type.SafetensorsName()}");
-            if (!info.Shape.SequenceEqual(tensor.Shape))
-                problems.Add($"'{tensor.Name}' has shape {Text(info.Shape)}, in the manifest {Text(tensor.Shape)}");
+            if (!info.Shape.SequenceEqual(tensor.SentShape))
+                problems.Add($"'{tensor.Name}' has shape {Text(info.Shape)}, in the manifest {Text(tensor.SentShape)}");
             long offset = info.Offset - file.DataStart + payloadOffset;
             if (offset != tensor.Offset)
                 problems.Add($"'{tensor.Name}' is at payload byte {offset}, in the manifest {tensor.Offset}");

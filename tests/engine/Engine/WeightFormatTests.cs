@@ -91,6 +91,36 @@ public sealed class WeightFormatTests
         Assert.Equal((await fresh.RunAsync(s_request))[0].Bits(), sample);
     }
 
+    /// <summary>Rows share panels with those of other slices, and each its scale with itself.</summary>
+    [Theory]
+    [InlineData("llama3", WeightFormat.BFloat16Fast)]
+    [InlineData("llama3", WeightFormat.Int8)]
+    [InlineData("qwen2", WeightFormat.Int8)]
+    public async Task After_an_update_in_slices_too_and_digests_are_those_of_exact_weights(string family, WeightFormat format)
+    {
+        using UpdatePayload payload = UpdatePayload.Of(family);
+        await using RolloutEngine fresh = Load(payload.Folder, format);
+        await using RolloutEngine engine = Load(TestModels.Folder(family), format);
+        UpdateManifest whole = payload.Manifest(0, 1);
+        ManifestTensor[] slices = [.. whole.Tensors.SelectMany(tensor =>
+        {
+            long cut = tensor.Shape[0] / 3;
+            ManifestTensor first = tensor with { Rows = cut };
+            return new[] { first, tensor with { FirstRow = cut, Rows = tensor.Shape[0] - cut, Offset = tensor.Offset + first.Bytes } };
+        })];
+        using (WeightUpdate update = await engine.OpenUpdateAsync(whole with { Tensors = slices }))
+        {
+            for (int at = 0; at < payload.Bytes.Length; at += 777)
+                update.Write(at, payload.Bytes.AsSpan(at, Math.Min(777, payload.Bytes.Length - at)));
+            await update.CommitAsync(default, TestContext.Current.CancellationToken);
+        }
+
+        Assert.Equal((await fresh.RunAsync(s_request))[0].Bits(), (await engine.RunAsync(s_request))[0].Bits());
+        Dictionary<string, byte[]> expected = fresh.Describe().Weights.ToDictionary(weight => weight.Name, weight => weight.Digest);
+        Assert.All(engine.Describe().Weights, weight => Assert.Equal(
+            format == WeightFormat.Int8 && weight.Shape.Count > 1 ? [] : expected[weight.Name], weight.Digest));
+    }
+
     [Fact]
     public async Task Single_elements_of_an_int8_matrix_are_refused_before_a_byte_moves()
     {

@@ -160,7 +160,7 @@ internal sealed class UpdateChain : IAsyncDisposable
     /// <summary>New values for some tensors, in any order, with gaps before, between and behind them.</summary>
     private sealed class Payload
     {
-        private readonly List<(string Name, PlainTensor Values, uint[]? Indices)> _changes = [];
+        private readonly List<(string Name, PlainTensor Values, uint[]? Indices, bool InSlices)> _changes = [];
 
         public Payload(PlainModel model, Random random, bool partial, bool sparse)
         {
@@ -170,8 +170,8 @@ internal sealed class UpdateChain : IAsyncDisposable
             PlainTensor? embedding = null;
             bool head = model.Spec.TiedHead && order.Contains(Embedding) && random.Next(2) == 0;
             if (head) order = random.Next(2) == 0 ? [Head, .. order] : [.. order, Head];
-            MemoryStream bytes = new();
-            List<byte[]> digests = [];
+            List<(ManifestTensor Tensor, byte[] Bytes)> entries = [];
+            long[]? tiedCuts = null;
             foreach (string name in order)
             {
                 bool tied = head && (name is Head or Embedding);
@@ -182,15 +182,27 @@ internal sealed class UpdateChain : IAsyncDisposable
                 PlainTensor? equal = _changes.FirstOrDefault(change => change.Indices is null && change.Values.Elements == elements).Values;
                 if (tied) values = embedding ??= values;
                 else if (indices is null && equal is not null && random.Next(4) == 0) values = equal; // two tensors of the same content
+                ManifestTensor whole = new(name, values.Type, model.Shapes[source], 0, indices?.Length);
+                long[] cuts = indices is not null || random.Next(2) == 0 ? [] : Cuts(random, whole.Shape[0]);
+                if (tied) cuts = tiedCuts ??= cuts;
+                if (indices is not null) entries.Add((whole, [.. MemoryMarshal.AsBytes<uint>(indices), .. values.Bytes]));
+                else if (cuts.Length == 0) entries.Add((whole, values.Bytes));
+                else entries.AddRange(Slices(whole, values, cuts));
+                if (!(tied && name == Head)) _changes.Add((name, values, indices, cuts.Length > 2));
+            }
+
+            (ManifestTensor Tensor, byte[] Bytes)[] inOrder = [.. entries];
+            random.Shuffle(inOrder);
+            MemoryStream bytes = new();
+            List<byte[]> digests = [];
+            foreach ((ManifestTensor tensor, byte[] sent) in inOrder)
+            {
                 for (int gap = random.Next(3) == 0 ? 0 : random.Next(300); gap > 0; gap--) bytes.WriteByte(0xAA);
-                long offset = bytes.Length;
-                if (indices is not null) bytes.Write(MemoryMarshal.AsBytes<uint>(indices));
-                bytes.Write(values.Bytes);
-                Tensors.Add(new ManifestTensor(name, values.Type, model.Shapes[source], offset, indices?.Length));
-                digests.Add(TensorDigest.Of(bytes.GetBuffer().AsSpan((int)offset, (int)(bytes.Length - offset))));
-                Borders.AddRange([offset, offset + 4L * (indices?.Length ?? 0), bytes.Length]);
-                if (bytes.Length > offset) LastByte = bytes.Length;
-                if (!(tied && name == Head)) _changes.Add((name, values, indices));
+                Tensors.Add(tensor with { Offset = bytes.Length });
+                Borders.AddRange([bytes.Length, bytes.Length + 4L * (tensor.SparseCount ?? 0), bytes.Length + sent.Length]);
+                bytes.Write(sent);
+                digests.Add(TensorDigest.Of(sent));
+                if (sent.Length > 0) LastByte = bytes.Length;
             }
 
             if (random.Next(2) == 0) bytes.Write(new byte[random.Next(300)]);
@@ -212,16 +224,30 @@ internal sealed class UpdateChain : IAsyncDisposable
 
         public void Apply(Dictionary<string, float[]> values, Dictionary<string, PlainTensor> whole, Func<string, bool> isVector)
         {
-            foreach ((string name, PlainTensor sent, uint[]? indices) in _changes)
+            foreach ((string name, PlainTensor sent, uint[]? indices, bool inSlices) in _changes)
             {
                 float[] all = indices is null ? new float[sent.Elements] : values[name];
                 for (int i = 0; i < sent.Elements; i++) all[indices is null ? i : (int)indices[i]] = sent[i];
                 values[name] = all;
                 bool exact = sent.Type == DType.BFloat16 || (sent.Type == DType.Float32 && isVector(name));
-                if (indices is null) whole[name] = sent;
+                if (indices is null) whole[name] = exact || !inSlices ? sent : new PlainTensor(sent.Type, []);
                 else if (!exact || whole[name].Type != sent.Type) whole[name] = new PlainTensor(sent.Type, []);
                 else if (whole[name].Bytes.Length > 0) whole[name] = whole[name].With(indices, sent);
             }
+        }
+
+        /// <summary>Rows where slices begin and, at last, end.</summary>
+        private static long[] Cuts(Random random, long rows)
+        {
+            int inner = random.Next(3) == 0 ? 0 : random.Next(1, 9);
+            return [.. Enumerable.Range(0, inner).Select(_ => random.NextInt64(rows)).Append(0).Append(rows).Distinct().Order()];
+        }
+
+        private static IEnumerable<(ManifestTensor Tensor, byte[] Bytes)> Slices(ManifestTensor whole, PlainTensor values, long[] cuts)
+        {
+            int rowBytes = values.Bytes.Length / (int)whole.Shape[0];
+            foreach ((long from, long to) in cuts.Zip(cuts.Skip(1)))
+                yield return (whole with { FirstRow = from, Rows = to - from }, values.Bytes[((int)from * rowBytes)..((int)to * rowBytes)]);
         }
 
         /// <summary>None, one, all, or some of them; the first and the last now and then.</summary>

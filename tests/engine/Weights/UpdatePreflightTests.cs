@@ -166,6 +166,112 @@ public sealed class UpdatePreflightTests
             => Check(Manifest(Kind.Partial) with { Tensors = tensors, PayloadBytes = 168 });
     }
 
+    /// <summary>Slices anywhere in the manifest are accepted exactly where every row of their tensor is in one of them.</summary>
+    [Fact]
+    public void Slices_are_accepted_where_every_row_is_sent_once()
+        => Gen.Select(Gen.Int[0, 1 << 30], Gen.Bool).Sample((seed, partial) =>
+        {
+            Random random = new(seed);
+            List<ManifestTensor> slices = [];
+            HashSet<string> wrong = [];
+            foreach (ManifestTensor whole in Manifest(partial ? Kind.Partial : Kind.Full).Tensors)
+            {
+                int[] times = new int[whole.Shape[0]];
+                bool inside = true;
+                foreach ((long first, long rows) in Cut(random, whole.Shape[0]))
+                {
+                    slices.Add(whole with { FirstRow = first, Rows = rows });
+                    inside &= first >= 0 && rows > 0 && rows <= times.Length && first <= times.Length - rows;
+                    if (!inside) continue;
+                    for (long row = first; row < first + rows; row++) times[row]++;
+                }
+
+                if (!inside || times.Any(count => count != 1)) wrong.Add(whole.Name);
+            }
+
+            ManifestTensor[] order = [.. slices];
+            random.Shuffle(order);
+            long end = 0;
+            for (int i = 0; i < order.Length; i++)
+            {
+                order[i] = order[i] with { Offset = end };
+                if (order[i].Bytes is > 0 and < 1 << 20) end += order[i].Bytes;
+            }
+
+            UpdateManifest manifest = Manifest(partial ? Kind.Partial : Kind.Full) with { Tensors = order, PayloadBytes = end };
+            Assert.Equal(wrong.Order(), Check(manifest).Select(problem => problem.Field.Split('\'')[1]).Distinct().Order());
+        }, iter: 2000);
+
+    [Theory]
+    [InlineData("rows 2 to 3 are in no slice", 0, 2, 4, 3)]
+    [InlineData("rows 0 to 0 are in no slice", 1, 6)]
+    [InlineData("rows 6 to 6 are in no slice", 0, 4, 4, 2)]
+    [InlineData("rows 2 to 3 are in two slices", 0, 4, 2, 5)]
+    [InlineData("rows 1 to 2 are in two slices", 0, 7, 1, 2)]
+    [InlineData("5 rows from row 3 on cannot be sent: it has 7", 0, 3, 3, 5)]
+    public void A_problem_of_slices_names_the_rows(string message, params int[] slices)
+    {
+        ManifestTensor embedding = new("model.embed_tokens.weight", DType.BFloat16, [7, 6], 0);
+        long end = 0;
+        List<ManifestTensor> tensors = [];
+        foreach (int[] slice in slices.Chunk(2))
+        {
+            tensors.Add(embedding with { FirstRow = slice[0], Rows = slice[1], Offset = end });
+            end += tensors[^1].Bytes;
+        }
+
+        Problem problem = Assert.Single(Check(Manifest(Kind.Partial) with { Tensors = tensors, PayloadBytes = end }));
+        Assert.Equal(("Tensors['model.embed_tokens.weight']", message), (problem.Field, problem.Message));
+    }
+
+    [Fact]
+    public void What_cannot_be_a_slice_is_refused()
+    {
+        ManifestTensor embedding = new("model.embed_tokens.weight", DType.BFloat16, [7, 6], 0);
+        ManifestTensor first = embedding with { Rows = 3 }, last = embedding with { FirstRow = 3, Rows = 4, Offset = 36 };
+        Assert.Empty(Of(first, last));
+        Assert.Equal("first row 3, and no number of rows", Assert.Single(Of(embedding with { FirstRow = 3 })).Message);
+        Assert.Equal("a slice cannot be sparse", Of(first with { SparseCount = 1 }, last)[0].Message);
+        Assert.Equal("named twice", Assert.Single(Of(embedding, last with { Offset = 84 })).Message);
+        Assert.Equal("its slices differ in dtype: BFloat16, Float16", Assert.Single(Of(first, last with { Type = DType.Float16 })).Message);
+
+        // A tied head comes in the same slices as its embedding: they are compared one by one.
+        ManifestTensor[] head = [first with { Name = "lm_head.weight", Offset = 84 }, last with { Name = "lm_head.weight", Offset = 120 }];
+        Assert.Empty(Of([first, last, .. head]));
+        Assert.Contains("same slices", Assert.Single(Of([embedding, .. head])).Message, StringComparison.Ordinal);
+        Assert.Contains("same slices", Assert.Single(Of(first, last, embedding with { Name = "lm_head.weight", Offset = 84 })).Message,
+            StringComparison.Ordinal);
+
+        IReadOnlyList<Problem> Of(params ManifestTensor[] tensors)
+            => Check(Manifest(Kind.Partial) with { Tensors = tensors, PayloadBytes = 168 });
+    }
+
+    /// <summary>All rows once and in any order, and now and then too many, too few or none that there are.</summary>
+    private static List<(long First, long Rows)> Cut(Random random, long rows)
+    {
+        List<(long First, long Rows)> slices = [];
+        for (long at = 0; at < rows;)
+        {
+            long count = random.NextInt64(1, rows - at + 1);
+            slices.Add((at, count));
+            at += count;
+        }
+
+        if (random.Next(9) > 0) return slices;
+        int changed = random.Next(slices.Count);
+        (long first, long length) = slices[changed];
+        slices[changed] = random.Next(5) switch
+        {
+            0 => (first + random.Next(-2, 3), length),
+            1 => (first, length + random.Next(-2, 3)),
+            2 => (first, long.MaxValue),
+            3 => (long.MaxValue, length),
+            _ => (long.MinValue, length),
+        };
+        if (random.Next(2) == 0) slices.Add(slices[random.Next(slices.Count)]);
+        return slices;
+    }
+
     private static UpdateManifest Manifest(Kind kind)
     {
         List<ManifestTensor> tensors = [];

@@ -181,6 +181,10 @@ public sealed class ConverterTests
             ("manifest.sparse_count", b => b.Manifest[0].SparseCount = 0, m => With(m, t => t with { SparseCount = 0 })),
             ("manifest.sparse_count", b => b.Manifest[0].SparseCount = ulong.MaxValue,
                 m => With(m, t => t with { SparseCount = long.MaxValue })),
+            ("manifest.first_row", b => b.Manifest[0].FirstRow = 5, m => With(m, t => t with { FirstRow = 5 })),
+            ("manifest.first_row", b => b.Manifest[0].FirstRow = ulong.MaxValue, m => With(m, t => t with { FirstRow = long.MaxValue })),
+            ("manifest.rows", b => b.Manifest[0].Rows = 5, m => With(m, t => t with { Rows = 5 })),
+            ("manifest.rows", b => b.Manifest[0].Rows = ulong.MaxValue, m => With(m, t => t with { Rows = long.MaxValue })),
             ("payload_bytes", b => b.PayloadBytes = long.MaxValue, m => m with { PayloadBytes = long.MaxValue }),
             ("base_version", b => b.BaseVersion = ulong.MaxValue, m => m with { BaseVersion = ulong.MaxValue }),
             ("new_version", b => b.NewVersion = ulong.MaxValue, m => m with { NewVersion = ulong.MaxValue }),
@@ -290,7 +294,8 @@ public sealed class ConverterTests
         static string Text(object? value) => value switch
         {
             string text => $"'{text}'",
-            Engine.ManifestTensor tensor => $"{tensor.Name} {tensor.Type} {Text(tensor.Shape)} {tensor.Offset} {Text(tensor.SparseCount)}",
+            Engine.ManifestTensor tensor => $"{tensor.Name} {tensor.Type} {Text(tensor.Shape)} {tensor.Offset} {Text(tensor.SparseCount)} "
+                + $"{tensor.FirstRow} {Text(tensor.Rows)}",
             System.Collections.IEnumerable many => string.Join(" ", many.Cast<object>().Select(Text)),
             null => "none",
             _ => $"{value}",

@@ -33,7 +33,7 @@ class PayloadLayout:
             self.offsets.append(offset)
             self.manifest.append(wire.ManifestTensor(
                 name=tensor.name, dtype=wire.TENSOR_DTYPE.number(tensor.dtype.lower(), "dtype"), shape=tensor.shape, offset=offset,
-                sparse_count=tensor.sparse_count))
+                sparse_count=tensor.sparse_count, first_row=tensor.first_row, rows=tensor.rows or 0))
             self.payload_bytes = offset + tensor.bytes
         self._alignment = alignment
         self._signature = _signature(tensors)
@@ -43,5 +43,5 @@ class PayloadLayout:
         return self._alignment == alignment and self._signature == _signature(tensors)
 
 
-def _signature(tensors: Sequence[TensorSource]) -> list[tuple[str, str, tuple[int, ...], int | None]]:
-    return [(tensor.name, tensor.dtype, tensor.shape, tensor.sparse_count) for tensor in tensors]
+def _signature(tensors: Sequence[TensorSource]) -> list[tuple[str, str, tuple[int, ...], int | None, int, int | None]]:
+    return [(tensor.name, tensor.dtype, tensor.shape, tensor.sparse_count, tensor.first_row, tensor.rows) for tensor in tensors]

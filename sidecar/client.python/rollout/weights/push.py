@@ -185,8 +185,8 @@ class WeightPush:
         # The same number may be another trainer's update; the digests distinguish them. Those of tensors that were sent in part cannot be
         # compared: the sidecar describes whole tensors.
         known = [served.tensors[tensor.name].digest if tensor.name in served.tensors else "" for tensor in self.tensors]
-        sparse = any(tensor.sparse_count is not None for tensor in self.tensors)
-        received = b"" if sparse else combine(bytes.fromhex(digest) for digest in known)
+        in_part = any(tensor.sparse_count is not None or tensor.rows is not None for tensor in self.tensors)
+        received = b"" if in_part else combine(bytes.fromhex(digest) for digest in known)
         if received and self._payload.digest() and served.digest_algorithm != ALGORITHM:
             raise WeightUpdateFailed(
                 f"version {served.version} is served, but whether it is this push is not known: the sidecar computes digests as "

@@ -52,7 +52,26 @@ class SparseTensor:
     """As many, one-dimensional too. Read at each push."""
 
 
-Weights = Union["torch.nn.Module", "Mapping[str, torch.Tensor | SparseTensor]", "Mapping[str, NDArray[Any] | BFloat16 | SparseTensor]"]
+@dataclass(frozen=True)
+class TensorSlice:
+    """Rows of a tensor that follow each other, as a rank of FSDP has them. For ``Rollout.push_weights``, in place of a tensor; several slices
+    of one tensor are a list of them. Every row must be in one slice."""
+
+    shape: Sequence[int]
+    """Of the full tensor."""
+
+    first_row: int
+    """Index in dimension 0 of the slice's first row."""
+
+    rows: NDArray[Any] | BFloat16 | torch.Tensor
+    """Its rows: their shape differs from the full one in dimension 0 only. Read at each push."""
+
+
+Weights = Union[
+    "torch.nn.Module",
+    "Mapping[str, torch.Tensor | SparseTensor | TensorSlice | Sequence[TensorSlice]]",
+    "Mapping[str, NDArray[Any] | BFloat16 | SparseTensor | TensorSlice | Sequence[TensorSlice]]",
+]
 
 CopyRows = Callable[[int, int, memoryview], None]
 """Copies rows [first, end) to a destination of exactly their size, row-major, converted to the type that is sent."""
@@ -60,7 +79,7 @@ CopyRows = Callable[[int, int, memoryview], None]
 
 @dataclass(frozen=True)
 class TensorSource:
-    """One tensor to push. Its rows are those of its first dimension; a scalar has one."""
+    """One tensor to push, or a slice of one. Its rows are those of its first dimension; a scalar has one."""
 
     name: str
     dtype: DType
@@ -76,6 +95,17 @@ class TensorSource:
 
     on_device: OnDevice | None = None
     """Where it is on a GPU."""
+
+    first_row: int = 0
+    """Of a slice: where it begins in the full tensor, whose shape ``shape`` is."""
+
+    rows: int | None = None
+    """Of a slice: how many it has. ``copy_rows`` counts from the slice's first; None: all."""
+
+    @property
+    def sent_shape(self) -> tuple[int, ...]:
+        """Of what is sent."""
+        return self.shape if self.rows is None else (self.rows, *self.shape[1:])
 
     @property
     def item_bytes(self) -> int:
@@ -111,7 +141,7 @@ class TensorSource:
     def _parts(self) -> list[_Part]:
         item = ITEM_BYTES[self.dtype]
         if self.sparse_count is None or self.copy_indices is None:
-            rows = self.shape[0] if self.shape else 1
+            rows = self.sent_shape[0] if self.shape else 1
             return [_Part(rows, item * math.prod(self.shape[1:]), self.copy_rows)]
         return [_Part(self.sparse_count, _INDEX_BYTES, self.copy_indices), _Part(self.sparse_count, item, self.copy_rows)]
 
@@ -148,15 +178,20 @@ def sources(weights: Weights, dtype: Literal["bfloat16"] | None) -> list[TensorS
     misplaced: list[str] = []
     for name, value in weights.items():
         try:
-            found.append(_from_sparse(name, value, dtype) if isinstance(value, SparseTensor) else _from_values(name, value, dtype))
+            if isinstance(value, SparseTensor):
+                found.append(_from_sparse(name, value, dtype))
+            elif isinstance(value, (list, tuple)):
+                found.extend(_from_slice(name, item, dtype) for item in value)
+            else:
+                found.append(_from_slice(name, value, dtype) if isinstance(value, TensorSlice) else _from_values(name, value, dtype))
         except TypeError as error:
             problems.append(f"{name!r} {error}")
         except ValueError as error:
-            misplaced.append(f"{name!r}: {error}")
+            misplaced.append(f"{'' if isinstance(value, (TensorSlice, list, tuple)) else 'sparse '}{name!r}: {error}")
     if problems:
         raise TypeError(f"weights: only floating-point tensors can be served: {'; '.join(problems)}")
     if misplaced:
-        raise ValueError(f"weights: sparse {'; '.join(misplaced)}")
+        raise ValueError(f"weights: {'; '.join(misplaced)}")
     if not found:
         raise TypeError("weights: an update without tensors")
     return found
@@ -217,6 +252,19 @@ def _from_sparse(name: str, tensor: SparseTensor, dtype: Literal["bfloat16"] | N
         np.frombuffer(destination, "<u4")[...] = indices[first:end]
 
     return TensorSource(name, values.dtype, tuple(tensor.shape), values.copy_rows, len(indices), copy_indices)
+
+
+def _from_slice(name: str, tensor: TensorSlice, dtype: Literal["bfloat16"] | None) -> TensorSource:
+    if not isinstance(tensor, TensorSlice):
+        raise TypeError(f"is a list with a {type(tensor).__name__}, which is no TensorSlice")
+    own = _from_values(name, tensor.rows, dtype)
+    shape = tuple(tensor.shape)
+    if len(own.shape) == 0 or own.shape[1:] != shape[1:] or len(own.shape) != len(shape):
+        raise ValueError(f"a slice of shape {list(own.shape)} of a tensor of shape {list(shape)}: they may differ in dimension 0 only")
+    first, rows = tensor.first_row, own.shape[0]
+    if rows == 0 or first < 0 or first + rows > shape[0]:
+        raise ValueError(f"a slice of {rows} rows from row {first} on, the tensor has {shape[0]}")
+    return replace(own, shape=shape, first_row=first, rows=rows)
 
 
 def _check_indices(indices: NDArray[Any], elements: int) -> None:
