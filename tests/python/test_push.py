@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import tempfile
 import threading
 import unittest
@@ -24,7 +25,7 @@ from support import (
 )
 
 import rollout
-from rollout import StateError, WeightUpdateRejected
+from rollout import BFloat16, StateError, TensorSlice, WeightUpdateRejected
 from rollout.weights import publisher
 from rollout.weights.shared_memory import Segment
 from rollout.weights.tensors import sources
@@ -142,6 +143,72 @@ class PushTests(SidecarTests):
             [[sample]] = client.generate([[1, 2, 3]], max_tokens=20, temperature=0)
             self.assertEqual(sample.ids.tolist(), expected.ids.tolist())
             self.assertEqual(sample.versions[0].version, 2)
+
+    def test_slices_in_lists_are_served_as_the_whole_tensors(self) -> None:
+        draw = random.Random(3)
+
+        def cut(tensor, wrap):
+            shape, rows = tensor.shape, tensor.shape[0]
+            borders = sorted({0, rows, *(draw.randrange(rows) for _ in range(draw.randrange(4)))})
+            slices = [TensorSlice(shape, first, wrap(tensor[first:end])) for first, end in zip(borders, borders[1:])]
+            draw.shuffle(slices)
+            return slices[0] if len(slices) == 1 else slices
+
+        bits = other_weights("qwen3")
+        for version, transport in enumerate(("shared_memory", "inline", "shared_memory"), 1):
+            sliced = {name: cut(tensor.bits, BFloat16) for name, tensor in reversed(bits.items())}
+            self.assertTrue(any(isinstance(tensor, list) for tensor in sliced.values()))
+            self.rollout.push_weights(sliced, transport=transport)
+            self.assert_serves(bits, version)
+        values = {name: as_float32(tensor) for name, tensor in golden_weights("qwen3").items()}
+        mixed = {name: cut(value, lambda rows: rows) if draw.random() < 0.5 else value for name, value in values.items()}
+        self.rollout.push_weights(mixed)  # rounded
+        self.assert_serves(golden_weights("qwen3"), 4)
+
+    @needs_torch
+    def test_slices_of_torch_tensors(self) -> None:
+        weights = torch_weights()
+        self.rollout.push_weights(
+            {name: [TensorSlice(w.shape, 1, w[1:]), TensorSlice(w.shape, 0, w[:1])] for name, w in weights.items()})
+        self.assert_serves(weights)
+
+    def test_slices_in_a_file(self) -> None:
+        bits = other_weights("qwen3")
+        folder = self.temporary_folder()
+        sliced: dict = {name: TensorSlice(tensor.bits.shape, 0, tensor) for name, tensor in bits.items()}
+        self.rollout.push_weights(sliced, transport="file", folder=folder)
+        self.assert_serves(bits)
+        norm = sliced["model.norm.weight"]
+        sliced["model.norm.weight"] = [TensorSlice(norm.shape, 0, BFloat16(norm.rows.bits[:5])),
+            TensorSlice(norm.shape, 5, BFloat16(norm.rows.bits[5:]))]
+        with self.assertRaisesRegex(ValueError, "one slice of a tensor, these have several: model.norm.weight"):
+            self.rollout.push_weights(sliced, transport="file", folder=folder)
+
+    def test_slices_that_are_not_all_of_a_tensor_are_rejected_with_their_rows(self) -> None:
+        weights: dict = dict(other_weights("qwen3"))
+        norm = weights["model.norm.weight"].bits
+        weights["model.norm.weight"] = [TensorSlice(norm.shape, first, BFloat16(norm[first:end])) for first, end in ((0, 8), (7, 9), (12, None))]
+        with self.assertRaises(WeightUpdateRejected) as caught:
+            self.rollout.push_weights(weights)
+        self.assertEqual(
+            [(problem.field, problem.message) for problem in caught.exception.problems],
+            [("manifest['model.norm.weight']", "rows 7 to 7 are in two slices"),
+             ("manifest['model.norm.weight']", "rows 9 to 11 are in no slice")])
+        self.assert_serves_the_old_weights()
+
+    def test_a_slice_that_its_tensor_does_not_have_is_refused(self) -> None:
+        values = np.zeros((3, 4), np.float32)
+        for wrong, what in (
+            (TensorSlice((9, 5), 0, values), r"a slice of shape \[3, 4\] of a tensor of shape \[9, 5\]"),
+            (TensorSlice((9,), 0, values), "a slice of shape"),
+            (TensorSlice((9, 4), 7, values), "a slice of 3 rows from row 7 on, the tensor has 9"),
+            (TensorSlice((9, 4), -1, values), "a slice of 3 rows from row -1 on"),
+            ([TensorSlice((9, 4), 0, values), TensorSlice((9, 4), 3, values[:0])], "a slice of 0 rows"),
+        ):
+            with self.assertRaisesRegex(ValueError, f"weights: 'w': {what}"):
+                self.rollout.push_weights({"w": wrong})
+        with self.assertRaisesRegex(TypeError, "'w' is a list with a ndarray, which is no TensorSlice"):
+            self.rollout.push_weights({"w": [values]})
 
     def test_numpy_arrays_of_every_type(self) -> None:
         bits = other_weights("qwen3")

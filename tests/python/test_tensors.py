@@ -225,6 +225,16 @@ class LayoutTests(unittest.TestCase):
             self.assertFalse(layout.fits(tensors(*other)), other)
         self.assertFalse(layout.fits(tensors(("b", "F32", (3,)))[::-1]))
 
+        def of_slices(*cuts):
+            return [TensorSource("a", "BF16", (9, 2), None, first_row=first, rows=rows) for first, rows in cuts]
+
+        layout = PayloadLayout(of_slices((0, 4), (4, 5)))
+        self.assertEqual([tensor.bytes for tensor in of_slices((0, 4), (4, 5))], [16, 20])
+        self.assertEqual([(entry.first_row, entry.rows) for entry in layout.manifest], [(0, 4), (4, 5)])
+        self.assertTrue(layout.fits(of_slices((0, 4), (4, 5))))
+        for other in (((4, 5), (0, 4)), ((0, 4), (5, 5)), ((0, 5), (5, 4))):
+            self.assertFalse(layout.fits(of_slices(*other)), other)
+
     @unittest.skipIf(xxhash is None, "xxhash is not installed")
     def test_digests_have_the_canonical_byte_order(self) -> None:
         """The values that xxHash's own test vectors give."""

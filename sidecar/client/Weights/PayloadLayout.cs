@@ -31,12 +31,13 @@ internal sealed class PayloadLayout
 
     /// <param name="tensors">In payload order.</param>
     /// <param name="alignment">1 where no gaps are allowed.</param>
-    /// <exception cref="ArgumentException">No tensors, or two of the same name; lists all of them.</exception>
+    /// <exception cref="ArgumentException">No tensors, or two of the same name that are no slices; lists all of them.</exception>
     public static PayloadLayout Of(IReadOnlyList<TensorSource> tensors, int alignment = Alignment)
     {
         if (tensors.Count == 0)
             throw new ArgumentException("an update without tensors", nameof(tensors));
-        string[] twice = [.. tensors.GroupBy(tensor => tensor.Name).Where(same => same.Count() > 1).Select(same => same.Key)];
+        string[] twice = [.. tensors.GroupBy(tensor => tensor.Name)
+            .Where(same => same.Count() > 1 && same.Any(tensor => tensor.Rows is null)).Select(same => same.Key)];
         if (twice.Length > 0)
             throw new ArgumentException($"tensors given more than once: {string.Join(", ", twice)}", nameof(tensors));
 
@@ -49,6 +50,8 @@ internal sealed class PayloadLayout
             entry.Shape.AddRange(tensor.Shape.Select(dimension => (ulong)dimension));
             if (tensor.SparseCount is { } count)
                 entry.SparseCount = (ulong)count;
+            entry.FirstRow = (ulong)tensor.FirstRow;
+            entry.Rows = (ulong)(tensor.Rows ?? 0);
             manifest.Add(entry);
             end = checked(offset + tensor.Bytes);
         }
@@ -66,7 +69,9 @@ internal sealed class PayloadLayout
             V1.ManifestTensor entry = Manifest[i];
             TensorSource tensor = tensors[i];
             long? sparse = entry.HasSparseCount ? (long)entry.SparseCount : null;
+            (ulong, ulong) rows = ((ulong)tensor.FirstRow, (ulong)(tensor.Rows ?? 0));
             if (entry.Name != tensor.Name || entry.Dtype != tensor.DType.ToProto() || sparse != tensor.SparseCount
+                || rows != (entry.FirstRow, entry.Rows)
                 || !entry.Shape.SequenceEqual(tensor.Shape.Select(dimension => (ulong)dimension)))
             {
                 return false;

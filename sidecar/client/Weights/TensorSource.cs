@@ -8,7 +8,7 @@ namespace Rollout.Client;
 public delegate void TensorCopy(long offset, Span<byte> destination);
 
 /// <summary>
-/// One tensor to push: the Hugging Face checkpoint's name and full shape, and a way to copy its bytes. They are copied piece by piece, in
+/// One tensor to push, or a slice of one: the Hugging Face checkpoint's name and full shape, and a way to copy its bytes. They are copied piece by piece, in
 /// ascending order, directly into the send buffer, so a tensor of any size needs no memory here.
 /// </summary>
 public sealed class TensorSource
@@ -17,15 +17,18 @@ public sealed class TensorSource
 
     /// <exception cref="ArgumentException">A dimension is negative or the tensor has more than 2^63 bytes.</exception>
     public TensorSource(string name, TensorDType dtype, IReadOnlyList<long> shape, TensorCopy copy)
-        : this(name, dtype, shape, copy, sparseCount: null)
+        : this(name, dtype, shape, copy, sparseCount: null, firstRow: 0, rows: null)
     {
     }
 
-    private TensorSource(string name, TensorDType dtype, IReadOnlyList<long> shape, TensorCopy copy, long? sparseCount)
+    private TensorSource(
+        string name, TensorDType dtype, IReadOnlyList<long> shape, TensorCopy copy, long? sparseCount, long firstRow, long? rows)
     {
         ArgumentException.ThrowIfNullOrEmpty(name);
         ArgumentNullException.ThrowIfNull(copy);
         SparseCount = sparseCount;
+        FirstRow = firstRow;
+        Rows = rows;
         Name = name;
         DType = dtype;
         Shape = [.. shape];
@@ -45,6 +48,12 @@ public sealed class TensorSource
     /// <summary>How many of its elements are sent; null: all.</summary>
     public long? SparseCount { get; }
 
+    /// <summary>Of a slice: the index in dimension 0 of its first row.</summary>
+    public long FirstRow { get; }
+
+    /// <summary>Of a slice: how many indices of dimension 0 it has; null: all.</summary>
+    public long? Rows { get; }
+
     /// <summary>Some elements of a tensor; the others keep their values in the sidecar.</summary>
     /// <param name="name">The Hugging Face checkpoint's.</param>
     /// <param name="dtype">Of the values.</param>
@@ -57,7 +66,7 @@ public sealed class TensorSource
     {
         if (values.Length != (long)indices.Length * dtype.Size())
             throw new ArgumentException($"tensor '{name}': {values.Length} bytes of values for {indices.Length} indices", nameof(values));
-        return new TensorSource(name, dtype, shape, Copy, indices.Length);
+        return new TensorSource(name, dtype, shape, Copy, indices.Length, firstRow: 0, rows: null);
 
         // The payload is the indices, then the values; a piece may contain the end of the indices and the start of the values.
         void Copy(long offset, Span<byte> destination)
@@ -68,6 +77,22 @@ public sealed class TensorSource
                 first.Slice((int)offset, ofFirst).CopyTo(destination);
             values.Span.Slice((int)Math.Max(0, offset - first.Length), destination.Length - ofFirst).CopyTo(destination[ofFirst..]);
         }
+    }
+
+    /// <summary>A slice along dimension 0. A push has all slices of a tensor, in any places, every row in one of them.</summary>
+    /// <param name="name">The Hugging Face checkpoint's.</param>
+    /// <param name="dtype">The same for all slices of a tensor.</param>
+    /// <param name="shape">Of the full tensor.</param>
+    /// <param name="firstRow">Index in dimension 0.</param>
+    /// <param name="rows">At least one.</param>
+    /// <param name="copy">Of the slice's bytes: offset 0 is the first of its first row.</param>
+    /// <exception cref="ArgumentException">The tensor does not have these rows.</exception>
+    public static TensorSource Slice(
+        string name, TensorDType dtype, IReadOnlyList<long> shape, long firstRow, long rows, TensorCopy copy)
+    {
+        if (shape.Count == 0 || rows < 1 || firstRow < 0 || firstRow > shape[0] - rows)
+            throw new ArgumentException($"tensor '{name}': [{string.Join(", ", shape)}] has no {rows} rows from row {firstRow} on", nameof(rows));
+        return new TensorSource(name, dtype, shape, copy, sparseCount: null, firstRow, rows);
     }
 
     /// <param name="bytes">Row-major, little-endian; read at each push, so a trainer may update them in place between pushes.</param>
@@ -90,10 +115,10 @@ public sealed class TensorSource
             if (SparseCount is { } count)
                 return count * (sizeof(uint) + DType.Size());
             long bytes = DType.Size();
-            foreach (long dimension in Shape)
+            for (int i = 0; i < Shape.Count; i++)
             {
-                ArgumentOutOfRangeException.ThrowIfNegative(dimension);
-                bytes = checked(bytes * dimension);
+                ArgumentOutOfRangeException.ThrowIfNegative(Shape[i]);
+                bytes = checked(bytes * (i == 0 ? Rows ?? Shape[i] : Shape[i]));
             }
 
             return bytes;

@@ -199,6 +199,13 @@ public sealed class WeightPublisher : IAsyncDisposable
                 $"{nameof(PushTransport)}.{nameof(PushTransport.File)} needs a {nameof(PushOptions.Folder)}", nameof(options));
         }
 
+        string[] several = [.. tensors.GroupBy(tensor => tensor.Name).Where(same => same.Count() > 1).Select(same => same.Key)];
+        if (several.Length > 0)
+        {
+            throw new ArgumentException(
+                $"a safetensors file holds one slice of a tensor, these have several: {string.Join(", ", several)}", nameof(tensors));
+        }
+
         string[] sparse = [.. tensors.Where(tensor => tensor.SparseCount is not null).Select(tensor => tensor.Name)];
         if (sparse.Length > 0)
         {

@@ -225,12 +225,12 @@ internal sealed class WeightPush(
     }
 
     /// <summary>
-    /// Digest of our tensors as the sidecar serves them; "" where it does not know all of them, or where what we sent are single elements:
-    /// it describes whole tensors.
+    /// Digest of our tensors as the sidecar serves them; "" where it does not know all of them, or where we sent single elements or
+    /// slices: it describes whole tensors.
     /// </summary>
     private string CombinedDigest(WeightsDescription served)
     {
-        if (layout.Manifest.Any(tensor => tensor.HasSparseCount))
+        if (layout.Manifest.Any(tensor => tensor.HasSparseCount || tensor.Rows > 0))
             return "";
         Dictionary<string, string> digests = served.Tensors.ToDictionary(tensor => tensor.Name, tensor => tensor.Digest);
         List<byte> all = new();

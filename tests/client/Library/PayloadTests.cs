@@ -106,6 +106,19 @@ public sealed class PayloadTests
         Assert.False(layout.Fits([Zeros("a", TensorDType.BF16, 8)], PayloadLayout.Alignment));
         Assert.False(layout.Fits([Sparse("a", 4, 2)], PayloadLayout.Alignment));
         Assert.False(layout.Fits([Zeros("a", TensorDType.BF16, 4, 2)], 1));
+        PayloadLayout slices = PayloadLayout.Of([Slice(0, 4), Slice(4, 5)]);
+        Assert.Equal([16L, 20], slices.Sizes);
+        Assert.Equal([(0ul, 4ul), (4, 5)], slices.Manifest.Select(tensor => (tensor.FirstRow, tensor.Rows)));
+        Assert.All(slices.Manifest, tensor => Assert.Equal([9ul, 2], tensor.Shape));
+        Assert.True(slices.Fits([Slice(0, 4), Slice(4, 5)], PayloadLayout.Alignment));
+        Assert.False(slices.Fits([Slice(0, 4), Slice(3, 5)], PayloadLayout.Alignment));
+        Assert.False(slices.Fits([Slice(0, 5), Slice(4, 5)], PayloadLayout.Alignment));
+        Assert.False(slices.Fits([Slice(4, 5), Slice(0, 4)], PayloadLayout.Alignment));
+        Assert.Contains("more than once: a", Assert.Throws<ArgumentException>(
+            () => PayloadLayout.Of([Slice(0, 4), Zeros("a", TensorDType.BF16, 9, 2)])).Message, StringComparison.Ordinal);
+        foreach ((long first, long rows) in ((long, long)[])[(-1, 2), (0, 0), (0, 10), (9, 1), (long.MaxValue, 1), (1, long.MaxValue)])
+            Assert.Throws<ArgumentException>(() => Slice(first, rows));
+
         PayloadLayout sparse = PayloadLayout.Of([Sparse("a", 4, 2)]);
         Assert.True(sparse.Fits([Sparse("a", 4, 2)], PayloadLayout.Alignment));
         Assert.False(sparse.Fits([Sparse("a", 4, 3)], PayloadLayout.Alignment));
@@ -267,6 +280,9 @@ public sealed class PayloadTests
                 return part.AsSpan().SequenceEqual(whole.AsSpan(first, part.Length));
             }
         });
+
+    private static TensorSource Slice(long firstRow, long rows) =>
+        TensorSource.Slice("a", TensorDType.BF16, [9, 2], firstRow, rows, (_, destination) => destination.Clear());
 
     private static TensorSource Sparse(string name, long elements, int count) =>
         TensorSource.Sparse(name, TensorDType.BF16, [elements, 2], new uint[count], new byte[2 * count]);

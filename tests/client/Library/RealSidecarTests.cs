@@ -69,6 +69,47 @@ public sealed class RealSidecarTests : IAsyncLifetime
         Assert.Equal(digest, described.Tensors.Single(tensor => tensor.Name == norm.Name).Digest);
     }
 
+    [Theory]
+    [InlineData(PushTransport.SharedMemory)]
+    [InlineData(PushTransport.Inline)]
+    public async Task Slices_in_any_order_are_the_whole_tensors(PushTransport transport)
+    {
+        await using WeightPublisher publisher = new(_client);
+        PushOptions options = new() { Transport = transport };
+        List<(TensorSource Source, byte[] Bytes)> tensors = GoldenTensors.Of("qwen3");
+        TensorSource[] slices = [.. tensors.SelectMany(tensor => Slices(tensor.Source, tensor.Bytes)).Reverse()];
+        int[] original = await TokensAsync();
+        WeightsDescription before = await _client.DescribeWeightsAsync(cancellationToken: Token);
+        PushResult pushed = await publisher.PushAsync(slices, options: options, cancellationToken: Token);
+        Assert.Equal(1ul, pushed.Version);
+        Assert.Equal(original, await TokensAsync());
+        WeightsDescription after = await _client.DescribeWeightsAsync(cancellationToken: Token);
+        Assert.Equal(before.Tensors.Select(Digest).Order(), after.Tensors.Select(Digest).Order());
+
+        // Every slice but the last of one tensor, and then that one with it.
+        TensorSource[] norm = [.. slices.Where(slice => slice.Name == "model.norm.weight")];
+        WeightUpdateRejectedException refused = await Assert.ThrowsAsync<WeightUpdateRejectedException>(
+            () => publisher.PushAsync(norm[1..], options: options with { Partial = true }, cancellationToken: Token));
+        Assert.Contains($"rows {norm[0].FirstRow} to {norm[0].Shape[0] - 1} are in no slice", refused.Message, StringComparison.Ordinal);
+        await publisher.PushAsync(norm, options: options with { Partial = true }, cancellationToken: Token);
+        Assert.Equal(original, await TokensAsync());
+        await Assert.ThrowsAsync<ArgumentException>(() => publisher.PushAsync(
+            norm, options: new PushOptions { Transport = PushTransport.File, Folder = _folder, Partial = true }, cancellationToken: Token));
+
+        static (string, string) Digest(DescribedTensor tensor) => (tensor.Name, tensor.Digest);
+    }
+
+    /// <summary>Three slices of a tensor, the last one the longest.</summary>
+    private static IEnumerable<TensorSource> Slices(TensorSource whole, byte[] bytes)
+    {
+        long rowBytes = bytes.Length / whole.Shape[0], third = whole.Shape[0] / 3;
+        foreach ((long first, long end) in ((long, long)[])[(0, third), (third, 2 * third), (2 * third, whole.Shape[0])])
+        {
+            yield return TensorSource.Slice(whole.Name, whole.DType, whole.Shape, first, end - first, (offset, destination) =>
+                bytes.AsSpan((int)((first * rowBytes) + offset), destination.Length).CopyTo(destination));
+        }
+    }
+
     [Fact]
     public async Task Groups_of_a_batch_have_the_samples_that_each_has_alone()
     {

@@ -42,8 +42,8 @@ internal sealed class FileSender : IPayloadSender, IDisposable
                 json.WriteStartObject(tensor.Name);
                 json.WriteString("dtype", tensor.Dtype.ToClient().ToString());
                 json.WriteStartArray("shape");
-                foreach (ulong dimension in tensor.Shape)
-                    json.WriteNumberValue(dimension);
+                for (int d = 0; d < tensor.Shape.Count; d++)
+                    json.WriteNumberValue(d == 0 && tensor.Rows > 0 ? tensor.Rows : tensor.Shape[d]);
                 json.WriteEndArray();
                 json.WriteStartArray("data_offsets");
                 json.WriteNumberValue(tensor.Offset);
