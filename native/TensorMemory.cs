@@ -35,6 +35,16 @@ public sealed unsafe class TensorMemory : IDisposable
     /// <exception cref="CudaException">There is no driver, or the address is not that of device memory.</exception>
     public static TensorMemory Of(nint pointer) => new(OrdinalOf(pointer));
 
+    /// <summary>A device by its number in this process, for tensors that are still to be allocated.</summary>
+    /// <exception cref="CudaException">There is no driver, or no such device.</exception>
+    public static TensorMemory OnDevice(int ordinal)
+    {
+        if (CudaLibraries.Missing(CudaLibraries.Driver) is { } missing)
+            throw new CudaException(missing);
+        Driver.cuInit(0).ThrowIfFailed();
+        return new TensorMemory(ordinal);
+    }
+
     /// <summary>The number, in this process, of the device that has the memory at an address.</summary>
     /// <exception cref="CudaException">There is no driver, or the address is not that of device memory.</exception>
     public static int OrdinalOf(nint pointer)
@@ -113,6 +123,13 @@ public sealed unsafe class TensorMemory : IDisposable
         return MemoryMarshal.AsBytes(new ReadOnlySpan<CUipcEventHandle>(ref handle)).ToArray();
     }
 
+    /// <summary>Waits for all work that a stream has queued.</summary>
+    public void Synchronize(nint stream)
+    {
+        using Scope _ = new(this);
+        Driver.cuStreamSynchronize(stream).ThrowIfFailed();
+    }
+
     /// <summary>Allocates memory on the device that other processes can open.</summary>
     /// <exception cref="OutOfMemoryException">The device does not have enough memory.</exception>
     public DeviceBucket Allocate(long bytes)
@@ -180,6 +197,17 @@ public sealed class DeviceBucket : IDisposable
     public long Bytes => _buffer.Bytes;
 
     public nint Pointer => (nint)_buffer.Pointer;
+
+    /// <summary>Copies bytes of the host into the bucket; done when this returns.</summary>
+    public unsafe void Upload(long offset, ReadOnlySpan<byte> bytes)
+    {
+        ArgumentOutOfRangeException.ThrowIfNegative(offset);
+        ArgumentOutOfRangeException.ThrowIfGreaterThan(bytes.Length, Bytes - offset);
+        using TensorMemory.Scope _ = new(_memory);
+        fixed (byte* from = bytes)
+            Driver.cuMemcpyHtoDAsync_v2(_buffer.Pointer + (nuint)offset, from, (nuint)bytes.Length, 0).ThrowIfFailed(bytes.Length);
+        Driver.cuStreamSynchronize(0).ThrowIfFailed();
+    }
 
     /// <summary>Queues a copy into the bucket.</summary>
     /// <param name="offset">In the bucket.</param>

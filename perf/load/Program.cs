@@ -13,10 +13,30 @@ repeats.Validators.Add(result =>
 {
     if (result.GetValueOrDefault<int>() < 1) result.AddError("--repeats: must be at least 1");
 });
-Command weights = new("weights", "Weight updates of Shape S into a sidecar of its own, beside the machine's own copies.") { json, repeats };
+Option<string?> device = new("--device")
+{
+    Description = "A GPU for the sidecar, cuda or cuda:N: pushes from this process's memory on the first GPU are measured.",
+};
+Option<string> transport = new("--transport")
+{
+    Description = "How weights reach the GPU: ipc (the sidecar is on the first GPU), nccl (on another), or shared-memory.",
+    DefaultValueFactory = _ => "ipc",
+};
+transport.AcceptOnlyFromAmong("ipc", "nccl", "shared-memory");
+Option<string?> model = new("--model") { Description = "With --device: a folder with model.safetensors. Default: Shape S." };
+Command weights = new("weights", "Weight updates of Shape S into a sidecar of its own, beside the machine's own copies.")
+{
+    json, repeats, device, transport, model,
+};
 weights.SetAction(async (arguments, cancellation) =>
 {
     int rounds = arguments.GetValue(repeats);
+    if (arguments.GetValue(device) is { } gpu)
+    {
+        return await DeviceUpdates.RunAsync(
+            gpu, arguments.GetValue(transport)!, arguments.GetValue(model), rounds, arguments.GetValue(json), cancellation);
+    }
+
     if (arguments.GetValue(json))
     {
         WeightUpdatesResult result = await WeightUpdates.MeasureAsync(rounds, new Progress<string>(), cancellation);

@@ -3,7 +3,7 @@ using TorchSharp;
 
 namespace Rollout.Client.Torch;
 
-/// <summary>Pushes a TorchSharp module, or tensors in a GPU's memory, as a <see cref="WeightPublisher"/> pushes tensors.</summary>
+/// <summary>Pushes a TorchSharp module as a <see cref="WeightPublisher"/> pushes tensors.</summary>
 public static class TorchPublishing
 {
     // A module's tensors are listed once: names and shapes do not change, and values are read at each push.
@@ -33,25 +33,6 @@ public static class TorchPublishing
             : publisher.PushAsync(sources, newVersion, options, cancellationToken);
     }
 
-    /// <summary>Makes tensors that are in a GPU's memory, of any framework, the weights the next token is drawn from.</summary>
-    /// <param name="publisher">Reuse it for the whole training run, because it keeps what the sidecar has opened.</param>
-    /// <param name="tensors">Full tensors, all on one GPU. They do not pass through the host.</param>
-    /// <param name="stream">The CUDA stream (CUstream or cudaStream_t) that has written them; 0: the legacy default stream.</param>
-    /// <param name="newVersion">Must be greater than the version being served; null: one more than it.</param>
-    /// <param name="options">Policy, timeout.</param>
-    /// <param name="cancellationToken">Until the commit is sent, cancelling leaves the old weights served.</param>
-    /// <exception cref="InvalidOperationException">The sidecar cannot be reached from the GPU that has the tensors.</exception>
-    /// <inheritdoc cref="PushAsync(WeightPublisher, torch.nn.Module, ulong?, PushOptions?, CancellationToken)"/>
-    public static Task<PushResult> PushAsync(this WeightPublisher publisher, IReadOnlyList<DeviceTensor> tensors, nint stream = 0,
-        ulong? newVersion = null, PushOptions? options = null, CancellationToken cancellationToken = default)
-    {
-        ArgumentNullException.ThrowIfNull(publisher);
-        TensorSource[] sources = [.. tensors.Select(tensor => new TensorSource(tensor.Name, tensor.DType, tensor.Shape,
-            (_, _) => throw new InvalidOperationException($"'{tensor.Name}' is in a GPU's memory")))];
-        return publisher.PushFromAsync(
-            sources, () => Sender(publisher, tensors, stream), mayCopy: false, newVersion, options, cancellationToken);
-    }
-
     private static async Task<PushResult> PushFromGpuAsync(WeightPublisher publisher, TorchTensor[] tensors, TensorSource[] sources,
         ulong? newVersion, PushOptions? options, CancellationToken cancellationToken)
     {
@@ -59,7 +40,7 @@ public static class TorchPublishing
         try
         {
             return await publisher.PushFromAsync(
-                sources, () => Sender(publisher, OnDevice(), stream: 0), mayCopy: true, newVersion, options, cancellationToken);
+                sources, () => publisher.Sender(OnDevice(), stream: 0), mayCopy: true, newVersion, options, cancellationToken);
         }
         finally
         {
@@ -69,13 +50,6 @@ public static class TorchPublishing
 
         DeviceTensor[] OnDevice() => [.. tensors.Zip(sources, (tensor, source) =>
             new DeviceTensor(source.Name, source.DType, source.Shape, tensor.AddressOnDevice(copies)))];
-    }
-
-    private static CudaSender Sender(WeightPublisher publisher, IReadOnlyList<DeviceTensor> tensors, nint stream)
-    {
-        CudaSender sender = (CudaSender)(publisher.Device ??= new CudaSender());
-        sender.Use(tensors, stream);
-        return sender;
     }
 
     /// <summary>

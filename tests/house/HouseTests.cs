@@ -23,8 +23,8 @@ public sealed partial class HouseTests
         ["kernels"] = ["native"],
         ["engine"] = ["kernels"],
         ["sidecar/server"] = ["engine", "kernels", "protos"],
-        ["sidecar/client"] = ["protos"],
-        ["sidecar/client.torch"] = ["sidecar/client", "native"],
+        ["sidecar/client"] = ["protos", "native"],
+        ["sidecar/client.torch"] = ["sidecar/client"],
     };
 
     /// <summary>Packages a project must not reference, by prefix.</summary>

@@ -97,7 +97,7 @@ public sealed record PushOptions
     /// </summary>
     public int Parallelism { get; init; } = 1;
 
-    /// <summary>The version these weights replace, where the caller knows; see <see cref="WeightPublisher.PushAsync"/>.</summary>
+    /// <summary>The version these weights replace, where the caller knows; see <see cref="WeightPublisher"/>.</summary>
     public ulong? BaseVersion { get; init; }
 }
 
@@ -128,9 +128,23 @@ public sealed record PushTimings
     public double ServerStall { get; init; }
 }
 
+/// <summary>What a push cost, counted. Those counted by the sidecar are 0 with <see cref="PushResult.ConfirmedByStatus"/>.</summary>
+/// <param name="Messages">Sent to the sidecar for it: begin, where the payload is, commit.</param>
+/// <param name="Buckets">Parts that the sidecar read on its device one after the other; 0 where the bytes passed through the host.</param>
+/// <param name="HandlesOpened">By the sidecar, of this process's memory.</param>
+/// <param name="Launches">Of kernels that read the payload on the sidecar's device.</param>
+/// <param name="DeviceAllocations">By the sidecar, for working memory, which it keeps.</param>
+/// <param name="GraphsCaptured">By the sidecar.</param>
+/// <param name="DeviceBytes">Payload bytes that the sidecar read on its device.</param>
+/// <param name="HostBytes">Payload bytes that passed through the host.</param>
+public readonly record struct PushCounts(int Messages, int Buckets, long HandlesOpened, long Launches, long DeviceAllocations,
+    long GraphsCaptured, long DeviceBytes, long HostBytes);
+
 /// <summary>The new version is served.</summary>
 public sealed record PushResult
 {
+    public PushCounts Counts { get; init; }
+
     public required ulong Version { get; init; }
 
     /// <summary>XXH3-128 over the tensors' digests in the order they were given, 32 hexadecimal digits; "" where not known.</summary>

@@ -14,6 +14,7 @@ internal sealed class UpdateCall : IAsyncDisposable
     private readonly CancellationTokenSource _ended = new();
     private readonly Task _reading;
     private long _received;
+    private int _sent;
 
     public UpdateCall(V1.WeightsService.WeightsServiceClient weights, CallOptions options)
     {
@@ -26,12 +27,16 @@ internal sealed class UpdateCall : IAsyncDisposable
     /// </summary>
     public CancellationToken Ended => _ended.Token;
 
+    /// <summary>Messages sent so far.</summary>
+    public int Sent => _sent;
+
     /// <exception cref="RpcException">The connection or the call failed.</exception>
     /// <exception cref="RolloutException">The sidecar ended the update; the message has its reason.</exception>
     public async Task SendAsync(V1.UpdateRequest request, CancellationToken cancellationToken = default)
     {
         try
         {
+            _sent++;
             await _call.RequestStream.WriteAsync(request, cancellationToken);
         }
         catch (Exception e) when (e is RpcException or InvalidOperationException or IOException) // all are ends of the stream

@@ -77,7 +77,38 @@ public sealed class WeightPublisher : IAsyncDisposable
         CancellationToken cancellationToken = default)
         => PushFromAsync(tensors, device: null, mayCopy: true, newVersion, options, cancellationToken);
 
-    /// <summary>As <see cref="PushAsync"/>, of tensors that are in a GPU's memory.</summary>
+    /// <summary>
+    /// Makes tensors that are in a GPU's memory, of any framework, the weights the next token is drawn from. They do not pass through the
+    /// host: a sidecar on the same GPU reads them there (CUDA IPC), to one on another they are broadcast (NCCL).
+    /// </summary>
+    /// <param name="tensors">Full tensors, all on one GPU.</param>
+    /// <param name="stream">The CUDA stream (CUstream or cudaStream_t) that has written them; 0: the legacy default stream.</param>
+    /// <param name="newVersion">As for tensors of the host.</param>
+    /// <param name="options">Policy, timeout.</param>
+    /// <param name="cancellationToken">Until the commit is sent, cancelling leaves the old weights served.</param>
+    /// <exception cref="InvalidOperationException">The sidecar cannot be reached from the GPU that has the tensors.</exception>
+    public Task<PushResult> PushAsync(
+        IReadOnlyList<DeviceTensor> tensors,
+        nint stream = 0,
+        ulong? newVersion = null,
+        PushOptions? options = null,
+        CancellationToken cancellationToken = default)
+    {
+        ArgumentNullException.ThrowIfNull(tensors);
+        TensorSource[] sources = [.. tensors.Select(tensor => new TensorSource(tensor.Name, tensor.DType, tensor.Shape,
+            (_, _) => throw new InvalidOperationException($"'{tensor.Name}' is in a GPU's memory")))];
+        return PushFromAsync(sources, () => Sender(tensors, stream), mayCopy: false, newVersion, options, cancellationToken);
+    }
+
+    /// <summary>Sends these tensors; the same for all pushes.</summary>
+    internal IDeviceSender Sender(IReadOnlyList<DeviceTensor> tensors, nint stream)
+    {
+        CudaSender sender = (CudaSender)(Device ??= new CudaSender());
+        sender.Use(tensors, stream);
+        return sender;
+    }
+
+    /// <summary>As the public methods, of tensors that are in a GPU's memory.</summary>
     /// <param name="tensors">How to copy them to the host, where that is needed.</param>
     /// <param name="mayCopy">Whether they may be copied to the host, where the sidecar cannot be reached from the device.</param>
     /// <param name="device">What sends them from where they are, called when it is this push's turn; null: they are on the host.</param>

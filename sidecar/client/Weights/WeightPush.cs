@@ -99,6 +99,8 @@ internal sealed class WeightPush(
             return await ResolveAsync(e, digest, timings);
         }
 
+        V1.UpdateCounts counts = committed.Counts ?? new V1.UpdateCounts();
+
         // :: Step 5: check that the sidecar received what was sent.
         string received = WeightDigest.Show(committed.Digest.Span);
         ThrowIfDifferent(committed.Version, digest, received);
@@ -106,6 +108,8 @@ internal sealed class WeightPush(
         {
             Version = committed.Version,
             Digest = received,
+            Counts = new PushCounts(call.Sent, _sent.Buckets, (long)counts.HandlesOpened, (long)counts.Launches,
+                (long)counts.DeviceAllocations, (long)counts.GraphsCaptured, (long)counts.DeviceBytes, (long)counts.HostBytes),
             PayloadBytes = layout.PayloadBytes,
             Transport = _sent.Transport,
             TransportReason = _sent.Reason,

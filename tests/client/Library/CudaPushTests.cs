@@ -1,6 +1,5 @@
 using System.Reflection;
 using CsCheck;
-using Rollout.Client.Torch;
 using Rollout.Kernels.Tests.Cuda;
 using Rollout.Native;
 using Xunit;
@@ -68,6 +67,13 @@ public sealed class CudaPushTests : IAsyncLifetime
                 onDevice, options: new PushOptions { Mode = mode, BaseVersion = version - 1 }, cancellationToken: Token);
             Assert.Equal((version, PushTransport.CudaIpc, sent.Digest), (pushed.Version, pushed.Transport, pushed.Digest));
             Assert.Equal(bucket > 0, pushed.TransportReason.Contains("copied", StringComparison.Ordinal));
+            PushCounts counts = pushed.Counts;
+            Assert.Equal(
+                (2 + counts.Buckets, (long)counts.Buckets, tensors.Sum(tensor => (long)tensor.Bytes.Length), 0L),
+                (counts.Messages, counts.Launches, counts.DeviceBytes, counts.HostBytes));
+            Assert.Equal(bucket is > 0 and < 1_000_000, counts.Buckets > 1);
+            if (version > 3)
+                Assert.Equal((0L, 0L, 0L), (counts.HandlesOpened, counts.DeviceAllocations, counts.GraphsCaptured));
             Assert.Equal(changed, await BitsAsync());
         }
     }
@@ -97,6 +103,8 @@ public sealed class CudaPushTests : IAsyncLifetime
                 PushResult pushed = await publisher.PushAsync(onDevice, options: options, cancellationToken: Token);
                 Assert.Equal((version, PushTransport.Nccl, sent.Digest), (pushed.Version, pushed.Transport, pushed.Digest));
                 Assert.StartsWith("the tensors are on GPU-", pushed.TransportReason, StringComparison.Ordinal);
+                PushCounts counts = pushed.Counts;
+                Assert.Equal((3, (long)counts.Buckets, 0L), (counts.Messages, counts.Launches, counts.HostBytes));
                 Assert.Equal((changed, 1), (await BitsAsync(), SimulatedDevice.Communicators));
                 Assert.InRange((await _client.StatusAsync(cancellationToken: Token)).Memory.Nccl, 1, 1 << 20);
             }

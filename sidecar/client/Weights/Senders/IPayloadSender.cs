@@ -4,7 +4,8 @@ namespace Rollout.Client;
 /// <param name="Transport">Never <see cref="PushTransport.Auto"/>.</param>
 /// <param name="Reason">Why, in a sentence.</param>
 /// <param name="Hashed">Whether all bytes passed through the <see cref="PayloadWriter"/>, which then has their digest.</param>
-internal readonly record struct SentBy(PushTransport Transport, string Reason, bool Hashed = true);
+/// <param name="Buckets">Parts that were read on the device one after the other.</param>
+internal readonly record struct SentBy(PushTransport Transport, string Reason, bool Hashed = true, int Buckets = 0);
 
 /// <summary>One way to send a payload to the sidecar.</summary>
 internal interface IPayloadSender

@@ -1,4 +1,4 @@
-namespace Rollout.Client.Torch;
+namespace Rollout.Client;
 
 /// <summary>A tensor in a GPU's memory, of any framework: contiguous, row-major.</summary>
 /// <param name="Name">The Hugging Face checkpoint's.</param>

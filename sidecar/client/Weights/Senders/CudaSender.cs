@@ -1,7 +1,7 @@
 using Google.Protobuf;
 using Rollout.Native;
 
-namespace Rollout.Client.Torch;
+namespace Rollout.Client;
 
 /// <summary>
 /// Sends tensors from a GPU's memory. A sidecar on the same GPU is told where they are (CUDA IPC) and reads them there: allocations are
@@ -66,9 +66,10 @@ internal sealed class CudaSender : IDeviceSender
     public async Task<SentBy> SendAsync(UpdateCall call, PayloadLayout layout, V1.Ready ready, CancellationToken cancellationToken)
     {
         (PushTransport? transport, string reason) = Choose(ready);
+        int buckets = 1;
         if (transport == PushTransport.Nccl)
         {
-            await BroadcastAsync(call, layout, ready, cancellationToken);
+            buckets = await BroadcastAsync(call, layout, ready, cancellationToken);
         }
         else if (_tensors.All(tensor => tensor.Shape.Contains(0) || _memory!.CanShare(tensor.Address)))
         {
@@ -77,10 +78,10 @@ internal sealed class CudaSender : IDeviceSender
         else
         {
             reason += "; the tensors' memory cannot be shared and was copied there";
-            await SendBucketsAsync(call, layout, cancellationToken);
+            buckets = await SendBucketsAsync(call, layout, cancellationToken);
         }
 
-        return new SentBy(transport!.Value, reason, Hashed: false);
+        return new SentBy(transport!.Value, reason, Hashed: false, buckets);
     }
 
     public void Disconnect()
@@ -135,12 +136,13 @@ internal sealed class CudaSender : IDeviceSender
         ranges.Add(new V1.CudaRange { Allocation = allocation, Offset = offset, PayloadOffset = payloadOffset, Bytes = bytes });
     }
 
-    private async Task SendBucketsAsync(UpdateCall call, PayloadLayout layout, CancellationToken cancellationToken)
+    private async Task<int> SendBucketsAsync(UpdateCall call, PayloadLayout layout, CancellationToken cancellationToken)
     {
         long[] ends = [0, 0]; // what must have been received before a bucket may be filled again
-        int turn = 0;
+        int sent = 0;
         foreach ((long from, long to) in Cuts(layout, Capacity(layout)))
         {
+            int turn = sent++ % 2;
             await call.ReceivedAsync(ends[turn], cancellationToken);
             DeviceBucket bucket = Fill(turn, layout, from, to);
             (nint allocation, long _) = _memory!.AllocationOf(bucket.Pointer);
@@ -158,16 +160,17 @@ internal sealed class CudaSender : IDeviceSender
             };
             await call.SendAsync(new V1.UpdateRequest { CudaIpc = message }, cancellationToken);
             ends[turn] = to;
-            turn ^= 1;
         }
+
+        return sent;
     }
 
     /// <summary>A bucket is filled while the one before is on its way.</summary>
-    private async Task BroadcastAsync(UpdateCall call, PayloadLayout layout, V1.Ready ready, CancellationToken cancellationToken)
+    private async Task<int> BroadcastAsync(UpdateCall call, PayloadLayout layout, V1.Ready ready, CancellationToken cancellationToken)
     {
         (long From, long To)[] cuts = [.. Cuts(layout, Capacity(layout))];
         if (cuts.Length == 0)
-            return;
+            return 0;
         bool joined = _ranks is not null && ready.NcclUniqueId.Span.SequenceEqual(_id);
         if (!joined)
         {
@@ -198,6 +201,7 @@ internal sealed class CudaSender : IDeviceSender
             }
 
             await Task.Run(() => _ranks!.Wait(cancellationToken), CancellationToken.None);
+            return cuts.Length;
         }
         catch
         {
