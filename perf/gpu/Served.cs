@@ -21,7 +21,12 @@ internal sealed class Served : IAsyncDisposable
         Client = sidecar.Connect();
     }
 
+    public const string WeightsFile = "model.safetensors";
+
     public RolloutClient Client { get; }
+
+    /// <summary>The model's.</summary>
+    public string Folder => _folder;
 
     /// <summary>Weights of the model as it was loaded.</summary>
     public IReadOnlyList<TensorSource> Tensors { get; }
@@ -68,7 +73,7 @@ internal sealed class Served : IAsyncDisposable
         try
         {
             File.Copy(Path.Combine(Shapes.Folder(Shapes.Qwen25, stage.IsSmall), "config.json"), Path.Combine(folder, "config.json"));
-            IReadOnlyList<TensorSource> tensors = Write(model, Path.Combine(folder, "model.safetensors"));
+            IReadOnlyList<TensorSource> tensors = Write(model, Path.Combine(folder, WeightsFile));
             SidecarProcess sidecar = await SidecarProcess.StartAsync(new SidecarOptions
             {
                 Program = Path.Combine(Stage.Root, "server", "rollout.dll"),

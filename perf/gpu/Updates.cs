@@ -9,6 +9,7 @@ using Rollout.Kernels;
 using Rollout.Kernels.Cuda;
 using Rollout.Micro;
 using Rollout.Native;
+using DeviceTensor = Rollout.Kernels.Cuda.DeviceTensor;
 
 namespace Rollout.Gpu;
 
@@ -24,6 +25,7 @@ internal static class Updates
     [
         new("memory of another process", 40, PeerAsync),
         new("pushes through shared memory", 40, PushesAsync),
+        new("pushes from the same GPU", 40, PushesFromDeviceAsync),
         new("trainer in Python", 60, TrainAsync),
     ];
 
@@ -97,33 +99,70 @@ internal static class Updates
     {
         await using Served served = await Served.StartAsync(stage);
         await using WeightPublisher publisher = new(served.Client);
+        await MeasureAsync(stage, served.Client, "shared memory, staged", () => publisher.PushAsync(served.Tensors));
+    }
+
+    /// <summary>By CUDA IPC: this process is the trainer, with all weights in one allocation on the sidecar's device.</summary>
+    private static async Task PushesFromDeviceAsync(Stage stage)
+    {
+        await using Served served = await Served.StartAsync(stage);
+        using TensorMemory memory = TensorMemory.OnDevice(0);
+        using SafetensorsFile file = SafetensorsFile.Open(Path.Combine(served.Folder, Served.WeightsFile));
+        using DeviceBucket weights = memory.Allocate(file.DataBytes + 256L * file.Tensors.Count);
+        List<Rollout.Client.DeviceTensor> tensors = [];
+        long at = 0;
+        foreach (TensorInfo tensor in file.Tensors.Values.OrderBy(tensor => tensor.Offset))
+        {
+            byte[] bytes = new byte[tensor.Bytes];
+            file.Read(tensor, 0, bytes);
+            weights.Upload(at, bytes);
+            tensors.Add(new Rollout.Client.DeviceTensor(tensor.Name, TensorDType.BF16, tensor.Shape, weights.Pointer + (nint)at));
+            at += (bytes.Length + 255) / 256 * 256;
+        }
+
+        // Disposed before the memory that the sidecar has opened.
+        await using WeightPublisher publisher = new(served.Client);
+        foreach ((string name, PushOptions options) in ((string, PushOptions)[])
+            [
+                ("CUDA IPC, staged", new PushOptions { Mode = Rollout.Client.UpdateMode.Staged }),
+                ("CUDA IPC, in place", new PushOptions { Mode = Rollout.Client.UpdateMode.InPlace }),
+            ])
+        {
+            PushCounts counts = await MeasureAsync(stage, served.Client, name, () => publisher.PushAsync(tensors, options: options));
+            stage.Write("Weight updates", name, "of a push after the first", $"{counts}");
+        }
+    }
+
+    /// <returns>What the last push cost.</returns>
+    private static async Task<PushCounts> MeasureAsync(Stage stage, RolloutClient client, string name, Func<Task<PushResult>> push)
+    {
         List<double> total = [], toToken = [], write = [], transfer = [], stall = [];
         RolloutRequest oneToken = new((int[])[9, 10, 11], new GenerateOptions { MaxTokens = 1, IgnoreEos = true });
-        long bytes = 0;
+        PushResult? last = null;
         for (int i = -1; i < (stage.IsSmall ? 2 : 15); i++)
         {
             long start = Stopwatch.GetTimestamp();
-            PushResult pushed = await publisher.PushAsync(served.Tensors);
-            await foreach (Sample sample in served.Client.GenerateBatchAsync([oneToken with { RequestId = $"{i}" }]))
+            last = await push();
+            await foreach (Sample sample in client.GenerateBatchAsync([oneToken with { RequestId = $"{name} {i}" }]))
             {
-                if (sample.Versions[^1].Version is var version && version != pushed.Version)
-                    throw new InvalidOperationException($"a token of version {version} after the commit of {pushed.Version}");
+                if (sample.Versions[^1].Version is var version && version != last.Version)
+                    throw new InvalidOperationException($"a token of version {version} after the commit of {last.Version}");
             }
 
             if (i < 0) continue; // memory is taken at the first
-            bytes = pushed.PayloadBytes;
             toToken.Add(Stopwatch.GetElapsedTime(start).TotalSeconds);
-            total.Add(pushed.Timings.Total);
-            write.Add(pushed.Timings.Write);
-            transfer.Add(pushed.Timings.ServerTransfer);
-            stall.Add(pushed.Timings.ServerStall);
+            total.Add(last.Timings.Total);
+            write.Add(last.Timings.Write);
+            transfer.Add(last.Timings.ServerTransfer);
+            stall.Add(last.Timings.ServerStall);
         }
 
-        Report(stage, "shared memory, staged, push to first token", bytes, [.. toToken]);
-        Report(stage, "shared memory, staged, push to committed", bytes, [.. total]);
-        Report(stage, "of it: the client writes and hashes", bytes, [.. write]);
-        Report(stage, "of it: the sidecar reads, checks and copies to the device", bytes, [.. transfer]);
-        Report(stage, "no step could run for", bytes, [.. stall]);
+        Report(stage, $"{name}, push to first token", last!.PayloadBytes, [.. toToken]);
+        Report(stage, $"{name}, push to committed", last.PayloadBytes, [.. total]);
+        Report(stage, $"{name}, of it: the client", last.PayloadBytes, [.. write]);
+        Report(stage, $"{name}, of it: the sidecar reads, checks and stores", last.PayloadBytes, [.. transfer]);
+        Report(stage, $"{name}, no step could run for", last.PayloadBytes, [.. stall]);
+        return last.Counts;
     }
 
     /// <summary>

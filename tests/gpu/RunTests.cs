@@ -29,6 +29,7 @@ public sealed class RunTests : IDisposable
         await PackAsync();
         string[] compiled = ["--cache", Directory.CreateDirectory(Path.Combine(Simulated, "cache")).FullName];
         await RunAsync(["--out", "results", "--stage", "1", "--patience", "5", .. compiled]);
+        await RunAsync(["--out", "results", "--stage", "5", "--patience", "5", .. compiled]);
         string report = await RunAsync(["--out", "results", "--stage", "4", "--patience", "5", .. compiled]);
 
         Row[] rows = [.. File.ReadLines(Path.Combine(_folder, "results", "rows.jsonl"))
@@ -42,6 +43,14 @@ public sealed class RunTests : IDisposable
         }
 
         Assert.Contains("| Qwen2.5-0.5B, GRPO 64 x 16, run 2, through gRPC |", report, StringComparison.Ordinal);
+        foreach (string mode in (string[])["staged", "in place"])
+        {
+            Assert.Contains($"| CUDA IPC, {mode}, push to first token |", report, StringComparison.Ordinal);
+            Row counts = Assert.Single(rows, row => row.Name == $"CUDA IPC, {mode}" && row.Column == "of a push after the first");
+            Assert.Matches("Messages = 3, Buckets = 1, HandlesOpened = 0, Launches = 1, DeviceAllocations = 0, GraphsCaptured = 0, "
+                + "DeviceBytes = [0-9]+, HostBytes = 0 ", counts.Text!);
+        }
+
         Assert.Contains("0 failures.", report, StringComparison.Ordinal);
         string[] files = [.. Directory.EnumerateFiles(Path.Combine(_folder, "results")).Select(Path.GetFileName).Order()!];
         Assert.Equal(["cache.tar", "log.txt", "results.md", "rows.jsonl"], files);
