@@ -22,6 +22,8 @@ public sealed class CudaRanks : IDisposable
     private readonly CudaStream _stream;
     private readonly DeviceBytes?[] _buffers = [null, null];
     private readonly long _joinedBytes;
+    private readonly Lock _lock = new();
+    private bool _receiving, _disposed;
 
     /// <summary>As <see cref="CudaPeers.Join"/>.</summary>
     internal CudaRanks(CudaDevice device, ReadOnlySpan<byte> id, int ranks, int rank, CancellationToken cancellation)
@@ -34,7 +36,14 @@ public sealed class CudaRanks : IDisposable
     }
 
     /// <summary>Whether it can be used: no failure has ended it, and it was not disposed.</summary>
-    public bool IsOpen => !_communicator.IsClosed;
+    public bool IsOpen
+    {
+        get
+        {
+            lock (_lock)
+                return !_disposed;
+        }
+    }
 
     /// <summary>
     /// Memory on the device: by how much all memory in use grew while the ranks joined, as the driver counts it, and the buffers.
@@ -51,6 +60,12 @@ public sealed class CudaRanks : IDisposable
     public async Task ReceiveAsync(
         IReadOnlyList<long> buckets, int root, Func<int, DeviceBytes, Task> read, CancellationToken cancellation)
     {
+        lock (_lock)
+        {
+            ObjectDisposedException.ThrowIf(_disposed, this);
+            _receiving = true;
+        }
+
         try
         {
             for (int turn = 0; turn < Math.Min(2, buckets.Count); turn++)
@@ -70,6 +85,13 @@ public sealed class CudaRanks : IDisposable
             Dispose(); // what is still queued would be written to buffers that are used for something else
             throw;
         }
+        finally
+        {
+            lock (_lock)
+                _receiving = false;
+            if (!IsOpen)
+                Free();
+        }
 
         void Queue(int i)
         {
@@ -79,7 +101,20 @@ public sealed class CudaRanks : IDisposable
         }
     }
 
+    /// <summary>Leaves the group; a transfer in progress ends first, for which its cancellation is needed.</summary>
     public void Dispose()
+    {
+        lock (_lock)
+        {
+            _disposed = true;
+            if (_receiving)
+                return; // which frees it
+        }
+
+        Free();
+    }
+
+    private void Free()
     {
         // First the communicator: its work in the stream may wait for a rank that has died.
         _communicator.Dispose();

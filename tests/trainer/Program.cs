@@ -16,6 +16,14 @@ using V1 = Rollout.V1;
 //   trainer push    SOCKET CHECKPOINT (inline|shm|file|ipc) (staged|inplace) MESSAGES   the protocol by hand, in so many messages
 //   trainer publish SOCKET CHECKPOINT (inline|shm|file) (staged|inplace) SECONDS [FOLDER]   by the client library, with this timeout
 //   trainer hold FILE DEVICE   see DeviceHolder
+//   trainer ranks SOCKET CHECKPOINT DEVICE (staged|inplace) SECONDS   by the client library, from this simulated device
+//   trainer id   prints an ncclUniqueId, and never joins
+if (args[0] is "ranks" or "id")
+{
+    await RanksTrainer.RunAsync(args);
+    return;
+}
+
 if (args[0] == "hold")
 {
     DeviceHolder.Run(args[1], int.Parse(args[2], CultureInfo.InvariantCulture));

@@ -31,6 +31,10 @@ public sealed class NcclSource(
         {
             throw new UpdateFailedException(UpdateFailure.Source, $"nccl: {e.Message}");
         }
+        catch (ObjectDisposedException)
+        {
+            throw new UpdateFailedException(UpdateFailure.Source, "nccl: the group of ranks was left before its bytes came");
+        }
         catch (OutOfMemoryException e)
         {
             throw new UpdateFailedException(UpdateFailure.Source, $"nccl: no memory for two buckets: {e.Message}");

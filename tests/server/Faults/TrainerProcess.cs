@@ -60,6 +60,27 @@ internal sealed class TrainerProcess : IAsyncDisposable
         return new TrainerProcess(Process.Start(start)!);
     }
 
+    /// <summary>One on another simulated device than the server's: see RanksTrainer.</summary>
+    public static TrainerProcess OnDevice(
+        IEnumerable<(string Name, string Value)> variables, string how, params IEnumerable<string> arguments)
+    {
+        ProcessStartInfo start = new(
+            Environment.GetEnvironmentVariable("DOTNET_HOST_PATH") ?? "dotnet", ["exec", s_program, how, .. arguments])
+        {
+            RedirectStandardInput = true,
+            RedirectStandardOutput = true,
+            RedirectStandardError = true,
+        };
+        foreach ((string name, string value) in variables) start.Environment[name] = value;
+        return new TrainerProcess(Process.Start(start)!);
+    }
+
+    public void Signal(string name)
+    {
+        using Process kill = Process.Start("kill", [$"-{name}", Id.ToString(CultureInfo.InvariantCulture)]);
+        kill.WaitForExit();
+    }
+
     /// <summary>Gives it a line, if there is one, and returns its next.</summary>
     public async Task<string> AskAsync(string? line = null)
     {
