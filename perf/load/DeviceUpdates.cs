@@ -18,7 +18,7 @@ internal static class DeviceUpdates
     private const long Alignment = 256;
 
     private sealed record Result(
-        string Backend, PushResult Last, double ToToken, double Push, double Stall, double Copy, bool Committed);
+        string Backend, PushResult Last, double ToToken, double Push, double Stall, double Copy, long MemoryGrowth, bool Committed);
 
     public static async Task<int> RunAsync(
         string device, string transport, string? model, int repeats, bool json, CancellationToken cancellation)
@@ -45,6 +45,7 @@ internal static class DeviceUpdates
                 graphs_captured = counts.GraphsCaptured,
                 passes_over_bytes = (double)counts.DeviceBytes / Math.Max(1, TensorBytes(folder)),
                 host_bytes = counts.HostBytes,
+                device_memory_growth_bytes = result.MemoryGrowth,
                 committed = result.Committed,
             }));
             return 0;
@@ -57,6 +58,7 @@ internal static class DeviceUpdates
         table.AddRow("push, ms", $"{result.Push * 1e3:F2}");
         table.AddRow("stall, ms", $"{result.Stall * 1e3:F2}");
         table.AddRow("plain copy on the device, ms", $"{result.Copy * 1e3:F2}");
+        table.AddRow("growth of the device's memory in use after the first push, bytes", $"{result.MemoryGrowth}");
         table.AddRow("counts of a push after the first", Markup.Escape($"{counts}"));
         AnsiConsole.Write(table);
         return 0;
@@ -90,6 +92,7 @@ internal static class DeviceUpdates
         };
         List<double> toToken = [], push = [], stall = [], copy = [];
         PushResult? last = null;
+        long freeAfterFirst = 0;
         // Freed last: the sidecar has opened this process's memory until the publisher is disposed.
         await using WeightPublisher publisher = new(client);
         for (int i = -1; i < repeats; i++)
@@ -101,15 +104,22 @@ internal static class DeviceUpdates
             await FirstTokenAsync(client, i, last.Version, cancellation);
             double seconds = Stopwatch.GetElapsedTime(start).TotalSeconds;
             double copied = Copy(memory, weights);
-            if (i < 0) continue; // memory is taken at the first
+            if (i < 0)
+            {
+                freeAfterFirst = (await client.StatusAsync(cancellationToken: cancellation)).Memory.Free;
+                continue; // memory is taken at the first
+            }
+
             toToken.Add(seconds);
             push.Add(last.Timings.Total);
             stall.Add(last.Timings.ServerStall);
             copy.Add(copied);
         }
 
-        ulong served = (await client.StatusAsync(cancellationToken: cancellation)).Version;
-        return new Result(status.Backend, last!, Median(toToken), Median(push), Median(stall), Median(copy), served == last!.Version);
+        SidecarStatus end = await client.StatusAsync(cancellationToken: cancellation);
+        return new Result(
+            status.Backend, last!, Median(toToken), Median(push), Median(stall), Median(copy), freeAfterFirst - end.Memory.Free,
+            end.Version == last!.Version);
     }
 
     /// <exception cref="InvalidOperationException">The token is of another version.</exception>
