@@ -107,6 +107,7 @@ class FakeWeights:
         self.device_uuid = b""
         self.read_device: Callable[[Any, int, int], bytes] | None = None  # of an allocation: offset, bytes
         self.ipc: list[Any] = []
+        self.receive: Callable[[Any, bytearray], None] | None = None  # joins a group, and writes the message's buckets to the payload
         self.arrived: Hook | None = None  # called with the step's name and the request when a message has arrived
         self.done: Hook | None = None  # ... and when it has been handled, before it is answered
         self.says: Callable[[], Any] | None = None  # replaces the status reply
@@ -160,6 +161,11 @@ class FakeWeights:
                             content = self.read_device(message.allocations[part.allocation], part.offset, part.bytes)
                             payload[part.payload_offset : _end(part)] = content
                         reply = {"progress": {"payload_bytes": _end(message.ranges[-1])}}
+                elif step == "nccl":
+                    reply = {}
+                    if self.receive is not None:  # otherwise it never joins
+                        self.receive(request.nccl, payload)
+                        reply = {"progress": {"payload_bytes": _end(request.nccl.buckets[-1])}}
                 elif step == "file":
                     content = Path(request.file.path).read_bytes()
                     payload[:] = content[8 + int.from_bytes(content[:8], "little") :]

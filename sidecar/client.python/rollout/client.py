@@ -50,6 +50,8 @@ class Rollout:
             ("grpc.max_receive_message_length", -1),
             ("grpc.max_send_message_length", -1),
             ("grpc.enable_http_proxy", 0),
+            # A connection of its own: with it the sidecar closes the GPU memory and leaves the group that this client's pushes have named.
+            ("grpc.use_local_subchannel_pool", 1),
             # A machine that has crashed is noticed within a minute, a restarted sidecar within a second.
             ("grpc.keepalive_time_ms", 30_000),
             ("grpc.keepalive_timeout_ms", 30_000),
@@ -241,7 +243,7 @@ class Rollout:
         policy: Literal["recompute", "keep", "drain", "abort"] = "recompute",
         mode: Literal["auto", "staged", "in_place"] = "auto",
         partial: bool = False,
-        transport: Literal["auto", "cuda_ipc", "shared_memory", "inline", "file"] = "auto",
+        transport: Literal["auto", "cuda_ipc", "nccl", "shared_memory", "inline", "file"] = "auto",
         folder: str | PathLike[str] | None = None,
         max_shared_memory_bytes: int | None = None,
         verify: bool | None = None,
@@ -265,12 +267,13 @@ class Rollout:
                 auto: staged where there is memory for it.
             partial: ``weights`` has some of the model's tensors; the others stay. Without it a missing tensor is an error.
             transport: cuda_ipc: the sidecar reads tensors where they are, on the GPU that it runs on too; only those that must be
-                converted or cannot be named to it (PyTorch's expandable segments) are copied there first. shared_memory: through the
-                sidecar's own memory, or where that cannot be opened (it is in another container, or another user's) through a file in
-                /dev/shm; kept from push to push. inline: in the gRPC stream, from any machine, slower. file: through a safetensors file
-                in ``folder``, which is removed afterwards; no sparse tensors. auto: cuda_ipc where all tensors are on the sidecar's GPU,
-                shared_memory where the sidecar is on this machine and its memory can be opened, else inline. The result says which, and
-                why.
+                converted or cannot be named to it (PyTorch's expandable segments) are copied there first. nccl: from the tensors' GPU
+                to the sidecar's, another one, by a group that is kept from push to push. shared_memory: through the sidecar's own
+                memory, or where that cannot be opened (it is in another container, or another user's) through a file in /dev/shm; kept
+                from push to push. inline: in the gRPC stream, from any machine, slower. file: through a safetensors file in
+                ``folder``, which is removed afterwards; no sparse tensors. auto: cuda_ipc where all tensors are on the sidecar's GPU,
+                nccl where they are on another and this process finds NCCL, shared_memory where the sidecar is on this machine and its
+                memory can be opened, else inline. The result says which, and why.
             folder: For transport='file': one that trainer and sidecar both see.
             max_shared_memory_bytes: Most shared memory to use. A larger payload reuses it as a ring, as it does where the machine has
                 less memory free. None: as much as the payload has.
@@ -285,7 +288,7 @@ class Rollout:
             ValueError: An argument nobody knows, or indices of sparse tensors that do not ascend or leave their tensor.
             WeightUpdateRejected: Names, shapes, types or versions are wrong; lists everything found. No byte was sent.
             WeightUpdateFailed: It began and did not succeed; ``outcome`` says which weights are served.
-            CudaError: The GPU's driver failed, or has no memory.
+            CudaError: The GPU's driver or NCCL failed, or there is no memory.
             PayloadFileError: ``folder`` is missing or has no room; SharedMemoryError where it is /dev/shm that has none.
             StateError: Another update is in progress (the message names its owner), or the engine's state allows none.
         """
@@ -294,7 +297,7 @@ class Rollout:
             folder=folder, max_shared_memory_bytes=max_shared_memory_bytes, verify=verify, dtype=dtype, owner=owner, timeout=timeout)
 
     def release_memory(self, *, timeout: float | None = _CONTROL_TIMEOUT) -> int:
-        """Lets the sidecar close the GPU memory that pushes have named, and frees the buckets of this client.
+        """Lets the sidecar close the GPU memory that pushes have named and leave their NCCL group, and frees the buckets of this client.
 
         Memory that the trainer frees, as ``torch.cuda.empty_cache()`` does, is free for others only after this or the next push.
 

@@ -155,7 +155,7 @@ class SharedMemoryError(PayloadFileError):
 
 
 class CudaError(RolloutError):
-    """A call of the CUDA driver failed in this process, or there is no driver."""
+    """A call of the CUDA driver or of NCCL failed in this process, or the library is missing."""
 
 
 class SidecarError(RolloutError):

@@ -13,7 +13,7 @@ from ..errors import Problem, UpdateOutcome, WeightUpdateFailed, WeightUpdateRej
 
 _ABORT_WITHIN = 1.0
 _POLL = 0.05
-_PAYLOAD = {"chunk", "shared_memory", "file", "cuda_ipc"}
+_PAYLOAD = {"chunk", "shared_memory", "file", "cuda_ipc", "nccl"}
 
 
 class StreamEnded(Exception):
@@ -55,6 +55,10 @@ class UpdateCall:
         """The sidecar has ended the update or the connection is lost: sending more is useless."""
         while self._ended.is_set():
             self.next()
+
+    def wait_for_end(self, seconds: float) -> None:
+        """Returns when the call has ended, or the time has passed."""
+        self._ended.wait(seconds)
 
     def next(self) -> Any:
         """The next reply that is not an error.

@@ -11,7 +11,7 @@ import functools
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from ctypes import POINTER, byref, c_char, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,17 +20,19 @@ from typing import Any
 from ..errors import CudaError
 
 PATH_VARIABLE = "ROLLOUT_CUDA_PATH"
-"""Folders to look for the driver in first, separated by colons."""
+"""Folders to look for libraries in first, separated by colons."""
 
 HANDLE_BYTES = 64
 UUID_BYTES = 16
 
 _FILE = "libcuda.so.1"
+_SUCCESS, _NOT_READY = 0, 600  # CUresult
 # Of a container's host, of Debian and Ubuntu, of WSL: after the loader, which may be configured for a newer driver's library.
 _FOLDERS = ("/usr/local/nvidia/lib64", "/usr/local/nvidia/lib", "/usr/lib/x86_64-linux-gnu", "/usr/lib/wsl/lib")
 
 _BUFFER_ID, _DEVICE_ORDINAL, _IS_LEGACY_IPC_CAPABLE = 7, 9, 10  # CU_POINTER_ATTRIBUTE_
 _DISABLE_TIMING, _INTERPROCESS = 2, 4  # CU_EVENT_
+_NON_BLOCKING = 1  # CU_STREAM_: the default stream does not wait for it, nor it for that one
 
 
 class _Handle(ctypes.Structure):
@@ -60,37 +62,54 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuIpcGetEventHandle": (POINTER(_Handle), c_void_p),
     "cuEventCreate": (POINTER(c_void_p), c_uint),
     "cuEventRecord": (c_void_p, c_void_p),
+    "cuEventQuery": (c_void_p,),
     "cuEventDestroy_v2": (c_void_p,),
     "cuStreamSynchronize": (c_void_p,),
+    "cuStreamCreate": (POINTER(c_void_p), c_uint),
+    "cuStreamDestroy_v2": (c_void_p,),
+    "cuStreamWaitEvent": (c_void_p, c_void_p, c_uint),
 }
+
+
+def library(file: str, inside: Sequence[str] = ("",), after: Iterable[str | Path] = ()) -> Any:
+    """Loads it from the first place that has it: ``ROLLOUT_CUDA_PATH``, where the system's loader looks, other folders.
+
+    Args:
+        inside: Where in a folder of ``ROLLOUT_CUDA_PATH`` it may be.
+        after: Those other folders.
+
+    Raises:
+        CudaError: It is in none of them.
+    """
+    named = [Path(folder, part, file) for folder in os.environ.get(PATH_VARIABLE, "").split(":") if folder for part in inside]
+    candidates = [*filter(Path.exists, named), file, *filter(Path.exists, (Path(folder, file) for folder in after))]
+    for candidate in candidates:
+        try:
+            return ctypes.CDLL(str(candidate))
+        except OSError:
+            continue
+    raise CudaError(f"CUDA needs {file}, which the system's loader does not know; set {PATH_VARIABLE} to the folder that has it")
 
 
 @functools.cache
 def _driver() -> Any:
-    named = [Path(folder, _FILE) for folder in os.environ.get(PATH_VARIABLE, "").split(":") if folder]
-    candidates = [*filter(Path.exists, named), _FILE, *filter(Path.exists, (Path(folder, _FILE) for folder in _FOLDERS))]
-    for candidate in candidates:
-        try:
-            library = ctypes.CDLL(str(candidate))
-            break
-        except OSError:
-            continue
-    else:
-        raise CudaError(f"CUDA needs {_FILE}, which the system's loader does not know; set {PATH_VARIABLE} to the folder that has it")
+    driver = library(_FILE, after=_FOLDERS)
     for name, arguments in _SIGNATURES.items():
-        getattr(library, name).argtypes = arguments
-        getattr(library, name).restype = c_int
-    _call("cuInit", 0, library=library)
-    return library
+        getattr(driver, name).argtypes = arguments
+        getattr(driver, name).restype = c_int
+    _call("cuInit", 0, library=driver)
+    return driver
 
 
-def _call(name: str, *arguments: Any, library: Any = None) -> None:
+def _call(name: str, *arguments: Any, library: Any = None, also: int = _SUCCESS) -> int:
+    """Returns the result, which is success or ``also``."""
     library = library or _driver()
-    result = getattr(library, name)(*arguments)
-    if result != 0:
+    result = int(getattr(library, name)(*arguments))
+    if result not in (_SUCCESS, also):
         text = c_char_p()
         library.cuGetErrorName(result, byref(text))
         raise CudaError(f"{name}: {(text.value or b'').decode() or result}")
+    return result
 
 
 @dataclass(frozen=True)
@@ -182,24 +201,48 @@ class Device:
         """Until all its work is done."""
         _call("cuStreamSynchronize", stream)
 
+    def create_stream(self) -> int:
+        """One whose work runs beside that of all others."""
+        stream = c_void_p()
+        _call("cuStreamCreate", byref(stream), _NON_BLOCKING)
+        return stream.value or 0
+
+    def destroy_stream(self, stream: int) -> None:
+        _call("cuStreamDestroy_v2", stream)
+
 
 class Event:
-    """A mark in a stream that another process can wait for."""
+    """A mark in a stream."""
 
-    def __init__(self) -> None:
+    def __init__(self, flags: int = 0) -> None:
         event = c_void_p()
-        _call("cuEventCreate", byref(event), _DISABLE_TIMING | _INTERPROCESS)
+        _call("cuEventCreate", byref(event), _DISABLE_TIMING | flags)
         self._event = event
-        handle = _Handle()
-        _call("cuIpcGetEventHandle", byref(handle), event)
-        self.handle = bytes(memoryview(handle))
 
     def record(self, stream: int) -> None:
         """It is reached when the stream's work so far is done."""
         _call("cuEventRecord", self._event, stream)
 
+    @property
+    def is_reached(self) -> bool:
+        return _call("cuEventQuery", self._event, also=_NOT_READY) == _SUCCESS
+
+    def hold(self, stream: int) -> None:
+        """The stream's later work waits until it is reached, as it was recorded last."""
+        _call("cuStreamWaitEvent", stream, self._event, 0)
+
     def destroy(self) -> None:
         _call("cuEventDestroy_v2", self._event)
+
+
+class SharedEvent(Event):
+    """That another process can wait for."""
+
+    def __init__(self) -> None:
+        super().__init__(_INTERPROCESS)
+        handle = _Handle()
+        _call("cuIpcGetEventHandle", byref(handle), self._event)
+        self.handle = bytes(memoryview(handle))
 
 
 _devices: dict[int, Device] = {}

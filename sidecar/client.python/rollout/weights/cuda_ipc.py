@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from .. import _wire as wire
 from ..errors import CudaError
-from . import cuda
 from .call import UpdateCall
-from .cuda import Allocation, Device, Event
-from .device_tensors import OnDevice
-from .digest import PIECE_BYTES, TensorDigest
+from .cuda import Allocation, Device, SharedEvent
+from .digest import PIECE_BYTES
+from .from_device import Hashed, fill, on_device, written_by
 from .payload import Payload
 from .senders import Mode, Transport
 from .tensors import TensorSource
@@ -22,31 +20,13 @@ from .tensors import TensorSource
 _MOST_BUCKET_BYTES = 256 << 20
 _LEAST_BUCKET_BYTES = 2 << 20  # smaller allocations of the driver share one of this size, which a handle would share whole
 _ALIGNMENT = 256
-_READ_BYTES = 8 << 20
-
-
-def device_of(tensors: Sequence[TensorSource]) -> tuple[Device | None, str]:
-    """The GPU that all tensors are on, or None and why they cannot be read there."""
-    places = []
-    for tensor in tensors:
-        if tensor.on_device is None:
-            return None, f"{tensor.name!r} is sparse" if tensor.sparse_count is not None else f"{tensor.name!r} is not on a GPU"
-        if not tensor.on_device.is_as_sent and tensor.on_device.converted is None:
-            return None, f"{tensor.name!r} must be converted, and is not a tensor of PyTorch"
-        places.append(tensor.on_device)
-    if len({place.ordinal for place in places}) > 1:
-        return None, "the tensors are on several GPUs"
-    try:
-        return cuda.device(places[0].ordinal), ""
-    except CudaError as error:
-        return None, str(error)
 
 
 class _Slot:
     """A bucket, where one is needed, and what marks that a message's memory is written. Reused when the sidecar has read the message."""
 
     def __init__(self) -> None:
-        self.event = Event()
+        self.event = SharedEvent()
         self.bucket: Allocation | None = None
         self.bucket_for = 0  # bytes that it was meant to have; there may have been less memory
         self.until = 0  # payload byte at which its last message ends
@@ -138,16 +118,11 @@ class CudaIpcSender:
 
     def send(self, call: UpdateCall, payload: Payload, mode: Mode) -> int:
         device = self._memory.device
-        stream = device.stream()
-        for other in {_on_device(tensor).stream for tensor in self._tensors}:
-            if other is not None and other != stream:
-                device.wait(other)
-        self._stream = stream
+        stream = self._stream = written_by(device, self._tensors)
         slots = itertools.cycle(self._memory.slots)
         message = _Message(self._memory, next(slots), call, stream)
-        scratch = memoryview(bytearray(_READ_BYTES if self._verify else 0))
-        for tensor, offset, named in zip(self._tensors, self._offsets, self._named):
-            digest = TensorDigest()
+        hashed = Hashed(device, stream, len(self._tensors)) if self._verify else None
+        for i, (tensor, offset, named) in enumerate(zip(self._tensors, self._offsets, self._named)):
             sent = 0
             while sent < tensor.bytes:
                 size = tensor.bytes if named is not None else message.room(tensor.bytes - sent)
@@ -157,11 +132,11 @@ class CudaIpcSender:
                     continue
                 allocation, pointer = self._place(message, tensor, named, sent, size)
                 message.add(allocation, pointer, offset + sent, size)
-                if self._verify:
-                    self._hash(digest, pointer, size, scratch)
+                if hashed is not None:
+                    hashed.add(i, pointer, size)
                 sent += size
-            if self._verify:
-                payload.digests.append(digest.digest())
+        if hashed is not None:
+            payload.digests += hashed.digests()
         message.send()
         return max(slot.until for slot in self._memory.slots)
 
@@ -170,13 +145,13 @@ class CudaIpcSender:
     ) -> tuple[Allocation, int]:
         """Where a tensor's bytes [start, start + size) are, after copying them to the message's bucket where they cannot be named."""
         if named is not None:
-            return named, _on_device(tensor).pointer
+            return named, on_device(tensor).pointer
         bucket, pointer = message.take(size)
-        self._fill(pointer, tensor, start, size)
+        fill(self._memory.device, self._stream, pointer, tensor, start, size)
         return bucket, pointer
 
     def _add(self, tensor: TensorSource) -> bool:
-        place = _on_device(tensor)
+        place = on_device(tensor)
         named = None
         if place.is_as_sent and tensor.bytes > 0:
             allocation = self._memory.device.allocation_of(place.pointer)
@@ -184,31 +159,6 @@ class CudaIpcSender:
                 named = allocation
         self._named.append(named)
         return named is not None
-
-    def _fill(self, pointer: int, tensor: TensorSource, start: int, size: int) -> None:
-        """Copies bytes [start, start + size) of a tensor, as they are sent."""
-        device, place = self._memory.device, _on_device(tensor)
-        if place.is_as_sent:
-            device.copy(pointer, place.pointer + start, size, self._stream)
-            return
-        assert place.converted is not None
-        item = tensor.item_bytes
-        for part in place.converted(start // item, (start + size) // item):
-            # PyTorch may give the part's memory away when the part is gone, but only to work that the stream does later.
-            part_bytes = item * math.prod(tuple(part.shape))
-            device.copy(pointer, int(part.data_ptr()), part_bytes, self._stream)
-            pointer += part_bytes
-
-    def _hash(self, digest: TensorDigest, pointer: int, size: int, scratch: memoryview) -> None:
-        for at in range(0, size, len(scratch)):
-            piece = scratch[: min(len(scratch), size - at)]
-            self._memory.device.read(pointer + at, piece, self._stream)
-            digest.update(piece)
-
-
-def _on_device(tensor: TensorSource) -> OnDevice:
-    assert tensor.on_device is not None  # device_of has checked it
-    return tensor.on_device
 
 
 @dataclass

@@ -15,9 +15,11 @@ import grpc
 from .. import _wire as wire
 from ..address import on_this_machine
 from ..errors import RolloutError, from_rpc
-from . import cuda, digest, safetensors
+from . import cuda, digest, nccl, safetensors
+from .broadcast import BroadcastSender, Group
 from .cuda import Device
-from .cuda_ipc import CudaIpcSender, DeviceMemory, device_of
+from .cuda_ipc import CudaIpcSender, DeviceMemory
+from .from_device import device_of
 from .layout import ALIGNMENT, PayloadLayout
 from .payload_file import free_bytes, remove_leftovers
 from .push import PushResult, WeightPush
@@ -25,6 +27,7 @@ from .senders import FileSender, InlineSender, Sender, SharedMemorySender, Trans
 from .shared_memory import FOLDER, Segment, SharedMemoryFile
 from .tensors import TensorSource, Weights, sources
 
+_DEVICE = ("cuda_ipc", "nccl")  # transports of tensors that are on a GPU
 _STATUS_TIMEOUT = 30.0
 _FIRST_SEGMENT = 64 << 20
 _LEAST_RING = 4 << 20  # with less shared memory a ring is not worthwhile: the error then says what to do
@@ -46,6 +49,7 @@ class Publisher:
         self._file: SharedMemoryFile | None = None  # where the sidecar's own memory cannot be reached
         self._file_for = 0  # bytes it was made for; the file may be smaller
         self._device_memory: DeviceMemory | None = None
+        self._group: Group | None = None
         self._sidecars_gpu: bytes | None = None  # its uuid, or empty where it has none, as it said last
         self._served: int | None = None
         remove_leftovers(FOLDER)
@@ -94,11 +98,12 @@ class Publisher:
                 base_version = self._served if self._served is not None else self._ask(min(timeout, _STATUS_TIMEOUT))
             begin.base_version = base_version
             begin.new_version = base_version + 1 if version is None else version
-            if transport == "cuda_ipc" or transport == "auto" and any(tensor.on_device is not None for tensor in tensors):
+            if transport in _DEVICE or transport == "auto" and any(tensor.on_device is not None for tensor in tensors):
                 self._prepare_device(choice, tensors, layout, verify, stack, timeout)
-            if transport == "cuda_ipc" and choice.ipc is None:
-                raise ValueError(f"transport='cuda_ipc': {choice.why_not_ipc}")
+            if transport in _DEVICE and choice.ipc is None:
+                raise ValueError(f"transport={transport!r}: {choice.why_host}")
             begin.segment_bytes = self._segment_bytes(choice)
+            stack.push(self._leave_group_after_failure)
             # Until this push has succeeded it is not known what is served.
             self._served = None
             result = WeightPush(
@@ -115,9 +120,7 @@ class Publisher:
         """See ``Rollout.release_memory``."""
         with self._one_at_a_time:
             closed = self._release(timeout)
-            if self._device_memory is not None:
-                self._device_memory.close()
-            self._device_memory = None
+            self._close_device()
             return closed
 
     def close(self) -> None:
@@ -126,9 +129,21 @@ class Publisher:
             for memory in (self._segment, self._file):
                 if memory is not None:
                     memory.close()
-            if self._device_memory is not None:
-                self._device_memory.close()
-            self._segment = self._file = self._device_memory = None
+            self._close_device()
+            self._segment = self._file = None
+
+    def _close_device(self) -> None:
+        """Frees what it keeps on the GPU."""
+        if self._device_memory is not None:
+            self._device_memory.close()
+        if self._group is not None:
+            self._group.close()
+        self._device_memory = self._group = None
+
+    def _leave_group_after_failure(self, kind: type[BaseException] | None, *_: object) -> None:
+        """The sidecar has left it, or has received other bytes than the next push would send."""
+        if kind is not None and self._group is not None:
+            self._group.disconnect()
 
     def _ask(self, timeout: float) -> int:
         try:
@@ -146,15 +161,16 @@ class Publisher:
         self, choice: _Choice, tensors: Sequence[TensorSource], layout: PayloadLayout, verify: bool | None, stack: contextlib.ExitStack,
         timeout: float,
     ) -> None:
-        device, choice.why_not_ipc = device_of(tensors)
+        device, choice.why_host = device_of(tensors)
         if device is None:
             return
         stack.enter_context(device.current())
         if self._device_memory is not None and self._device_memory.device is not device:
-            self._device_memory.close()
-            self._device_memory = None
+            self._close_device()
         self._device_memory = memory = self._device_memory or DeviceMemory(device)
         choice.ipc = CudaIpcSender(memory, tensors, layout.offsets, verify is True, f"all tensors are on the sidecar's {device.name}")
+        self._group = self._group or Group(device)
+        choice.broadcast = BroadcastSender(self._group, tensors, layout.offsets, verify is True)
         choice.device = device
         if memory.begin(choice.ipc.bucket_bytes):
             self._release(timeout)
@@ -168,7 +184,8 @@ class Publisher:
         # None where the weights probably stay on the GPU; before it is known where the sidecar is, only as much as makes a good ring.
         if self._sidecars_gpu is None:
             return min(choice.most, _FIRST_SEGMENT)
-        return 0 if self._sidecars_gpu == choice.device.uuid else choice.most
+        stays = self._sidecars_gpu == choice.device.uuid or self._sidecars_gpu and nccl.why_none() is None
+        return 0 if stays else choice.most
 
     def _is_near(self) -> bool:
         if self._near is None:
@@ -179,16 +196,24 @@ class Publisher:
         self._sidecars_gpu = bytes(ready.device_uuid)
         if choice.file is not None:
             return choice.file
+        if choice.transport == "nccl" and choice.device is not None and ready.device_uuid == choice.device.uuid:
+            raise RolloutError(f"transport='nccl' was asked for, but sidecar and tensors are both on {choice.device.name}: use cuda_ipc")
         if choice.ipc is not None and choice.device is not None:
             if ready.device_uuid == choice.device.uuid:
                 return choice.ipc
             theirs = f"the sidecar on {cuda.name(ready.device_uuid)}" if ready.device_uuid else "the sidecar has none"
-            choice.why_not_ipc = f"the tensors are on {choice.device.name}, {theirs}"
-            if choice.transport == "cuda_ipc":
-                raise RolloutError(f"transport='cuda_ipc' was asked for, but {choice.why_not_ipc}")
+            choice.why_host = f"the tensors are on {choice.device.name}, {theirs}"
+            if ready.device_uuid and choice.transport != "cuda_ipc":
+                none = nccl.why_none()
+                if none is None and choice.broadcast is not None:
+                    choice.broadcast.answered(bytes(ready.nccl_unique_id), choice.why_host)
+                    return choice.broadcast
+                choice.why_host += f", and {none}"
+            if choice.transport in _DEVICE:
+                raise RolloutError(f"transport={choice.transport!r} was asked for, but {choice.why_host}")
         sender = self._through_host(ready, choice)
-        if choice.why_not_ipc:
-            sender.reason = f"{choice.why_not_ipc}: copied to the host; {sender.reason}"
+        if choice.why_host:
+            sender.reason = f"{choice.why_host}: copied to the host; {sender.reason}"
         return sender
 
     def _through_host(self, ready: Any, choice: _Choice) -> Sender:
@@ -236,11 +261,12 @@ class _Choice:
 
         self.file: FileSender | None = None
         self.ipc: CudaIpcSender | None = None
+        self.broadcast: BroadcastSender | None = None
         self.device: Device | None = None
-        """That all tensors are on, where ``ipc`` can be used."""
+        """That all tensors are on, where one of these two can be used."""
 
-        self.why_not_ipc = ""
-        """Where some tensors are on a GPU and it cannot."""
+        self.why_host = ""
+        """Where some tensors are on a GPU and neither can."""
 
 
 def _through(memory: Segment | SharedMemoryFile, capacity: int, choice: _Choice, reason: str) -> Sender:
@@ -252,7 +278,7 @@ def _through(memory: Segment | SharedMemoryFile, capacity: int, choice: _Choice,
 def _check_transport(
     transport: Literal["auto"] | Transport, folder: str | os.PathLike[str] | None, max_shared_memory_bytes: int | None,
 ) -> None:
-    known = ("auto", "cuda_ipc", "shared_memory", "inline", "file")
+    known = ("auto", *_DEVICE, "shared_memory", "inline", "file")
     if transport not in known:
         raise ValueError(f"transport={transport!r}: expected one of {', '.join(map(repr, known))}")
     if (transport == "file") != (folder is not None):

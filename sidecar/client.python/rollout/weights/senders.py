@@ -11,7 +11,7 @@ from .payload import Payload
 from .payload_file import PayloadFile
 from .shared_memory import Segment, SharedMemoryFile
 
-Transport = Literal["cuda_ipc", "shared_memory", "inline", "file"]
+Transport = Literal["cuda_ipc", "nccl", "shared_memory", "inline", "file"]
 Mode = Literal["staged", "in_place"]
 
 _CHUNK_BYTES = 1 << 20
