@@ -24,15 +24,15 @@ internal sealed class ConfigReader(JsonElement config, string prefix, List<strin
         return 0;
     }
 
-    /// <summary>A finite number above zero; required when there is no fallback. 1 after a problem.</summary>
-    public double Positive(string name, double? fallback = null)
+    /// <summary>A number above zero that fp32 can hold; required when there is no fallback. 1 after a problem.</summary>
+    public double Positive(string name, double? fallback = null, double most = float.MaxValue)
     {
         JsonElement? field = Find(name);
         if (field is null && fallback is { } value)
             return value;
-        if (field is { ValueKind: JsonValueKind.Number } number && number.TryGetDouble(out value) && value > 0 && double.IsFinite(value))
+        if (field is { ValueKind: JsonValueKind.Number } number && number.TryGetDouble(out value) && value > 0 && value <= most)
             return value;
-        Report(name, field, "must be a number above 0");
+        Report(name, field, most < float.MaxValue ? $"must be a number above 0, at most {most}" : "must be a number above 0");
         return 1;
     }
 

@@ -116,7 +116,7 @@ public sealed record ModelSpec
             HiddenSize = hidden,
             Layers = [.. Enumerable.Repeat(new LayerSpec(attention, mlp, family.Norms), layers)],
             MaxPositions = positions,
-            RmsNormEpsilon = (float)config.Positive("rms_norm_eps", family.DefaultNormEpsilon),
+            RmsNormEpsilon = (float)config.Positive("rms_norm_eps", family.DefaultNormEpsilon, most: 1),
             TiedHead = config.Boolean("tie_word_embeddings", false),
             EosTokenIds = eos,
             BosTokenId = config.Has("bos_token_id") ? config.Integer("bos_token_id", 0, ids - 1) : null,

@@ -94,6 +94,11 @@ class GenerateTests(unittest.TestCase):
             self.rollout.generate([[-1]])
         with self.assertRaises(ValueError):
             self.rollout.generate([[1]], seed=[1, 2])
+        for name, wrong in {"n": -1, "max_tokens": 1 << 32, "top_k": -5, "top_p": "x", "logit_bias": {-1: 1.0}}.items():
+            with self.assertRaisesRegex((ValueError, TypeError), f"^{name}: ", msg=name):
+                self.rollout.generate([[1]], **{name: wrong})
+        with self.assertRaisesRegex(ValueError, "^top: "):
+            self.rollout.score([1, 2], top=-1)
         with self.assertRaises(ValueError):
             self.rollout.sleep([])
         self.assertEqual(self.rollout.generate([]), [])

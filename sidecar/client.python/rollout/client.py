@@ -184,7 +184,7 @@ class Rollout:
         """
         text = isinstance(ids_or_text, str)
         source = {"text": ids_or_text} if text else {"ids": token_ids(ids_or_text, "ids_or_text")}
-        return Score.from_wire(self._call(self._calls.score, wire.ScoreRequest(top=top, cache_salt=cache_salt, **source), timeout))
+        return Score.from_wire(self._call(self._calls.score, wire.filled(wire.ScoreRequest, top=top, cache_salt=cache_salt, **source), timeout))
 
     def abort(self, request_ids: Iterable[str] | None = None, *, timeout: float | None = _CONTROL_TIMEOUT) -> Aborted:
         """Ends groups early; their callers get the partial tokens with finish reason "abort". None: every group, of all callers."""

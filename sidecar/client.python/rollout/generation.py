@@ -125,8 +125,10 @@ class Batch:
     def __init__(self, prompts: Sequence[Prompt], n: int, seeds: Sequence[int | None], settings: Mapping[str, Any]) -> None:
         self._n = n
         self._requests: dict[str, Any] = {}
+        common = wire.filled(wire.GenerateRequest, n=n, **settings)
         for i, (prompt, seed) in enumerate(zip(prompts, seeds)):
-            request = wire.GenerateRequest(request_id=uuid.uuid4().hex, n=n, seed=seed, **settings)
+            request = wire.filled(wire.GenerateRequest, request_id=uuid.uuid4().hex, seed=seed)
+            request.MergeFrom(common)
             if isinstance(prompt, str):
                 request.prompt_text = prompt
             else:

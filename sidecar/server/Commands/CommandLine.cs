@@ -25,7 +25,7 @@ internal static class CommandLine
         if (parsed.Action is ParseErrorAction || (parsed.Errors.Count > 0 && parsed.Action is not HelpAction))
         {
             string hint = parsed.CommandResult.Command == root ? "rollout --help" : $"rollout {parsed.CommandResult.Command.Name} --help";
-            Complain([.. parsed.Errors.Select(error => error.Message), $"see {hint}"]);
+            Complain([.. parsed.Errors.Select(error => error.Message), .. Suggestions(parsed), $"see {hint}"]);
             return ExitCode.BadInput;
         }
 
@@ -45,6 +45,38 @@ internal static class CommandLine
             Complain(explained.Lines);
             return explained.Code;
         }
+    }
+
+    /// <summary>For words that are nearly a command's or an option's name.</summary>
+    private static IEnumerable<string> Suggestions(ParseResult parsed)
+    {
+        Command command = parsed.CommandResult.Command;
+        string[] names = [.. command.Subcommands.Select(known => known.Name), .. command.Options.Select(known => known.Name)];
+        foreach (string word in parsed.UnmatchedTokens)
+        {
+            string? nearest = names.MinBy(name => Edits(word, name));
+            if (nearest is not null && Edits(word, nearest) <= Math.Min(2, word.Length / 2)) yield return $"did you mean '{nearest}'?";
+        }
+    }
+
+    /// <summary>Letters to insert, delete or replace, and neighbours to exchange, to make one word of the other (Damerau-Levenshtein).</summary>
+    internal static int Edits(string a, string b)
+    {
+        int[,] edits = new int[a.Length + 1, b.Length + 1];
+        for (int i = 0; i <= a.Length; i++) edits[i, 0] = i;
+        for (int j = 0; j <= b.Length; j++) edits[0, j] = j;
+        for (int i = 1; i <= a.Length; i++)
+        {
+            for (int j = 1; j <= b.Length; j++)
+            {
+                int replaced = edits[i - 1, j - 1] + (a[i - 1] == b[j - 1] ? 0 : 1);
+                edits[i, j] = Math.Min(replaced, Math.Min(edits[i - 1, j], edits[i, j - 1]) + 1);
+                bool exchanged = i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1];
+                if (exchanged) edits[i, j] = Math.Min(edits[i, j], edits[i - 2, j - 2] + 1);
+            }
+        }
+
+        return edits[a.Length, b.Length];
     }
 
     private static (int Code, IReadOnlyList<string> Lines)? Explain(Exception exception) => exception switch

@@ -130,6 +130,8 @@ public sealed class CliTests(SharedServer shared)
         { "serve --model /nowhere --kv-cache 140%", ["no folder '/nowhere'", "--kv-cache: '140%' is not a size"] },
         { "serve --model GOLDEN/.. --listen 127.0.0.1:0", ["config.json"] },
         { "frobnicate", ["frobnicate", "rollout --help"] },
+        { "sreve --model GOLDEN", ["sreve", "did you mean 'serve'?"] },
+        { "generate --model GOLDEN --max-tokns 3", ["--max-tokns", "did you mean '--max-tokens'?"] },
     };
 
     [Theory]

@@ -26,6 +26,21 @@ def _message(name: str) -> Any:
     return message_factory.MessageFactory(_pool).GetPrototype(descriptor)  # before protobuf 4.22
 
 
+def filled(message: Any, **fields: Any) -> Any:
+    """A message with these fields. Raises ValueError or TypeError naming the field, which protobuf's own errors do not."""
+    made = message()
+    for name, value in fields.items():
+        field = message.DESCRIPTOR.fields_by_name[name]
+        if isinstance(value, dict) and field.message_type is not None and not field.message_type.GetOptions().map_entry:
+            getattr(made, name).CopyFrom(filled(getattr(made, name).__class__, **value))
+            continue
+        try:
+            made.MergeFrom(message(**{name: value}))
+        except (TypeError, ValueError) as e:
+            raise type(e)(f"{name}: {e}") from None
+    return made
+
+
 class Enum:
     """An enum of the wire under the names that callers use: ``ENGINE_STATE_RUNNING`` is ``"running"``."""
 
