@@ -59,7 +59,7 @@ internal static class CommandLine
         }
     }
 
-    /// <summary>Letters to insert, delete or replace, and neighbours to exchange, to make one word of the other (Damerau-Levenshtein).</summary>
+    /// <summary>Letters to insert, delete, replace or exchange to make one word of the other (Damerau-Levenshtein).</summary>
     internal static int Edits(string a, string b)
     {
         int[,] edits = new int[a.Length + 1, b.Length + 1];
