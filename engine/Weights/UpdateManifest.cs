@@ -37,7 +37,7 @@ public enum UpdateMode
 /// <param name="Name">The checkpoint's.</param>
 /// <param name="Type">Of the bytes sent.</param>
 /// <param name="Shape">Of the full tensor.</param>
-/// <param name="Offset">In the payload.</param>
+/// <param name="Offset">In the payload of its part.</param>
 /// <param name="SparseCount">
 /// Null: all elements are sent. Otherwise the number of elements sent: that many uint32 indices into the flattened tensor, ascending,
 /// then as many values.
@@ -51,6 +51,9 @@ public readonly record struct ManifestTensor(string Name, DType Type, IReadOnlyL
     /// How many indices of dimension 0 are sent: a slice, of which one tensor may have several, anywhere in the manifest. Null: all.
     /// </summary>
     public long? Rows { get; init; }
+
+    /// <summary>Which of the update's parts brings it.</summary>
+    public int Part { get; init; }
 
     /// <summary>Of the full tensor.</summary>
     public long Elements => Shape.Count == 0 ? 1 : Shape[0] * RowElements;
@@ -83,7 +86,11 @@ public sealed record UpdateManifest
 {
     public required IReadOnlyList<ManifestTensor> Tensors { get; init; }
 
+    /// <summary>Of part 0.</summary>
     public required long PayloadBytes { get; init; }
+
+    /// <summary>Of parts 1, 2, and so on, which come from other senders.</summary>
+    public IReadOnlyList<long> JoinedPayloadBytes { get; init; } = [];
 
     /// <summary>Must be the version being served: compare and set.</summary>
     public required ulong BaseVersion { get; init; }
@@ -100,6 +107,8 @@ public sealed record UpdateManifest
 
     /// <summary>Named in the error that a second updater gets.</summary>
     public string Owner { get; init; } = "";
+
+    public long PayloadBytesOf(int part) => part == 0 ? PayloadBytes : JoinedPayloadBytes[part - 1];
 
     /// <summary>Whether every element of the model is sent, so that the weights in service are not needed.</summary>
     public bool IsFull => !Partial && Tensors.All(tensor => tensor.SparseCount is null);

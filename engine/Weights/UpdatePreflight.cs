@@ -23,32 +23,36 @@ internal static class UpdatePreflight
 
         Dictionary<string, List<ManifestTensor>> named = new(manifest.Tensors.Count);
         HashSet<string> wrong = [];
-        long end = 0;
-        string? before = null;
+        int parts = 1 + manifest.JoinedPayloadBytes.Count;
+        long[] ends = new long[parts];
+        string?[] before = new string?[parts];
         foreach (ManifestTensor tensor in manifest.Tensors)
         {
             if (!named.TryGetValue(tensor.Name, out List<ManifestTensor>? slices)) named.Add(tensor.Name, slices = []);
             slices.Add(tensor);
             int found = problems.Found;
             CheckTensor(tensor, plan, format, problems);
+            if (tensor.Part < 0 || tensor.Part >= parts)
+                problems.Add(new(Field(tensor.Name), $"is in part {tensor.Part} of {parts}: the first is part 0"));
             if (problems.Found > found)
             {
                 wrong.Add(tensor.Name);
                 continue; // its length is not known
             }
 
+            ref long end = ref ends[tensor.Part];
             if (tensor.Offset < end)
             {
-                problems.Add(new(Field(tensor.Name), before is null
+                problems.Add(new(Field(tensor.Name), before[tensor.Part] is not { } last
                     ? $"offset {tensor.Offset} is negative"
-                    : $"offset {tensor.Offset} lies inside or before tensor '{before}', which ends at {end}"));
+                    : $"offset {tensor.Offset} lies inside or before tensor '{last}', which ends at {end}"));
                 continue;
             }
 
-            if (tensor.Offset > manifest.PayloadBytes - tensor.Bytes)
-                problems.Add(new(Field(tensor.Name), $"ends past the payload of {manifest.PayloadBytes} bytes"));
+            if (tensor.Offset > manifest.PayloadBytesOf(tensor.Part) - tensor.Bytes)
+                problems.Add(new(Field(tensor.Name), $"ends past the payload of {manifest.PayloadBytesOf(tensor.Part)} bytes"));
             end = Math.Max(end, tensor.Offset) + tensor.Bytes;
-            before = tensor.Name;
+            before[tensor.Part] = tensor.Name;
         }
 
         foreach ((string name, List<ManifestTensor> slices) in named)
@@ -69,9 +73,14 @@ internal static class UpdatePreflight
         }
 
         // Gaps are for alignment; a payload that is mostly gaps is a mistake that would cost memory.
-        long most = end + (manifest.Tensors.Count + 1L) * 4096;
-        if (problems.Count == 0 && manifest.PayloadBytes > most)
-            problems.Add(new(nameof(manifest.PayloadBytes), $"{manifest.PayloadBytes}, but the tensors end at {end}"));
+        long gaps = (manifest.Tensors.Count + 1L) * 4096;
+        for (int part = 0; part < parts && problems.Count == 0; part++)
+        {
+            long bytes = manifest.PayloadBytesOf(part);
+            string field = part == 0 ? nameof(manifest.PayloadBytes) : $"{nameof(manifest.JoinedPayloadBytes)}[{part - 1}]";
+            if (bytes > ends[part] + gaps) problems.Add(new(field, $"{bytes}, but the tensors end at {ends[part]}"));
+        }
+
         return problems;
     }
 

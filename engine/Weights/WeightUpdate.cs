@@ -13,21 +13,22 @@ namespace Rollout.Engine;
 ///       +-----------+----------+--> End, Dispose    staged, or in place before a byte: the old weights stay
 ///                                                   in place after a byte: poisoned
 /// </code>
-/// Used by one thread at a time. Parts of the payload must be read in ascending order.
+/// Used by one thread at a time, except that all may open it, and each read a part of its own. It may end when none is being read.
 /// </summary>
 public sealed class WeightUpdate : IDisposable
 {
     private readonly RolloutEngine _engine;
     private readonly ActiveUpdate _active;
     private readonly IncomingTensor[] _incoming;
-    private readonly PayloadCursor _cursor;
+    private readonly SemaphoreSlim _opening = new(1);
     private readonly double _preflightSeconds;
     private readonly CudaCounts _before;
     private readonly long _ready = Stopwatch.GetTimestamp();
-    private bool _open;
+    private volatile bool _open;
     private Task _rehearsed = Task.CompletedTask;
     private UpdateFailure? _failed;
-    private bool _stopped; // during a read
+    private volatile string _reason = "";
+    private volatile bool _stopped; // during a read
     private volatile bool _ended;
 
     /// <param name="engine">Runs the update's actions between two steps.</param>
@@ -43,7 +44,8 @@ public sealed class WeightUpdate : IDisposable
         _preflightSeconds = preflightSeconds;
         _incoming = [.. Manifest.Tensors.Select(
             tensor => new IncomingTensor(tensor, plan[tensor.Name], engine.Backend, update.Destination))];
-        _cursor = new PayloadCursor([.. _incoming.SelectMany(tensor => tensor.Ranges)], 0, 0);
+        Parts = [.. Enumerable.Range(0, 1 + Manifest.JoinedPayloadBytes.Count).Select(
+            part => new UpdatePart(this, part, [.. _incoming.Where((_, i) => Manifest.Tensors[i].Part == part)]))];
     }
 
     public UpdateManifest Manifest => _active.Manifest;
@@ -54,8 +56,8 @@ public sealed class WeightUpdate : IDisposable
     /// <summary>Memory of the spare set; 0 in place.</summary>
     public long StagingBytes => Mode == UpdateMode.Staged ? _active.Destination.Bytes : 0;
 
-    /// <summary>Payload bytes read so far.</summary>
-    public long ReceivedBytes => _cursor.Position;
+    /// <summary>At least one.</summary>
+    public IReadOnlyList<UpdatePart> Parts { get; }
 
     /// <summary>The set that its bytes are written to.</summary>
     internal WeightSet Destination => _active.Destination;
@@ -72,42 +74,26 @@ public sealed class WeightUpdate : IDisposable
     {
         ThrowIfOver();
         if (_open) return;
-        if (Mode == UpdateMode.InPlace)
-        {
-            await _engine.StopStepsAsync(_active, cancellation).ConfigureAwait(false);
-        }
-        else
-        {
-            await Task.Run(() => _engine.PrepareStaging(_active), CancellationToken.None).ConfigureAwait(false);
-            _rehearsed = _engine.RehearseAsync(_active.Destination); // while bytes are received
-        }
-
-        _open = true;
-    }
-
-    /// <summary>Reads a part of the payload. It must follow the previous one without a gap.</summary>
-    /// <exception cref="UpdateFailedException">
-    /// It is out of order, past the payload's end, unreadable, or contradicts the manifest. The update cannot continue.
-    /// </exception>
-    public async Task ReadFromAsync(PayloadSource source, CancellationToken cancellation = default)
-    {
-        CheckNext(source.PayloadOffset, source.Bytes);
+        await _opening.WaitAsync(cancellation).ConfigureAwait(false);
         try
         {
-            await source.ReadAsync(_cursor, cancellation).ConfigureAwait(false);
+            ThrowIfOver();
+            if (_open) return;
+            if (Mode == UpdateMode.InPlace)
+            {
+                await _engine.StopStepsAsync(_active, cancellation).ConfigureAwait(false);
+            }
+            else
+            {
+                await Task.Run(() => _engine.PrepareStaging(_active), CancellationToken.None).ConfigureAwait(false);
+                _rehearsed = _engine.RehearseAsync(_active.Destination); // while bytes are received
+            }
+
+            _open = true;
         }
-        catch (UpdateFailedException e)
+        finally
         {
-            throw Fail(e.Failure, e.Message);
-        }
-        catch (IOException e)
-        {
-            throw Fail(UpdateFailure.Source, e.Message);
-        }
-        catch
-        {
-            _stopped = true;
-            throw;
+            _opening.Release();
         }
     }
 
@@ -152,7 +138,7 @@ public sealed class WeightUpdate : IDisposable
             StallSeconds = stall,
             Counts = Count(),
         };
-        _engine.Metrics.Committed(result, Manifest.PayloadBytes);
+        _engine.Metrics.Committed(result, Manifest.PayloadBytes + Manifest.JoinedPayloadBytes.Sum());
         return result;
     }
 
@@ -192,20 +178,17 @@ public sealed class WeightUpdate : IDisposable
 
     // ---- Checks.
 
-    private void CheckNext(long payloadOffset, long length)
+    internal void ThrowUnlessOpen()
     {
         ThrowIfOver();
         if (!_open) throw new InvalidOperationException($"{nameof(OpenAsync)} comes first.");
-        if (payloadOffset != ReceivedBytes)
-            throw Fail(UpdateFailure.Protocol, $"expected payload byte {ReceivedBytes} next, got {payloadOffset}");
-        if (length < 0 || length > Manifest.PayloadBytes - payloadOffset)
-        {
-            UInt128 received = (UInt128)payloadOffset + (UInt128)length;
-            throw Fail(UpdateFailure.Protocol, $"{received} bytes received of a payload of {Manifest.PayloadBytes}");
-        }
-
-        _active.HasTouchedServedWeights |= Mode == UpdateMode.InPlace && length > 0;
     }
+
+    /// <summary>Bytes are going to be written.</summary>
+    internal void Touching() => _active.HasTouchedServedWeights |= Mode == UpdateMode.InPlace;
+
+    /// <summary>A read ended half-way.</summary>
+    internal void Stopped() => _stopped = true;
 
     /// <summary>A head sent along with the embedding it is tied to has no weight of its own: its bytes must be equal.</summary>
     private void CheckTied(byte[][] digests)
@@ -221,16 +204,16 @@ public sealed class WeightUpdate : IDisposable
         }
     }
 
-    private UpdateFailedException Fail(UpdateFailure failure, string reason)
+    internal UpdateFailedException Fail(UpdateFailure failure, string reason)
     {
-        _failed = failure;
+        (_failed, _reason) = (failure, reason);
         return new UpdateFailedException(failure, reason);
     }
 
     private void ThrowIfOver()
     {
         if (_ended) throw new UpdateFailedException(_failed ?? UpdateFailure.Protocol, "the update is over");
-        if (_failed is { } failed) throw new UpdateFailedException(failed, "the update has failed and cannot go on");
+        if (_failed is { } failed) throw new UpdateFailedException(failed, $"the update has failed and cannot go on: {_reason}");
         if (_stopped) throw new UpdateFailedException(UpdateFailure.Sender, "the update was stopped half-way and cannot go on");
     }
 }

@@ -1,7 +1,7 @@
 namespace Rollout.Engine;
 
 /// <summary>
-/// A part of an update's payload, which <see cref="WeightUpdate.ReadFromAsync"/> reads. There is a subclass for each kind of memory; it
+/// A part of an update's payload, which <see cref="UpdatePart.ReadFromAsync"/> reads. There is a subclass for each kind of memory; it
 /// determines how the bytes are read, and by how many threads.
 /// </summary>
 /// <param name="payloadOffset">Offset of its first byte in the payload.</param>

@@ -32,6 +32,7 @@ from .errors import (
 from .generation import PromptInfo, Sample, TopLogprobs, VersionSpan
 from .sidecar import Sidecar
 from .weights.push import PushResult, PushTimings
+from .weights.shards import ShardGroup
 from .weights.tensors import BFloat16, SparseTensor, TensorSlice
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "RolloutTimeoutError",
     "Sample",
     "Score",
+    "ShardGroup",
     "SharedMemoryError",
     "Sidecar",
     "SidecarError",

@@ -20,7 +20,8 @@ from .weights.publisher import Publisher
 from .weights.push import PushResult
 
 if TYPE_CHECKING:
-    from .weights.tensors import Weights
+    from .weights.shards import ShardGroup
+from .weights.tensors import Weights
 
 _WORK_TIMEOUT = 3600.0
 _CONTROL_TIMEOUT = 30.0
@@ -250,6 +251,7 @@ class Rollout:
         dtype: Literal["bfloat16"] | None = "bfloat16",
         owner: str | None = None,
         timeout: float = 600.0,
+        shards: ShardGroup | None = None,
     ) -> PushResult:
         """Makes these weights the ones the next token is drawn from: all of them or none.
 
@@ -282,6 +284,9 @@ class Rollout:
             dtype: bfloat16: floating-point tensors are rounded to it, to nearest, ties to even. None: sent as they are.
             owner: Named in the error that a second updater gets. None: host name and process id.
             timeout: Of the whole push, in seconds. The sidecar gets the same deadline and drops the update when it passes.
+            shards: The ranks that push together, each the TensorSlices or DTensors (sharded along dimension 0) that it has, with no gather: what
+                several ranks have whole is sent by the first of them. The sidecar commits when all parts are there; a rank that fails ends
+                the push on all.
 
         Raises:
             TypeError: Tensors that cannot be served; lists all of them.
@@ -294,7 +299,8 @@ class Rollout:
         """
         return self._publisher.push(
             weights, version=version, base_version=base_version, policy=policy, mode=mode, partial=partial, transport=transport,
-            folder=folder, max_shared_memory_bytes=max_shared_memory_bytes, verify=verify, dtype=dtype, owner=owner, timeout=timeout)
+            folder=folder, max_shared_memory_bytes=max_shared_memory_bytes, verify=verify, dtype=dtype, owner=owner, timeout=timeout,
+            shards=shards)
 
     def release_memory(self, *, timeout: float | None = _CONTROL_TIMEOUT) -> int:
         """Lets the sidecar close the GPU memory that pushes have named and leave their NCCL group, and frees the buckets of this client.

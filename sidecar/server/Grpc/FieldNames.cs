@@ -47,6 +47,7 @@ internal sealed class FieldNames
     {
         [nameof(UpdateManifest.Tensors)] = "manifest",
         [nameof(UpdateManifest.PayloadBytes)] = "payload_bytes",
+        [nameof(UpdateManifest.JoinedPayloadBytes)] = "joined_payload_bytes",
         [nameof(UpdateManifest.BaseVersion)] = "base_version",
         [nameof(UpdateManifest.NewVersion)] = "new_version",
     });

@@ -11,6 +11,7 @@ internal static class ManifestConverter
 {
     private const int MaxOwner = 256;
     private const int MaxDimensions = 8;
+    private const int MaxParts = 4096;
 
     /// <summary>The manifest, and the values that could not be converted; the preflight finds all other problems.</summary>
     public static (UpdateManifest Manifest, ProblemList Problems) Convert(BeginUpdate begin)
@@ -18,6 +19,10 @@ internal static class ManifestConverter
         ProblemList problems = UnknownFields.Of(begin);
         if (begin.Manifest.Count == 0) problems.Add(new("manifest", "names no tensor"));
         if (begin.PayloadBytes > long.MaxValue) problems.Add(new("payload_bytes", $"{begin.PayloadBytes} is more than any file can hold"));
+        if (begin.JoinedPayloadBytes.Any(bytes => bytes > long.MaxValue))
+            problems.Add(new("joined_payload_bytes", "one is more than any file can hold"));
+        if (begin.JoinedPayloadBytes.Count >= MaxParts)
+            problems.Add(new("joined_payload_bytes", $"at most {MaxParts - 1}, are {begin.JoinedPayloadBytes.Count}"));
         if (begin.Owner.Length > MaxOwner) problems.Add(new("owner", $"at most {MaxOwner} characters, has {begin.Owner.Length}"));
         if (!Enum.IsDefined(begin.Policy)) problems.Add(new("policy", $"this server knows no update policy {(int)begin.Policy}"));
         if (!Enum.IsDefined(begin.Mode)) problems.Add(new("mode", $"this server knows no update mode {(int)begin.Mode}"));
@@ -25,6 +30,7 @@ internal static class ManifestConverter
         {
             Tensors = [.. begin.Manifest.Select(tensor => Convert(tensor, problems))],
             PayloadBytes = (long)(begin.PayloadBytes & long.MaxValue),
+            JoinedPayloadBytes = [.. begin.JoinedPayloadBytes.Select(bytes => (long)(bytes & long.MaxValue))],
             BaseVersion = begin.BaseVersion,
             NewVersion = begin.NewVersion,
             Policy = begin.Policy switch
@@ -73,6 +79,7 @@ internal static class ManifestConverter
         {
             // Values too large for the engine's type are past the end of any tensor, which the preflight reports.
             FirstRow = (long)Math.Min(tensor.FirstRow, long.MaxValue),
+            Part = (int)Math.Min(tensor.Part, int.MaxValue),
             Rows = tensor.Rows == 0 ? null : (long)Math.Min(tensor.Rows, long.MaxValue),
         };
     }

@@ -10,7 +10,8 @@ namespace Rollout.Server.Grpc;
 
 /// <summary>rollout.v1.WeightsService: the weights being served, and the transaction that replaces them.</summary>
 [BindServiceMethod(typeof(WeightsBinder), nameof(WeightsBinder.Bind))]
-internal sealed class WeightsGrpcService(EngineHost host, SharedSegment segment, ILogger<WeightsGrpcService> logger)
+internal sealed class WeightsGrpcService(
+    EngineHost host, SharedSegment segment, OpenUpdates open, ILogger<WeightsGrpcService> logger)
     : WeightsService.WeightsServiceBase
 {
     public override Task<DescribeReply> Describe(DescribeRequest request, ServerCallContext context)
@@ -37,8 +38,11 @@ internal sealed class WeightsGrpcService(EngineHost host, SharedSegment segment,
         IAsyncStreamReader<UpdateRequest> requestStream, IServerStreamWriter<UpdateReply> responseStream, ServerCallContext context)
     {
         OpenMemory memory = OpenMemory.Of(context.GetHttpContext());
-        using UpdateTransaction transaction = new(host.Admitting, segment, memory, requestStream, responseStream, logger);
-        await transaction.RunAsync(context.CancellationToken, host.Stopping);
+        using PartStream stream = new(host.Admitting, segment, memory, requestStream, responseStream);
+        JoinUpdate? join;
+        await using (UpdateTransaction transaction = new(host.Admitting, open, stream, logger))
+            join = await transaction.RunAsync(context.CancellationToken, host.Stopping);
+        if (join is not null) await new JoinedPart(open, stream).RunAsync(join, context.CancellationToken);
     }
 
     public override Task<ReleaseMemoryReply> ReleaseMemory(ReleaseMemoryRequest request, ServerCallContext context)

@@ -106,6 +106,7 @@ internal static class ServerApp
         builder.Services.AddSingleton<IMemoryPoolFactory<byte>, BlockPool>();
         builder.Services.AddSingleton(host);
         builder.Services.AddSingleton<SharedSegment>();
+        builder.Services.AddSingleton<OpenUpdates>();
         builder.Services.AddSingleton<EngineControl>();
         builder.Services.AddHostedService<FaultMonitor>();
         builder.Services.AddGrpc(grpc =>

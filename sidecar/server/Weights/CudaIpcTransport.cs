@@ -16,10 +16,10 @@ internal sealed class CudaIpcTransport(Backend backend, OpenMemory memory) : ITr
     /// <summary>Allocations opened for this update: those of earlier ones are still open.</summary>
     public int Opened { get; private set; }
 
-    public ValueTask<PayloadSource> SourceOfAsync(UpdateRequest message, WeightUpdate update, CancellationToken cancellation)
-        => new(SourceOf(message, update));
+    public ValueTask<PayloadSource> SourceOfAsync(UpdateRequest message, UpdatePart part, CancellationToken cancellation)
+        => new(SourceOf(message, part));
 
-    private PayloadSource SourceOf(UpdateRequest message, WeightUpdate update)
+    private PayloadSource SourceOf(UpdateRequest message, UpdatePart part)
     {
         CudaIpc ipc = message.CudaIpc;
         CheckFields(ipc);
@@ -41,7 +41,7 @@ internal sealed class CudaIpcTransport(Backend backend, OpenMemory memory) : ITr
         }
 
         // A gap before the first range is passed over, where it is one between tensors.
-        long first = Math.Min(parts[0].PayloadOffset, update.ReceivedBytes), end = parts[^1].PayloadOffset + parts[^1].Bytes;
+        long first = Math.Min(parts[0].PayloadOffset, part.ReceivedBytes), end = parts[^1].PayloadOffset + parts[^1].Bytes;
         return new DeviceSource(peers, parts, ipc.ReadyEvent.Memory, first, end - first);
     }
 

@@ -8,5 +8,5 @@ internal interface ITransport : IDisposable
 {
     /// <summary>The part of the payload that the message contains or refers to. The caller disposes it before the next message.</summary>
     /// <exception cref="UpdateFailedException">It does not exist, is truncated, or is past any payload.</exception>
-    ValueTask<PayloadSource> SourceOfAsync(UpdateRequest message, WeightUpdate update, CancellationToken cancellation);
+    ValueTask<PayloadSource> SourceOfAsync(UpdateRequest message, UpdatePart part, CancellationToken cancellation);
 }

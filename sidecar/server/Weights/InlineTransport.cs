@@ -6,10 +6,10 @@ namespace Rollout.Server.Weights;
 /// <summary>Chunks in the stream itself, stored directly from the message, whose memory is then reused for the next one.</summary>
 internal sealed class InlineTransport : ITransport
 {
-    public ValueTask<PayloadSource> SourceOfAsync(UpdateRequest message, WeightUpdate update, CancellationToken cancellation)
-        => new(SourceOf(message, update));
+    public ValueTask<PayloadSource> SourceOfAsync(UpdateRequest message, UpdatePart part, CancellationToken cancellation)
+        => new(SourceOf(message, part));
 
-    private static PayloadSource SourceOf(UpdateRequest message, WeightUpdate update)
+    private static PayloadSource SourceOf(UpdateRequest message, UpdatePart part)
     {
         Chunk chunk = message.Chunk;
         if (chunk.Offset > long.MaxValue)

@@ -15,7 +15,7 @@ internal sealed class NcclTransport(Backend backend, OpenRanks open) : ITranspor
     private const uint MostRanks = 4096;
     private const long MostBucketBytes = 1 << 30; // two of them are kept on the device
 
-    public async ValueTask<PayloadSource> SourceOfAsync(UpdateRequest message, WeightUpdate update, CancellationToken cancellation)
+    public async ValueTask<PayloadSource> SourceOfAsync(UpdateRequest message, UpdatePart part, CancellationToken cancellation)
     {
         Nccl nccl = message.Nccl;
         CheckFields(nccl);
@@ -27,7 +27,7 @@ internal sealed class NcclTransport(Backend backend, OpenRanks open) : ITranspor
         // Before the update is opened: in place, steps go on while ranks join.
         CudaRanks ranks = await Task.Run(() => Join(peers, nccl, cancellation), CancellationToken.None);
         Bucket[] buckets = [.. nccl.Buckets.Select(bucket => new Bucket((long)bucket.PayloadOffset, (long)bucket.Bytes))];
-        long first = Math.Min(buckets[0].PayloadOffset, update.ReceivedBytes), end = buckets[^1].PayloadOffset + buckets[^1].Bytes;
+        long first = Math.Min(buckets[0].PayloadOffset, part.ReceivedBytes), end = buckets[^1].PayloadOffset + buckets[^1].Bytes;
         return new NcclSource(peers, ranks, (int)nccl.Root, buckets, first, end - first);
     }
 

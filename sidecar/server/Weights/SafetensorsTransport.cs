@@ -9,10 +9,10 @@ namespace Rollout.Server.Weights;
 /// </summary>
 internal sealed class SafetensorsTransport : ITransport
 {
-    public ValueTask<PayloadSource> SourceOfAsync(UpdateRequest message, WeightUpdate update, CancellationToken cancellation)
-        => new(SourceOf(message, update));
+    public ValueTask<PayloadSource> SourceOfAsync(UpdateRequest message, UpdatePart part, CancellationToken cancellation)
+        => new(SourceOf(message, part));
 
-    private static PayloadSource SourceOf(UpdateRequest message, WeightUpdate update)
+    private static PayloadSource SourceOf(UpdateRequest message, UpdatePart part)
     {
         CheckpointFile source = message.File;
         if (!Path.IsPathFullyQualified(source.Path) || source.Path.Contains('\0'))
@@ -23,7 +23,7 @@ internal sealed class SafetensorsTransport : ITransport
         try
         {
             long payloadOffset = (long)source.PayloadOffset;
-            CheckHeader(checkpoint, payloadOffset, update.Manifest);
+            CheckHeader(checkpoint, payloadOffset, part);
             return new FileSource(checkpoint.Handle, checkpoint.DataStart, payloadOffset, checkpoint.DataBytes, owner: checkpoint);
         }
         catch
@@ -52,11 +52,11 @@ internal sealed class SafetensorsTransport : ITransport
     /// <summary>
     /// Checks that the file has exactly those tensors of the manifest that are in its part of the payload, as the manifest describes them.
     /// </summary>
-    private static void CheckHeader(SafetensorsFile file, long payloadOffset, UpdateManifest manifest)
+    private static void CheckHeader(SafetensorsFile file, long payloadOffset, UpdatePart part)
     {
         List<string> problems = [];
         int found = 0;
-        foreach (Engine.ManifestTensor tensor in manifest.Tensors)
+        foreach (Engine.ManifestTensor tensor in part.Tensors)
         {
             if (tensor.Offset < payloadOffset || tensor.Offset >= payloadOffset + file.DataBytes) continue;
             if (!file.Tensors.TryGetValue(tensor.Name, out TensorInfo? info))

@@ -12,13 +12,13 @@ internal sealed class SharedMemoryTransport(SealedMemory? segment) : ITransport
 {
     private SharedMemoryFile? _file;
 
-    public ValueTask<PayloadSource> SourceOfAsync(UpdateRequest message, WeightUpdate update, CancellationToken cancellation)
-        => new(SourceOf(message, update));
+    public ValueTask<PayloadSource> SourceOfAsync(UpdateRequest message, UpdatePart part, CancellationToken cancellation)
+        => new(SourceOf(message, part));
 
-    private PayloadSource SourceOf(UpdateRequest message, WeightUpdate update)
+    private PayloadSource SourceOf(UpdateRequest message, UpdatePart part)
     {
         SharedMemory window = message.SharedMemory;
-        long left = update.Manifest.PayloadBytes - update.ReceivedBytes;
+        long left = part.PayloadBytes - part.ReceivedBytes;
         if (window.PayloadOffset > long.MaxValue || window.Bytes > long.MaxValue)
         {
             throw new UpdateFailedException(

@@ -3,45 +3,49 @@ using Rollout.Native;
 namespace Rollout.Server.Weights;
 
 /// <summary>
-/// The single segment of shared memory for updates, kept and mapped from update to update, so that reading it costs no copy and no page
-/// fault. Lent to one update at a time: the one in progress.
+/// The shared memory for updates, a segment for each part of one: kept and mapped from update to update, so that reading it costs no copy and
+/// no page fault. Lent to one update at a time: the one in progress.
 /// </summary>
 internal sealed class SharedSegment : IDisposable
 {
     private const long LeastBytes = 16 << 20;
 
     private readonly Lock _lock = new();
-    private SealedMemory? _memory;
-    private bool _lent;
+    private readonly Dictionary<int, SealedMemory> _memory = []; // by part
+    private readonly HashSet<int> _lent = [];
 
     /// <summary>Lends memory of this many bytes, or fewer where the machine has too few; null where it cannot be allocated.</summary>
+    /// <param name="part">Of the update.</param>
     /// <param name="bytes">Bytes requested.</param>
     /// <param name="available">Bytes that the machine has free.</param>
-    public SealedMemory? Lend(ulong bytes, Func<long> available)
+    public SealedMemory? Lend(int part, ulong bytes, Func<long> available)
     {
         lock (_lock)
         {
-            if (_lent || bytes == 0) return null;
-            if (_memory is null || (ulong)_memory.Bytes < bytes)
+            if (bytes == 0 || _lent.Contains(part)) return null;
+            _memory.TryGetValue(part, out SealedMemory? memory);
+            if (memory is null || (ulong)memory.Bytes < bytes)
             {
                 // At most half of the free memory: other processes need some, and a smaller segment, used as a ring, costs little.
                 ulong most = (ulong)Math.Max(LeastBytes, available() / 2);
-                ulong now = (ulong)(_memory?.Bytes ?? 0);
+                ulong now = (ulong)(memory?.Bytes ?? 0);
                 if (Math.Min(bytes, most) > now)
                 {
-                    _memory?.Dispose();
-                    _memory = SealedMemory.TryCreate((long)Math.Min(bytes, most));
+                    memory?.Dispose();
+                    _memory.Remove(part);
+                    memory = SealedMemory.TryCreate((long)Math.Min(bytes, most));
+                    if (memory is not null) _memory.Add(part, memory);
                 }
             }
 
-            _lent = _memory is not null;
-            return _memory;
+            if (memory is not null) _lent.Add(part);
+            return memory;
         }
     }
 
-    public void GiveBack()
+    public void GiveBack(int part)
     {
-        lock (_lock) _lent = false;
+        lock (_lock) _lent.Remove(part);
     }
 
     /// <summary>Frees the memory, unless an update is using it.</summary>
@@ -49,9 +53,9 @@ internal sealed class SharedSegment : IDisposable
     {
         lock (_lock)
         {
-            if (_lent) return;
-            _memory?.Dispose();
-            _memory = null;
+            if (_lent.Count > 0) return;
+            foreach (SealedMemory memory in _memory.Values) memory.Dispose();
+            _memory.Clear();
         }
     }
 

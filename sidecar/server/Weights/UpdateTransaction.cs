@@ -17,41 +17,34 @@ namespace Rollout.Server.Weights;
 /// </code>
 /// One deadline covers all of it, including waiting for the client. Disposing it ends the engine's update.
 /// </summary>
-internal sealed class UpdateTransaction(
-    RolloutEngine engine, SharedSegment shared, OpenMemory memory, IAsyncStreamReader<UpdateRequest> requests,
-    IServerStreamWriter<UpdateReply> replies, ILogger logger)
-    : IDisposable
+internal sealed class UpdateTransaction(RolloutEngine engine, OpenUpdates updates, PartStream stream, ILogger logger) : IAsyncDisposable
 {
     /// <summary>How long a client may take from opening the stream to begin.</summary>
     private static readonly TimeSpan s_beginWithin = TimeSpan.FromSeconds(30);
 
-    private static readonly TimeSpan s_lastReplyWithin = TimeSpan.FromSeconds(5);
-
     private const uint DefaultDeadline = 600_000;
 
-    /// <summary>Progress is reported about this often, so that small chunks do not cause many replies.</summary>
-    private const long ProgressBytes = 16 << 20;
-
-    private readonly Dictionary<UpdateRequest.StepOneofCase, ITransport> _transports = [];
+    private readonly CancellationTokenSource _over = new(); // for all streams of the update
     private WeightUpdate? _update;
-    private SealedMemory? _segment;
+    private OpenUpdate? _open; // where it has several parts
     private string _owner = "";
-    private long _reported;
     private bool _committed;
 
     /// <summary>Runs the transaction to its end. Errors defined by the protocol are replies, not exceptions.</summary>
-    public async Task RunAsync(CancellationToken client, CancellationToken stopping)
+    /// <returns>The first message, where it joins another stream's update; then nothing has happened.</returns>
+    public async Task<JoinUpdate?> RunAsync(CancellationToken client, CancellationToken stopping)
     {
         using CancellationTokenSource deadline = new(s_beginWithin);
-        using CancellationTokenSource linked = CancellationTokenSource.CreateLinkedTokenSource(client, stopping, deadline.Token);
+        using CancellationTokenSource linked = CancellationTokenSource.CreateLinkedTokenSource(client, stopping, deadline.Token, _over.Token);
         string late = $"no begin within {s_beginWithin.TotalSeconds:0} s";
         try
         {
             // :: 1
-            if (!await MoveNextAsync(linked.Token)) throw Failed("the client closed its side before begin");
-            if (requests.Current.StepCase != UpdateRequest.StepOneofCase.Begin)
-                throw Failed($"the first message must be begin, not {Name(requests.Current)}");
-            BeginUpdate begin = requests.Current.Begin;
+            if (!await stream.MoveNextAsync(linked.Token)) throw PartStream.Failed("the client closed its side before begin");
+            if (stream.Current.StepCase == UpdateRequest.StepOneofCase.Join) return stream.Current.Join;
+            if (stream.Current.StepCase != UpdateRequest.StepOneofCase.Begin)
+                throw PartStream.Failed($"the first message must be begin, not {PartStream.Name(stream.Current)}");
+            BeginUpdate begin = stream.Current.Begin;
             uint milliseconds = begin.DeadlineMilliseconds == 0 ? DefaultDeadline : begin.DeadlineMilliseconds;
             deadline.CancelAfter(TimeSpan.FromMilliseconds(Math.Min(milliseconds, uint.MaxValue - 1)));
             late = $"the deadline of {milliseconds} ms for the whole update passed";
@@ -61,15 +54,13 @@ internal sealed class UpdateTransaction(
             V1.UpdateMode mode = ManifestConverter.ToWire(_update.Mode);
             Log.UpdateBegun(logger, begin.BaseVersion, begin.NewVersion, _owner, begin.Manifest.Count, begin.PayloadBytes,
                 mode.ToString(), milliseconds);
-            _segment = shared.Lend(begin.SegmentBytes, () => engine.Backend.AvailableBytes);
-            Ready ready = new() { StagingBytes = (ulong)_update.StagingBytes, Mode = mode, Segment = ToWire(_segment) };
-            if (engine.Backend.Peers is { } peers)
+            if (_update.Parts.Count > 1)
             {
-                ready.DeviceUuid = ByteString.CopyFrom(peers.DeviceUuid.Span);
-                ready.NcclUniqueId = memory.Ranks.Id;
+                _open = new OpenUpdate(_update, _over);
+                updates.Add(_open);
             }
 
-            await ReplyAsync(new UpdateReply { Ready = ready }, linked.Token);
+            await stream.ReadyAsync(_update, part: 0, begin.SegmentBytes, _open?.Id, linked.Token);
 
             // :: 2 and 3
             while (await NextAsync(linked.Token))
@@ -90,111 +81,73 @@ internal sealed class UpdateTransaction(
         }
         catch (UpdateFailedException e) when (e.Failure != UpdateFailure.Deadline) // a withdrawn commit; the reason is reported below
         {
-            bool poisoned = End(e.Failure);
-            Log.UpdateFailed(logger, _owner, Outcome(poisoned), e.Message);
-            await EndAsync(new UpdateReply { Failed = new UpdateFailed { Reason = e.Message, Poisoned = poisoned } });
+            await FailAsync(e.Failure, e.Message);
         }
         catch (Exception e) when (client.IsCancellationRequested || e is RpcException { StatusCode: StatusCode.Cancelled })
         {
-            bool poisoned = End(UpdateFailure.Sender);
+            bool poisoned = await EndAsync(UpdateFailure.Sender);
             Log.UpdateAborted(logger, _owner, Outcome(poisoned), "the stream broke");
-            throw ClientGone();
+            _open?.EndWith(Aborted("the stream that began the update broke", poisoned));
+            throw PartStream.ClientGone();
         }
         catch (IOException e)
         {
-            bool poisoned = End(UpdateFailure.Source);
-            Log.UpdateFailed(logger, _owner, Outcome(poisoned), e.Message);
-            await EndAsync(new UpdateReply { Failed = new UpdateFailed { Reason = e.Message, Poisoned = poisoned } });
+            await FailAsync(UpdateFailure.Source, e.Message);
         }
         catch (Exception) when (linked.IsCancellationRequested)
         {
-            if (deadline.IsCancellationRequested) await AbortAsync(UpdateFailure.Deadline, late);
+            if (_open?.Broken is { Failure: UpdateFailure.Sender } gone) await AbortAsync(gone.Failure, gone.Message);
+            else if (_open?.Broken is { } broken) await FailAsync(broken.Failure, broken.Message);
+            else if (deadline.IsCancellationRequested) await AbortAsync(UpdateFailure.Deadline, late);
             else await AbortAsync(UpdateFailure.Engine, "the server is stopping");
         }
+
+        return null;
     }
 
-    public void Dispose()
+    public async ValueTask DisposeAsync()
     {
-        End(UpdateFailure.Sender);
-        foreach (ITransport transport in _transports.Values) transport.Dispose();
-        _transports.Clear();
-    }
-
-    /// <summary>Whether an exception means a broken stream. There are several, some of them before the call is cancelled.</summary>
-    private async Task<bool> MoveNextAsync(CancellationToken cancellation)
-    {
-        try
-        {
-            return await requests.MoveNext(cancellation);
-        }
-        catch (IOException)
-        {
-            throw ClientGone();
-        }
+        bool poisoned = await EndAsync(UpdateFailure.Sender);
+        _open?.EndWith(Aborted("the stream that began the update ended", poisoned)); // unless it has got another
+        _over.Dispose();
     }
 
     /// <summary>Handles the client's next message. False when it was the last.</summary>
     private async Task<bool> NextAsync(CancellationToken cancellation)
     {
-        if (!await MoveNextAsync(cancellation))
+        if (!await stream.MoveNextAsync(cancellation))
         {
             await AbortAsync(UpdateFailure.Sender, "the client closed its side before commit");
             return false;
         }
 
-        UpdateRequest request = requests.Current;
+        UpdateRequest request = stream.Current;
+        if (PartStream.IsPayload(request))
+        {
+            await stream.ReceiveAsync(request, _update!, _update!.Parts[0], cancellation);
+            return true;
+        }
+
         switch (request.StepCase)
         {
-            case UpdateRequest.StepOneofCase.Chunk or UpdateRequest.StepOneofCase.SharedMemory or UpdateRequest.StepOneofCase.File
-                or UpdateRequest.StepOneofCase.CudaIpc or UpdateRequest.StepOneofCase.Nccl:
-                await ReceiveAsync(request, cancellation);
-                return true;
-
             case UpdateRequest.StepOneofCase.Commit:
-                RefuseUnknownFields(request);
+                PartStream.RefuseUnknownFields(request);
                 await CommitAsync(request.Commit.Digest, cancellation);
                 return false;
 
             case UpdateRequest.StepOneofCase.Abort:
-                await AbortAsync(UpdateFailure.Sender, request.Abort.Reason.Length > 0 ? request.Abort.Reason : "the client said so");
+                await AbortAsync(UpdateFailure.Sender, PartStream.ReasonOf(request.Abort));
                 return false;
 
             default:
-                throw Failed($"expected a payload message, commit or abort, got {Name(request)}");
+                throw PartStream.Failed($"expected a payload message, commit or abort, got {PartStream.Name(request)}");
         }
     }
-
-    private async Task ReceiveAsync(UpdateRequest request, CancellationToken cancellation)
-    {
-        bool chunk = request.StepCase == UpdateRequest.StepOneofCase.Chunk;
-        if (!chunk || ChunkBuffer.Behind(request.Chunk.Data) is null) RefuseUnknownFields(request);
-        if (!_transports.TryGetValue(request.StepCase, out ITransport? transport))
-            _transports.Add(request.StepCase, transport = Transport(request.StepCase));
-        using (PayloadSource source = await transport.SourceOfAsync(request, _update!, cancellation))
-        {
-            await _update!.OpenAsync(cancellation);
-            await _update.ReadFromAsync(source, cancellation);
-        }
-
-        // After a window its memory may be overwritten, so it gets a reply; small chunks do not get one each.
-        long received = _update.ReceivedBytes;
-        if (chunk && received < _reported + ProgressBytes && received < _update.Manifest.PayloadBytes) return;
-        _reported = received;
-        await ReplyAsync(new UpdateReply { Progress = new Progress { PayloadBytes = (ulong)received } }, cancellation);
-    }
-
-    private ITransport Transport(UpdateRequest.StepOneofCase step) => step switch
-    {
-        UpdateRequest.StepOneofCase.Chunk => new InlineTransport(),
-        UpdateRequest.StepOneofCase.SharedMemory => new SharedMemoryTransport(_segment),
-        UpdateRequest.StepOneofCase.File => new SafetensorsTransport(),
-        UpdateRequest.StepOneofCase.CudaIpc => new CudaIpcTransport(engine.Backend, memory),
-        _ => new NcclTransport(engine.Backend, memory.Ranks),
-    };
 
     private async Task CommitAsync(ByteString digest, CancellationToken cancellation)
     {
-        if (digest.Length is not (0 or 16)) throw Failed($"a digest has 16 bytes, this one has {digest.Length}");
+        if (digest.Length is not (0 or 16)) throw PartStream.Failed($"a digest has 16 bytes, this one has {digest.Length}");
+        if (_open is not null) await _open.AllReadAsync(cancellation);
         // The deadline withdraws a commit that has not been carried out, for example while draining. The reply says what happened.
         CommitResult result = await _update!.CommitAsync(digest.Memory, cancellation);
         _committed = true;
@@ -206,10 +159,12 @@ internal sealed class UpdateTransaction(
             SwapSeconds = result.SwapSeconds,
             StallSeconds = result.StallSeconds,
         };
+        if (_open is not null) await _open.StopAsync();
+        int handles = stream.HandlesOpened + (_open?.HandlesOpened ?? 0);
         Log.UpdateCommitted(logger, result.Version, result.TransferSeconds, result.SwapSeconds, result.StallSeconds);
         V1.UpdateCounts counts = new()
         {
-            HandlesOpened = (ulong)_transports.Values.OfType<CudaIpcTransport>().Sum(transport => transport.Opened),
+            HandlesOpened = (ulong)handles,
             Launches = (ulong)result.Counts.Launches,
             DeviceAllocations = (ulong)result.Counts.DeviceAllocations,
             GraphsCaptured = (ulong)result.Counts.GraphsCaptured,
@@ -226,36 +181,33 @@ internal sealed class UpdateTransaction(
         await EndAsync(new UpdateReply { Committed = committed });
     }
 
-    private Task AbortAsync(UpdateFailure why, string reason)
+    private async Task AbortAsync(UpdateFailure why, string reason)
     {
-        bool poisoned = End(why);
+        bool poisoned = await EndAsync(why);
         Log.UpdateAborted(logger, _owner, Outcome(poisoned), reason);
-        return EndAsync(new UpdateReply { Aborted = new Aborted { Reason = reason, Poisoned = poisoned } });
+        await EndAsync(Aborted(reason, poisoned));
     }
 
-    /// <summary>Ends the update, if it has not committed. Returns whether that has poisoned the engine.</summary>
-    private bool End(UpdateFailure why)
+    private async Task FailAsync(UpdateFailure why, string reason)
     {
-        // Before the update ends: the next one may need the segment.
-        if (_segment is not null) shared.GiveBack();
-        _segment = null;
+        bool poisoned = await EndAsync(why);
+        Log.UpdateFailed(logger, _owner, Outcome(poisoned), reason);
+        await EndAsync(new UpdateReply { Failed = new UpdateFailed { Reason = reason, Poisoned = poisoned } });
+    }
+
+    /// <summary>Ends the update, if it has not committed, when no stream reads any more. Returns whether that has poisoned the engine.</summary>
+    private async Task<bool> EndAsync(UpdateFailure why)
+    {
+        // Before the update ends: the next one may need what the streams have borrowed.
+        if (_open is not null)
+        {
+            updates.Remove(_open);
+            await _open.StopAsync();
+        }
+
+        stream.Dispose();
         _update?.End(why);
         return _update?.HasTouchedServedWeights ?? false;
-    }
-
-    private static Segment? ToWire(SealedMemory? memory)
-        => memory is null ? null : new Segment { Path = memory.Path, Name = memory.Name, Bytes = (ulong)memory.Bytes };
-
-    private static string Outcome(bool poisoned) => poisoned ? "the engine is poisoned until a full update" : "the old weights stay";
-
-    private static RpcException ClientGone() => new(new Status(StatusCode.Cancelled, "the client has disconnected"));
-
-    private static UpdateFailedException Failed(string reason) => new(UpdateFailure.Protocol, reason);
-
-    private static void RefuseUnknownFields(UpdateRequest request)
-    {
-        ProblemList unknown = UnknownFields.Of(request);
-        if (unknown.Count > 0) throw Failed(unknown.ToString());
     }
 
     /// <summary>
@@ -263,23 +215,13 @@ internal sealed class UpdateTransaction(
     /// </summary>
     private async Task EndAsync(UpdateReply reply)
     {
-        Dispose();
-        try
-        {
-            await replies.WriteAsync(reply, CancellationToken.None).WaitAsync(s_lastReplyWithin);
-        }
-        catch (Exception e) when (e is TimeoutException or InvalidOperationException)
-        {
-            // The client has stopped reading; only the status may still reach it.
-            throw new RpcException(new Status(StatusCode.Aborted, reply.ToString()));
-        }
+        await EndAsync(UpdateFailure.Sender);
+        _open?.EndWith(reply);
+        await stream.LastReplyAsync(reply);
     }
 
-    // The wait is cancelled, not the write: a cancelled write resets the stream, and the client would not get the reason.
-    private Task ReplyAsync(UpdateReply reply, CancellationToken cancellation)
-        => replies.WriteAsync(reply, CancellationToken.None).WaitAsync(cancellation);
+    private static UpdateReply Aborted(string reason, bool poisoned)
+        => new() { Aborted = new Aborted { Reason = reason, Poisoned = poisoned } };
 
-    private static string Name(UpdateRequest request)
-        => request.StepCase == UpdateRequest.StepOneofCase.None ? "a message this server does not know"
-            : request.StepCase.ToString().ToLowerInvariant();
+    private static string Outcome(bool poisoned) => poisoned ? "the engine is poisoned until a full update" : "the old weights stay";
 }

@@ -143,7 +143,7 @@ public sealed class UpdateOrderTests
             if (e is not null)
             {
                 // It cannot be committed afterwards.
-                Assert.Throws<UpdateFailedException>(() => update.Write(update.ReceivedBytes, []));
+                Assert.Throws<UpdateFailedException>(() => update.Write(update.Parts[0].ReceivedBytes, []));
                 await Assert.ThrowsAsync<UpdateFailedException>(() => update.CommitAsync(default, Cancelled));
             }
         }

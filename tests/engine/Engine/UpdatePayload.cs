@@ -81,7 +81,7 @@ internal static class UpdateExtensions
     }
 
     private static void ReadFrom(this WeightUpdate update, PayloadSource source, CancellationToken cancellation)
-        => update.ReadFromAsync(source, cancellation).GetAwaiter().GetResult();
+        => update.Parts[0].ReadFromAsync(source, cancellation).GetAwaiter().GetResult();
 
     /// <summary>Submits a group, commits the update after this many of its steps, and returns the group when it has ended.</summary>
     public static async Task<Group> UpdateWhileAsync(

@@ -153,7 +153,7 @@ internal sealed class UpdateChain : IAsyncDisposable
             }
 
             at = end;
-            Assert.Equal(at, update.ReceivedBytes);
+            Assert.Equal(at, update.Parts[0].ReceivedBytes);
         }
     }
 

@@ -198,6 +198,9 @@ public sealed class ConverterTests
             ("partial", b => b.Partial = true, m => m with { Partial = true }),
             ("deadline_milliseconds", b => b.DeadlineMilliseconds = 5, m => m), // used by the transaction, as is the next
             ("segment_bytes", b => b.SegmentBytes = 5, m => m),
+            ("manifest.part", b => b.Manifest[0].Part = 5, m => With(m, t => t with { Part = 5 })),
+            ("manifest.part", b => b.Manifest[0].Part = uint.MaxValue, m => With(m, t => t with { Part = int.MaxValue })),
+            ("joined_payload_bytes", b => b.JoinedPayloadBytes.Add(long.MaxValue), m => m with { JoinedPayloadBytes = [long.MaxValue] }),
         ];
         Assert.Equal(Leaves(BeginUpdate.Descriptor).Order(), cases.Select(c => c.Field).Distinct().Order());
         foreach ((string field, Action<BeginUpdate> set, Func<UpdateManifest, UpdateManifest> expected) in cases)
@@ -295,7 +298,7 @@ public sealed class ConverterTests
         {
             string text => $"'{text}'",
             Engine.ManifestTensor tensor => $"{tensor.Name} {tensor.Type} {Text(tensor.Shape)} {tensor.Offset} {Text(tensor.SparseCount)} "
-                + $"{tensor.FirstRow} {Text(tensor.Rows)}",
+                + $"{tensor.FirstRow} {Text(tensor.Rows)} {tensor.Part}",
             System.Collections.IEnumerable many => string.Join(" ", many.Cast<object>().Select(Text)),
             null => "none",
             _ => $"{value}",

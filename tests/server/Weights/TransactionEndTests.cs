@@ -214,10 +214,11 @@ public sealed class TransactionEndTests : IDisposable
                 last = reply;
                 if (reply.StepCase is UpdateReply.StepOneofCase.Ready or UpdateReply.StepOneofCase.Progress) return;
                 Assert.Null(server.Engine.Status.UpdateOwner);
-                Assert.NotNull(segment.Lend(1000, () => 0));
-                segment.GiveBack();
+                Assert.NotNull(segment.Lend(0, 1000, () => 0));
+                segment.GiveBack(0);
             });
-            using UpdateTransaction transaction = new(server.Engine, segment, memory, new Requests(requests), replies, server.Log);
+            using PartStream stream = new(server.Engine, segment, memory, new Requests(requests), replies);
+            await using UpdateTransaction transaction = new(server.Engine, new OpenUpdates(), stream, server.Log);
             await transaction.RunAsync(CancellationToken.None, CancellationToken.None);
             seen.Add(last!.StepCase);
         }

@@ -95,30 +95,30 @@ public sealed class TransportTests
     public void The_segment_is_lent_once_kept_and_no_larger_than_the_machine_has_room_for()
     {
         using SharedSegment segment = new();
-        Assert.Null(segment.Lend(0, () => long.MaxValue));
-        SealedMemory first = segment.Lend(1000, () => long.MaxValue)!;
+        Assert.Null(segment.Lend(0, 0, () => long.MaxValue));
+        SealedMemory first = segment.Lend(0, 1000, () => long.MaxValue)!;
         Assert.Equal(1000, first.Bytes);
-        Assert.Null(segment.Lend(10, () => long.MaxValue)); // until it is given back
+        Assert.Null(segment.Lend(0, 10, () => long.MaxValue)); // until it is given back
         segment.Discard();
         Assert.False(first.IsClosed); // a client still writes to it
-        segment.GiveBack();
-        Assert.Same(first, segment.Lend(999, () => 0));
-        segment.GiveBack();
-        SealedMemory larger = segment.Lend(1001, () => 0)!;
+        segment.GiveBack(0);
+        Assert.Same(first, segment.Lend(0, 999, () => 0));
+        segment.GiveBack(0);
+        SealedMemory larger = segment.Lend(0, 1001, () => 0)!;
         Assert.Equal(1001, larger.Bytes);
         Assert.True(first.IsClosed);
-        segment.GiveBack();
+        segment.GiveBack(0);
 
         // Half of what there is, but never less than 16 MiB; what it has already is not given up for less.
-        Assert.Equal(20 << 20, segment.Lend(1 << 30, () => 40 << 20)!.Bytes);
-        segment.GiveBack();
-        SealedMemory most = segment.Lend(1 << 30, () => 0)!;
+        Assert.Equal(20 << 20, segment.Lend(0, 1 << 30, () => 40 << 20)!.Bytes);
+        segment.GiveBack(0);
+        SealedMemory most = segment.Lend(0, 1 << 30, () => 0)!;
         Assert.Equal(20 << 20, most.Bytes);
-        segment.GiveBack();
+        segment.GiveBack(0);
         segment.Discard();
         Assert.True(most.IsClosed);
-        Assert.Equal(16 << 20, segment.Lend(1 << 30, () => 0)!.Bytes);
-        segment.GiveBack();
+        Assert.Equal(16 << 20, segment.Lend(0, 1 << 30, () => 0)!.Bytes);
+        segment.GiveBack(0);
         segment.Discard();
     }
 

@@ -14,7 +14,7 @@ class Payload:
 
     def __init__(self, layout: PayloadLayout, tensors: Sequence[TensorSource], hashed: bool) -> None:
         self.bytes = layout.payload_bytes
-        self.piece_bytes = max(tensor.piece_bytes for tensor in tensors)
+        self.piece_bytes = max((tensor.piece_bytes for tensor in tensors), default=0)
         """Of the largest piece."""
 
         self._tensors = tensors

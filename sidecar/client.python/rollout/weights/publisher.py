@@ -7,7 +7,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import grpc
@@ -24,6 +24,7 @@ from .layout import ALIGNMENT, PayloadLayout
 from .payload_file import free_bytes, remove_leftovers
 from .push import PushResult, WeightPush
 from .senders import FileSender, InlineSender, Sender, SharedMemorySender, Transport
+from .shards import ShardGroup
 from .shared_memory import FOLDER, Segment, SharedMemoryFile
 from .tensors import TensorSource, Weights, sources
 
@@ -70,6 +71,7 @@ class Publisher:
         dtype: Literal["bfloat16"] | None,
         owner: str | None,
         timeout: float,
+        shards: ShardGroup | None,
     ) -> PushResult:
         _check_transport(transport, folder, max_shared_memory_bytes)
         if verify and digest.xxhash is None:
@@ -82,37 +84,46 @@ class Publisher:
             partial=partial,
             owner=f"{socket.gethostname()}/{os.getpid()}" if owner is None else owner,
         )
-        tensors = sources(weights, dtype)
+        tensors = sources(weights, dtype) if shards is None else shards.own(lambda: sources(weights, dtype, may_be_empty=True))
         with self._one_at_a_time, contextlib.ExitStack() as stack:
             deadline = time.monotonic() + timeout
-            alignment = 1 if transport == "file" else ALIGNMENT  # a safetensors file has no room between tensors
-            if self._layout is None or not self._layout.fits(tensors, alignment):
-                self._layout = PayloadLayout(tensors, alignment)
-            layout = self._layout
-            choice = _Choice(transport, layout.payload_bytes, max_shared_memory_bytes)
-            if folder is not None:
-                header = safetensors.header(layout, tensors)
-                choice.file = FileSender(header, layout.payload_bytes, folder, "transport='file' was asked for")
-                stack.callback(choice.file.close)
-            if base_version is None:
-                base_version = self._served if self._served is not None else self._ask(min(timeout, _STATUS_TIMEOUT))
-            begin.base_version = base_version
-            begin.new_version = base_version + 1 if version is None else version
-            if transport in _DEVICE or transport == "auto" and any(tensor.on_device is not None for tensor in tensors):
-                self._prepare_device(choice, tensors, layout, verify, stack, timeout)
-            if transport in _DEVICE and choice.ipc is None:
-                raise ValueError(f"transport={transport!r}: {choice.why_host}")
-            begin.segment_bytes = self._segment_bytes(choice)
-            stack.push(self._leave_group_after_failure)
+
+            def prepared() -> WeightPush:
+                alignment = 1 if transport == "file" else ALIGNMENT  # a safetensors file has no room between tensors
+                if self._layout is None or not self._layout.fits(tensors, alignment):
+                    self._layout = PayloadLayout(tensors, alignment)
+                layout = self._layout
+                choice = _Choice(transport, layout.payload_bytes, max_shared_memory_bytes)
+                if folder is not None:
+                    header = safetensors.header(layout, tensors)
+                    choice.file = FileSender(header, layout.payload_bytes, folder, "transport='file' was asked for")
+                    stack.callback(choice.file.close)
+                if shards is None or shards.rank == 0:  # which tells the others
+                    begin.base_version = self._base(timeout) if base_version is None else base_version
+                    begin.new_version = begin.base_version + 1 if version is None else version
+                if transport in _DEVICE or transport == "auto" and any(tensor.on_device is not None for tensor in tensors):
+                    self._prepare_device(choice, tensors, layout, verify, stack, timeout)
+                if transport in _DEVICE and choice.ipc is None:
+                    raise ValueError(f"transport={transport!r}: {choice.why_host}")
+                begin.segment_bytes = self._segment_bytes(choice)
+                stack.push(self._leave_group_after_failure)
+                return WeightPush(
+                    self._calls, layout, tensors, begin,
+                    sender=lambda ready: self._sender(ready, choice),
+                    hashed=verify is not False,
+                    timeout=max(0.001, deadline - time.monotonic()),
+                    resolve_within=self.resolve_within,
+                    shards=shards,
+                )
+
+            if shards is None:
+                push = prepared()
+            else:
+                push, parts = _together(shards, prepared)
+                push.parts = parts
             # Until this push has succeeded it is not known what is served.
             self._served = None
-            result = WeightPush(
-                self._calls, layout, tensors, begin,
-                sender=lambda ready: self._sender(ready, choice),
-                hashed=verify is not False,
-                timeout=max(0.001, deadline - time.monotonic()),
-                resolve_within=self.resolve_within,
-            ).run()
+            result = push.run()
             self._served = result.version
             return result
 
@@ -144,6 +155,9 @@ class Publisher:
         """The sidecar has left it, or has received other bytes than the next push would send."""
         if kind is not None and self._group is not None:
             self._group.disconnect()
+
+    def _base(self, timeout: float) -> int:
+        return self._served if self._served is not None else self._ask(min(timeout, _STATUS_TIMEOUT))
 
     def _ask(self, timeout: float) -> int:
         try:
@@ -248,6 +262,18 @@ class Publisher:
             self._file = SharedMemoryFile(free // 4 * 3 if scarce else wanted)
             self._file_for = wanted
         return self._file
+
+
+def _together(shards: ShardGroup, prepared: Callable[[], WeightPush]) -> tuple[WeightPush, list[tuple[list[bytes], int]]]:
+    """This rank's push, and the parts of all."""
+    pushes: list[WeightPush] = []
+
+    def part() -> tuple[list[bytes], int]:
+        pushes.append(prepared())
+        return pushes[0].part()
+
+    parts = shards.all(part)
+    return pushes[0], parts
 
 
 class _Choice:

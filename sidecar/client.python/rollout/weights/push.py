@@ -16,6 +16,7 @@ from .call import StreamEnded, UpdateCall
 from .digest import ALGORITHM, combine
 from .layout import PayloadLayout
 from .payload import Payload
+from .shards import OtherRankError, ShardGroup
 from .senders import Mode, Sender, Transport
 from .tensors import TensorSource
 
@@ -88,16 +89,23 @@ class WeightPush:
 
     timeout: float
     resolve_within: float
+    shards: ShardGroup | None = None
+    parts: Sequence[tuple[list[bytes], int]] = ()
+    """What ``part`` returned on every rank of ``shards``."""
+
     _mode: Mode = "staged"
     _timings: PushTimings = field(default_factory=PushTimings)
     _agreed: bool = False
     _commit_sent: bool = False
+    _digest: bytes = b""
+
+    def part(self) -> tuple[list[bytes], int]:
+        """The manifest of what this process sends, and its length."""
+        return [entry.SerializeToString() for entry in self.layout.manifest], self.layout.payload_bytes
 
     def run(self) -> PushResult:
         self._payload = Payload(self.layout, self.tensors, self.hashed)
         self._started = self._lapped = time.monotonic()
-        self.begin.manifest.extend(self.layout.manifest)
-        self.begin.payload_bytes = self.layout.payload_bytes
         self.begin.deadline_milliseconds = max(1, min(round(self.timeout * 1000), _MAX_DEADLINE))
         call = UpdateCall(self.calls, self.timeout)
         try:
@@ -122,31 +130,84 @@ class WeightPush:
 
     def _run(self, call: UpdateCall) -> PushResult:
         # :: Step 1: the sidecar accepts the manifest, before a byte is sent.
-        call.send(begin=self.begin)
-        ready = call.until("ready")
+        ready = self._open(call) if self.shards is None else self._open_part(call, self.shards)
         self._agreed = True
         self._mode = self._checked_mode(ready)
         self._timings.preflight = self._lap()
 
         # :: Step 2: the bytes leave the trainer.
-        self._chosen = self.sender(ready)
-        end = self._chosen.send(call, self._payload, self._mode)
-        self._timings.write = self._lap()
-
         # :: Step 3: wait until the sidecar has read them. That keeps the commit, during which an answer may be lost, short.
-        call.received(end)
-        self._timings.transfer = self._lap()
+        if self.shards is None:
+            self._send(call, ready)
+            self._digest = self._payload.digest()
+        else:
+            self._digest = self._send_part(call, ready, self.shards)
 
         # :: Step 4: commit, if it has received what we sent.
-        digest = self._payload.digest()
         self._commit_sent = True
-        call.send(commit=wire.Commit(digest=digest))
+        if self.shards is None or self.shards.rank == 0:
+            call.send(commit=wire.Commit(digest=self._digest))
         committed = call.until("committed")
         self._check_digest(committed.version, committed.digest)
         self._timings.server_transfer = committed.timings.transfer_seconds
         self._timings.server_swap = committed.timings.swap_seconds
         self._timings.server_stall = committed.timings.stall_seconds
         return self._result(committed.digest)
+
+    def _open(self, call: UpdateCall) -> Any:
+        self.begin.manifest.extend(self.layout.manifest)
+        self.begin.payload_bytes = self.layout.payload_bytes
+        call.send(begin=self.begin)
+        return call.until("ready")
+
+    def _open_part(self, call: UpdateCall, shards: ShardGroup) -> Any:
+        """Rank 0 begins with the manifests of all ranks; the others join its update."""
+        ready: Any = None
+
+        def begin() -> tuple[bytes, int, int] | None:
+            nonlocal ready
+            if shards.rank > 0:
+                return None
+            for part, (manifest, _) in enumerate(self.parts):
+                for entry in manifest:
+                    self.begin.manifest.add().MergeFromString(entry)
+                    self.begin.manifest[-1].part = part
+            self.begin.payload_bytes = self.parts[0][1]
+            self.begin.joined_payload_bytes.extend(size for _, size in self.parts[1:])
+            call.send(begin=self.begin)
+            ready = call.until("ready")
+            if len(self.parts) > 1 and not ready.update_id:
+                raise RolloutError("the sidecar is older than this client: it takes no parts of several ranks")
+            return bytes(ready.update_id), self.begin.base_version, self.begin.new_version
+
+        opened = shards.all(begin)[0]
+        if ready is None and opened is not None:
+            update_id, self.begin.base_version, self.begin.new_version = opened
+            call.send(join=wire.JoinUpdate(update_id=update_id, part=shards.rank, segment_bytes=self.begin.segment_bytes))
+            ready = call.until("ready")
+        return ready
+
+    def _send(self, call: UpdateCall, ready: Any) -> None:
+        self._chosen = self.sender(ready)
+        end = self._chosen.send(call, self._payload, self._mode)
+        self._timings.write = self._lap()
+        call.received(end)
+        self._timings.transfer = self._lap()
+
+    def _send_part(self, call: UpdateCall, ready: Any, shards: ShardGroup) -> bytes:
+        """The digest of all parts; empty where a rank hashed nothing."""
+
+        def send() -> list[bytes] | None:
+            self._send(call, ready)
+            return self._payload.digests if self._payload.digests or not self.tensors else None
+
+        try:
+            digests = shards.all(send)
+        except OtherRankError as error:
+            call.abort(str(error))
+            call.until("committed")  # raises what the sidecar says became of the update
+            raise
+        return b"" if any(part is None for part in digests) else combine(digest for part in digests for digest in part or ())
 
     def _checked_mode(self, ready: Any) -> Mode:
         asked = wire.UPDATE_MODE.name(self.begin.mode) if self.begin.mode else "auto"
@@ -187,7 +248,7 @@ class WeightPush:
         known = [served.tensors[tensor.name].digest if tensor.name in served.tensors else "" for tensor in self.tensors]
         in_part = any(tensor.sparse_count is not None or tensor.rows is not None for tensor in self.tensors)
         received = b"" if in_part else combine(bytes.fromhex(digest) for digest in known)
-        if received and self._payload.digest() and served.digest_algorithm != ALGORITHM:
+        if received and self._digest and served.digest_algorithm != ALGORITHM:
             raise WeightUpdateFailed(
                 f"version {served.version} is served, but whether it is this push is not known: the sidecar computes digests as "
                 f"'{served.digest_algorithm}', this client as '{ALGORITHM}'", UpdateOutcome.UNKNOWN)
@@ -196,7 +257,7 @@ class WeightPush:
         return self._result(received, confirmed_by_status=True)
 
     def _check_digest(self, version: int, received: bytes) -> None:
-        sent = self._payload.digest()
+        sent = self._digest
         if sent and sent != received:
             raise WeightDigestError(version, sent.hex(), received.hex())
 

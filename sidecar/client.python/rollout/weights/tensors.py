@@ -159,7 +159,7 @@ class _Part:
         return max(1, _PIECE_BYTES // max(1, self.row_bytes))
 
 
-def sources(weights: Weights, dtype: Literal["bfloat16"] | None) -> list[TensorSource]:
+def sources(weights: Weights, dtype: Literal["bfloat16"] | None, may_be_empty: bool = False) -> list[TensorSource]:
     """The tensors of a module, a state dict or a dict of arrays, in its order.
 
     Raises:
@@ -178,7 +178,9 @@ def sources(weights: Weights, dtype: Literal["bfloat16"] | None) -> list[TensorS
     misplaced: list[str] = []
     for name, value in weights.items():
         try:
-            if isinstance(value, SparseTensor):
+            if hasattr(value, "placements") and hasattr(value, "to_local"):
+                found.extend(_from_dtensor(name, value, dtype))
+            elif isinstance(value, SparseTensor):
                 found.append(_from_sparse(name, value, dtype))
             elif isinstance(value, (list, tuple)):
                 found.extend(_from_slice(name, item, dtype) for item in value)
@@ -192,7 +194,7 @@ def sources(weights: Weights, dtype: Literal["bfloat16"] | None) -> list[TensorS
         raise TypeError(f"weights: only floating-point tensors can be served: {'; '.join(problems)}")
     if misplaced:
         raise ValueError(f"weights: {'; '.join(misplaced)}")
-    if not found:
+    if not found and not may_be_empty:
         raise TypeError("weights: an update without tensors")
     return found
 
@@ -265,6 +267,32 @@ def _from_slice(name: str, tensor: TensorSlice, dtype: Literal["bfloat16"] | Non
     if rows == 0 or first < 0 or first + rows > shape[0]:
         raise ValueError(f"a slice of {rows} rows from row {first} on, the tensor has {shape[0]}")
     return replace(own, shape=shape, first_row=first, rows=rows)
+
+
+def _from_dtensor(name: str, tensor: Any, dtype: Literal["bfloat16"] | None) -> list[TensorSource]:
+    """The rows that this rank has of PyTorch's DTensor; none where another rank has the same."""
+    at = tensor.device_mesh.get_coordinate()
+    if at is None:
+        return []
+    shape = tuple(tensor.shape)
+    first, rows = 0, shape[0] if shape else 1
+    for dimension, placement in enumerate(tensor.placements):
+        kind = type(placement).__name__
+        if kind == "Replicate":
+            if at[dimension] > 0:
+                return []
+        elif kind == "Shard" and placement.dim in (0, -len(shape)):
+            most = -(-rows // tensor.device_mesh.size(dimension))  # as torch.chunk cuts
+            begin = min(at[dimension] * most, rows)
+            first, rows = first + begin, min(most, rows - begin)
+        else:
+            raise TypeError(f"is placed as {placement}: slices of the first dimension can be pushed, redistribute it to Shard(0) or Replicate")
+    local = tensor.to_local()
+    if tuple(local.shape) != (rows, *shape[1:])[: len(shape)]:
+        raise TypeError(f"has rows of shape {list(local.shape)} here, expected {rows} of a tensor of shape {list(shape)}")
+    if rows == (shape[0] if shape else 1):
+        return [_from_values(name, local, dtype)]
+    return [_from_slice(name, TensorSlice(shape, first, local), dtype)] if rows > 0 else []
 
 
 def _check_indices(indices: NDArray[Any], elements: int) -> None:
