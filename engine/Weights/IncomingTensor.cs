@@ -4,7 +4,9 @@ using Rollout.Kernels.Cuda;
 
 namespace Rollout.Engine;
 
-/// <summary>One tensor of a payload, or a slice of one, being written to its place in a weight set: hashed as sent, stored in the device's layout.</summary>
+/// <summary>
+/// One tensor of a payload, or a slice of one, being written to its place in a weight set: hashed as sent, stored in the device's layout.
+/// </summary>
 internal sealed class IncomingTensor
 {
     /// <summary>Of a tensor sent whole, about what one core takes: large tensors are cut for all cores.</summary>

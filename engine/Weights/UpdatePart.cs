@@ -1,8 +1,8 @@
 namespace Rollout.Engine;
 
 /// <summary>
-/// What one sender brings of an update: a payload of its own, with the tensors and slices that the manifest gives to it. Parts may be read at
-/// the same time, each by one thread.
+/// What one sender brings of an update: a payload of its own, with the tensors and slices that the manifest gives to it. Parts may be read
+/// at the same time, each by one thread.
 /// </summary>
 public sealed class UpdatePart
 {

@@ -128,7 +128,11 @@ internal static class UpdatePreflight
     private static void CheckSlices(string name, List<ManifestTensor> slices, ProblemList problems)
     {
         if (slices.Exists(slice => slice.Type != slices[0].Type))
-            problems.Add(new(Field(name), $"its slices differ in dtype: {string.Join(", ", slices.Select(slice => slice.Type).Distinct())}"));
+        {
+            IEnumerable<DType> types = slices.Select(slice => slice.Type).Distinct();
+            problems.Add(new(Field(name), $"its slices differ in dtype: {string.Join(", ", types)}"));
+        }
+
         long next = 0;
         foreach (ManifestTensor slice in slices.OrderBy(slice => slice.FirstRow))
         {

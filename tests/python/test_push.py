@@ -187,7 +187,8 @@ class PushTests(SidecarTests):
     def test_slices_that_are_not_all_of_a_tensor_are_rejected_with_their_rows(self) -> None:
         weights: dict = dict(other_weights("qwen3"))
         norm = weights["model.norm.weight"].bits
-        weights["model.norm.weight"] = [TensorSlice(norm.shape, first, BFloat16(norm[first:end])) for first, end in ((0, 8), (7, 9), (12, None))]
+        weights["model.norm.weight"] = [
+            TensorSlice(norm.shape, first, BFloat16(norm[first:end])) for first, end in ((0, 8), (7, 9), (12, None))]
         with self.assertRaises(WeightUpdateRejected) as caught:
             self.rollout.push_weights(weights)
         self.assertEqual(

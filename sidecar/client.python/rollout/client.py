@@ -284,9 +284,9 @@ class Rollout:
             dtype: bfloat16: floating-point tensors are rounded to it, to nearest, ties to even. None: sent as they are.
             owner: Named in the error that a second updater gets. None: host name and process id.
             timeout: Of the whole push, in seconds. The sidecar gets the same deadline and drops the update when it passes.
-            shards: The ranks that push together, each the TensorSlices or DTensors (sharded along dimension 0) that it has, with no gather: what
-                several ranks have whole is sent by the first of them. The sidecar commits when all parts are there; a rank that fails ends
-                the push on all.
+            shards: The ranks that push together, each the TensorSlices or DTensors (sharded along dimension 0) that it has, with no gather.
+                What several ranks have whole is sent by the first of them. The sidecar commits when all parts are there; a rank that fails
+                ends the push on all.
 
         Raises:
             TypeError: Tensors that cannot be served; lists all of them.

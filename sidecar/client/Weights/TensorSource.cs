@@ -8,8 +8,8 @@ namespace Rollout.Client;
 public delegate void TensorCopy(long offset, Span<byte> destination);
 
 /// <summary>
-/// One tensor to push, or a slice of one: the Hugging Face checkpoint's name and full shape, and a way to copy its bytes. They are copied piece by piece, in
-/// ascending order, directly into the send buffer, so a tensor of any size needs no memory here.
+/// One tensor to push, or a slice of one: the Hugging Face checkpoint's name and full shape, and a way to copy its bytes. They are copied
+/// piece by piece, in ascending order, directly into the send buffer, so a tensor of any size needs no memory here.
 /// </summary>
 public sealed class TensorSource
 {
@@ -91,7 +91,11 @@ public sealed class TensorSource
         string name, TensorDType dtype, IReadOnlyList<long> shape, long firstRow, long rows, TensorCopy copy)
     {
         if (shape.Count == 0 || rows < 1 || firstRow < 0 || firstRow > shape[0] - rows)
-            throw new ArgumentException($"tensor '{name}': [{string.Join(", ", shape)}] has no {rows} rows from row {firstRow} on", nameof(rows));
+        {
+            throw new ArgumentException(
+                $"tensor '{name}': [{string.Join(", ", shape)}] has no {rows} rows from row {firstRow} on", nameof(rows));
+        }
+
         return new TensorSource(name, dtype, shape, copy, sparseCount: null, firstRow, rows);
     }
 

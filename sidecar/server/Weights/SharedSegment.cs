@@ -3,8 +3,8 @@ using Rollout.Native;
 namespace Rollout.Server.Weights;
 
 /// <summary>
-/// The shared memory for updates, a segment for each part of one: kept and mapped from update to update, so that reading it costs no copy and
-/// no page fault. Lent to one update at a time: the one in progress.
+/// The shared memory for updates, a segment for each part of one: kept and mapped from update to update, so that reading it costs no copy
+/// and no page fault. Lent to one update at a time: the one in progress.
 /// </summary>
 internal sealed class SharedSegment : IDisposable
 {

@@ -35,7 +35,8 @@ internal sealed class UpdateTransaction(RolloutEngine engine, OpenUpdates update
     public async Task<JoinUpdate?> RunAsync(CancellationToken client, CancellationToken stopping)
     {
         using CancellationTokenSource deadline = new(s_beginWithin);
-        using CancellationTokenSource linked = CancellationTokenSource.CreateLinkedTokenSource(client, stopping, deadline.Token, _over.Token);
+        using CancellationTokenSource linked
+            = CancellationTokenSource.CreateLinkedTokenSource(client, stopping, deadline.Token, _over.Token);
         string late = $"no begin within {s_beginWithin.TotalSeconds:0} s";
         try
         {
@@ -195,7 +196,9 @@ internal sealed class UpdateTransaction(RolloutEngine engine, OpenUpdates update
         await EndAsync(new UpdateReply { Failed = new UpdateFailed { Reason = reason, Poisoned = poisoned } });
     }
 
-    /// <summary>Ends the update, if it has not committed, when no stream reads any more. Returns whether that has poisoned the engine.</summary>
+    /// <summary>
+    /// Ends the update, if it has not committed, when no stream reads any more. Returns whether that has poisoned the engine.
+    /// </summary>
     private async Task<bool> EndAsync(UpdateFailure why)
     {
         // Before the update ends: the next one may need what the streams have borrowed.

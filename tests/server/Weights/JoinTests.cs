@@ -22,7 +22,7 @@ public sealed class JoinTests : IAsyncLifetime
     [InlineData(1, UpdateMode.Staged)]
     [InlineData(2, UpdateMode.InPlace)]
     [InlineData(5, UpdateMode.Staged)]
-    public async Task Parts_of_several_streams_commit_when_all_are_there_and_serve_what_one_stream_would(int ranks, UpdateMode mode)
+    public async Task Parts_of_several_streams_commit_when_all_are_there(int ranks, UpdateMode mode)
     {
         Shards shards = new(s_payload, ranks);
         (List<Update> streams, _) = await OpenAsync(shards, mode);
@@ -58,7 +58,8 @@ public sealed class JoinTests : IAsyncLifetime
     public async Task A_part_that_fails_ends_the_update_for_all_and_the_next_one_commits(string way, UpdateMode mode, string reason)
     {
         Shards shards = new(s_payload, 3);
-        (List<Update> streams, _) = await OpenAsync(shards, mode, begin => begin.DeadlineMilliseconds = way == "a part never comes" ? 1500u : 20_000);
+        uint deadline = way == "a part never comes" ? 1500u : 20_000;
+        (List<Update> streams, _) = await OpenAsync(shards, mode, begin => begin.DeadlineMilliseconds = deadline);
         (Update first, Update second, Update third) = (streams[0], streams[1], streams[2]);
         await SendAsync(second, shards.Payloads[1]);
         ByteString half = ByteString.CopyFrom(shards.Payloads[2].AsSpan(0, shards.Payloads[2].Length / 2));
@@ -96,8 +97,8 @@ public sealed class JoinTests : IAsyncLifetime
                 break;
         }
 
-        Update[] left = [.. streams.Where(stream => !(way == "a part breaks" && stream == third) && !(way == "the first breaks" && stream == first))];
-        UpdateReply[] ends = await EndsAsync(left);
+        Update? gone = way == "a part breaks" ? third : way == "the first breaks" ? first : null;
+        UpdateReply[] ends = await EndsAsync(streams.Where(stream => stream != gone));
         Assert.All(ends, end => Assert.Equal(ends[0], end));
         string told = ends[0].Failed?.Reason ?? ends[0].Aborted?.Reason ?? "";
         Assert.StartsWith(reason, told, StringComparison.Ordinal);
@@ -117,7 +118,8 @@ public sealed class JoinTests : IAsyncLifetime
         (List<Update> streams, ByteString id) = await OpenAsync(shards, UpdateMode.Staged);
         foreach ((ByteString wrong, uint part, string reason) in ((ByteString, uint, string)[])[
             (ByteString.CopyFrom(new byte[16]), 1, "no update of this id"), (ByteString.Empty, 1, "no update of this id"),
-            (id, 0, "part 0 cannot join"), (id, 3, "part 3 cannot join: the update has parts 1 to 2"), (id, 2, "part 2 has joined already")])
+            (id, 0, "part 0 cannot join"), (id, 3, "part 3 cannot join: the update has parts 1 to 2"),
+            (id, 2, "part 2 has joined already")])
         {
             using Update refused = await _server.BeginUpdateAsync(Join(wrong, part));
             Assert.Contains(reason, (await refused.NextAsync()).Failed?.Reason, StringComparison.Ordinal);
@@ -140,7 +142,8 @@ public sealed class JoinTests : IAsyncLifetime
         for (ulong version = 0; version < 2; version++)
         {
             ulong served = version;
-            using Update first = await _server.BeginUpdateAsync(shards.Begin(served, begin => begin.SegmentBytes = (ulong)shards.Payloads[0].Length));
+            using Update first = await _server.BeginUpdateAsync(shards.Begin(
+                served, begin => begin.SegmentBytes = (ulong)shards.Payloads[0].Length));
             Ready ready = (await first.NextAsync()).Ready;
             UpdateRequest join = Join(ready.UpdateId, 1);
             join.Join.SegmentBytes = (ulong)shards.Payloads[1].Length;

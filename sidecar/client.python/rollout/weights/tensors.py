@@ -54,8 +54,8 @@ class SparseTensor:
 
 @dataclass(frozen=True)
 class TensorSlice:
-    """Rows of a tensor that follow each other, as a rank of FSDP has them. For ``Rollout.push_weights``, in place of a tensor; several slices
-    of one tensor are a list of them. Every row must be in one slice."""
+    """Rows of a tensor that follow each other, as a rank of FSDP has them. For ``Rollout.push_weights``, in place of a tensor; several
+    slices of one tensor are a list of them. Every row must be in one slice."""
 
     shape: Sequence[int]
     """Of the full tensor."""
@@ -286,7 +286,8 @@ def _from_dtensor(name: str, tensor: Any, dtype: Literal["bfloat16"] | None) -> 
             begin = min(at[dimension] * most, rows)
             first, rows = first + begin, min(most, rows - begin)
         else:
-            raise TypeError(f"is placed as {placement}: slices of the first dimension can be pushed, redistribute it to Shard(0) or Replicate")
+            raise TypeError(
+                f"is placed as {placement}: slices of the first dimension can be pushed, redistribute it to Shard(0) or Replicate")
     local = tensor.to_local()
     if tuple(local.shape) != (rows, *shape[1:])[: len(shape)]:
         raise TypeError(f"has rows of shape {list(local.shape)} here, expected {rows} of a tensor of shape {list(shape)}")
