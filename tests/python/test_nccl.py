@@ -155,7 +155,18 @@ class AnotherGpuTests(DeviceTests):
         host = self.rollout.push_weights({name: tensor.numpy() for name, tensor in halves.items()}, dtype=None)
         self.assertEqual(sent.digest, host.digest)
 
-    def test_some_tensors_and_none_of_their_bytes(self) -> None:
+    def test_slices(self) -> None:
+        bits = self.model["other"]
+        tensors, name = of(bits), next(name for name, tensor in bits.items() if tensor.bits.ndim == 2)
+        rows = bits[name].bits.shape[0]
+        tensors[name] = [
+            rollout.TensorSlice(bits[name].bits.shape, first, tensors[name][first:end])
+            for first, end in ((rows // 3, rows), (0, rows // 3))]
+        with buckets(150_000):
+            self.assertEqual(self.rollout.push_weights(tensors).transport, "nccl")
+        self.assert_serves("other")
+
+    def test_some_tensors_of_the_model(self) -> None:
         golden, other = self.model["golden"], self.model["other"]
         some = list(other)[2:5]
         self.rollout.push_weights(of(other))
