@@ -16,6 +16,7 @@ from support import SidecarTests, eventually, golden_config, other_weights, star
 
 import rollout
 from rollout import ShardGroup
+from rollout.weights.from_device import device_of
 from rollout.weights.shards import OtherRankError
 from rollout.weights.tensors import sources
 
@@ -142,6 +143,9 @@ class PlacementTests(unittest.TestCase):
                     self.assertEqual(source.shape, array.shape)
                     sent[source.first_row : source.first_row + rows] += 1
             self.assertEqual(sent.tolist(), [1] * len(array))
+
+    def test_a_rank_with_nothing_is_on_no_device(self) -> None:
+        self.assertEqual(device_of([]), (None, "there are no tensors to send"))
 
     def test_other_placements_are_refused(self) -> None:
         array = np.zeros((4, 4), np.float32)

@@ -24,6 +24,8 @@ def device_of(tensors: Sequence[TensorSource]) -> tuple[Device | None, str]:
         if not tensor.on_device.is_as_sent and tensor.on_device.converted is None:
             return None, f"{tensor.name!r} must be converted, and is not a tensor of PyTorch"
         places.append(tensor.on_device)
+    if not places:
+        return None, "there are no tensors to send"  # of a rank whose shards others have
     if len({place.ordinal for place in places}) > 1:
         return None, "the tensors are on several GPUs"
     try:
