@@ -81,7 +81,6 @@ public sealed class SafetensorsFile : IDisposable
     /// <exception cref="InvalidModelException">The element type is not supported, or the file has become shorter.</exception>
     public void Read(TensorInfo tensor, long byteOffset, Span<byte> destination)
     {
-        ArgumentNullException.ThrowIfNull(tensor);
         ArgumentOutOfRangeException.ThrowIfNegative(byteOffset);
         ArgumentOutOfRangeException.ThrowIfGreaterThan(byteOffset, tensor.Bytes - destination.Length);
         if (tensor.DType is null)
@@ -198,6 +197,7 @@ public sealed class SafetensorsFile : IDisposable
                     Report("__metadata__ appears twice in the header");
                 else
                     ParseMetadata(ref reader);
+                reader.Skip(); // over a value that was not what it must be, so that the next entry is read as one
                 hasMetadata |= name == "__metadata__";
             }
             // Padding is spaces, which the reader skips; anything else after the object throws.
@@ -230,7 +230,6 @@ public sealed class SafetensorsFile : IDisposable
             if (reader.TokenType != JsonTokenType.StartObject)
             {
                 Report("__metadata__ must be an object of strings");
-                reader.Skip();
                 return;
             }
             while (reader.Read() && reader.TokenType == JsonTokenType.PropertyName)
@@ -256,7 +255,6 @@ public sealed class SafetensorsFile : IDisposable
             if (reader.TokenType != JsonTokenType.StartObject)
             {
                 Report($"tensor {quoted} must be an object with dtype, shape and data_offsets");
-                reader.Skip();
                 return;
             }
             string? dtype = null;

@@ -9,7 +9,8 @@ namespace Rollout.Engine;
 public sealed record TensorDeclaration(string Name, DType Type, IReadOnlyList<long> Shape)
 {
     /// <summary>Length in the file.</summary>
-    public long Bytes => checked(Shape.Aggregate(1L, (product, length) => checked(product * length)) * Type.Size());
+    /// <exception cref="OverflowException">No file can be so long.</exception>
+    public long Bytes => checked(Shape.Aggregate((long)Type.Size(), (product, length) => product * length));
 }
 
 /// <summary>
@@ -25,9 +26,9 @@ public sealed class SafetensorsWriter : IDisposable
 
     /// <summary>Creates or replaces the file and writes its header.</summary>
     /// <exception cref="ArgumentException">A name is used twice or is reserved, or a dimension is negative.</exception>
+    /// <exception cref="OverflowException">No file can be so long.</exception>
     public SafetensorsWriter(string path, IReadOnlyList<TensorDeclaration> tensors)
     {
-        ArgumentNullException.ThrowIfNull(tensors);
         byte[] header = Header(tensors);
         _path = path;
         _left = tensors.Sum(tensor => tensor.Bytes);

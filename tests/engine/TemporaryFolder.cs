@@ -17,5 +17,10 @@ internal sealed class TemporaryFolder : IDisposable
         return this[name];
     }
 
+    /// <summary>The files of this folder that the process has open, deleted ones too.</summary>
+    public IReadOnlyList<string> OpenFiles =>
+        [.. Directory.GetFiles("/proc/self/fd").Select(file => new FileInfo(file).LinkTarget).OfType<string>()
+            .Where(target => target.StartsWith(Path + "/", StringComparison.Ordinal)).Order()];
+
     public void Dispose() => Directory.Delete(Path, recursive: true);
 }

@@ -106,12 +106,18 @@ public sealed class CheckpointTests : IDisposable
     }
 
     [Fact]
-    public void A_json_file_may_have_many_megabytes_and_not_hundreds()
+    public void A_checkpoint_has_its_shards_open_until_it_is_disposed_or_refused()
     {
-        string padding = string.Concat(Enumerable.Repeat(" ", 40 << 20));
-        Assert.True(JsonFile.ReadObject(_folder.Write("large.json", $$"""{{{padding}}"a":1}""")).TryGetProperty("a", out _));
-        using (FileStream file = File.Create(_folder["huge.json"])) file.SetLength((256L << 20) + 1);
-        Assert.Contains("at most", Assert.Throws<InvalidModelException>(() => JsonFile.ReadObject(_folder["huge.json"])).Message);
+        WriteShard("one.safetensors", "a");
+        WriteShard("two.safetensors", "b");
+        WriteIndex("""{"weight_map":{"a":"one.safetensors","b":"two.safetensors"}}""");
+        using (Checkpoint.Open(_folder.Path))
+            Assert.Equal([_folder["one.safetensors"], _folder["two.safetensors"]], _folder.OpenFiles);
+        Assert.Empty(_folder.OpenFiles);
+
+        WriteIndex("""{"weight_map":{"a":"one.safetensors","b":"two.safetensors","c":"two.safetensors"}}""");
+        Assert.Throws<InvalidModelException>(() => Checkpoint.Open(_folder.Path));
+        Assert.Empty(_folder.OpenFiles);
     }
 
     [Theory]
@@ -123,6 +129,10 @@ public sealed class CheckpointTests : IDisposable
     [InlineData("""{"weight_map":{"a":"x.safetensors","a":"y.safetensors"}}""", "not valid JSON")]
     [InlineData("""{"weight_map":{"a":"\udc00.safetensors"}}""", "not valid Unicode")]
     [InlineData("""{"weight_map":{"a":"..\\x.safetensors"}}""", "is not the name of")]
+    [InlineData("""{"weight_map":{"a":"/x.safetensors"}}""", "is not the name of")]
+    [InlineData("""{"weight_map":{"a":"\\x.safetensors"}}""", "is not the name of")]
+    [InlineData("""{"weight_map":{"a":":x.safetensors"}}""", "is not the name of")]
+    [InlineData("""{"weight_map":{"a":"\u0000.safetensors"}}""", "is not the name of")]
     [InlineData("""{"weight_map":{"a":"x\u0000.safetensors"}}""", "is not the name of")]
     [InlineData("""{"weight_map":{"a":"model.bin"}}""", "is not the name of")]
     public void A_bad_index_is_refused(string index, string problem)
