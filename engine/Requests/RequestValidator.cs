@@ -67,7 +67,7 @@ public sealed class RequestValidator(int vocabSize, int maxContext, bool hasToke
                 $"must be 1 when {Problem.OtherField} is 0", nameof(request.MaxTokens));
             Check((long)prompt + maxTokens <= maxContext || prompt > maxContext, nameof(request.MaxTokens),
                 $"{prompt} prompt tokens and {maxTokens} more do not fit the context of {maxContext}");
-            Check(request.MinTokens <= maxTokens, nameof(request.MinTokens),
+            Check(request.MinTokens <= Math.Max(maxTokens, 0), nameof(request.MinTokens),
                 $"{request.MinTokens} is more than {Problem.OtherField} {maxTokens}", nameof(request.MaxTokens));
         }
         else
