@@ -39,6 +39,8 @@ public sealed class UpdatePart
         Check(source.PayloadOffset, source.Bytes);
         try
         {
+            await source.PrepareAsync(_cursor, cancellation).ConfigureAwait(false);
+            if (source.Bytes > 0) _update.Touching();
             await source.ReadAsync(_cursor, cancellation).ConfigureAwait(false);
         }
         catch (UpdateFailedException e)
@@ -66,7 +68,5 @@ public sealed class UpdatePart
             UInt128 received = (UInt128)payloadOffset + (UInt128)length;
             throw _update.Fail(UpdateFailure.Protocol, $"{received} bytes received of a payload of {PayloadBytes}");
         }
-
-        if (length > 0) _update.Touching();
     }
 }

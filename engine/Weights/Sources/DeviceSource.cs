@@ -20,12 +20,18 @@ public sealed class DeviceSource(
     CudaPeers peers, IReadOnlyList<DevicePart> parts, ReadOnlyMemory<byte> readyEvent, long payloadOffset, long bytes)
     : PayloadSource(payloadOffset, bytes, owner: null)
 {
-    internal override async Task ReadAsync(PayloadCursor cursor, CancellationToken cancellation)
+    private Piece[] _pieces = [];
+
+    internal override async Task PrepareAsync(PayloadCursor cursor, CancellationToken cancellation)
     {
-        Piece[] pieces = [.. Cut(cursor)]; // before anything is read: a wrong part changes nothing
+        _pieces = [.. Cut(cursor)];
         if (!readyEvent.IsEmpty) await WaitAsync(cancellation).ConfigureAwait(false);
         cancellation.ThrowIfCancellationRequested();
-        await Task.Run(() => Read(pieces), CancellationToken.None).ConfigureAwait(false);
+    }
+
+    internal override async Task ReadAsync(PayloadCursor cursor, CancellationToken cancellation)
+    {
+        await Task.Run(() => Read(_pieces), CancellationToken.None).ConfigureAwait(false);
         cursor.MoveTo(PayloadOffset + Bytes);
     }
 

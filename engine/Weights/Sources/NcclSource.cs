@@ -40,12 +40,14 @@ public sealed class NcclSource(
             throw new UpdateFailedException(UpdateFailure.Source, $"nccl: no memory for two buckets: {e.Message}");
         }
 
-        Task ReadBucketAsync(int i, DeviceBytes memory)
+        async Task ReadBucketAsync(int i, DeviceBytes memory)
         {
             Bucket bucket = buckets[i];
             long from = Math.Min(bucket.PayloadOffset, cursor.Position), end = bucket.PayloadOffset + bucket.Bytes;
             DevicePart part = new(memory, 0, bucket.PayloadOffset, bucket.Bytes);
-            return new DeviceSource(peers, [part], default, from, end - from).ReadAsync(cursor, cancellation);
+            DeviceSource source = new(peers, [part], default, from, end - from);
+            await source.PrepareAsync(cursor, cancellation).ConfigureAwait(false);
+            await source.ReadAsync(cursor, cancellation).ConfigureAwait(false);
         }
     }
 }

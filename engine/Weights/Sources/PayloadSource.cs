@@ -15,6 +15,12 @@ public abstract class PayloadSource(long payloadOffset, long bytes, IDisposable?
 
     public void Dispose() => owner?.Dispose();
 
+    /// <summary>
+    /// Checks what can be checked before a byte is written, and waits for the bytes: until then an update in place does no harm.
+    /// </summary>
+    /// <inheritdoc cref="ReadAsync"/>
+    internal virtual Task PrepareAsync(PayloadCursor cursor, CancellationToken cancellation) => Task.CompletedTask;
+
     /// <summary>Passes all its bytes to the tensors they belong to, and advances the cursor past them.</summary>
     /// <param name="cursor">Positioned at its first byte; the payload has at least its length left.</param>
     /// <param name="cancellation">Stops the read half-way.</param>

@@ -232,9 +232,8 @@ public sealed class CudaIpcTests(CudaServer server) : IClassFixture<CudaServer>,
         if (mode == UpdateMode.Staged) Assert.Equal(original, await BitsAsync()); // meanwhile
         Aborted aborted = (await update.NextAsync()).Aborted;
         Assert.Contains("deadline of 1500 ms", aborted.Reason, StringComparison.Ordinal);
-        Assert.Equal(mode == UpdateMode.InPlace, aborted.Poisoned);
-        if (mode == UpdateMode.Staged) Assert.Equal(original, await BitsAsync());
-        else Assert.Equal(EngineState.Poisoned, (await StatusAsync()).State);
+        Assert.False(aborted.Poisoned); // nothing was read
+        Assert.Equal(original, await BitsAsync());
         await PushAsync(s_original, mode);
         Assert.Equal(original, await BitsAsync());
     }
