@@ -1,5 +1,5 @@
 """examples/python/grpo.py with a sidecar on the GPU. Says what is missing where its packages are not installed."""
-import argparse, functools, pathlib, sys
+import argparse, pathlib, sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "client.python"), str(ROOT / "examples")]
@@ -16,5 +16,4 @@ parser.add_argument("--samples", type=int, default=16)
 arguments = parser.parse_args()
 grpo.held_out = grpo.held_out[:: len(grpo.held_out) // arguments.samples]
 grpo.PROGRAM = ROOT / "server/rollout.dll"
-rollout.Sidecar.start = functools.partial(rollout.Sidecar.start, arguments=["--device", "cuda"])
-grpo.main(arguments.steps, arguments.warm_steps, seed=1, n=arguments.samples)
+grpo.main(arguments.steps, arguments.warm_steps, prompts=32, seed=1, sidecar_device="cuda", n=arguments.samples)
