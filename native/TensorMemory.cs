@@ -10,7 +10,6 @@ namespace Rollout.Native;
 public sealed unsafe class TensorMemory : IDisposable
 {
     private readonly CudaContext _context;
-    private readonly Dictionary<nint, byte[]> _handles = []; // by the start of the allocation
     private readonly CudaEvent _ready;
     private bool _disposed;
 
@@ -39,19 +38,13 @@ public sealed unsafe class TensorMemory : IDisposable
     /// <exception cref="CudaException">There is no driver, or no such device.</exception>
     public static TensorMemory OnDevice(int ordinal)
     {
-        if (CudaLibraries.Missing(CudaLibraries.Driver) is { } missing)
-            throw new CudaException(missing);
-        Driver.cuInit(0).ThrowIfFailed();
+        InitializeDriver();
         return new TensorMemory(ordinal);
     }
 
-    /// <summary>The number, in this process, of the device that has the memory at an address.</summary>
-    /// <exception cref="CudaException">There is no driver, or the address is not that of device memory.</exception>
-    public static int OrdinalOf(nint pointer)
+    private static int OrdinalOf(nint pointer)
     {
-        if (CudaLibraries.Missing(CudaLibraries.Driver) is { } missing)
-            throw new CudaException(missing);
-        Driver.cuInit(0).ThrowIfFailed();
+        InitializeDriver();
         Driver.cuDeviceGetCount(out int count).ThrowIfFailed();
         for (int ordinal = 0; ordinal < count; ordinal++)
         {
@@ -66,6 +59,13 @@ public sealed unsafe class TensorMemory : IDisposable
         }
 
         throw new CudaException($"There is no device memory at address 0x{pointer:x} of this process.");
+    }
+
+    private static void InitializeDriver()
+    {
+        if (CudaLibraries.Missing(CudaLibraries.Driver) is { } missing)
+            throw new CudaException(missing);
+        Driver.cuInit(0).ThrowIfFailed();
     }
 
     /// <summary>Whether the memory at an address is this device's.</summary>
@@ -95,19 +95,14 @@ public sealed unsafe class TensorMemory : IDisposable
     }
 
     /// <summary>
-    /// cuIpcMemHandle of an allocation, 64 bytes, made once. The memory must stay allocated while another process may open it.
+    /// cuIpcMemHandle of an allocation, 64 bytes. The memory must stay allocated while another process may open it.
     /// </summary>
     public byte[] HandleOf(nint allocation)
     {
-        if (_handles.TryGetValue(allocation, out byte[]? known))
-            return known;
         using Scope _ = new(this);
         Driver.cuIpcGetMemHandle(out CUipcMemHandle handle, (nuint)allocation).ThrowIfFailed("the memory of a tensor");
-        return _handles[allocation] = MemoryMarshal.AsBytes(new ReadOnlySpan<CUipcMemHandle>(ref handle)).ToArray();
+        return MemoryMarshal.AsBytes(new ReadOnlySpan<CUipcMemHandle>(ref handle)).ToArray();
     }
-
-    /// <summary>Forgets handles, because the memory that they name may be freed.</summary>
-    public void ForgetHandles() => _handles.Clear();
 
     /// <summary>
     /// Marks the end of the work that a stream has queued so far, and returns cuIpcEventHandle, 64 bytes, of that point.

@@ -10,9 +10,6 @@ namespace Rollout.Client;
 /// </summary>
 internal sealed class CudaSender : IDeviceSender
 {
-    /// <summary>Of a tensor whose bytes are split between buckets: the digest's pieces must not be cut.</summary>
-    private const long SplitBytes = 131_072;
-
     private const int Root = 0, Sidecar = 1, Ranks = 2;
 
     private const long MostBucketBytes = 256 << 20;
@@ -102,9 +99,7 @@ internal sealed class CudaSender : IDeviceSender
 
     private V1.CudaIpc InPlace(PayloadLayout layout)
     {
-        // The trainer may have freed memory since the last push, and the same address may be another allocation.
-        _memory!.ForgetHandles();
-        V1.CudaIpc message = new() { ReadyEvent = UnsafeByteOperations.UnsafeWrap(_memory.RecordReady(_stream)) };
+        V1.CudaIpc message = new() { ReadyEvent = UnsafeByteOperations.UnsafeWrap(_memory!.RecordReady(_stream)) };
         Dictionary<nint, uint> indices = [];
         for (int i = 0; i < _tensors.Count; i++)
         {
@@ -210,7 +205,7 @@ internal sealed class CudaSender : IDeviceSender
         }
     }
 
-    private long Capacity(PayloadLayout layout) => Math.Min(MaxBucketBytes, layout.PayloadBytes + SplitBytes);
+    private long Capacity(PayloadLayout layout) => Math.Min(MaxBucketBytes, layout.PayloadBytes + WeightDigest.PieceBytes);
 
     /// <summary>Queues copying payload bytes [from, to) into a bucket.</summary>
     private DeviceBucket Fill(int turn, PayloadLayout layout, long from, long to)
@@ -226,9 +221,9 @@ internal sealed class CudaSender : IDeviceSender
         return bucket;
     }
 
-    /// <summary>Parts of the payload of at most so many bytes, cut between tensors or between pieces of one.</summary>
+    /// <summary>Parts of the payload of at most so many bytes, cut between tensors or between pieces of a tensor's digest.</summary>
     /// <param name="layout">The payload.</param>
-    /// <param name="capacity">At least <see cref="SplitBytes"/>.</param>
+    /// <param name="capacity">At least <see cref="WeightDigest.PieceBytes"/>.</param>
     internal static IEnumerable<(long From, long To)> Cuts(PayloadLayout layout, long capacity)
     {
         (long From, long To)? part = null;
@@ -238,7 +233,7 @@ internal sealed class CudaSender : IDeviceSender
             for (long at = 0; at < size;)
             {
                 long from = part?.From ?? start + at, room = from + capacity - (start + at);
-                long take = size - at <= room ? size - at : room / SplitBytes * SplitBytes;
+                long take = size - at <= room ? size - at : room / WeightDigest.PieceBytes * WeightDigest.PieceBytes;
                 if (take <= 0)
                 {
                     yield return part!.Value;
